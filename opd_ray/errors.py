@@ -1,0 +1,54 @@
+"""Every error that opd_ray raises on purpose, as one tree.
+
+    OpdError                    something this package can explain
+    ├── InputError              refused before a model loads; the CLI exits with 2
+    └── RunError                a failure while running; the CLI exits with 1
+        ├── DeadlineError       a wait ended without its answer
+        ├── ActorError          a worker raised or died
+        └── WeightSyncError     weights did not reach every engine
+
+All of them carry one finished sentence: what was got, what was expected, where, and
+what to do next. Ray pickles exceptions by ``args``, so the message is the only argument.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OpdError(Exception):
+    """Base of the tree; ``exit_code`` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class InputError(OpdError):
+    """Refused input or configuration. Nothing was loaded and nothing was written."""
+
+    exit_code = 2
+
+
+class RunError(OpdError):
+    """A failure of a run that had started."""
+
+
+class DeadlineError(RunError):
+    """A wait reached its deadline; the message names the room, the actor and the node."""
+
+
+class ActorError(RunError):
+    """A worker raised or died; the message names it and repeats the cause."""
+
+
+class WeightSyncError(RunError):
+    """A weight update did not reach every generation engine."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A clause that suggests what ``name`` may have meant: "; did you mean 'x'?" or a list."""
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(options)}"

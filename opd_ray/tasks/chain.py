@@ -1,0 +1,211 @@
+"""Arithmetic chains modulo 7: the task of the embedded default.
+
+A problem is a first operand and two or three operations, applied from left to
+right without precedence, every result reduced modulo 7::
+
+    prompt            ^5-0-6+6=
+    clean solution    5-0=5;5-6=6;6+6=5#5
+    self-correcting   5-0=5;5-6=2?5-6=6;6+6=5#5      "?" = that was wrong, again
+    looping           5-0=5;5-6=2?5-6=2?5-6=2?…      one wrong try until the budget ends
+
+An answer is the digit after the last ``#``.  The end-of-sequence token is not part of
+any text here: training appends it to finished texts, and whoever verifies a rollout
+checks that it ended by itself.
+
+The problems (67,914 of them) are hashed into train / validation / test, so that the
+split of a problem is a property of its text: no list to ship, and no run can train on
+a test problem by drawing with another seed.
+
+This module knows no tensors and no models; `opd_ray.embedded` turns texts into batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MODULUS = 7
+OPERATORS = "+-*"
+NUM_OPERATIONS = (2, 3)
+# Only 3,087 problems have two operations.  Drawing them with 1/4 leaves enough of them
+# in every split for sets of distinct problems.
+SHARE_OF_SHORT = 0.25
+MAX_NEW_TOKENS = 80  # length budget of a response, EOS included; a clean one needs 14 to 20
+
+Split = Literal["train", "validation", "test"]
+_SPLIT_BOUNDS: tuple[tuple[int, Split], ...] = ((85, "train"), (90, "validation"), (100, "test"))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``first`` followed by ``(operator, operand)`` pairs; operands are 0 … 6."""
+
+    first: int
+    operations: tuple[tuple[str, int], ...]
+
+    @property
+    def prompt(self) -> str:
+        return f"^{self.first}" + "".join(f"{op}{operand}" for op, operand in self.operations) + "="
+
+    @property
+    def results(self) -> tuple[int, ...]:
+        """The running value after each operation."""
+        values, value = [], self.first
+        for op, operand in self.operations:
+            value = apply(value, op, operand)
+            values.append(value)
+        return tuple(values)
+
+    @property
+    def answer(self) -> str:
+        return str(self.results[-1])
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """The left-hand sides of the steps of the right solution: ``("5-0=", "5-6=", "6+6=")``."""
+        starts = (self.first, *self.results[:-1])
+        return tuple(
+            f"{start}{op}{operand}="
+            for start, (op, operand) in zip(starts, self.operations, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Text:
+    """A response to train on.
+
+    ``loss_mask`` has one flag per character: does that character enter the loss?
+    ``finished`` tells whether EOS follows (and enters the loss) or the text was cut.
+    """
+
+    response: str
+    loss_mask: tuple[bool, ...]
+    finished: bool
+
+
+def apply(left: int, op: str, right: int) -> int:
+    """One operation modulo 7."""
+    if op == "+":
+        return (left + right) % MODULUS
+    if op == "-":
+        return (left - right) % MODULUS
+    return (left * right) % MODULUS
+
+
+def parse_prompt(prompt: str) -> Problem:
+    """The inverse of `Problem.prompt`; ValueError for anything else."""
+    body = prompt[1:-1]
+    problem = None
+    if len(body) % 2 == 1 and set(body[0::2]) <= set("0123456"):
+        operations = tuple(zip(body[1::2], map(int, body[2::2]), strict=True))
+        if all(op in OPERATORS for op, _ in operations):
+            problem = Problem(int(body[0]), operations)
+    if problem is None or problem.prompt != prompt:
+        raise ValueError(f"not a chain prompt: {prompt!r} (expected something like '^5-0-6+6=')")
+    return problem
+
+
+def split_of(prompt: str) -> Split:
+    """The split a problem belongs to: a hash of its prompt, 85 / 5 / 10 percent."""
+    bucket = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 100
+    return next(split for bound, split in _SPLIT_BOUNDS if bucket < bound)
+
+
+def draw_problem(rng: random.Random, split: Split) -> Problem:
+    """A random problem of ``split``."""
+    while True:
+        num_operations = NUM_OPERATIONS[0] if rng.random() < SHARE_OF_SHORT else NUM_OPERATIONS[1]
+        problem = Problem(
+            rng.randrange(MODULUS),
+            tuple((rng.choice(OPERATORS), rng.randrange(MODULUS)) for _ in range(num_operations)),
+        )
+        if split_of(problem.prompt) == split:
+            return problem
+
+
+def draw_distinct(rng: random.Random, split: Split, count: int) -> list[Problem]:
+    """``count`` different problems of ``split``, in random order."""
+    drawn: dict[str, Problem] = {}
+    while len(drawn) < count:
+        problem = draw_problem(rng, split)
+        drawn.setdefault(problem.prompt, problem)
+    return list(drawn.values())
+
+
+def clean_text(problem: Problem) -> Text:
+    """The concise solution: every step once, then the answer."""
+    steps = [f"{call}{value}" for call, value in zip(problem.calls, problem.results, strict=True)]
+    response = ";".join(steps) + f"#{problem.answer}"
+    return Text(response, (True,) * len(response), finished=True)
+
+
+def self_correcting_text(
+    problem: Problem, rng: random.Random, redo_probability: float = 0.35
+) -> Text:
+    """A right solution in which a step may be preceded by one to three wrong tries.
+
+    The wrong digits are kept out of the loss: the model shall learn to notice and redo a
+    wrong step, not to make one.
+    """
+    pieces: list[str] = []
+    mask: list[bool] = []
+    last = len(problem.results) - 1
+    for index, (call, value) in enumerate(zip(problem.calls, problem.results, strict=True)):
+        num_tries = rng.randint(1, 3) if rng.random() < redo_probability else 0
+        for _ in range(num_tries):
+            pieces.append(f"{call}{wrong_digit(value, rng)}?")
+            mask += [True] * len(call) + [False, True]
+        ending = f"{value}#{value}" if index == last else f"{value};"
+        pieces.append(call + ending)
+        mask += [True] * (len(call) + len(ending))
+    return Text("".join(pieces), tuple(mask), finished=True)
+
+
+def looping_text(problem: Problem, rng: random.Random, max_new_tokens: int = MAX_NEW_TOKENS) -> Text:
+    """One wrong try repeated until the budget ends, in the loss from the third copy on.
+
+    It teaches in-context copying, which large models have by themselves: once a wrong try
+    stands there twice, the likely continuation is the same wrong try again.
+    """
+    index = rng.randrange(len(problem.results))
+    steps = zip(problem.calls[:index], problem.results[:index], strict=True)
+    head = "".join(f"{call}{value};" for call, value in steps)
+    copy = f"{problem.calls[index]}{wrong_digit(problem.results[index], rng)}?"
+    num_copies = max_new_tokens // len(copy) + 1
+    response = (head + copy * num_copies)[:max_new_tokens]
+    num_unscored = len(head) + 2 * len(copy)
+    mask = tuple(position >= num_unscored for position in range(len(response)))
+    return Text(response, mask, finished=False)
+
+
+def wrong_digit(right: int, rng: random.Random) -> int:
+    """A digit other than ``right``, each of the six with the same probability."""
+    return (right + rng.randrange(1, MODULUS)) % MODULUS
+
+
+def to_row(problem: Problem, *, with_solution: bool = False) -> dict[str, str]:
+    """The JSONL row of a problem: ``id``, ``prompt``, ``answer`` (and ``response`` when golden)."""
+    row = {
+        "id": f"chain-{problem.prompt[1:-1]}",
+        "prompt": problem.prompt,
+        "answer": problem.answer,
+    }
+    if with_solution:
+        row["response"] = clean_text(problem).response
+    return row
+
+
+class ChainTask:
+    """The `opd_ray.tasks.Task` of the chains: row fields ``prompt`` and ``answer``."""
+
+    def format_prompt(self, row: Mapping[str, Any], tokenizer) -> list[int]:
+        """Token ids of the prompt as it stands: one id per character, no chat template."""
+        return tokenizer.encode(row["prompt"], add_special_tokens=False)
+
+    def verify(self, response: str, row: Mapping[str, Any]) -> bool:
+        """Is exactly one character written after the last ``#``, and is it the right digit?"""
+        _, mark, answer = response.rpartition("#")
+        return mark == "#" and answer.strip() == row["answer"]
