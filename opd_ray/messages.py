@@ -100,6 +100,8 @@ class RolloutMeta:
     """Weight version of the first response token; -1 for golden rollouts."""
     newest_version: int
     """Weight version of the last response token; -1 for golden rollouts."""
+    mean_version: float
+    """Mean weight version over the response tokens; -1 for golden rollouts."""
     mean_behaviour_logprob: float
     """Mean over the response tokens, nats; nan for golden rollouts."""
 

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from opd_ray.errors import InputError
 from opd_ray.messages import Finished, GenerationRequest, TransferGroup, WeightManifest
 
 Unfinished = Literal["keep", "restart"]
@@ -70,3 +71,15 @@ class ScoringEngine(Protocol):
     def score(self, sequences: Sequence[Rollout], top_k: int) -> list[Scores]:
         """One Scores per sequence, in order. ``top_k`` 0 returns no alternatives; ``top_k`` of
         the vocabulary size or more returns the whole distribution."""
+
+
+def response_budget(request: GenerationRequest, max_context_tokens: int) -> int:
+    """Tokens the response may take before it ends with "length": its budget, or what is left of the
+    context. Raises InputError for a prompt that leaves no room."""
+    room = max_context_tokens - len(request.prompt_tokens)
+    if room < 1:
+        raise InputError(
+            f"request {request.request_id}: its prompt has {len(request.prompt_tokens)} tokens, but prompt and response "
+            f"share a context of {max_context_tokens}; shorten the prompt or raise student.max_context_tokens"
+        )
+    return min(request.sampling.max_response_tokens, room)

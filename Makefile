@@ -1,0 +1,40 @@
+# make demo    the whole system on this machine, from nothing (a few minutes)
+# make test    unit, contract, Ray and (with a CUDA device) GPU tests
+# make setup   only install, into .venv; DEVICE=gpu for a CUDA machine, PYTHON=... for another interpreter
+# make lint    ruff; make clean removes caches and .venv, but no runs
+#
+# ARGS goes to the command: make demo ARGS="seed=3 learner.steps=50", make test ARGS="-k staleness".
+
+DEVICE ?= cpu
+ARGS ?=
+RUN := .venv/bin/python
+
+# One thread per process: each actor is a process, and two threads in each are slower than one.
+export OMP_NUM_THREADS ?= 1
+
+# Named after what decides the installation, so that an unchanged checkout never installs twice.
+STAMP := .venv/.ready-$(DEVICE)-$(firstword $(shell cat pyproject.toml .ci/setup .ci/cpu-overrides.txt | cksum))
+
+.PHONY: help setup demo test lint clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -6
+
+setup: $(STAMP)
+
+$(STAMP):
+	@.ci/setup $(DEVICE) $(STAMP)
+
+demo: $(STAMP)
+	@$(RUN) jobs/demo.py $(ARGS)
+
+test: $(STAMP)
+	@$(RUN) -m pytest $(ARGS)
+
+lint: $(STAMP)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

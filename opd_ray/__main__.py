@@ -1,0 +1,204 @@
+"""The command line: ``opd-ray train | preflight | evaluate``, the same as ``python -m opd_ray``.
+
+Exit codes: 0 done; 1 a failure while running; 2 refused input or configuration. Refusals and explained
+failures are one line on stderr (``--debug`` adds the traceback); anything else keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from opd_ray import config as configs
+from opd_ray.config import Config
+from opd_ray.errors import InputError, OpdError
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+_DEBUG_VARIABLE = "OPD_RAY_DEBUG"
+
+
+class _ConfiguredCommand(click.Command):
+    """A command whose --help ends with every configuration field, its sentence and its default."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections = itertools.groupby(configs.describe(), key=lambda doc: doc.name.rpartition(".")[0])
+        for section, docs in sections:
+            with formatter.section(f"Fields of {section}" if section else "Fields at the top level"):
+                formatter.write_dl(
+                    [(doc.name, f"{doc.doc} [{json.dumps(doc.default, ensure_ascii=False)}]") for doc in docs],
+                    col_max=34,
+                )
+
+
+_config_option = click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file of sections and fields."
+)
+_debug_option = click.option("--debug", is_flag=True, help="Show the traceback of a failure that is explained.")
+_overrides_argument = click.argument("overrides", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(package_name="opd_ray")
+def cli() -> None:
+    """On-policy distillation on Ray, kept stable (StableOPD)."""
+
+
+@cli.command(cls=_ConfiguredCommand, context_settings=_CONTEXT)
+@_config_option
+@click.option(
+    "--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Results; by default a new one in runs/."
+)
+@click.option(
+    "--resume", is_flag=True, help="Continue the run in --run-dir, with its configuration unless --config is given."
+)
+@_debug_option
+@_overrides_argument
+def train(
+    config_file: Path | None, run_dir: Path | None, resume: bool, debug: bool, overrides: tuple[str, ...]
+) -> None:
+    """Train a student; without arguments, the small embedded one.
+
+    Connects to the cluster of `ray job submit` or of RAY_ADDRESS, or starts Ray on this machine.
+    """
+    _set_debug(debug)
+    config = _load(config_file, overrides, run_dir if resume else None)
+    if resume and run_dir is None:
+        raise InputError("--resume needs --run-dir DIR: which run to continue")
+    run_dir = (run_dir or _new_run_dir(config)).absolute()
+    from opd_ray import preflight
+
+    preflight.check_run_dir(run_dir, config, resume)  # before the imports below, which take several seconds
+    from opd_ray import run
+
+    summary = run.train(config, run_dir, resume=resume)
+    click.echo(f"done: {_gain(summary)}{summary['steps']} steps in {summary['wall_s']:.0f} s; results in {run_dir}")
+
+
+@cli.command(cls=_ConfiguredCommand, context_settings=_CONTEXT)
+@_config_option
+@click.option("--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Check this run directory as well.")
+@click.option("--resume", is_flag=True, help="Check that the run in --run-dir can be continued.")
+@_debug_option
+@_overrides_argument
+def preflight(
+    config_file: Path | None, run_dir: Path | None, resume: bool, debug: bool, overrides: tuple[str, ...]
+) -> None:
+    """Check everything a training run needs, without loading a model."""
+    _set_debug(debug)
+    config = _load(config_file, overrides, run_dir if resume else None)
+    from opd_ray import preflight as checks
+
+    if run_dir is not None:
+        checks.check_run_dir(run_dir, config, resume)
+    from opd_ray import run
+
+    config = run.resolve(config)
+    facts = checks.check_files(config)
+    with run.cluster():
+        import ray
+
+        checks.check_resources(config, ray.cluster_resources())
+    _print_table("preflight: nothing to object to", vars(facts))
+
+
+@cli.command(cls=_ConfiguredCommand, context_settings=_CONTEXT)
+@click.argument("checkpoint")
+@_config_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@_debug_option
+@_overrides_argument
+def evaluate(checkpoint: str, config_file: Path | None, as_json: bool, debug: bool, overrides: tuple[str, ...]) -> None:
+    """Accuracy, truncation, repetition and length of CHECKPOINT on held-out problems."""
+    _set_debug(debug)
+    config = _load(config_file, overrides)
+    if not Path(checkpoint).is_dir() and os.sep in checkpoint.strip(os.sep) and Path(checkpoint).is_absolute():
+        raise InputError(f"CHECKPOINT {checkpoint}: no such directory; give a Hugging Face checkpoint directory")
+    from opd_ray import run
+
+    result = run.evaluate(checkpoint, config)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        _print_table(f"{checkpoint}, task {config.data.task}", result)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``opd-ray`` and of jobs/stableopd.py: runs the command and exits with its code."""
+    sys.exit(_run(cli, arguments))
+
+
+def main_train() -> None:
+    """``opd-ray train`` with the arguments of this process."""
+    main(["train", *sys.argv[1:]])
+
+
+def _run(command: click.Command, arguments: Sequence[str] | None) -> int:
+    try:
+        command.main(args=arguments, prog_name="opd-ray", standalone_mode=False)
+    except click.Abort:
+        click.echo("opd-ray: interrupted", err=True)
+        return 130
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        return _refuse(f"{error.format_message()} (see {context.command_path if context else 'opd-ray'} --help)", 2)
+    except Exception as error:
+        # Ray re-raises a worker's error as a child of its class whose text is the remote traceback.
+        explained = getattr(error, "cause", None) or error
+        if not isinstance(explained, OpdError):
+            raise
+        if os.environ.get(_DEBUG_VARIABLE):
+            traceback.print_exception(error)
+        return _refuse(str(explained), explained.exit_code)
+    return 0
+
+
+def _refuse(message: str, exit_code: int) -> int:
+    click.echo(f"opd-ray: {' '.join(message.split())}", err=True)
+    return exit_code
+
+
+def _set_debug(debug: bool) -> None:
+    if debug:
+        os.environ[_DEBUG_VARIABLE] = "1"
+
+
+def _load(config_file: Path | None, overrides: Sequence[str], resumed: Path | None = None) -> Config:
+    """The configuration; a resumed run starts from its own unless another file is given."""
+    if config_file is None and resumed is not None and (resumed / "config.yaml").is_file():
+        config_file = resumed / "config.yaml"
+    return configs.load(config_file, overrides)
+
+
+def _new_run_dir(config: Config) -> Path:
+    """runs/METHOD-seedN-TIME, which does not exist yet."""
+    return Path("runs") / f"{config.method}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _gain(summary: dict[str, Any]) -> str:
+    before, after = summary.get("eval_before"), summary.get("eval_after")
+    if not before or not after:
+        return ""
+    return f"sampled accuracy {before['accuracy_sampled']:.3f} -> {after['accuracy_sampled']:.3f}, "
+
+
+def _print_table(title: str, values: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in values.items():
+        table.add_row(name.replace("_", " "), f"{value:.3f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The workers: plain classes that :mod:`opd_ray.launch` turns into Ray actors."""

@@ -1,0 +1,286 @@
+"""Learner: one data-parallel rank of the trainer, under DeepSpeed.
+
+The driver calls ``train_step``, ``send_weights``, ``save_checkpoint``, ``load_checkpoint`` and ``export``
+on every rank at once: under ZeRO they are collective, and a rank that is left out makes the others
+wait. A rank knows its own plan and the step's global denominators, nothing of the buffer or of the
+generators. It is a plain class; :mod:`opd_ray.launch` makes it an actor.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd_ray.batching import Payload, collate
+from opd_ray.config import Config
+from opd_ray.errors import RunError
+from opd_ray.messages import StepPlan, TransferGroup, WeightManifest
+from opd_ray.node import free_port, node_ip, this_node
+from opd_ray.training import Objective, ResponseLogits, disable_dropout, fetch_payloads, lr_factor
+from opd_ray.weights import make_transport
+from opd_ray.weights.manifest import manifest_of, weights_of
+
+_CHECKPOINT_TAG = "deepspeed"
+"""Subdirectory of a checkpoint that holds DeepSpeed's files."""
+_WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+
+
+class Learner:
+    """Trains the student on the plans of one rank, and hands its weights out."""
+
+    def __init__(self, config: Config, student_path: str, rank: int) -> None:
+        self._config = config
+        self._student_path = Path(student_path)
+        self._rank = rank
+        self._cuda = config.learner.gpus_per_rank > 0
+        # DeepSpeed guesses its accelerator from the machine; a CPU run on a GPU node must say so.
+        os.environ["DS_ACCELERATOR"] = "cuda" if self._cuda else "cpu"
+        if not self._cuda:
+            torch.set_num_threads(max(1, int(config.learner.cpus_per_rank)))
+        self._device = torch.device("cuda", 0) if self._cuda else torch.device("cpu")
+        self._objective = Objective(config.loss)
+        self._transport = make_transport(config.weight_backend)
+
+    def node(self) -> str:
+        return this_node()
+
+    def node_address(self) -> tuple[str, int]:
+        """(IP address, free port) of this process's node, where rank 0 lets the others meet."""
+        return node_ip(), free_port()
+
+    def setup(self, master_host: str, master_port: int) -> None:
+        """Joins the other ranks, loads the student and builds the DeepSpeed engine; blocks for all ranks."""
+        world_size = self._config.learner.num_ranks
+        os.environ |= {
+            "MASTER_ADDR": master_host,
+            "MASTER_PORT": str(master_port),
+            "RANK": str(self._rank),
+            "LOCAL_RANK": "0",  # Ray shows each actor only its own GPU
+            "WORLD_SIZE": str(world_size),
+        }
+        deepspeed = _import_deepspeed()
+        timeout = timedelta(seconds=max(self._config.deadlines.start_s, self._config.deadlines.train_s))
+        backend = "nccl" if self._cuda else "gloo"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        torch.manual_seed(self._config.seed)
+        self._model = self._load_student()
+        self._num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        module = ResponseLogits(self._model)
+        learner = self._config.learner
+        optimizer = torch.optim.AdamW(
+            module.parameters(),
+            lr=learner.lr,
+            betas=learner.adam_betas,
+            weight_decay=learner.weight_decay,
+            fused=True,
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=lambda basic: torch.optim.lr_scheduler.LambdaLR(basic, functools.partial(lr_factor, learner)),
+            config=self._engine_config(),
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the student; tied ones count once."""
+        return self._num_parameters
+
+    def train_step(
+        self, plan: StepPlan, fetch: Callable[[list[Any]], list[Any]] | None = None
+    ) -> dict[str, float]:
+        """One optimizer step; the same metrics on every rank, in nats, averaged over all ranks' tokens.
+
+        ``fetch`` turns refs into RecordBatches (``ray.get`` unless told). Raises RunError when a loss or the
+        gradient norm is not finite: before the weights change, except for the norm under ZeRO 1–3 or bfloat16.
+        """
+        if fetch is None:
+            import ray
+
+            fetch = ray.get
+        payloads = fetch_payloads(plan, fetch)
+        last = len(plan.micro_batches) - 1
+        names: tuple[str, ...] = ()
+        totals = torch.zeros((), dtype=torch.float64, device=self._device)
+        for index in range(len(plan.micro_batches)):
+            self._engine.set_gradient_accumulation_boundary(index == last)
+            metrics = self._backward(plan, index, payloads)
+            names = tuple(metrics)
+            totals = totals + torch.stack(list(metrics.values())).double()
+        lr = self._engine.get_lr()[0]
+        grad_norm = self._optimizer_step(plan.step)
+        if self._config.learner.num_ranks > 1:
+            torch.distributed.all_reduce(totals)
+        counts = plan.denominators
+        trained_tokens = float(counts.student_tokens + counts.golden_tokens)
+        return dict(zip(names, totals.tolist(), strict=True)) | {
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "trained_tokens": trained_tokens,
+        }
+
+    def manifest(self, version: int) -> WeightManifest:
+        """What ``send_weights`` will send."""
+        return manifest_of(weights_of(self._model), version)
+
+    def open_transport(self, group: TransferGroup) -> None:
+        """Forms the weight-transfer group; for rank 0 only."""
+        self._transport.open(group)
+
+    def send_weights(self, manifest: WeightManifest) -> None:
+        """Broadcasts the weights from rank 0. Collective under ZeRO-3; elsewhere the other ranks return at once."""
+        if self._rank == 0:
+            self._transport.send(manifest, self._full_weights())
+        elif self._config.learner.zero_stage == 3:
+            for _ in self._full_weights():
+                pass
+
+    def save_checkpoint(self, directory: str) -> None:
+        """Writes weights, optimizer, learning-rate schedule and step below ``directory``; collective."""
+        self._engine.save_checkpoint(directory, tag=_CHECKPOINT_TAG, save_latest=False)
+
+    def load_checkpoint(self, directory: str) -> None:
+        """Continues from ``save_checkpoint``; collective, right after ``setup``.
+
+        Needs the number of ranks and the ZeRO stage that saved it. Raises RunError when it does not load.
+        """
+        try:
+            path, _ = self._engine.load_checkpoint(directory, tag=_CHECKPOINT_TAG)
+        except Exception as error:
+            raise RunError(f"checkpoint {directory} does not load: {error}") from error
+        if path is None:
+            raise RunError(f"checkpoint {directory} does not load: no complete DeepSpeed checkpoint in it")
+
+    def export(self, directory: str) -> None:
+        """Rank 0 writes a Hugging Face checkpoint in the student's original dtype; collective under ZeRO-3.
+
+        Every file of the student's directory that is not a weight file (tokenizer, chat template, generation
+        settings, config) is copied as it is.
+        """
+        state = {}
+        names = {name for name, _ in self._model.named_parameters()}
+        for name, weight in self._full_weights():
+            if self._rank == 0 and name in names:
+                state[name] = weight.detach().to("cpu", self._original_dtype, copy=True)
+        if self._rank != 0:
+            return
+        state |= {name: buffer.cpu() for name, buffer in _persistent_buffers(self._model)}
+        self._model.save_pretrained(directory, state_dict=state)
+        for file in self._student_path.iterdir():
+            if file.is_file() and not file.name.endswith(_WEIGHT_FILES):
+                shutil.copyfile(file, Path(directory) / file.name)
+
+    def _load_student(self) -> torch.nn.Module:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import is_flash_attn_2_available
+
+        learner = self._config.learner
+        dtype = getattr(torch, learner.dtype)
+        flash = self._cuda and dtype == torch.bfloat16 and is_flash_attn_2_available()
+        model = AutoModelForCausalLM.from_pretrained(
+            self._student_path,
+            dtype="auto",
+            attn_implementation="flash_attention_2" if flash else "sdpa",
+        )
+        self._original_dtype = model.dtype
+        model = model.to(self._device, dtype).train()
+        disable_dropout(model)
+        if learner.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    def _engine_config(self) -> dict[str, Any]:
+        """DeepSpeed's configuration; buckets no larger than the model, as it allocates them whole."""
+        learner = self._config.learner
+        bucket = min(self._num_parameters, 200_000_000)
+        bfloat16 = learner.dtype == "bfloat16"
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,  # not used: boundaries and denominators are ours
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0 if self._clips_here else learner.gradient_clip,
+            "steps_per_print": 2**31,
+            "bf16": {"enabled": bfloat16},
+            "zero_optimization": {
+                "stage": learner.zero_stage,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
+                "stage3_prefetch_bucket_size": min(self._num_parameters, 50_000_000),
+                # DeepSpeed keeps parameters below this size whole; its 100 000 would keep a small model whole.
+                "stage3_param_persistence_threshold": min(100_000, self._num_parameters // 1000),
+            },
+        }
+        if bfloat16 and learner.zero_stage > 0:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        return config
+
+    @property
+    def _clips_here(self) -> bool:
+        """Without ZeRO and in float32 DeepSpeed steps the plain optimizer and reports no gradient norm."""
+        return self._config.learner.zero_stage == 0 and self._config.learner.dtype == "float32"
+
+    def _backward(self, plan: StepPlan, index: int, payloads: dict[int, Payload]) -> dict[str, torch.Tensor]:
+        """Accumulates the gradient of one micro-batch; its share of the step's metrics."""
+        batch = collate(plan.micro_batches[index], payloads, packing=self._config.learner.packing).to(self._device)
+        logits = self._engine(batch.input_ids, batch.position_ids, batch.logit_index)
+        try:
+            loss, metrics = self._objective(logits, batch, plan.denominators)
+        except RunError as error:
+            raise RunError(f"learner rank {self._rank}, step {plan.step}: {error}") from None
+        # DeepSpeed averages gradients over ranks, but the loss is already divided by global counts.
+        self._engine.backward(loss * self._config.learner.num_ranks, scale_wrt_gas=False)
+        return metrics
+
+    def _optimizer_step(self, step: int) -> float:
+        """Clips, steps optimizer and schedule; the global gradient norm before clipping."""
+        if self._clips_here:
+            clip = self._config.learner.gradient_clip
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), clip))
+            self._check_norm(grad_norm, step)
+            self._engine.step()
+            return grad_norm
+        self._engine.step()
+        grad_norm = float(self._engine.get_global_grad_norm())
+        self._check_norm(grad_norm, step)
+        return grad_norm
+
+    def _check_norm(self, grad_norm: float, step: int) -> None:
+        if not math.isfinite(grad_norm):
+            raise RunError(
+                f"learner rank {self._rank}, step {step}: the gradient norm is {grad_norm} although the loss is "
+                "finite; lower learner.lr, or train in float32"
+            )
+
+    def _full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each parameter whole, valid until the next is asked for; every rank must ask under ZeRO-3."""
+        if self._config.learner.zero_stage < 3:
+            yield from ((name, parameter.data) for name, parameter in weights_of(self._model))
+            return
+        import deepspeed
+
+        for name, parameter in weights_of(self._model):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield name, parameter.data
+
+
+def _persistent_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    saved = model.state_dict().keys()
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, quiet, and told not to compile its shared-memory extension (a minute at first use)."""
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed

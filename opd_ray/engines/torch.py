@@ -1,0 +1,327 @@
+"""transformers behind the two engine Protocols.
+
+``TorchScoringEngine`` is a padded forward pass. ``TorchGenerationEngine`` is the reference that
+vLLM is compared with: continuous batching in a few lines, at a fraction of the speed.
+Both run on CPUs and on CUDA; neither knows of tokenizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from opd_ray.engines import Rollout, Scores, Unfinished, response_budget
+from opd_ray.errors import WeightSyncError
+from opd_ray.messages import Finished, FinishReason, GenerationRequest, TransferGroup, WeightManifest
+from opd_ray.weights.receivers import WeightReceiver, make_receiver
+
+
+class TorchScoringEngine:
+    """ScoringEngine as one forward pass per batch of sequences of similar length."""
+
+    def __init__(
+        self, *, path: str, dtype: str = "float32", device: str | None = None, max_batch_tokens: int = 8192
+    ) -> None:
+        """``max_batch_tokens`` bounds rows × longest row of one pass; ``device`` is by default the GPU if there is one."""
+        self._model = _load(path, dtype, device)
+        self._max_batch_tokens = max_batch_tokens
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[Rollout], top_k: int) -> list[Scores]:
+        scores: dict[int, Scores] = {}
+        for batch in self._batches(sequences):
+            rows = [sequences[index] for index in batch]
+            scores.update(zip(batch, self._score_batch(rows, top_k), strict=True))
+        return [scores[index] for index in range(len(sequences))]
+
+    def _batches(self, sequences: Sequence[Rollout]) -> Iterator[list[int]]:
+        """Indices of ``sequences``, longest first, in groups whose padded size keeps to the bound."""
+        lengths = [len(sequence.prompt_tokens) + len(sequence.response_tokens) for sequence in sequences]
+        order = sorted(range(len(sequences)), key=lambda index: -lengths[index])
+        while order:
+            num_rows = max(1, self._max_batch_tokens // max(1, lengths[order[0]]))
+            yield order[:num_rows]
+            order = order[num_rows:]
+
+    def _score_batch(self, rows: list[Rollout], top_k: int) -> list[Scores]:
+        tokens = [np.concatenate([row.prompt_tokens, row.response_tokens]).astype(np.int64) for row in rows]
+        input_ids, attention_mask = _pad_right(tokens, self._model.device)
+        # Position t predicts token t + 1; only positions that predict some row's response go
+        # through the output layer, whose logits are the largest tensor of the pass.
+        start = min(len(row.prompt_tokens) for row in rows) - 1
+        stop = input_ids.shape[1] - 1
+        logits = self._model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            logits_to_keep=torch.arange(start, stop, device=input_ids.device),
+        ).logits
+        lengths = [len(row.response_tokens) for row in rows]
+        where = [
+            index * (stop - start) + len(row.prompt_tokens) - 1 - start + np.arange(length)
+            for index, (row, length) in enumerate(zip(rows, lengths, strict=True))
+        ]
+        chosen = logits.flatten(0, 1)[torch.from_numpy(np.concatenate(where)).to(logits.device)]
+        responses = np.concatenate([row.response_tokens for row in rows]).astype(np.int64)
+        return _split(_token_scores(chosen, responses, top_k), lengths)
+
+
+def _token_scores(logits: Tensor, tokens: np.ndarray, top_k: int) -> Scores:
+    """Scores of N tokens from the logits [N, vocabulary] that predict them."""
+    logprobs = logits.float().log_softmax(-1)
+    own = logprobs.gather(1, torch.from_numpy(tokens).to(logits.device)[:, None])[:, 0]
+    values, ids = logprobs.topk(min(top_k, logprobs.shape[1]), dim=1)
+    return Scores(
+        logprobs=own.cpu().numpy(), topk_ids=ids.to(torch.int32).cpu().numpy(), topk_logprobs=values.cpu().numpy()
+    )
+
+
+def _split(scores: Scores, lengths: Sequence[int]) -> list[Scores]:
+    ends = np.cumsum(lengths)
+    return [
+        Scores(
+            logprobs=scores.logprobs[end - length : end],
+            topk_ids=scores.topk_ids[end - length : end],
+            topk_logprobs=scores.topk_logprobs[end - length : end],
+        )
+        for end, length in zip(ends, lengths, strict=True)
+    ]
+
+
+class _Response:
+    """One running response of TorchGenerationEngine."""
+
+    def __init__(self, request: GenerationRequest, budget: int, device: torch.device) -> None:
+        self.request = request
+        self.budget = budget
+        self.generator = torch.Generator(device).manual_seed(request.seed)
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.versions: list[int] = []
+
+    def append(self, token: int, logprob: float, version: int) -> None:
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.versions.append(version)
+
+    @property
+    def prefix(self) -> np.ndarray:
+        """Prompt and what was sampled so far."""
+        return np.asarray([*self.request.prompt_tokens, *self.tokens], dtype=np.int64)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        if self.tokens and self.tokens[-1] in self.request.sampling.stop_token_ids:
+            return "stop"
+        return "length" if len(self.tokens) >= self.budget else None
+
+    def finished(self) -> Finished:
+        return Finished(
+            request_id=self.request.request_id,
+            tokens=np.asarray(self.tokens, dtype=np.int32),
+            logprobs=np.asarray(self.logprobs, dtype=np.float32),
+            weight_versions=np.asarray(self.versions, dtype=np.int32),
+            finish_reason=self.finish_reason,
+        )
+
+
+class TorchGenerationEngine:
+    """GenerationEngine on a transformers model.
+
+    The running responses share one key-value cache [rows, heads, width, head size] whose rows end
+    at the same column (left padding); rows join and leave between steps. A weight update drops
+    the cache, and the next step prefills every response again.
+    """
+
+    weight_version: int
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        dtype: str = "float32",
+        device: str | None = None,
+        max_num_seqs: int = 64,
+        max_context_tokens: int | None = None,
+        weight_backend: str = "gloo",
+    ) -> None:
+        self._model = _load(path, dtype, device)
+        self._max_num_seqs = max_num_seqs
+        limit = self._model.config.get_text_config().max_position_embeddings
+        self._max_context_tokens = min(max_context_tokens or limit, limit)
+        self._receiver: WeightReceiver = make_receiver(weight_backend, self._model.device)
+        self._waiting: list[_Response] = []
+        self._running: list[_Response] = []
+        self._cache: _Cache | None = None
+        self.weight_version = 0
+
+    def submit(self, request: GenerationRequest) -> None:
+        budget = response_budget(request, self._max_context_tokens)
+        self._waiting.append(_Response(request, budget, self._model.device))
+
+    @torch.inference_mode()
+    def step(self) -> list[Finished]:
+        free = self._max_num_seqs - len(self._running)
+        entering, self._waiting = self._waiting[:free], self._waiting[free:]
+        logits = []
+        if self._running:
+            last = torch.tensor([[response.tokens[-1]] for response in self._running], device=self._model.device)
+            logits.append(self._cache.extend(self._model, last))
+        if entering:
+            prefilled, entered = _Cache.prefill(self._model, [response.prefix for response in entering])
+            logits.append(prefilled)
+            self._cache = entered if self._cache is None else self._cache.joined(entered)
+            self._running = self._running + entering
+        for response, row in zip(self._running, torch.cat(logits) if logits else (), strict=True):
+            token, logprob = _sample(row.float(), response)
+            response.append(token, logprob, self.weight_version)
+        return self._leave()
+
+    def connect(self, group: TransferGroup) -> None:
+        self._receiver.connect(group)
+
+    @torch.no_grad()
+    def update_weights(self, manifest: WeightManifest, unfinished: Unfinished) -> None:
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        if missing := parameters.keys() - set(manifest.names):
+            raise WeightSyncError(
+                f"weights: the broadcast of version {manifest.version} leaves out {len(missing)} parameters of the "
+                f"generator, as {min(missing)}; send the same architecture that the generator loaded"
+            )
+        for name, tensor in self._receiver.receive(manifest):
+            parameters[name].copy_(tensor)
+        self.weight_version = manifest.version
+        # Kept responses are prefilled again, ahead of those that have not begun.
+        kept = self._running
+        if unfinished == "restart":
+            kept = [_Response(response.request, response.budget, self._model.device) for response in kept]
+        self._waiting, self._running, self._cache = kept + self._waiting, [], None
+
+    def _leave(self) -> list[Finished]:
+        """Returns the responses that ended and takes their rows out of the cache."""
+        stay = [row for row, response in enumerate(self._running) if response.finish_reason is None]
+        finished = [response.finished() for response in self._running if response.finish_reason is not None]
+        if finished:
+            self._running = [self._running[row] for row in stay]
+            self._cache = self._cache.rows(stay) if stay else None
+        return finished
+
+
+class _Cache:
+    """Key-value cache of R responses, aligned at their last column.
+
+    ``layers`` holds keys and values [R, heads, width, head size] of each layer; ``lengths`` [R]
+    how many of the last columns of a row are real.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]], lengths: Tensor) -> None:
+        self.layers = layers
+        self.lengths = lengths
+
+    @staticmethod
+    def prefill(model: PreTrainedModel, prefixes: Sequence[np.ndarray]) -> tuple[Tensor, _Cache]:
+        """Next-token logits [R, vocabulary] of the prefixes, and their cache."""
+        lengths = torch.tensor([len(prefix) for prefix in prefixes], device=model.device)
+        width = int(lengths.max())
+        input_ids = torch.zeros((len(prefixes), width), dtype=torch.int64)
+        for row, prefix in enumerate(prefixes):
+            input_ids[row, width - len(prefix) :] = torch.from_numpy(prefix)
+        return _Cache([], lengths)._forward(model, input_ids.to(model.device))
+
+    def extend(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
+        """Appends one token [R, 1] to each row and returns the logits [R, vocabulary] after it."""
+        logits, grown = _Cache(self.layers, self.lengths + 1)._forward(model, tokens)
+        self.layers, self.lengths = grown.layers, grown.lengths
+        return logits
+
+    def joined(self, other: _Cache) -> _Cache:
+        """The rows of both, the narrower one padded on the left."""
+        width = max(self._width, other._width)
+        layers = [
+            (
+                torch.cat([_widen(keys, width), _widen(other_keys, width)]),
+                torch.cat([_widen(values, width), _widen(other_values, width)]),
+            )
+            for (keys, values), (other_keys, other_values) in zip(self.layers, other.layers, strict=True)
+        ]
+        return _Cache(layers, torch.cat([self.lengths, other.lengths]))
+
+    def rows(self, rows: list[int]) -> _Cache:
+        """Only these rows, without the columns that none of them uses."""
+        index = torch.tensor(rows, device=self.lengths.device)
+        lengths = self.lengths[index]
+        unused = self._width - int(lengths.max())
+        return _Cache([(keys[index, :, unused:], values[index, :, unused:]) for keys, values in self.layers], lengths)
+
+    @property
+    def _width(self) -> int:
+        return self.layers[0][0].shape[2]
+
+    def _forward(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, _Cache]:
+        """Runs new columns [R, n] on top of the cached ones; ``lengths`` counts the new ones already."""
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(self.layers):
+            cache.update(keys, values, index)
+        num_new = input_ids.shape[1]
+        width = num_new + (self._width if self.layers else 0)
+        columns = torch.arange(width, device=input_ids.device)
+        attention_mask = (columns >= width - self.lengths[:, None]).to(torch.int64)
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -num_new:]
+        logits = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        return logits, _Cache([(layer.keys, layer.values) for layer in cache.layers], self.lengths)
+
+
+def _widen(tensor: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[2], 0))
+
+
+def _sample(logits: Tensor, response: _Response) -> tuple[int, float]:
+    """One token from logits [vocabulary] and its log-prob under the distribution it came from.
+
+    Greedy (temperature 0) reports the untempered distribution, as vLLM does.
+    """
+    sampling = response.request.sampling
+    if sampling.temperature == 0:
+        logprobs = logits.log_softmax(-1)
+        token = int(logprobs.argmax())
+        return token, float(logprobs[token])
+    logprobs = (logits / sampling.temperature).log_softmax(-1)
+    if sampling.top_p < 1:
+        logprobs = _nucleus(logprobs, sampling.top_p)
+    token = int(torch.multinomial(logprobs.exp(), 1, generator=response.generator))
+    return token, float(logprobs[token])
+
+
+def _nucleus(logprobs: Tensor, top_p: float) -> Tensor:
+    """Renormalised log-probs of the smallest set of tokens that holds ``top_p`` of the mass."""
+    ordered, ids = logprobs.sort(descending=True)
+    before = ordered.exp().cumsum(0) - ordered.exp()
+    outside = ids[before >= top_p]
+    return logprobs.index_fill(0, outside, -torch.inf).log_softmax(-1)
+
+
+def _pad_right(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [R, longest] padded with 0, and the mask of real ones."""
+    lengths = torch.tensor([len(row) for row in rows])
+    input_ids = torch.zeros((len(rows), int(lengths.max())), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = torch.from_numpy(row)
+    mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    return input_ids.to(device), mask.to(device, torch.int64)
+
+
+def _load(path: str, dtype: str, device: str | None) -> PreTrainedModel:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,75 @@
+"""What is measured on rollouts, and where measurements go.
+
+One name, three places: ``rollouts/length`` in TensorBoard is ``ray_opd_rollouts_length`` on Ray's metrics
+port, and ``rollouts/length`` in metrics.jsonl. Rates are shares of 1, times are seconds, log-probs nats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from ray.util.metrics import Gauge
+from torch.utils.tensorboard import SummaryWriter
+
+from opd_ray.messages import RolloutMeta
+
+
+def is_repetitive(text: str, *, window_chars: int, ratio: float) -> bool:
+    """rep(o) of StableOPD (arXiv 2604.08527): the last ``window_chars`` characters, as UTF-8,
+    shrink by more than ``ratio`` under zlib. A text shorter than the window is never repetitive."""
+    if len(text) < window_chars:
+        return False
+    tail = text[-window_chars:].encode()
+    return len(tail) / len(zlib.compress(tail)) > ratio
+
+
+def rollout_metrics(metas: Sequence[RolloutMeta], version: int) -> dict[str, float]:
+    """Metrics of the student rollouts that a step trains on; ``version`` is that of the weights it trains."""
+    if not metas:
+        return {}
+    lengths = np.array([meta.num_response_tokens for meta in metas])
+    truncated = np.array([meta.truncated for meta in metas])
+    oldest = np.array([meta.oldest_version for meta in metas])
+    return {
+        "rollouts/accuracy": float(np.mean([meta.correct for meta in metas])),
+        "rollouts/truncation_rate": float(truncated.mean()),
+        "rollouts/repetition_rate": float(np.mean([meta.repetitive for meta in metas])),
+        "rollouts/truncated_token_share": float(lengths[truncated].sum() / lengths.sum()),
+        "rollouts/length": float(lengths.mean()),
+        "rollouts/length_p50": float(np.quantile(lengths, 0.5)),
+        "rollouts/length_p95": float(np.quantile(lengths, 0.95)),
+        "rollouts/behaviour_logprob": float(np.mean([meta.mean_behaviour_logprob for meta in metas])),
+        "staleness/mean": float(version - np.average([meta.mean_version for meta in metas], weights=lengths)),
+        "staleness/max": float(version - oldest.min()),
+    }
+
+
+class MetricsWriter:
+    """Writes one step's metrics to TensorBoard, to Ray's metrics port and to metrics.jsonl."""
+
+    def __init__(self, run_dir: Path, first_step: int = 0) -> None:
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
+        self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._gauges: dict[str, Gauge] = {}
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """``step`` counts finished optimizer steps; values that are not finite are left out."""
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        for name, value in finite.items():
+            self._board.add_scalar(name, value, step)
+            self._gauge(name).set(value)
+        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def close(self) -> None:
+        self._board.close()
+        self._lines.close()
+
+    def _gauge(self, name: str) -> Gauge:
+        if name not in self._gauges:
+            self._gauges[name] = Gauge("opd_" + name.replace("/", "_"), description=f"opd_ray metric {name}")
+        return self._gauges[name]

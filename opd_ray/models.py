@@ -1,0 +1,188 @@
+"""What a Hugging Face checkpoint says about itself, read without loading its weights.
+
+Preflight compares the facts of student, teacher and reference. Every failure is an InputError of one
+line that begins with the configuration field the checkpoint came from, as ``teacher.path=/some/where``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opd_ray.errors import InputError
+
+_REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_HUB_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """One checkpoint: what must agree between models that score each other's tokens."""
+
+    name: str
+    """Where it was configured and what as: "student.path=/checkpoints/student"."""
+    vocab_size: int
+    """Width of the output layer."""
+    eos_token_ids: tuple[int, ...]
+    """Every token that ends a response; the tokenizer's own EOS comes first."""
+    pad_token_id: int
+    context_tokens: int | None
+    """Longest sequence by its configuration; None where it sets no limit."""
+    tied_embeddings: bool
+    tokenizer: Any = field(repr=False, compare=False)
+
+
+def inspect(config_field: str, path: str) -> ModelFacts:
+    """Facts of the checkpoint directory or Hub id ``path``; InputError if it is missing, incomplete or unreadable."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    name = f"{config_field}={path}"
+    local_only = _locate(name, path)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=local_only).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_only)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, … by the kind of damage
+        raise InputError(f"{name}: not a checkpoint that transformers can read ({_brief(error)})") from None
+    try:
+        generation = GenerationConfig.from_pretrained(path, local_files_only=local_only)
+    except OSError:
+        generation = None  # the file is optional: config.json then says what EOS is
+    eos = _eos_ids(name, generation, config, tokenizer)
+    largest = max(tokenizer.get_vocab().values())
+    if max(largest, *eos) >= config.vocab_size:
+        raise InputError(
+            f"{name}: its tokenizer or EOS has token id {max(largest, *eos)}, but config.json gives the model "
+            f"vocab_size {config.vocab_size}; use the tokenizer the model was trained with"
+        )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else getattr(config, "pad_token_id", None)
+    return ModelFacts(
+        name=name,
+        vocab_size=config.vocab_size,
+        eos_token_ids=eos,
+        pad_token_id=eos[0] if pad is None else pad,
+        context_tokens=getattr(config, "max_position_embeddings", None),
+        tied_embeddings=bool(config.tie_word_embeddings),
+        tokenizer=tokenizer,
+    )
+
+
+def check_agreement(student: ModelFacts, scorer: ModelFacts, eos_map: Mapping[int, int], eos_field: str) -> None:
+    """Refuses a scorer whose token ids or EOS set mean something else than the student's."""
+    if student.vocab_size != scorer.vocab_size:
+        raise InputError(
+            f"vocabularies differ: {scorer.name} has vocab_size {scorer.vocab_size}, {student.name} has "
+            f"{student.vocab_size}; token log-probs compare only between models of one vocabulary"
+        )
+    ours, theirs = student.tokenizer.get_vocab(), scorer.tokenizer.get_vocab()
+    if ours != theirs:
+        token, id_ = min(ours.items() ^ theirs.items(), key=lambda item: (item[1], item[0]))
+        raise InputError(
+            f"vocabularies differ: token {token!r} is {_id(theirs, token)} in {scorer.name} but {_id(ours, token)} "
+            f"in {student.name} (the first of {len(dict(ours.items() ^ theirs.items()))} differences, at id {id_}); "
+            "use models of one tokenizer"
+        )
+    _check_eos(student, scorer, eos_map, eos_field)
+
+
+def _check_eos(student: ModelFacts, scorer: ModelFacts, eos_map: Mapping[int, int], eos_field: str) -> None:
+    ours, theirs = set(student.eos_token_ids), set(scorer.eos_token_ids)
+    for kind, ids, known in (("the student", set(eos_map), ours), (scorer.name, set(eos_map.values()), theirs)):
+        if wrong := sorted(ids - known):
+            raise InputError(
+                f"{eos_field} names token {wrong[0]}, which is no EOS of {kind} (those are {sorted(known)}); "
+                "it maps EOS ids of the student to EOS ids of that model"
+            )
+    unmapped = sorted(token for token in ours if eos_map.get(token, token) not in theirs)
+    if unmapped or (not eos_map and ours != theirs):
+        example = f"{{{min(ours)}: {min(theirs)}}}" if unmapped else f"{{{min(ours & theirs)}: {min(ours & theirs)}}}"
+        raise InputError(
+            f"EOS sets differ: {student.name} ends with {sorted(ours)}, {scorer.name} with {sorted(theirs)}; give both "
+            f"the same eos_token_id in generation_config.json or declare the mapping, as {eos_field}='{example}'"
+        )
+
+
+def _locate(name: str, path: str) -> bool:
+    """Checks that the checkpoint is there and complete; True when only local files can be had."""
+    directory = Path(path)
+    if directory.is_dir():
+        _check_directory(name, directory)
+        return True
+    if directory.exists():
+        raise InputError(f"{name}: is a file; give the directory that has config.json and the weights")
+    if not _REPO_ID.fullmatch(path):
+        raise InputError(f"{name}: no such directory; give a Hugging Face checkpoint directory")
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        # One request with a deadline: from_pretrained alone would retry for half a minute without a network.
+        HfApi().model_info(path, timeout=_HUB_TIMEOUT_S)
+        return False
+    except Exception as error:
+        if isinstance(try_to_load_from_cache(path, "config.json"), str):
+            return True
+        raise InputError(
+            f"{name}: neither a directory here nor a checkpoint of the Hugging Face Hub or its local cache "
+            f"({_brief(error)}); give an existing directory or org/name"
+        ) from None
+
+
+def _check_directory(name: str, directory: Path) -> None:
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{name}: has no config.json; give a directory that save_pretrained wrote")
+    if not any((directory / file).is_file() for file in _TOKENIZER_FILES):
+        raise InputError(f"{name}: has no tokenizer (tokenizer.json); save the model's tokenizer beside its weights")
+    weights = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
+    if not weights:
+        raise InputError(f"{name}: has no weights (*.safetensors or pytorch_model*.bin); is the download complete?")
+    for index in directory.glob("*.index.json"):
+        try:
+            missing = sorted(
+                {
+                    shard
+                    for shard in json.loads(index.read_text())["weight_map"].values()
+                    if not (directory / shard).is_file()
+                }
+            )
+        except (ValueError, KeyError, AttributeError):
+            raise InputError(f"{name}: {index.name} is damaged; fetch the checkpoint again") from None
+        if missing:
+            raise InputError(f"{name}: {index.name} names {missing[0]}, which is not there; is the download complete?")
+    for file in weights:
+        _check_safetensors(name, file)
+
+
+def _check_safetensors(name: str, file: Path) -> None:
+    """Opens the file's header, which tells a truncated file from a whole one without reading it."""
+    if file.suffix != ".safetensors":
+        return
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            tensors.keys()
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{name}: {file.name} is damaged ({_brief(error)}); fetch the checkpoint again") from None
+
+
+def _eos_ids(name: str, generation: Any, config: Any, tokenizer: Any) -> tuple[int, ...]:
+    for source in (generation, config):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            ids = dict.fromkeys([found] if isinstance(found, int) else found)
+            return tuple(sorted(ids, key=lambda id_: id_ != tokenizer.eos_token_id))
+    raise InputError(f"{name}: neither generation_config.json nor config.json has eos_token_id; set it")
+
+
+def _id(vocabulary: Mapping[str, int], token: str) -> str:
+    return f"id {vocabulary[token]}" if token in vocabulary else "absent"
+
+
+def _brief(error: Exception) -> str:
+    """The first line of a foreign error, which may have many."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,180 @@
+"""What watches a run from inside the driver: metrics, the rollout log, the progress lines, checkpoints, the summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opd_ray import checkpoint
+from opd_ray.config import Config
+from opd_ray.evaluate import Evaluation
+from opd_ray.metrics import MetricsWriter
+from opd_ray.pipeline import Rooms, StepReport
+from opd_ray.pool import Pool
+
+
+class Rates:
+    """Adds throughput and idle shares, over the steps since the last report, to a step's metrics."""
+
+    def __init__(self, rooms: Rooms) -> None:
+        self._rooms = rooms
+        self._since = time.monotonic()
+        self._busy = {room: pool.busy_s() for room, pool in rooms.all.items()}
+
+    def of(self, report: StepReport) -> dict[str, float]:
+        now, busy = time.monotonic(), {room: pool.busy_s() for room, pool in self._rooms.all.items()}
+        wall = now - self._since
+        tokens = sum(entry.meta.num_response_tokens for entry in report.entries if entry.meta.source == "student")
+        rates = {f"idle/{room}": max(0.0, 1 - (busy[room] - self._busy[room]) / wall) for room in busy}
+        self._since, self._busy = now, busy
+        return {"throughput/tokens_per_s": tokens / wall, "throughput/step_s": wall, **rates}
+
+
+class Metrics:
+    """Every step to TensorBoard, Ray's metrics port and metrics.jsonl."""
+
+    def __init__(self, writer: MetricsWriter, rooms: Rooms) -> None:
+        self._writer, self._rates = writer, Rates(rooms)
+
+    async def on_step(self, report: StepReport) -> None:
+        values = report.metrics | self._rates.of(report)
+        if report.evaluation:
+            values |= evaluation_metrics(report.evaluation)
+        self._writer.write(report.step, values)
+
+
+class RolloutLog:
+    """The rollouts of every n-th step to rollouts/*.parquet, written by an actor while the run goes on."""
+
+    def __init__(self, recorder: Pool, every_steps: int) -> None:
+        self._recorder, self._every = recorder, every_steps
+
+    async def on_step(self, report: StepReport) -> None:
+        if self._every and (report.step == 1 or report.step % self._every == 0):
+            await self._recorder.call_all("write", report.step, list(report.entries))
+
+
+class Checkpoints:
+    """The learner's state, every so many steps."""
+
+    def __init__(self, run_dir: Path, learner: Pool, every_steps: int, keep: int) -> None:
+        self._run_dir, self._learner, self._every, self._keep = run_dir, learner, every_steps, keep
+
+    async def on_step(self, report: StepReport) -> None:
+        if self._every and report.step % self._every == 0:
+            await checkpoint.save(self._run_dir, report.step, self._learner, self._keep)
+
+
+class Progress:
+    """One line on the console every few seconds, and the same as JSON in progress.jsonl."""
+
+    def __init__(self, run_dir: Path, steps: int, first_step: int = 0, every_s: float = 2.0) -> None:
+        self._lines = (run_dir / "progress.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._steps, self._first, self._every_s = steps, first_step, every_s
+        self._began = self._printed = time.monotonic()
+        self._tokens = 0
+
+    async def on_step(self, report: StepReport) -> None:
+        student = [entry.meta for entry in report.entries if entry.meta.source == "student"]
+        self._tokens += sum(meta.num_response_tokens for meta in student)
+        now = time.monotonic()
+        due = now - self._printed >= self._every_s or report.step in (self._first + 1, self._steps)
+        if not (due or report.evaluation):
+            return
+        done = report.step - self._first
+        line = {
+            "phase": "train",
+            "step": report.step,
+            "steps": self._steps,
+            "accuracy": report.metrics.get("rollouts/accuracy"),
+            "length": report.metrics.get("rollouts/length"),
+            "truncation": report.metrics.get("rollouts/truncation_rate"),
+            "loss": report.metrics["learner/loss"],
+            "staleness": report.metrics.get("staleness/mean"),
+            "tokens_per_s": self._tokens / max(now - self._printed, 1e-9),
+            "seconds_left": (self._steps - report.step) * (now - self._began) / done,
+        }
+        self._printed, self._tokens = now, 0
+        self._lines.write(json.dumps(line) + "\n")
+        print(_line(line), flush=True)
+        if report.evaluation:
+            say_evaluation(f"step {report.step}", report.evaluation)
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+class Summary:
+    """Adds up what summary.json reports."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._steps: list[dict[str, float]] = []
+        self._rollout_tokens = self._trained_tokens = 0
+
+    async def on_step(self, report: StepReport) -> None:
+        self._steps.append(report.metrics)
+        for entry in report.entries:
+            self._trained_tokens += entry.meta.num_response_tokens
+            self._rollout_tokens += entry.meta.num_response_tokens if entry.meta.source == "student" else 0
+
+    def result(self, config: Config, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+        wall = time.monotonic() - self._began
+        sync = self._values("learner/weight_sync_s")
+        staleness = self._values("staleness/mean")
+        return {
+            "method": config.method,
+            "seed": config.seed,
+            "steps": config.learner.steps,
+            "wall_s": wall,
+            "rollout_tokens": self._rollout_tokens,
+            "trained_tokens": self._trained_tokens,
+            "tokens_per_s": self._rollout_tokens / wall,
+            "learner_idle_share": sum(self._values("learner/wait_s")) / wall,
+            "weight_sync_s": {"p50": float(np.median(sync)), "max": max(sync)},
+            "staleness": {
+                "mean": float(np.mean(staleness)) if staleness else 0.0,
+                "max": max(self._values("staleness/max"), default=0.0),
+            },
+            "max_truncation_rate": max(self._values("rollouts/truncation_rate"), default=0.0),
+            "eval_before": asdict(before) if before else None,
+            "eval_after": asdict(after) if after else None,
+            "guard_events": [],
+            "restarts": 0,
+        }
+
+    def _values(self, name: str) -> list[float]:
+        return [metrics[name] for metrics in self._steps if name in metrics]
+
+
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """An evaluation under the names that metrics have."""
+    return {f"evaluation/{name}": float(value) for name, value in asdict(evaluation).items()}
+
+
+def say_evaluation(when: str, evaluation: Evaluation) -> None:
+    print(
+        f"evaluation {when}: greedy {evaluation.accuracy_greedy:.3f}, sampled {evaluation.accuracy_sampled:.3f}, "
+        f"truncated {evaluation.truncation_rate:.3f}, repetitive {evaluation.repetition_rate:.3f}, "
+        f"length {evaluation.mean_length:.1f} ({evaluation.num_problems} problems)",
+        flush=True,
+    )
+
+
+def _line(line: dict[str, Any]) -> str:
+    minutes, seconds = divmod(round(line["seconds_left"]), 60)
+    parts = [f"step {line['step']:>4}/{line['steps']}"]
+    if line["accuracy"] is not None:
+        parts += [
+            f"accuracy {line['accuracy']:.2f}",
+            f"length {line['length']:5.1f}",
+            f"truncated {line['truncation']:.2f}",
+            f"staleness {line['staleness']:.1f}",
+        ]
+    parts += [f"loss {line['loss']:.3f}", f"{line['tokens_per_s']:6,.0f} tok/s", f"{minutes}:{seconds:02d} left"]
+    return " | ".join(parts)

@@ -1,0 +1,68 @@
+"""Endless, reproducible orders over a data set: prompt ``i`` of a run depends on the seed alone.
+
+That is what makes resuming exact: a run that trained ``n`` prompts goes on with prompt ``n``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from opd_ray.messages import PromptGroup
+from opd_ray.tasks import Task
+
+
+class Shuffled:
+    """Position ``i`` to row index: every row once per epoch, a new order each epoch."""
+
+    def __init__(self, num_rows: int, seed: int, shuffle: bool = True) -> None:
+        self._num_rows, self._seed, self._shuffle = num_rows, seed, shuffle
+        self._epoch, self._order = -1, np.arange(num_rows)
+
+    def __getitem__(self, position: int) -> int:
+        epoch, offset = divmod(position, self._num_rows)
+        if not self._shuffle:
+            return offset
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(self._num_rows)
+        return int(self._order[offset])
+
+
+class PromptStream:
+    """Slot number to the prompt that is admitted in it."""
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        task: Task,
+        tokenizer: Any,
+        order: Shuffled | None,
+        num_responses: int,
+        seed: int,
+    ) -> None:
+        self._rows, self._task, self._tokenizer, self._order = rows, task, tokenizer, order
+        self._num_responses, self._seed = num_responses, seed
+
+    def __len__(self) -> int:
+        """Rows of one epoch; slots go on beyond it."""
+        return len(self._rows)
+
+    def __getitem__(self, slot: int) -> PromptGroup:
+        row = dict(self._rows[slot if self._order is None else self._order[slot]])
+        return PromptGroup(
+            slot=slot,
+            prompt_id=str(row["id"]),
+            prompt_tokens=tuple(self._task.format_prompt(row, self._tokenizer)),
+            row=row,
+            num_responses=self._num_responses,
+            seed=_request_seed(self._seed, slot * self._num_responses),
+        )
+
+
+def _request_seed(seed: int, index: int) -> int:
+    """A sampling seed below 2**62, well apart for neighbouring runs and requests."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 2)

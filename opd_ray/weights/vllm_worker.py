@@ -1,0 +1,107 @@
+"""What runs inside vLLM's worker processes: the gloo backend and the update call.
+
+vLLM imports this module in every worker, because ``WorkerExtension`` is named as the engine's
+``worker_extension_cls``; the import registers "gloo" beside vLLM's own transfer backends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from opd_ray.errors import WeightSyncError
+from opd_ray.messages import TransferGroup, WeightManifest
+from opd_ray.weights.gloo import GlooGroup, receive
+
+
+@dataclass
+class GlooInitInfo(WeightTransferInitInfo):
+    """A TransferGroup whose rank is that of the engine's first worker."""
+
+    host: str
+    port: int
+    rank_offset: int
+    world_size: int
+    timeout_s: float
+    bucket_bytes: int
+
+
+@dataclass
+class GlooUpdateInfo(WeightTransferUpdateInfo):
+    """The manifest of one broadcast."""
+
+    version: int
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+    """vLLM's checkpoint-format update with gloo instead of NCCL underneath."""
+
+    init_info_cls = GlooInitInfo
+    update_info_cls = GlooUpdateInfo
+    _members: GlooGroup | None = None
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        self._members = GlooGroup(
+            TransferGroup(
+                backend="gloo",
+                host=init_info.host,
+                port=init_info.port,
+                rank=init_info.rank_offset + self.parallel_config.rank,
+                world_size=init_info.world_size,
+                timeout_s=init_info.timeout_s,
+                bucket_bytes=init_info.bucket_bytes,
+            )
+        )
+
+    def start_weight_update(self) -> None:
+        if self._members is None:
+            raise WeightSyncError("weights: update_weights was called before connect; connect the engine first")
+        # The CPU build repacks linear weights after loading; only a load inside the layer-wise
+        # reload repacks them again, in place, so that captured graphs stay valid on GPUs.
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # The base class ends with torch.accelerator.synchronize(), which a CPU build refuses;
+        # load_weights copies on the current stream, which orders it before the next step.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        manifest = WeightManifest(
+            version=update_info.version,
+            names=tuple(update_info.names),
+            dtypes=tuple(update_info.dtype_names),
+            shapes=tuple(tuple(shape) for shape in update_info.shapes),
+        )
+        for bucket in receive(self._members, manifest):
+            self.model.load_weights([(name, tensor.to(self.device)) for name, tensor in bucket])
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        self._members = None
+
+
+class WorkerExtension:
+    """Methods that vLLM mixes into its worker class, called by ``collective_rpc``."""
+
+    def opd_connect(self, init_info: dict[str, Any]) -> None:
+        """Leaves the former transfer group, if any, and joins the one described."""
+        self.shutdown_weight_transfer_engine()
+        self.init_weight_transfer_engine(init_info)
+
+    def opd_update_weights(self, update_info: dict[str, Any]) -> None:
+        """One whole update in one call: between separate calls the engine could step on half-loaded layers."""
+        self.start_weight_update()
+        self.update_weights(update_info)
+        self.finish_weight_update()
+
+
+WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)

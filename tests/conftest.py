@@ -1,0 +1,38 @@
+"""Fixtures that more than one directory of tests uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+VOCAB_SIZE = 32
+MAX_CONTEXT_TOKENS = 96
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoint directories of random 2-layer Qwen3 models, "tied" and "untied" (embeddings)."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    root = tmp_path_factory.mktemp("tiny_model")
+    for seed, name in enumerate(("untied", "tied")):
+        torch.manual_seed(seed)
+        config = Qwen3Config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,  # vLLM's CPU attention refuses smaller heads
+            max_position_embeddings=MAX_CONTEXT_TOKENS,
+            initializer_range=0.2,  # the default gives distributions too flat to tell mistakes from noise
+            tie_word_embeddings=name == "tied",
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+        Qwen3ForCausalLM(config).save_pretrained(root / name)
+    return {name: root / name for name in ("untied", "tied")}

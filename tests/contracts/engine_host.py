@@ -1,0 +1,96 @@
+"""A process that holds engines, so that vLLM does not spoil the one that pytest runs in.
+
+Importing vLLM binds memory, disables ``torch.set_num_threads`` and initialises the default process
+group. The parent calls the engines over a pipe; run as a script, this file is the child.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any
+
+
+class EngineHost:
+    """Starts the child at the first ``build``; calls are answered one at a time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self._pipe: Connection
+        self._lock = threading.Lock()
+
+    def build(self, target: str, **kwargs: Any) -> HostedEngine:
+        """An engine made from "module:Class" in the child; it lives until the host is closed."""
+        if self._process is None:
+            self._start()
+        return HostedEngine(self, self.ask(("build", target, kwargs)))
+
+    def ask(self, message: tuple) -> Any:
+        with self._lock:
+            self._pipe.send(message)
+            outcome, value = self._pipe.recv()
+        if outcome == "error":
+            raise value
+        return value
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._pipe.close()
+            self._process.wait(timeout=30)
+
+    def _start(self) -> None:
+        with Listener() as listener:
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, __file__, str(listener.address)]
+            self._process = subprocess.Popen(command, env=environment)
+            self._pipe = listener.accept()
+
+
+class HostedEngine:
+    """An engine in the child; methods and ``weight_version`` as on the engine itself."""
+
+    def __init__(self, host: EngineHost, key: int) -> None:
+        self._host = host
+        self._key = key
+
+    @property
+    def weight_version(self) -> int:
+        return self._host.ask(("get", self._key, "weight_version"))
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: self._host.ask(("call", self._key, name, args))
+
+
+def _serve(address: str) -> None:
+    engines: list[Any] = []
+    with Client(address) as pipe:
+        while True:
+            try:
+                verb, *rest = pipe.recv()
+            except EOFError:
+                os._exit(0)  # vLLM's own exit takes many seconds and frees nothing that the kernel does not
+            try:
+                pipe.send(("value", _answer(engines, verb, rest)))
+            except Exception as error:
+                pipe.send(("error", error))
+
+
+def _answer(engines: list[Any], verb: str, rest: list[Any]) -> Any:
+    if verb == "build":
+        target, kwargs = rest
+        module, _, name = target.partition(":")
+        engines.append(getattr(importlib.import_module(module), name)(**kwargs))
+        return len(engines) - 1
+    if verb == "get":
+        key, name = rest
+        return getattr(engines[key], name)
+    key, name, args = rest
+    return getattr(engines[key], name)(*args)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

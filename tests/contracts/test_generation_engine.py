@@ -1,0 +1,337 @@
+"""Every GenerationEngine: sampling, continuous batching, and weights that change under way.
+
+The mechanics hold for all engines. Agreement with a transformers forward pass is asked of those
+that have a model, on tied and untied embeddings.
+"""
+
+from __future__ import annotations
+
+import copy
+import socket
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine_host import EngineHost
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from opd_ray.engines import GenerationEngine
+from opd_ray.engines.fake import FakeGenerationEngine
+from opd_ray.engines.torch import TorchGenerationEngine
+from opd_ray.errors import InputError, WeightSyncError
+from opd_ray.messages import Finished, GenerationRequest, SamplingSettings, TransferGroup, WeightManifest
+from opd_ray.weights.gloo import GlooTransport
+from opd_ray.weights.manifest import manifest_of, weights_of
+
+MAX_NUM_SEQS = 8
+MAX_CONTEXT_TOKENS = 96
+SAMPLED = SamplingSettings(temperature=1.0, top_p=1.0, max_response_tokens=24, stop_token_ids=())
+GREEDY = replace(SAMPLED, temperature=0.0)
+WITH_EOS = replace(SAMPLED, max_response_tokens=64, stop_token_ids=(1, 2, 3))
+PROMPTS = [(5, 6, 7), (9, 4, 11, 30, 8), (12,), (20, 21, 22, 23, 24, 25, 26)]
+TOLERANCE = 1e-3
+MODELS = [
+    pytest.param(("vllm", "untied"), marks=pytest.mark.vllm, id="vllm-untied"),
+    pytest.param(("vllm", "tied"), marks=pytest.mark.vllm, id="vllm-tied"),
+    pytest.param(("torch", "untied"), id="torch-untied"),
+    pytest.param(("torch", "tied"), id="torch-tied"),
+]
+ANY = [*MODELS, pytest.param(("fake", "none"), id="fake")]
+
+
+@dataclass
+class Subject:
+    """An engine and, unless it is a fake, the transformers model it started from."""
+
+    engine: GenerationEngine
+    model: PreTrainedModel | None
+    transport: GlooTransport = field(default_factory=GlooTransport)
+
+    def connect(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        group = TransferGroup("gloo", "127.0.0.1", port, 0, 2, timeout_s=20.0, bucket_bytes=2**14)
+        if self.model is None:
+            self.engine.connect(group)
+            return
+        with ThreadPoolExecutor(1) as thread:
+            joined = thread.submit(self.engine.connect, replace(group, rank=1))
+            self.transport.open(group)
+            joined.result()
+
+    def update(self, model: PreTrainedModel | None, version: int, unfinished: str = "keep") -> None:
+        if model is None:
+            self.engine.update_weights(WeightManifest(version, (), (), ()), unfinished)
+            return
+        weights = weights_of(model)
+        manifest = manifest_of(weights, version)
+        with ThreadPoolExecutor(1) as thread:
+            received = thread.submit(self.engine.update_weights, manifest, unfinished)
+            self.transport.send(manifest, weights)
+            received.result()
+
+    def finish(self, count: int) -> dict[str, Finished]:
+        """Steps until ``count`` responses ended."""
+        finished: dict[str, Finished] = {}
+        for _ in range(2000):
+            finished |= {each.request_id: each for each in self.engine.step()}
+            if len(finished) == count:
+                return finished
+        raise AssertionError(f"{len(finished)} of {count} responses ended in 2000 steps")
+
+    def run(self, requests: Sequence[GenerationRequest]) -> list[Finished]:
+        for request in requests:
+            self.engine.submit(request)
+        finished = self.finish(len(requests))
+        return [finished[request.request_id] for request in requests]
+
+
+def _build(kind: str, path: Path | None, host: EngineHost) -> GenerationEngine:
+    if kind == "fake":
+        return FakeGenerationEngine(max_num_seqs=MAX_NUM_SEQS, max_context_tokens=MAX_CONTEXT_TOKENS)
+    if kind == "torch":
+        return TorchGenerationEngine(path=str(path), device="cpu", max_num_seqs=MAX_NUM_SEQS)
+    return host.build(
+        "opd_ray.engines.vllm:VllmGenerationEngine",
+        path=str(path),
+        max_num_seqs=MAX_NUM_SEQS,
+        max_context_tokens=MAX_CONTEXT_TOKENS,
+        kv_cache_bytes=16 * 2**20,
+    )
+
+
+_SUBJECTS: dict[tuple[str, str], Subject] = {}
+
+
+@pytest.fixture
+def subject(
+    request: pytest.FixtureRequest, tiny_model: dict[str, Path], vllm_host: EngineHost
+) -> Iterator[Subject]:
+    """One engine per parameter for the whole module; it gets its first weights back after each test."""
+    kind, variant = request.param
+    if request.param not in _SUBJECTS:
+        path = tiny_model.get(variant)
+        model = None if path is None else AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        _SUBJECTS[request.param] = Subject(_build(kind, path, vllm_host), model)
+    subject = _SUBJECTS[request.param]
+    yield subject
+    if subject.engine.weight_version != 0:
+        subject.update(subject.model, 0)
+
+
+def requests_for(sampling: SamplingSettings, count: int = len(PROMPTS), seed: int = 100) -> list[GenerationRequest]:
+    return [GenerationRequest(f"r{i}", PROMPTS[i % len(PROMPTS)], seed + i, sampling) for i in range(count)]
+
+
+def perturbed(model: PreTrainedModel | None, seed: int = 7) -> PreTrainedModel | None:
+    """A copy with every parameter moved; tied embeddings stay tied."""
+    if model is None:
+        return None
+    moved = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return moved
+
+
+@torch.inference_mode()
+def reference_logits(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]) -> torch.Tensor:
+    """[T, vocabulary] logits that predict the response's tokens."""
+    tokens = torch.tensor([[*prompt, *map(int, response)]])
+    return model(tokens).logits[0, len(prompt) - 1 : -1]
+
+
+def reference_logprobs(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]) -> np.ndarray:
+    logprobs = reference_logits(model, prompt, response).log_softmax(-1)
+    return logprobs[torch.arange(len(response)), torch.tensor(np.asarray(response), dtype=torch.int64)].numpy()
+
+
+def assert_same_distribution(model: PreTrainedModel, request: GenerationRequest, finished: Finished) -> None:
+    expected = reference_logprobs(model, request.prompt_tokens, finished.tokens)
+    np.testing.assert_allclose(finished.logprobs, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("subject", ANY, indirect=True)
+def test_a_stop_token_ends_the_response_and_belongs_to_it(subject: Subject) -> None:
+    finished = subject.run(requests_for(WITH_EOS, count=12))
+    stopped = [each for each in finished if each.finish_reason == "stop"]
+    assert stopped
+    for each in stopped:
+        assert each.tokens[-1] in WITH_EOS.stop_token_ids
+        assert not set(each.tokens[:-1]) & set(WITH_EOS.stop_token_ids)
+
+
+@pytest.mark.parametrize("subject", ANY, indirect=True)
+def test_the_checkpoints_own_eos_does_not_end_a_response(subject: Subject) -> None:
+    finished = subject.run(requests_for(SAMPLED, count=32))
+    assert any(1 in each.tokens[:-1] for each in finished)
+    assert {(len(each.tokens), each.finish_reason) for each in finished} == {(24, "length")}
+
+
+@pytest.mark.parametrize("subject", ANY, indirect=True)
+def test_the_arrays_have_one_entry_per_token(subject: Subject) -> None:
+    for each in subject.run(requests_for(WITH_EOS)):
+        assert (each.tokens.dtype, each.logprobs.dtype, each.weight_versions.dtype) == (np.int32, np.float32, np.int32)
+        assert each.tokens.shape == each.logprobs.shape == each.weight_versions.shape
+
+
+@pytest.mark.parametrize("subject", ANY, indirect=True)
+def test_the_context_bounds_a_response(subject: Subject) -> None:
+    prompt = tuple(4 + i % 20 for i in range(MAX_CONTEXT_TOKENS - 6))
+    (finished,) = subject.run([GenerationRequest("r", prompt, 0, SAMPLED)])
+    assert (len(finished.tokens), finished.finish_reason) == (6, "length")
+    with pytest.raises(InputError, match="its prompt has 96 tokens"):
+        subject.engine.submit(GenerationRequest("r", prompt + prompt[:6], 0, SAMPLED))
+
+
+@pytest.mark.parametrize("subject", ANY, indirect=True)
+def test_seeds_reproduce_alone_and_in_a_crowd(subject: Subject) -> None:
+    requests = requests_for(SAMPLED, count=12)
+    crowd = subject.run(requests)
+    (alone,) = subject.run([requests[5]])
+    (other,) = subject.run([replace(requests[5], seed=1)])
+    np.testing.assert_array_equal(alone.tokens, crowd[5].tokens)
+    assert alone.tokens.tolist() != other.tokens.tolist()
+
+
+@pytest.mark.parametrize("subject", ANY, indirect=True)
+def test_more_requests_than_seats_all_finish(subject: Subject) -> None:
+    requests = requests_for(WITH_EOS, count=3 * MAX_NUM_SEQS)
+    first, later = requests[:-4], requests[-4:]
+    for request in first:
+        subject.engine.submit(request)
+    finished = {each.request_id for _ in range(5) for each in subject.engine.step()}
+    for request in later:  # while others run
+        subject.engine.submit(request)
+    assert finished | subject.finish(len(requests) - len(finished)).keys() == {each.request_id for each in requests}
+
+
+@pytest.mark.parametrize("subject", ANY, indirect=True)
+def test_a_step_without_requests_returns_nothing(subject: Subject) -> None:
+    assert subject.engine.step() == []
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_logprobs_equal_a_forward_pass(subject: Subject) -> None:
+    requests = requests_for(SAMPLED, count=12)
+    for request, finished in zip(requests, subject.run(requests), strict=True):
+        assert_same_distribution(subject.model, request, finished)
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_logprobs_are_those_of_the_tempered_nucleus(subject: Subject) -> None:
+    sampling = replace(SAMPLED, temperature=0.7, top_p=0.8)
+    requests = requests_for(sampling)
+    for request, finished in zip(requests, subject.run(requests), strict=True):
+        logits = reference_logits(subject.model, request.prompt_tokens, finished.tokens).numpy() / 0.7
+        for token, logprob, row in zip(finished.tokens, finished.logprobs, logits, strict=True):
+            probabilities = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+            above = probabilities > probabilities[token]
+            nucleus = np.sort(probabilities)[::-1]
+            mass = nucleus[: np.searchsorted(nucleus.cumsum(), 0.8) + 1].sum()
+            assert probabilities[above].sum() < 0.8  # it lies in the nucleus
+            assert logprob == pytest.approx(np.log(probabilities[token] / mass), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_greedy_equals_transformers(subject: Subject) -> None:
+    requests = requests_for(GREEDY)
+    for request, finished in zip(requests, subject.run(requests), strict=True):
+        prompt = torch.tensor([request.prompt_tokens])
+        generated = subject.model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=24, eos_token_id=-1
+        )
+        assert finished.tokens.tolist() == generated[0, prompt.shape[1] :].tolist()
+        assert_same_distribution(subject.model, request, finished)
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_new_weights_are_those_that_were_sent(subject: Subject) -> None:
+    """Tied embeddings: vLLM kept the old output layer when only the embedding was sent."""
+    subject.connect()
+    model = perturbed(subject.model)
+    subject.update(model, 1)
+    assert subject.engine.weight_version == 1
+    requests = requests_for(SAMPLED)
+    for request, finished in zip(requests, subject.run(requests), strict=True):
+        assert set(finished.weight_versions) == {1}
+        assert_same_distribution(model, request, finished)
+
+
+@pytest.mark.parametrize("subject", ANY, indirect=True)
+def test_versions_change_exactly_at_the_update(subject: Subject) -> None:
+    subject.connect()
+    requests = requests_for(SAMPLED, count=MAX_NUM_SEQS + 2)  # two of them wait for a seat
+    for request in requests:
+        subject.engine.submit(request)
+    steps = 7
+    for _ in range(steps):
+        assert subject.engine.step() == []
+    model = perturbed(subject.model)
+    subject.update(model, 4)
+    finished = subject.finish(len(requests))
+    for request in requests[:MAX_NUM_SEQS]:
+        assert finished[request.request_id].weight_versions.tolist() == [0] * steps + [4] * (24 - steps)
+    for request in requests[MAX_NUM_SEQS:]:
+        assert finished[request.request_id].weight_versions.tolist() == [4] * 24
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_kept_responses_equal_a_recompute_under_the_new_weights(subject: Subject) -> None:
+    """Going on with the key-value cache of the old weights is off by more than the tolerance."""
+    subject.connect()
+    requests = requests_for(SAMPLED)
+    for request in requests:
+        subject.engine.submit(request)
+    for _ in range(9):
+        subject.engine.step()
+    model = perturbed(subject.model)
+    subject.update(model, 1, "keep")
+    for request, finished in zip(requests, subject.finish(len(requests)).values(), strict=True):
+        before = reference_logprobs(subject.model, request.prompt_tokens, finished.tokens)
+        after = reference_logprobs(model, request.prompt_tokens, finished.tokens)
+        expected = np.where(finished.weight_versions == 0, before, after)
+        np.testing.assert_allclose(finished.logprobs, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("subject", ANY, indirect=True)
+def test_restarted_responses_have_one_version(subject: Subject) -> None:
+    subject.connect()
+    requests = requests_for(SAMPLED, count=MAX_NUM_SEQS + 2)
+    for request in requests:
+        subject.engine.submit(request)
+    for _ in range(5):
+        subject.engine.step()
+    model = perturbed(subject.model)
+    subject.update(model, 1, "restart")
+    finished = subject.finish(len(requests))
+    for request in requests:
+        each = finished[request.request_id]
+        assert each.weight_versions.tolist() == [1] * 24
+        if model is not None:
+            assert_same_distribution(model, request, each)
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_connecting_again_leaves_the_former_group(subject: Subject) -> None:
+    for version in (1, 2):
+        subject.connect()
+        subject.update(perturbed(subject.model, seed=version), version)
+        assert subject.engine.weight_version == version
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_a_sender_that_never_comes_is_reported(subject: Subject) -> None:
+    group = TransferGroup("gloo", "127.0.0.1", 1, 1, 2, timeout_s=1.0, bucket_bytes=2**14)
+    with pytest.raises(WeightSyncError, match=r"rank 1 of 2 .*127\.0\.0\.1:1"):
+        subject.engine.connect(group)
+    with pytest.raises(WeightSyncError, match="before connect"):
+        subject.engine.update_weights(manifest_of(weights_of(subject.model), 1), "keep")
+    assert subject.engine.weight_version == 0
+    subject.run(requests_for(SAMPLED))

@@ -1,0 +1,171 @@
+"""Every WeightTransport and its receivers: what is sent arrives bit for bit, or an error says why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from opd_ray.errors import InputError, WeightSyncError
+from opd_ray.messages import TransferGroup
+from opd_ray.weights import make_transport
+from opd_ray.weights.gloo import GlooTransport, plan_buckets
+from opd_ray.weights.manifest import manifest_of, weights_of
+from opd_ray.weights.receivers import GlooReceiver, make_receiver
+
+
+def weights() -> list[tuple[str, torch.Tensor]]:
+    """Several dtypes, an odd size, a scalar, and values that a cast or a sum would change."""
+    torch.manual_seed(0)
+    return [
+        ("matrix", torch.randn(7, 5)),
+        ("half", torch.randn(3).to(torch.bfloat16)),
+        ("not_a_number", torch.tensor([math.nan, -0.0, math.inf])),
+        ("scalar", torch.tensor(3.25)),
+        ("transposed", torch.randn(4, 6).T),
+        ("large", torch.randn(300)),
+    ]
+
+
+def group(rank: int, world_size: int, port: int, **changes: float) -> TransferGroup:
+    settings = {"timeout_s": 20.0, "bucket_bytes": 256} | changes
+    return TransferGroup(backend="gloo", host="127.0.0.1", port=port, rank=rank, world_size=world_size, **settings)
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def together(*calls: Callable[[], object]) -> list[object]:
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return [future.result() for future in [threads.submit(call) for call in calls]]
+
+
+def open_all(port: int, num_receivers: int, **changes: float) -> tuple[GlooTransport, list[GlooReceiver]]:
+    transport, receivers = GlooTransport(), [GlooReceiver() for _ in range(num_receivers)]
+    groups = [group(rank, num_receivers + 1, port, **changes) for rank in range(num_receivers + 1)]
+    joins = [lambda r=receiver, g=g: r.connect(g) for receiver, g in zip(receivers, groups[1:], strict=True)]
+    together(lambda: transport.open(groups[0]), *joins)
+    return transport, receivers
+
+
+def bits(tensor: torch.Tensor) -> list[int]:
+    return tensor.contiguous().flatten().view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 64, 256, 2**20])
+def test_two_receivers_get_every_bit(port: int, bucket_bytes: int) -> None:
+    transport, receivers = open_all(port, 2, bucket_bytes=bucket_bytes)
+    sent = weights()
+    manifest = manifest_of(sent, version=3)
+    takes = [lambda r=receiver: list(r.receive(manifest)) for receiver in receivers]
+    _, *received = together(lambda: transport.send(manifest, sent), *takes)
+    for got in received:
+        for (name, tensor), (got_name, got_tensor) in zip(sent, got, strict=True):
+            assert (got_name, got_tensor.dtype, got_tensor.shape) == (name, tensor.dtype, tensor.shape)
+            assert bits(got_tensor) == bits(tensor)
+
+
+def test_a_group_carries_many_broadcasts(port: int) -> None:
+    transport, (receiver,) = open_all(port, 1)
+    for version in range(3):
+        sent = [("scale", torch.full((4,), float(version)))]
+        manifest = manifest_of(sent, version)
+        _, got = together(lambda s=sent, m=manifest: transport.send(m, s), lambda m=manifest: list(receiver.receive(m)))
+        assert got[0][1].tolist() == [version] * 4
+
+
+def test_received_tensors_outlive_the_next_bucket(port: int) -> None:
+    """vLLM holds the tensors of a layer until all of them came; a reused buffer would overwrite them."""
+    transport, (receiver,) = open_all(port, 1, bucket_bytes=8)
+    sent = [("first", torch.ones(4)), ("second", torch.zeros(4))]
+    manifest = manifest_of(sent, 0)
+    _, got = together(lambda: transport.send(manifest, sent), lambda: list(receiver.receive(manifest)))
+    assert got[0][1].tolist() == [1.0] * 4
+
+
+def test_buckets_keep_order_and_size() -> None:
+    sent = weights()
+    buckets = plan_buckets(manifest_of(sent, 0), bucket_bytes=256)
+    assert [part.name for bucket in buckets for part in bucket] == [name for name, _ in sent]
+    assert [part.name for part in buckets[-1]] == ["large"]
+    assert all(bucket[-1].end <= 256 for bucket in buckets[:-1])
+
+
+def test_a_missing_member_ends_the_wait_by_the_timeout(port: int) -> None:
+    with pytest.raises(WeightSyncError, match=rf"rank 0 of 2 could not join .* within 1 s .*127\.0\.0\.1:{port}"):
+        GlooTransport().open(group(0, 2, port, timeout_s=1.0))
+
+
+def test_a_missing_sender_ends_the_wait_by_the_timeout(port: int) -> None:
+    with pytest.raises(WeightSyncError, match="rank 1 of 2 could not join"):
+        GlooReceiver().connect(group(1, 2, port, timeout_s=1.0))
+
+
+def test_a_silent_sender_ends_the_wait_by_the_timeout(port: int) -> None:
+    _transport, (receiver,) = open_all(port, 1, timeout_s=1.0)
+    with pytest.raises(WeightSyncError, match="rank 1 of 2 could not receive the header within 1 s"):
+        list(receiver.receive(manifest_of(weights(), 0)))
+
+
+def test_a_dead_receiver_is_reported(port: int) -> None:
+    transport, receivers = open_all(port, 1, timeout_s=1.0)
+    receivers.clear()
+    large = [("large", torch.zeros(4_000_000))]  # more than the sockets' buffers hold
+    with pytest.raises(WeightSyncError, match="rank 0 of 2 could not send"):
+        transport.send(manifest_of(large, 0), large)
+
+
+@pytest.mark.parametrize("field", ["version", "names"])
+def test_sides_that_disagree_on_the_manifest_stop(port: int, field: str) -> None:
+    transport, (receiver,) = open_all(port, 1, timeout_s=2.0)
+    manifest = manifest_of(weights(), 5)
+    other = {"version": 6, "names": tuple(reversed(manifest.names))}[field]
+    expected = dataclasses.replace(manifest, **{field: other})
+    with ThreadPoolExecutor(1) as threads:
+        sending = threads.submit(transport.send, manifest, weights()[:1])
+        with pytest.raises(WeightSyncError, match="the sender announced version 5"):
+            list(receiver.receive(expected))
+        assert isinstance(sending.exception(), WeightSyncError)
+
+
+def test_parameters_that_are_not_the_announced_ones_are_refused(port: int) -> None:
+    transport, _ = open_all(port, 0)
+    with pytest.raises(WeightSyncError, match=r"announces matrix float32\[7, 5\].* sends other float32\[7, 5\]"):
+        transport.send(manifest_of(weights(), 0), [("other", torch.randn(7, 5))])
+
+
+def test_closing_twice_is_allowed(port: int) -> None:
+    transport, _receivers = open_all(port, 1)
+    transport.close()
+    transport.close()
+    with pytest.raises(WeightSyncError, match="before open"):
+        transport.send(manifest_of([], 0), [])
+
+
+def test_sending_before_joining_is_refused() -> None:
+    with pytest.raises(WeightSyncError, match="before open"):
+        GlooTransport().send(manifest_of(weights(), 0), weights())
+    with pytest.raises(WeightSyncError, match="before connect"):
+        list(GlooReceiver().receive(manifest_of(weights(), 0)))
+
+
+def test_unknown_backends_are_refused() -> None:
+    with pytest.raises(InputError, match="did you mean 'gloo'"):
+        make_transport("glo")
+    with pytest.raises(InputError, match="did you mean 'nccl'"):
+        make_receiver("ncl", torch.device("cpu"))
+
+
+def test_tied_weights_are_sent_under_both_names() -> None:
+    model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(4, 2), "lm_head": torch.nn.Linear(2, 4, bias=False)})
+    model["lm_head"].weight = model["embed_tokens"].weight
+    assert manifest_of(weights_of(model), 0).names == ("embed_tokens.weight", "lm_head.weight")

@@ -1,0 +1,295 @@
+"""Learner under real DeepSpeed, in Ray actors: every ZeRO stage on one and two ranks.
+
+The yardstick is :func:`plain_training`: the same objective in one padded micro-batch, with torch's own
+AdamW and clipping, no DeepSpeed and no Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM
+
+from opd_ray.actors.learner import Learner
+from opd_ray.batching import collate, count, plan_step
+from opd_ray.config import Config, from_dict
+from opd_ray.errors import RunError
+from opd_ray.messages import SCORE_SCHEMA, Entry, StepPlan, TransferGroup, WeightManifest
+from opd_ray.training import Objective, ResponseLogits, fetch_payloads, lr_factor
+from scored_rollouts import scored_entries
+
+pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
+
+STAGES_AND_RANKS = [(stage, ranks) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
+SIZES = [(3, 9), (8, 2), (5, 14), (1, 1), (6, 6)], [(4, 12), (2, 5)]
+NUM_STEPS = 5
+
+
+class RecordingTransport:
+    """WeightTransport that keeps what it was told to send."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, torch.Tensor] = {}
+
+    def open(self, group: TransferGroup) -> None:
+        raise AssertionError("no group in this test")
+
+    def send(self, manifest: WeightManifest, parameters: Any) -> None:
+        for name, shape, dtype, (got, tensor) in zip(
+            manifest.names, manifest.shapes, manifest.dtypes, parameters, strict=True
+        ):
+            assert (name, shape, f"torch.{dtype}") == (got, tuple(tensor.shape), str(tensor.dtype))
+            self.sent[name] = tensor.clone()
+
+    def close(self) -> None:
+        pass
+
+
+class Host:
+    """A process that builds one learner after another: imports and the process group are paid for once."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def build(self, config: Config, student_path: str) -> None:
+        self._learner = Learner(config, student_path, self._rank)
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self._learner, method)(*args)
+
+    def train(self, plans: Sequence[StepPlan]) -> list[dict[str, float]]:
+        return [self._learner.train_step(plan) for plan in plans]
+
+    def sent_weights(self) -> dict[str, torch.Tensor]:
+        self._learner._transport = RecordingTransport()
+        self._learner.send_weights(self._learner.manifest(1))
+        return self._learner._transport.sent
+
+
+class Ranks:
+    """All ranks of one learner; every call goes to all of them at once."""
+
+    def __init__(self, hosts: Sequence[Any], config: Config, student_path: Path) -> None:
+        self._hosts = hosts
+        self._config = config.learner
+        ray.get([host.build.remote(config, str(student_path)) for host in hosts])
+        address = ray.get(hosts[0].call.remote("node_address"))
+        self.call("setup", *address)
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        return ray.get([host.call.remote(method, *args) for host in self._hosts])
+
+    def train(self, entries: Sequence[Entry], steps: range) -> list[dict[str, float]]:
+        plan = functools.partial(
+            plan_step, num_ranks=len(self._hosts), packing=self._config.packing,
+            micro_batch_tokens=self._config.micro_batch_tokens,
+        )  # fmt: skip
+        per_step = [plan(entries, step=step) for step in steps]
+        results = ray.get(
+            [host.train.remote([plans[rank] for plans in per_step]) for rank, host in enumerate(self._hosts)]
+        )
+        assert all(result == results[0] for result in results), "ranks disagree on the step's metrics"
+        return results[0]
+
+    def sent_weights(self) -> dict[str, torch.Tensor]:
+        return ray.get([host.sent_weights.remote() for host in self._hosts])[0]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def hosts(cluster: None) -> dict[int, list[Any]]:
+    """Number of ranks to that many processes."""
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    actor = ray.remote(num_cpus=0.1, runtime_env={"env_vars": environment})(Host)
+    return {size: [actor.remote(rank) for rank in range(size)] for size in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def entries(cluster: None) -> list[Entry]:
+    return scored_entries(*SIZES, seed=3, put=ray.put)
+
+
+def config_with(num_ranks: int = 1, loss: dict[str, Any] | None = None, **learner: Any) -> Config:
+    defaults = {"steps": NUM_STEPS, "lr": 5e-3, "lr_schedule": "cosine", "warmup_steps": 2, "gradient_clip": 0.5}
+    settings = defaults | {"num_ranks": num_ranks} | learner
+    return from_dict({"learner": settings, "loss": {"reference_kl_coef": 0.1} | (loss or {})})
+
+
+@pytest.fixture
+def start(hosts: dict[int, list[Any]], tiny_model: dict[str, Path]) -> Callable[..., Ranks]:
+    def build(config: Config, student_path: Path = tiny_model["tied"]) -> Ranks:
+        return Ranks(hosts[config.learner.num_ranks], config, student_path)
+
+    return build
+
+
+def plain_training(config: Config, student_path: Path) -> list[dict[str, float]]:
+    """Losses, gradient norms and learning rates of NUM_STEPS steps without DeepSpeed."""
+    entries = scored_entries(*SIZES, seed=3)
+    plan = StepPlan(0, (tuple(entries),), count(entries))
+    batch = collate(entries, fetch_payloads(plan, lambda refs: refs), packing=False)
+    module = ResponseLogits(AutoModelForCausalLM.from_pretrained(student_path, dtype="float32"))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=config.learner.lr, weight_decay=0.0)
+    objective, curve = Objective(config.loss), []
+    for step in range(NUM_STEPS):
+        optimizer.param_groups[0]["lr"] = config.learner.lr * lr_factor(config.learner, step)
+        optimizer.zero_grad()
+        loss, metrics = objective(module(batch.input_ids, None, batch.logit_index), batch, plan.denominators)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), config.learner.gradient_clip)
+        optimizer.step()
+        values = {name: value.item() for name, value in metrics.items()}
+        curve.append(values | {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"], "trained_tokens": 49.0})
+    return curve
+
+
+def assert_same_curve(curve: Sequence[dict[str, float]], expected: Sequence[dict[str, float]], tolerance: float) -> None:
+    assert len(curve) == len(expected)
+    for step, (got, wanted) in enumerate(zip(curve, expected, strict=True)):
+        assert got == pytest.approx(wanted, abs=tolerance, rel=tolerance), f"step {step}"
+
+
+@pytest.fixture(scope="module")
+def expected_curve(tiny_model: dict[str, Path]) -> list[dict[str, float]]:
+    return plain_training(config_with(), tiny_model["tied"])
+
+
+@pytest.mark.parametrize(("stage", "ranks"), STAGES_AND_RANKS)
+def test_every_stage_trains_like_plain_torch(
+    start: Callable[..., Ranks], entries: list[Entry], expected_curve: list[dict[str, float]], stage: int, ranks: int
+) -> None:
+    """With accumulation over micro-batches of uneven size, some of them empty on two ranks."""
+    learner = start(config_with(ranks, zero_stage=stage, micro_batch_tokens=20))
+    assert_same_curve(learner.train(entries, range(NUM_STEPS)), expected_curve, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "options"),
+    [
+        (0, 1, {"packing": True, "micro_batch_tokens": 40}),
+        (0, 1, {"gradient_checkpointing": True}),
+        (3, 2, {"gradient_checkpointing": True, "packing": True}),
+    ],
+)
+def test_packing_and_checkpointing_change_nothing(
+    start: Callable[..., Ranks],
+    entries: list[Entry],
+    expected_curve: list[dict[str, float]],
+    stage: int,
+    ranks: int,
+    options: dict[str, Any],
+) -> None:
+    learner = start(config_with(ranks, zero_stage=stage, **options))
+    assert_same_curve(learner.train(entries, range(NUM_STEPS)), expected_curve, 1e-4)
+
+
+def test_more_ranks_than_rollouts(start: Callable[..., Ranks], entries: list[Entry], tiny_model) -> None:
+    """A rank without rollouts contributes nothing, and does not stall the collectives of the others."""
+    alone = start(config_with(1)).train(entries[:1], range(2))
+    assert_same_curve(start(config_with(2, zero_stage=2)).train(entries[:1], range(2)), alone, 1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_trains(
+    start: Callable[..., Ranks], entries: list[Entry], expected_curve: list[dict[str, float]], stage: int
+) -> None:
+    learner = start(config_with(2, zero_stage=stage, dtype="bfloat16", micro_batch_tokens=20))
+    curve = learner.train(entries, range(NUM_STEPS))
+    for got, wanted in zip(curve, expected_curve, strict=True):
+        assert got["loss"] == pytest.approx(wanted["loss"], abs=0.05)
+        assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.1)
+    assert set(map(str, {tensor.dtype for tensor in learner.sent_weights().values()})) == {"torch.bfloat16"}
+
+
+@pytest.mark.parametrize(("stage", "ranks", "dtype"), [(0, 1, "float32"), (0, 2, "bfloat16")] + [(s, 2, "float32") for s in (1, 2, 3)])
+def test_a_checkpoint_continues_as_if_nothing_had_happened(
+    start: Callable[..., Ranks], entries: list[Entry], tmp_path: Path, stage: int, ranks: int, dtype: str
+) -> None:
+    """Weights, Adam's moments, the schedule's position: the steps after loading equal those after saving."""
+    config = config_with(ranks, zero_stage=stage, dtype=dtype)
+    learner = start(config)
+    learner.train(entries, range(3))
+    learner.call("save_checkpoint", str(tmp_path / "saved"))
+    expected = learner.train(entries, range(3, NUM_STEPS))
+    resumed = start(config)
+    resumed.call("load_checkpoint", str(tmp_path / "saved"))
+    assert_same_curve(resumed.train(entries, range(3, NUM_STEPS)), expected, 1e-6)
+
+
+@pytest.mark.parametrize("saved_by", ["nobody", "two ranks"])
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    start: Callable[..., Ranks], entries: list[Entry], tmp_path: Path, saved_by: str
+) -> None:
+    if saved_by == "two ranks":
+        start(config_with(2, zero_stage=2)).call("save_checkpoint", str(tmp_path / "saved"))
+    with pytest.raises(RunError, match="saved does not load"):
+        start(config_with(1, zero_stage=2)).call("load_checkpoint", str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(("stage", "ranks", "student"), [(0, 1, "tied"), (3, 2, "tied"), (3, 2, "untied"), (2, 2, "untied")])
+def test_export_loads_in_transformers_and_equals_what_is_sent(
+    start: Callable[..., Ranks],
+    entries: list[Entry],
+    tiny_model: dict[str, Path],
+    tmp_path: Path,
+    stage: int,
+    ranks: int,
+    student: str,
+) -> None:
+    source = tmp_path / "student"
+    AutoModelForCausalLM.from_pretrained(tiny_model[student], dtype=torch.bfloat16).save_pretrained(source)
+    (source / "tokenizer.json").write_text('{"of": "the student"}')
+    learner = start(config_with(ranks, zero_stage=stage), source)
+    learner.train(entries, range(2))
+    sent = learner.sent_weights()
+    learner.call("export", str(tmp_path / "exported"))
+
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto")
+    assert exported.dtype == torch.bfloat16
+    assert (tmp_path / "exported" / "tokenizer.json").read_text() == '{"of": "the student"}'
+    assert "lm_head.weight" in sent
+    received = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    before = received(torch.arange(8)[None]).logits
+    received.load_state_dict(sent)
+    after = received(torch.arange(8)[None]).logits
+    assert (after - before).abs().max() > 0.05, "training changed nothing"
+    expected = received.to(torch.bfloat16)(torch.arange(8)[None]).logits
+    assert torch.equal(exported(torch.arange(8)[None]).logits, expected)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rollout_and_leaves_the_weights(
+    start: Callable[..., Ranks], entries: list[Entry]
+) -> None:
+    learner = start(config_with())
+    before = learner.sent_weights()
+    [sound] = ray.get([entries[1].scores["teacher"]])
+    rows = sound.to_pylist()
+    rows[entries[1].row]["topk_logprobs"][0] = float("nan")
+    broken = ray.put(pa.RecordBatch.from_pylist(rows, schema=SCORE_SCHEMA))
+    poisoned = dataclasses.replace(entries[1], scores=entries[1].scores | {"teacher": broken})
+    with pytest.raises(RunError, match=rf"step 4: the loss is not finite for {entries[1].meta.rollout_id} \(loss_opd\)"):
+        learner.train([entries[0], poisoned, *entries[2:]], range(4, 5))
+    after = learner.sent_weights()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_policy_gradient_trains(start: Callable[..., Ranks], entries: list[Entry], tiny_model: dict[str, Path]) -> None:
+    loss = {"opd": "policy_gradient", "reduction": "sequence", "reference_estimator": "k3"}
+    config = config_with(2, loss, zero_stage=1, micro_batch_tokens=20)
+    expected = plain_training(config, tiny_model["tied"])
+    assert "clip_fraction" in expected[0]
+    assert_same_curve(start(config).train(entries, range(NUM_STEPS)), expected, 1e-4)

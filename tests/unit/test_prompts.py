@@ -1,0 +1,47 @@
+"""Orders over data: complete epochs, reproducible, addressable by position."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opd_ray.prompts import PromptStream, Shuffled
+
+
+@given(num_rows=st.integers(1, 50), seed=st.integers(0, 1000), epoch=st.integers(0, 5))
+def test_every_epoch_visits_every_row_once(num_rows, seed, epoch):
+    order = Shuffled(num_rows, seed)
+    assert sorted(order[epoch * num_rows + i] for i in range(num_rows)) == list(range(num_rows))
+
+
+@given(positions=st.lists(st.integers(0, 200), min_size=1))
+def test_a_position_means_the_same_row_in_whatever_order_it_is_asked(positions):
+    one, other = Shuffled(17, seed=3), Shuffled(17, seed=3)
+    expected = {i: one[i] for i in range(201)}
+    assert [other[i] for i in positions] == [expected[i] for i in positions]
+
+
+def test_epochs_and_seeds_differ():
+    orders = {tuple(Shuffled(20, seed)[epoch * 20 + i] for i in range(20)) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4
+
+
+class Echo:
+    def format_prompt(self, row, tokenizer):
+        return [tokenizer[c] for c in row["prompt"]]
+
+
+def stream(seed=0, responses=2):
+    rows = [{"id": str(i), "prompt": "ab"[i % 2] * 2, "answer": "x"} for i in range(4)]
+    return PromptStream(
+        rows, task=Echo(), tokenizer={"a": 1, "b": 2}, order=Shuffled(4, seed), num_responses=responses, seed=seed
+    )
+
+
+def test_a_slot_is_the_same_prompt_and_seed_in_every_run_with_the_seed():
+    assert [stream()[i] for i in range(8)] == [stream()[i] for i in range(8)]
+    assert stream(seed=1)[0].seed != stream(seed=0)[0].seed
+
+
+def test_no_two_responses_share_a_sampling_seed():
+    prompts = stream()
+    seeds = [prompts[i].seed + j for i in range(100) for j in range(2)]
+    assert len(set(seeds)) == len(seeds)
