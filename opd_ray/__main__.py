@@ -120,8 +120,9 @@ def evaluate(checkpoint: str, config_file: Path | None, as_json: bool, debug: bo
     """Accuracy, truncation, repetition and length of CHECKPOINT on held-out problems."""
     _set_debug(debug)
     config = _load(config_file, overrides)
-    if not Path(checkpoint).is_dir() and os.sep in checkpoint.strip(os.sep) and Path(checkpoint).is_absolute():
-        raise InputError(f"CHECKPOINT {checkpoint}: no such directory; give a Hugging Face checkpoint directory")
+    from opd_ray.models import inspect
+
+    inspect("CHECKPOINT", checkpoint)  # before Ray starts
     from opd_ray import run
 
     result = run.evaluate(checkpoint, config)
@@ -147,6 +148,9 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> int:
     except click.Abort:
         click.echo("opd-ray: interrupted", err=True)
         return 130
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 2
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         return _refuse(f"{error.format_message()} (see {context.command_path if context else 'opd-ray'} --help)", 2)

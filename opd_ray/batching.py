@@ -22,6 +22,10 @@ from opd_ray.errors import RunError
 from opd_ray.losses import ScoredTokens
 from opd_ray.messages import Denominators, Entry, StepPlan
 
+REPETITIVE_NGRAM = 6
+"""Tokens that must recur for the last of them to count as repetitive."""
+_HASH_FACTOR = 6_364_136_223_846_793_005
+
 
 def plan_step(
     entries: Sequence[Entry], *, step: int, num_ranks: int, micro_batch_tokens: int, packing: bool
@@ -117,6 +121,8 @@ class MicroBatch:
     """[N] int64: position in the flattened input whose logits predict each response token."""
     tokens: torch.Tensor
     """[N] int64 response tokens."""
+    repetitive: torch.Tensor
+    """[N] float32: 1 where the n-gram that ends here occurred before in the same response."""
     response_lengths: torch.Tensor
     """[B] int64."""
     behaviour_logprobs: torch.Tensor
@@ -157,13 +163,15 @@ def collate(entries: Sequence[Entry], payloads: Mapping[int, Payload], *, packin
         _check_lengths(entry, len(prompt), len(response))
     behaviour = [payloads[id(entry.rollouts)].row("behaviour_logprobs", entry.row) for entry in students]
     response_lengths = np.fromiter(map(len, responses), np.int64, len(responses))
+    tokens = _concatenate(responses, np.int64)
     input_ids, position_ids, logit_index = _layout(prompts, responses, response_lengths, packing)
     num_student_tokens = int(response_lengths[: len(students)].sum())
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=None if position_ids is None else torch.from_numpy(position_ids),
         logit_index=torch.from_numpy(logit_index),
-        tokens=torch.from_numpy(_concatenate(responses, np.int64)),
+        tokens=torch.from_numpy(tokens),
+        repetitive=torch.from_numpy(repeated_ngrams(tokens, response_lengths)),
         response_lengths=torch.from_numpy(response_lengths),
         behaviour_logprobs=torch.from_numpy(_concatenate(behaviour, np.float32)),
         teacher=_scored(students, payloads, "teacher"),
@@ -172,6 +180,20 @@ def collate(entries: Sequence[Entry], payloads: Mapping[int, Payload], *, packin
         num_student_tokens=num_student_tokens,
         rollout_ids=tuple(entry.meta.rollout_id for entry in ordered),
     )
+
+
+def repeated_ngrams(tokens: np.ndarray, lengths: np.ndarray, n: int = REPETITIVE_NGRAM) -> np.ndarray:
+    """[N] float32 over the packed ``tokens`` of rows of ``lengths``: 1 where a token ends an n-gram that its row
+    held before (METHOD §2). N-grams are told apart by a 64-bit hash."""
+    repeated = np.zeros(len(tokens), np.float32)
+    key = np.repeat(np.arange(len(lengths)), lengths)
+    for back in range(n):
+        key = key * _HASH_FACTOR + np.roll(tokens, back)  # wraps around on purpose
+    ends = np.flatnonzero(_ranges(lengths) >= n - 1)
+    _, first = np.unique(key[ends], return_index=True)
+    repeated[ends] = 1.0
+    repeated[ends[first]] = 0.0
+    return repeated
 
 
 def _layout(

@@ -39,10 +39,10 @@ class ModelFacts:
 
 def inspect(config_field: str, path: str) -> ModelFacts:
     """Facts of the checkpoint directory or Hub id ``path``; InputError if it is missing, incomplete or unreadable."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
     name = f"{config_field}={path}"
     local_only = _locate(name, path)
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=local_only).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_only)

@@ -76,7 +76,11 @@ class Objective:
             lengths = batch.response_lengths[:rollouts]
             size = (denominators.student_rollouts, denominators.student_tokens)
             weights = token_weights(lengths, *size, config.reduction)
-            terms.append(("opd", config.opd_coef, self._opd(student), weights))
+            opd = self._opd(student)
+            repetitive = batch.repetitive[:split]
+            opd.metrics["repetitive_share"] = repetitive
+            opd.metrics["advantage_repetitive"] = opd.metrics["advantage"] * repetitive
+            terms.append(("opd", config.opd_coef, opd, weights))
             if config.needs_reference:
                 anchor = reference_kl(student, config.reference_estimator)
                 terms.append(("reference_kl", config.reference_kl_coef, anchor, weights))
@@ -108,9 +112,7 @@ class Objective:
         return total, metrics
 
 
-def _describe_non_finite(
-    terms: Sequence[tuple[str, float, TokenLoss, torch.Tensor]], batch: MicroBatch
-) -> str:
+def _describe_non_finite(terms: Sequence[tuple[str, float, TokenLoss, torch.Tensor]], batch: MicroBatch) -> str:
     """Names the terms and rollouts whose loss is not finite."""
     culprits = []
     for name, _, loss, _ in terms:
@@ -121,6 +123,19 @@ def _describe_non_finite(
                 culprits.append(f"{rollout_id} (loss_{name})")
     shown = ", ".join(culprits[:8]) + (f" and {len(culprits) - 8} more" if len(culprits) > 8 else "")
     return f"the loss is not finite for {shown or 'the sum of this micro-batch'}"
+
+
+def finish(metrics: dict[str, float]) -> dict[str, float]:
+    """A step's summed metrics as they are reported: ``advantage_repetitive`` becomes the mean over repetitive
+    tokens, beside ``advantage_other`` over the rest (METHOD §2); either is left out where it has no tokens."""
+    if "repetitive_share" not in metrics:
+        return metrics
+    share, repetitive = metrics["repetitive_share"], metrics.pop("advantage_repetitive")
+    if share > 0:
+        metrics["advantage_repetitive"] = repetitive / share
+    if share < 1:
+        metrics["advantage_other"] = (metrics["advantage"] - repetitive) / (1 - share)
+    return metrics
 
 
 def fetch_payloads(plan: StepPlan, fetch: Callable[[list[Any]], list[Any]]) -> dict[int, Payload]:

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from opd_ray.engines import GenerationEngine
+from opd_ray.errors import RunError
 from opd_ray.messages import (
     ROLLOUT_SCHEMA,
     Finished,
@@ -36,55 +37,61 @@ from opd_ray.tasks import Task
 
 
 class EngineThread:
-    """Owns an engine: builds it, steps it while it has requests, runs commands in between."""
+    """Owns an engine: builds it, steps it while it has requests, runs commands in between.
+
+    Every call returns a future. When the engine fails, all of them get its error: one that failed is not stepped again.
+    """
 
     def __init__(self, make_engine: Callable[[], GenerationEngine]) -> None:
-        self._commands: deque[tuple[Callable[[GenerationEngine], Any], Future]] = deque()
-        self._held: deque[GenerationRequest] = deque()
+        # What came in and was not looked at yet: each runs on the engine and settles the future beside it.
+        self._inbox: deque[tuple[Callable[[GenerationEngine], None], Future]] = deque()
         self._running: dict[str, Future] = {}
         self._drain: tuple[Callable[[GenerationEngine], Any], Future] | None = None
+        self._held: deque[tuple[GenerationRequest, Future]] = deque()
+        self._failure: BaseException | None = None
         self._wake = threading.Condition()
         self._started: Future = Future()
-        self._thread = threading.Thread(target=self._run, args=(make_engine,), name="engine", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, args=(make_engine,), name="engine", daemon=True).start()
         self._started.result()
 
     def submit(self, request: GenerationRequest) -> Future:
         """A future of the request's Finished."""
         done: Future = Future()
-        self._enqueue(partial(self._admit, request, done), Future())
-        return done
+        return self._enqueue(partial(self._admit, request, done), done)
 
     def command(self, run: Callable[[GenerationEngine], Any]) -> Future:
         """Runs ``run(engine)`` between two steps."""
         done: Future = Future()
-        self._enqueue(run, done)
-        return done
+        return self._enqueue(partial(_settle, done, run), done)
 
     def drain_then(self, run: Callable[[GenerationEngine], Any]) -> Future:
         """Runs ``run(engine)`` when nothing is unfinished; requests that come meanwhile wait."""
         done: Future = Future()
+        return self._enqueue(partial(self._hold, run, done), done)
 
-        def hold(_: GenerationEngine) -> None:
-            self._drain = (run, done)
-
-        self._enqueue(hold, Future())
+    def _enqueue(self, handle: Callable[[GenerationEngine], None], done: Future) -> Future:
+        done.set_running_or_notify_cancel()  # a caller that gives up must not make set_result() fail later
+        with self._wake:
+            if self._failure is not None:
+                done.set_exception(RunError(f"the engine has failed before: {self._failure}"))
+            else:
+                self._inbox.append((handle, done))
+                self._wake.notify()
         return done
 
-    def _enqueue(self, run: Callable[[GenerationEngine], Any], done: Future) -> None:
-        with self._wake:
-            if not self._thread.is_alive():
-                done.set_exception(RuntimeError("the engine thread has ended"))
-                return
-            self._commands.append((run, done))
-            self._wake.notify()
+    def _hold(self, run: Callable[[GenerationEngine], Any], done: Future, _: GenerationEngine) -> None:
+        self._drain = (run, done)
 
     def _admit(self, request: GenerationRequest, done: Future, engine: GenerationEngine) -> None:
-        self._running[request.request_id] = done
-        if self._drain is None:
+        if self._drain is not None:
+            self._held.append((request, done))
+            return
+        try:
             engine.submit(request)
+        except Exception as error:  # a request that the engine refuses fails alone
+            done.set_exception(error)
         else:
-            self._held.append(request)
+            self._running[request.request_id] = done
 
     def _run(self, make_engine: Callable[[], GenerationEngine]) -> None:
         try:
@@ -96,34 +103,35 @@ class EngineThread:
         try:
             while True:
                 self._work(engine)
-        except BaseException as error:  # an engine that failed once is not stepped again
+        except BaseException as error:
             with self._wake:
-                waiting = [*self._running.values(), *(done for _, done in self._commands)]
+                self._failure = error
+                waiting = [*self._running.values(), *(done for _, done in (*self._held, *self._inbox))]
                 waiting += [self._drain[1]] if self._drain else []
             for done in waiting:
-                if not done.done():
-                    done.set_exception(error)
+                done.set_exception(error)
 
     def _work(self, engine: GenerationEngine) -> None:
         with self._wake:
-            self._wake.wait_for(lambda: self._commands or self._running)
-            commands, self._commands = self._commands, deque()
-        for run, done in commands:
-            _settle(done, partial(run, engine))
-        if self._drain is not None and len(self._running) == len(self._held):
+            self._wake.wait_for(lambda: self._inbox or self._running or self._drain)
+            inbox, self._inbox = self._inbox, deque()
+        for handle, _ in inbox:
+            handle(engine)
+        if self._drain is not None and not self._running:
             (run, done), self._drain = self._drain, None
-            _settle(done, partial(run, engine))
-            while self._held:
-                engine.submit(self._held.popleft())
-        if len(self._running) > len(self._held):
+            _settle(done, run, engine)
+            held, self._held = self._held, deque()
+            for request, waiting in held:
+                self._admit(request, waiting, engine)
+        if self._running:
             for finished in engine.step():
                 self._running.pop(finished.request_id).set_result(finished)
 
 
-def _settle(done: Future, run: Callable[[], Any]) -> None:
-    """Puts the outcome of ``run()`` into ``done``."""
+def _settle(done: Future, run: Callable[[GenerationEngine], Any], engine: GenerationEngine) -> None:
+    """Puts the outcome of ``run(engine)`` into ``done``."""
     try:
-        done.set_result(run())
+        done.set_result(run(engine))
     except Exception as error:
         done.set_exception(error)
 

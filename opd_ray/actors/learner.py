@@ -25,7 +25,7 @@ from opd_ray.config import Config
 from opd_ray.errors import RunError
 from opd_ray.messages import StepPlan, TransferGroup, WeightManifest
 from opd_ray.node import free_port, node_ip, this_node
-from opd_ray.training import Objective, ResponseLogits, disable_dropout, fetch_payloads, lr_factor
+from opd_ray.training import Objective, ResponseLogits, disable_dropout, fetch_payloads, finish, lr_factor
 from opd_ray.weights import make_transport
 from opd_ray.weights.manifest import manifest_of, weights_of
 
@@ -42,6 +42,11 @@ class Learner:
         self._student_path = Path(student_path)
         self._rank = rank
         self._cuda = config.learner.gpus_per_rank > 0
+        self._zero_stage = config.learner.zero_stage
+        if self._zero_stage == 0 and config.learner.dtype == "bfloat16":
+            # DeepSpeed 0.19 without ZeRO accumulates bfloat16 gradients in bfloat16, and allocates AdamW's state
+            # by an empty step that its bias correction counts: the first update is 0.74 of what it should be.
+            self._zero_stage = 1
         # DeepSpeed guesses its accelerator from the machine; a CPU run on a GPU node must say so.
         os.environ["DS_ACCELERATOR"] = "cuda" if self._cuda else "cpu"
         if not self._cuda:
@@ -90,14 +95,11 @@ class Learner:
             config=self._engine_config(),
         )
 
-    @property
     def num_parameters(self) -> int:
         """Parameters of the student; tied ones count once."""
         return self._num_parameters
 
-    def train_step(
-        self, plan: StepPlan, fetch: Callable[[list[Any]], list[Any]] | None = None
-    ) -> dict[str, float]:
+    def train_step(self, plan: StepPlan, fetch: Callable[[list[Any]], list[Any]] | None = None) -> dict[str, float]:
         """One optimizer step; the same metrics on every rank, in nats, averaged over all ranks' tokens.
 
         ``fetch`` turns refs into RecordBatches (``ray.get`` unless told). Raises RunError when a loss or the
@@ -122,25 +124,23 @@ class Learner:
             torch.distributed.all_reduce(totals)
         counts = plan.denominators
         trained_tokens = float(counts.student_tokens + counts.golden_tokens)
-        return dict(zip(names, totals.tolist(), strict=True)) | {
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "trained_tokens": trained_tokens,
-        }
+        means = finish(dict(zip(names, totals.tolist(), strict=True)))
+        return means | {"grad_norm": grad_norm, "lr": lr, "trained_tokens": trained_tokens}
 
     def manifest(self, version: int) -> WeightManifest:
         """What ``send_weights`` will send."""
         return manifest_of(weights_of(self._model), version)
 
     def open_transport(self, group: TransferGroup) -> None:
-        """Forms the weight-transfer group; for rank 0 only."""
-        self._transport.open(group)
+        """Rank 0 forms the weight-transfer group; the other ranks take no part in it and return at once."""
+        if self._rank == 0:
+            self._transport.open(group)
 
     def send_weights(self, manifest: WeightManifest) -> None:
         """Broadcasts the weights from rank 0. Collective under ZeRO-3; elsewhere the other ranks return at once."""
         if self._rank == 0:
             self._transport.send(manifest, self._full_weights())
-        elif self._config.learner.zero_stage == 3:
+        elif self._zero_stage == 3:
             for _ in self._full_weights():
                 pass
 
@@ -186,13 +186,13 @@ class Learner:
         learner = self._config.learner
         dtype = getattr(torch, learner.dtype)
         flash = self._cuda and dtype == torch.bfloat16 and is_flash_attn_2_available()
-        model = AutoModelForCausalLM.from_pretrained(
-            self._student_path,
-            dtype="auto",
-            attn_implementation="flash_attention_2" if flash else "sdpa",
-        )
+        attention = "flash_attention_2" if flash else "sdpa"
+        model = AutoModelForCausalLM.from_pretrained(self._student_path, dtype="auto", attn_implementation=attention)
         self._original_dtype = model.dtype
-        model = model.to(self._device, dtype).train()
+        # Not model.to(dtype), which would also cast rotary frequencies and so blur long positions.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(self._device, dtype)
+        model = model.to(self._device).train()
         disable_dropout(model)
         if learner.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -210,7 +210,7 @@ class Learner:
             "steps_per_print": 2**31,
             "bf16": {"enabled": bfloat16},
             "zero_optimization": {
-                "stage": learner.zero_stage,
+                "stage": self._zero_stage,
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
                 "stage3_prefetch_bucket_size": min(self._num_parameters, 50_000_000),
@@ -218,14 +218,14 @@ class Learner:
                 "stage3_param_persistence_threshold": min(100_000, self._num_parameters // 1000),
             },
         }
-        if bfloat16 and learner.zero_stage > 0:
+        if bfloat16:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         return config
 
     @property
     def _clips_here(self) -> bool:
-        """Without ZeRO and in float32 DeepSpeed steps the plain optimizer and reports no gradient norm."""
-        return self._config.learner.zero_stage == 0 and self._config.learner.dtype == "float32"
+        """Without ZeRO, DeepSpeed steps the plain optimizer and reports no gradient norm."""
+        return self._zero_stage == 0
 
     def _backward(self, plan: StepPlan, index: int, payloads: dict[int, Payload]) -> dict[str, torch.Tensor]:
         """Accumulates the gradient of one micro-batch; its share of the step's metrics."""
@@ -261,7 +261,7 @@ class Learner:
 
     def _full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter whole, valid until the next is asked for; every rank must ask under ZeRO-3."""
-        if self._config.learner.zero_stage < 3:
+        if self._zero_stage < 3:
             yield from ((name, parameter.data) for name, parameter in weights_of(self._model))
             return
         import deepspeed

@@ -79,7 +79,7 @@ def response_budget(request: GenerationRequest, max_context_tokens: int) -> int:
     room = max_context_tokens - len(request.prompt_tokens)
     if room < 1:
         raise InputError(
-            f"request {request.request_id}: its prompt has {len(request.prompt_tokens)} tokens, but prompt and response "
-            f"share a context of {max_context_tokens}; shorten the prompt or raise student.max_context_tokens"
+            f"request {request.request_id}: its prompt has {len(request.prompt_tokens)} tokens, but prompt and "
+            f"response share a context of {max_context_tokens}; shorten the prompt or raise student.max_context_tokens"
         )
     return min(request.sampling.max_response_tokens, room)

@@ -26,7 +26,7 @@ class TorchScoringEngine:
     def __init__(
         self, *, path: str, dtype: str = "float32", device: str | None = None, max_batch_tokens: int = 8192
     ) -> None:
-        """``max_batch_tokens`` bounds rows × longest row of one pass; ``device`` is by default the GPU if there is one."""
+        """``max_batch_tokens`` bounds rows × longest row of one pass; ``device`` is by default a GPU if there is one."""
         self._model = _load(path, dtype, device)
         self._max_batch_tokens = max_batch_tokens
 

@@ -38,20 +38,27 @@ class VllmGenerationEngine:
         max_context_tokens: int | None = None,
         kv_cache_bytes: int = 256 * 2**20,
         gpu_memory_utilization: float = 0.85,
+        max_batch_tokens: int = 8192,
         weight_backend: str = "gloo",
     ) -> None:
-        """``kv_cache_bytes`` counts on CPUs, ``gpu_memory_utilization`` on GPUs; ``max_context_tokens``
-        caps prompt + response, by default at what the checkpoint allows."""
+        """``max_context_tokens`` caps prompt + response, by default at what the checkpoint allows;
+        ``kv_cache_bytes`` counts on CPUs, ``gpu_memory_utilization`` on GPUs; ``max_batch_tokens``
+        bounds the tokens of one step, prefills and recomputed prefixes included."""
         _prepare_process()
         from vllm.config import WeightTransferConfig
 
         self._backend = weight_backend
+        self._max_context_tokens = _context_limit(path, max_context_tokens)
         self._engine = _build(
             model=path,
             dtype=dtype,
             tensor_parallel_size=tensor_parallel_size,
             max_num_seqs=max_num_seqs,
-            max_model_len=max_context_tokens,
+            max_model_len=self._max_context_tokens,
+            max_num_batched_tokens=max(max_batch_tokens, self._max_context_tokens),
+            # A prefix computed in two steps rewinds the request's random generator between them,
+            # which a CPU generator refuses, so prefixes stay whole there.
+            enable_chunked_prefill=torch.cuda.is_available(),
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=_kv_cache_bytes(kv_cache_bytes),
             # On CPUs the bookkeeping of the prefix cache costs a tenth of the tokens per second.
@@ -60,16 +67,13 @@ class VllmGenerationEngine:
             weight_transfer_config=WeightTransferConfig(backend=weight_backend),
             worker_extension_cls="opd_ray.weights.vllm_worker.WorkerExtension",
         )
-        self._max_context_tokens = self._engine.vllm_config.model_config.max_model_len
         self._unfinished: dict[str, GenerationRequest] = {}
         self._serve_version(0)
 
     def submit(self, request: GenerationRequest) -> None:
         budget = response_budget(request, self._max_context_tokens)
         self._unfinished[request.request_id] = request
-        self._engine.add_request(
-            request.request_id, _prompt(request.prompt_tokens), _sampling_params(request, budget)
-        )
+        self._engine.add_request(request.request_id, _prompt(request.prompt_tokens), _sampling_params(request, budget))
 
     def step(self) -> list[Finished]:
         finished = []
@@ -88,25 +92,12 @@ class VllmGenerationEngine:
         return finished
 
     def connect(self, group: TransferGroup) -> None:
-        where = {"rank_offset": group.rank, "world_size": group.world_size}
-        if self._backend == "nccl":
-            where |= {"master_address": group.host, "master_port": group.port}
-            where |= {"packed": True, "packed_buffer_size_bytes": group.bucket_bytes}
-        else:
-            where |= {"host": group.host, "port": group.port}
-            where |= {"timeout_s": group.timeout_s, "bucket_bytes": group.bucket_bytes}
-        self._on_workers("opd_connect", where, f"join the transfer group at {group.host}:{group.port}")
+        self._on_workers("opd_connect", init_info(self._backend, group), "join the transfer group")
 
     def update_weights(self, manifest: WeightManifest, unfinished: Unfinished) -> None:
         begun_again = list(self._unfinished.values()) if unfinished == "restart" else []
         self._engine.abort_request([request.request_id for request in begun_again])
-        info: dict[str, Any] = {
-            "names": list(manifest.names),
-            "dtype_names": list(manifest.dtypes),
-            "shapes": [list(shape) for shape in manifest.shapes],
-        }
-        if self._backend == "gloo":
-            info["version"] = manifest.version
+        info = update_info(self._backend, manifest)
         self._on_workers("opd_update_weights", info, f"load weight version {manifest.version}")
         # Preempts what runs and empties the prefix cache, so every prefix is recomputed: KV
         # entries of the old weights under the new ones shift the log-probs without an error.
@@ -128,7 +119,7 @@ class VllmGenerationEngine:
         except Exception as error:
             raise WeightSyncError(
                 f"weights: a vLLM engine on backend {self._backend} could not {action}: {error}; "
-                "its weights may be half loaded, so replace the engine"
+                "do not step this engine again, its weights may be half loaded"
             ) from error
 
 
@@ -148,9 +139,6 @@ class VllmScoringEngine:
     ) -> None:
         """As for VllmGenerationEngine."""
         _prepare_process()
-        from transformers import AutoConfig
-
-        limit = max_context_tokens or AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings
         self._engine = _build(
             model=path,
             dtype=dtype,
@@ -158,7 +146,7 @@ class VllmScoringEngine:
             max_num_seqs=max_num_seqs,
             # vLLM insists on sampling one token, which is never fed back; a sequence of exactly
             # the checkpoint's length needs this room for it.
-            max_model_len=limit + 1,
+            max_model_len=_context_limit(path, max_context_tokens) + 1,
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=_kv_cache_bytes(kv_cache_bytes),
             enable_prefix_caching=False,
@@ -182,6 +170,26 @@ class VllmScoringEngine:
                 index = positions.pop(output.request_id)
                 scores[index] = _response_scores(output.prompt_logprobs, len(sequences[index].response_tokens), top_k)
         return scores
+
+
+def init_info(backend: str, group: TransferGroup) -> dict[str, Any]:
+    """How a worker joins ``group``, as vLLM's backend "nccl" or our "gloo" wants it."""
+    shared = {"rank_offset": group.rank, "world_size": group.world_size}
+    if backend == "nccl":
+        where = {"master_address": group.host, "master_port": group.port}
+        return shared | where | {"packed": True, "packed_buffer_size_bytes": group.bucket_bytes}
+    where = {"host": group.host, "port": group.port}
+    return shared | where | {"timeout_s": group.timeout_s, "bucket_bytes": group.bucket_bytes}
+
+
+def update_info(backend: str, manifest: WeightManifest) -> dict[str, Any]:
+    """What one broadcast brings, as vLLM's backend "nccl" or our "gloo" wants it."""
+    info: dict[str, Any] = {
+        "names": list(manifest.names),
+        "dtype_names": list(manifest.dtypes),
+        "shapes": [list(shape) for shape in manifest.shapes],
+    }
+    return info if backend == "nccl" else info | {"version": manifest.version}
 
 
 def _response_scores(prompt_logprobs: Any, num_response_tokens: int, top_k: int) -> Scores:
@@ -248,7 +256,8 @@ def _prepare_process() -> None:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        # Each update warns that rotary embeddings, which have no weights, "failed to load weights".
+        "VLLM_LOGGING_LEVEL": "ERROR",
     }
     if not torch.cuda.is_available():
         settings |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
@@ -256,6 +265,12 @@ def _prepare_process() -> None:
         os.environ.setdefault(name, value)
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def _context_limit(path: str, max_context_tokens: int | None) -> int:
+    from transformers import AutoConfig
+
+    return max_context_tokens or AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings
 
 
 def _kv_cache_bytes(kv_cache_bytes: int) -> int | None:
@@ -275,6 +290,7 @@ def _build(*, tensor_parallel_size: int, **arguments: Any) -> LLMEngine:
             # An asynchronous step would still be under way on the old weights during an update.
             async_scheduling=False,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **arguments,
         )
     )

@@ -117,7 +117,5 @@ def student_metrics(batch: TokenBatch) -> dict[str, torch.Tensor]:
 
 def _entropy(batch: TokenBatch) -> torch.Tensor:
     """[N] −Σ p log p of the student, nats: log Z − Σ p · logit."""
-    expected = [
-        (logits.softmax(-1) * logits).sum(-1) for logits in batch.logits.detach().split(_ENTROPY_ROWS)
-    ]
+    expected = [(logits.softmax(-1) * logits).sum(-1) for logits in batch.logits.detach().split(_ENTROPY_ROWS)]
     return batch.log_normalizer.detach() - torch.cat(expected)

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_host import EngineHost
 from transformers import AutoModelForCausalLM
 
+from engine_host import EngineHost
 from opd_ray.engines import Rollout, Scores, ScoringEngine
 from opd_ray.engines.fake import FakeScoringEngine
 from opd_ray.engines.torch import TorchScoringEngine

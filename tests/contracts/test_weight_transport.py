@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from engine_host import EngineHost
 from opd_ray.errors import InputError, WeightSyncError
 from opd_ray.messages import TransferGroup
 from opd_ray.weights import make_transport
@@ -166,6 +167,19 @@ def test_unknown_backends_are_refused() -> None:
 
 
 def test_tied_weights_are_sent_under_both_names() -> None:
-    model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(4, 2), "lm_head": torch.nn.Linear(2, 4, bias=False)})
+    parts = {"embed_tokens": torch.nn.Embedding(4, 2), "lm_head": torch.nn.Linear(2, 4, bias=False)}
+    model = torch.nn.ModuleDict(parts)
     model["lm_head"].weight = model["embed_tokens"].weight
     assert manifest_of(weights_of(model), 0).names == ("embed_tokens.weight", "lm_head.weight")
+
+
+@pytest.mark.vllm
+def test_nccl_sides_speak_the_installed_vllms_protocol(vllm_host: EngineHost) -> None:
+    """Without GPUs only the arguments and the order can be checked, with a communicator that records."""
+    probe = vllm_host.build("nccl_probe:NcclProbe")
+    members = dataclasses.replace(group(1, 3, 4321), backend="nccl")
+    manifest = manifest_of(weights(), 0)
+    assert probe.broadcast(dataclasses.replace(members, rank=0), manifest, 2) == [list(manifest.names)] * 2
+    shapes = [list(shape) for shape in manifest.shapes]
+    expected = {"port": 4321, "rank": 1, "packed": True, "bucket_bytes": 256, "shapes": shapes}
+    assert probe.parsed(members, manifest) == expected

@@ -72,9 +72,7 @@ def _payload(
     scored = {
         role: put(pa.RecordBatch.from_pylist(column[::-1], schema=SCORE_SCHEMA)) for role, column in scores.items()
     }
-    return [
-        Entry(_meta(row, source), len(rows) - 1 - index, rollouts, scored) for index, row in enumerate(rows)
-    ]
+    return [Entry(_meta(row, source), len(rows) - 1 - index, rollouts, scored) for index, row in enumerate(rows)]
 
 
 def _score(rollout_id: str, response: np.ndarray, rng: np.random.Generator, top_k: int) -> dict[str, Any]:

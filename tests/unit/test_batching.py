@@ -6,6 +6,7 @@ import dataclasses
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,11 +14,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from factories import entry
-from opd_ray.batching import MicroBatch, collate, count, plan_step
-from opd_ray.config import LossConfig
+from opd_ray.batching import MicroBatch, collate, count, plan_step, repeated_ngrams
+from opd_ray.config import LearnerConfig, LossConfig
 from opd_ray.errors import RunError
 from opd_ray.messages import Denominators, Entry, StepPlan
-from opd_ray.training import Objective, ResponseLogits, fetch_payloads
+from opd_ray.training import Objective, ResponseLogits, fetch_payloads, finish, lr_factor
 from scored_rollouts import VOCABULARY, scored_entries
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 60), st.sampled_from(["student", "golden"]))
@@ -92,21 +93,21 @@ def test_collation_aligns_every_column_with_its_token(packing: bool) -> None:
     batch = collated([entries[3], *entries[:3]], packing)
     flat_input = batch.input_ids.flatten()
     start = 0
-    for index, entry in enumerate(entries):
-        row = entry.rollouts.slice(entry.row, 1).to_pylist()[0]
+    for index, rollout in enumerate(entries):
+        row = rollout.rollouts.slice(rollout.row, 1).to_pylist()[0]
         prompt, response = row["prompt_tokens"], row["response_tokens"]
         tokens = slice(start, start + len(response))
-        assert batch.rollout_ids[index] == entry.meta.rollout_id
+        assert batch.rollout_ids[index] == rollout.meta.rollout_id
         assert batch.tokens[tokens].tolist() == response
         # The input at each gathered position is the token before the one that is predicted.
         assert flat_input[batch.logit_index[tokens]].tolist() == ([prompt[-1], *response])[:-1]
         if packing:
             positions = batch.position_ids.flatten()[batch.logit_index[tokens]].tolist()
             assert positions == list(range(len(prompt) - 1, len(prompt) + len(response) - 1))
-        if entry.meta.source == "student":
+        if rollout.meta.source == "student":
             assert batch.behaviour_logprobs[tokens].tolist() == row["behaviour_logprobs"]
             for role, scored in (("teacher", batch.teacher), ("reference", batch.reference)):
-                score = entry.scores[role].slice(entry.row, 1).to_pylist()[0]
+                score = rollout.scores[role].slice(rollout.row, 1).to_pylist()[0]
                 assert scored.logprobs[tokens].tolist() == score["logprobs"]
                 assert scored.topk_ids[tokens].flatten().tolist() == score["topk_ids"]
                 assert scored.topk_logprobs[tokens].flatten().tolist() == score["topk_logprobs"]
@@ -165,8 +166,8 @@ def test_response_logits_are_those_of_the_whole_model_row_by_row(
     batch = collated(STEP, packing=False)
     logprobs = module(batch.input_ids, batch.position_ids, batch.logit_index).log_softmax(-1)
     start = 0
-    for entry in STEP:
-        row = entry.rollouts.slice(entry.row, 1).to_pylist()[0]
+    for rollout in STEP:
+        row = rollout.rollouts.slice(rollout.row, 1).to_pylist()[0]
         prompt, response = row["prompt_tokens"], row["response_tokens"]
         alone = plain(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
         expected = alone[len(prompt) - 1 : -1]
@@ -213,3 +214,36 @@ def test_scores_missing_for_some_rollouts_are_refused() -> None:
     entries = scored_entries([(3, 4), (5, 2)])
     with pytest.raises(RunError, match="s1-0 carries no teacher scores"):
         collated([entries[0], dataclasses.replace(entries[1], scores={})], packing=False)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=25), min_size=1, max_size=5), n=st.integers(1, 4))
+def test_repeated_ngrams_are_those_a_loop_finds(rows: list[list[int]], n: int) -> None:
+    expected = []
+    for row in rows:
+        grams = [tuple(row[end - n + 1 : end + 1]) if end >= n - 1 else None for end in range(len(row))]
+        expected += [float(gram is not None and gram in grams[:end]) for end, gram in enumerate(grams)]
+    flat = np.array([token for row in rows for token in row])
+    assert repeated_ngrams(flat, np.array([len(row) for row in rows]), n).tolist() == expected
+
+
+def test_the_advantage_is_split_into_repetitive_and_other_tokens() -> None:
+    sums = {"advantage": -0.5, "repetitive_share": 0.25, "advantage_repetitive": 0.25}
+    assert finish(dict(sums))["advantage_repetitive"] == 1.0
+    assert finish(dict(sums))["advantage_other"] == -1.0
+    assert "advantage_repetitive" not in finish(sums | {"repetitive_share": 0.0, "advantage_repetitive": 0.0})
+    assert finish({"loss_sft": 1.0}) == {"loss_sft": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]), ("linear", [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25])],
+)
+def test_learning_rate_rises_then_follows_its_schedule(schedule: str, expected: list[float]) -> None:
+    config = LearnerConfig(steps=6, warmup_steps=2, lr_schedule=schedule)
+    assert [lr_factor(config, step) for step in range(6)] == pytest.approx(expected)
+
+
+def test_cosine_halves_half_way_and_stays_at_zero_beyond_the_end() -> None:
+    config = LearnerConfig(steps=10, lr_schedule="cosine")
+    assert [lr_factor(config, step) for step in (0, 5, 10, 20)] == pytest.approx([1, 0.5, 0, 0])

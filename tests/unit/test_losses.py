@@ -33,9 +33,7 @@ def batch(seed: int = 0, k: int = V, scale: float = 2.0, n: int = N, v: int = V)
     student, teacher, reference, behaviour = (torch.randn(n, v, generator=generator) * scale for _ in range(4))
     tokens = torch.randint(0, v, (n,), generator=generator)
     mu = behaviour.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-    return TokenBatch(
-        student.requires_grad_(), tokens, mu, scored(teacher, tokens, k), scored(reference, tokens, k)
-    )
+    return TokenBatch(student.requires_grad_(), tokens, mu, scored(teacher, tokens, k), scored(reference, tokens, k))
 
 
 def reference_reverse_kl(logits: np.ndarray, scores: ScoredTokens) -> tuple[np.ndarray, np.ndarray]:
@@ -207,9 +205,7 @@ def test_k3_matches_its_definition_and_is_unbiased() -> None:
     # Its mean over the student's own distribution is KL(π_θ‖π_ref): enumerate the vocabulary.
     logits, reference = torch.randn(2, V, generator=torch.Generator().manual_seed(1))
     every = torch.arange(V)
-    spread = TokenBatch(
-        logits.expand(V, V), every, torch.zeros(V), None, scored(reference.expand(V, V), every, V)
-    )
+    spread = TokenBatch(logits.expand(V, V), every, torch.zeros(V), None, scored(reference.expand(V, V), every, V))
     p = logits.softmax(-1)
     expected = (p * (logits.log_softmax(-1) - reference.log_softmax(-1))).sum()
     torch.testing.assert_close((p * reference_kl(spread, "k3").values).sum(), expected)
@@ -217,9 +213,7 @@ def test_k3_matches_its_definition_and_is_unbiased() -> None:
 
 def test_reference_kl_on_the_support_is_the_bucketed_reverse_kl() -> None:
     tokens = batch(k=4)
-    torch.testing.assert_close(
-        reference_kl(tokens, "top_k").values, bucketed_reverse_kl(tokens, tokens.reference)
-    )
+    torch.testing.assert_close(reference_kl(tokens, "top_k").values, bucketed_reverse_kl(tokens, tokens.reference))
 
 
 def test_missing_scores_are_refused_by_name() -> None:

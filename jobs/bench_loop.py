@@ -1,0 +1,109 @@
+"""The rate of every room and of the whole loop, after warm-up, in one run of the configured system.
+
+    python jobs/bench_loop.py [--warmup N] [--steps N] [--config FILE] [section.field=value ...]
+
+A room's rate is tokens per second of *its own work*: what it could do if nothing ever made it wait. The loop's rate
+is tokens trained per second of wall clock. Memory is the proportional set size (PSS) of every
+process of the run, Ray's own included, so shared pages count once.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from opd_ray import config as configs
+from opd_ray import run
+
+
+class PeakMemory:
+    """Samples the memory of this process and of all its descendants until it is left."""
+
+    def __init__(self, every_s: float = 2.0) -> None:
+        self.peak_bytes = 0
+        self._every_s, self._done = every_s, threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._done.wait(self._every_s):
+            self.peak_bytes = max(self.peak_bytes, sum(map(_pss_bytes, _processes())))
+
+
+def _processes() -> list[psutil.Process]:
+    this = psutil.Process()
+    return [this, *this.children(recursive=True)]
+
+
+def _pss_bytes(process: psutil.Process) -> int:
+    try:
+        return process.memory_full_info().pss
+    except psutil.Error:  # it ended between the listing and the look
+        return 0
+
+
+@click.command()
+@click.option("--warmup", default=20, show_default=True, help="Steps that are not measured.")
+@click.option("--steps", default=100, show_default=True, help="Steps that are measured.")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="YAML file; the embedded default without."
+)
+@click.argument("overrides", nargs=-1)
+def main(warmup: int, steps: int, config_file: Path | None, overrides: tuple[str, ...]) -> None:
+    """Measures the rooms and the loop."""
+    fixed = [
+        f"learner.steps={warmup + steps}",
+        "evaluation.num_problems=0",
+        "evaluation.every_steps=0",
+        "checkpoint.every_steps=0",
+        "metrics.rollout_log_every_steps=0",
+    ]
+    config = configs.load(config_file, [*overrides, *fixed])
+    with tempfile.TemporaryDirectory() as directory, PeakMemory() as memory:
+        run.train(config, Path(directory) / "bench")
+        lines = (Path(directory) / "bench" / "metrics.jsonl").read_text().splitlines()
+    measured = [json.loads(line) for line in lines][warmup:]
+    _show(measured, config, memory.peak_bytes)
+
+
+def _show(measured: list[dict[str, Any]], config: configs.Config, peak_bytes: int) -> None:
+    wall = sum(row["throughput/step_s"] for row in measured)
+    student = sum(row["throughput/tokens_per_s"] * row["throughput/step_s"] for row in measured)
+    trained = sum(row["learner/trained_tokens"] for row in measured)
+    tokens = {"generate": student, "teacher": student, "reference": student, "learn": trained}
+    table = Table("room", "tokens/s of its own work", "idle share", title="rooms", title_justify="left")
+    for room, amount in tokens.items():
+        if f"idle/{room}" not in measured[0]:
+            continue
+        busy = sum((1 - row[f"idle/{room}"]) * row["throughput/step_s"] for row in measured)
+        table.add_row(room, f"{amount / busy:,.0f}", f"{1 - busy / wall:.2f}")
+    console = Console()
+    console.print(table)
+    sync = median(row["learner/weight_sync_s"] for row in measured)
+    console.print(
+        f"loop: {student / wall:,.0f} student tokens trained per second "
+        f"({trained / wall:,.0f} with golden ones), {wall / len(measured) * 1000:.0f} ms a step "
+        f"of {config.buffer.prompts_per_step} prompts x {config.rollout.responses_per_prompt} + "
+        f"{config.buffer.num_golden} golden, over {len(measured)} steps"
+    )
+    console.print(f"weight sync: {sync * 1000:.0f} ms (median); peak memory {peak_bytes / 2**30:.1f} GiB (PSS)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The generator around a fake engine: commands between steps, what an update does to unfinished responses, failures."""
+
+import asyncio
+import threading
+
+import pytest
+
+from opd_ray.actors.generator import EngineThread, StudentGenerator
+from opd_ray.engines.fake import FakeGenerationEngine
+from opd_ray.errors import RunError
+from opd_ray.messages import GenerationRequest, PromptGroup, SamplingSettings, WeightManifest
+
+NEVER_STOP = SamplingSettings(temperature=1.0, top_p=1.0, max_response_tokens=6, stop_token_ids=())
+
+
+class SteppedEngine(FakeGenerationEngine):
+    """Takes a step only when the test lets it, and keeps the order of what happened."""
+
+    def __init__(self):
+        super().__init__()
+        self.events, self.may_step = [], threading.Semaphore(0)
+
+    def submit(self, request):
+        self.events.append(f"submit {request.request_id}")
+        super().submit(request)
+
+    def step(self):
+        assert self.may_step.acquire(timeout=10), "the test never allowed this step"
+        self.events.append("step")
+        return super().step()
+
+    def update_weights(self, manifest, unfinished):
+        self.events.append(f"update {manifest.version} {unfinished}")
+        super().update_weights(manifest, unfinished)
+
+
+class Words:
+    """A tokenizer whose text is the numbers of the tokens."""
+
+    def batch_decode(self, tokens, skip_special_tokens):
+        return [" ".join(map(str, row)) for row in tokens]
+
+
+class Even:
+    """A task whose answers are right when they have an even number of words."""
+
+    def verify(self, response, row):
+        return len(response.split()) % 2 == 0
+
+
+def manifest(version):
+    return WeightManifest(version, (), (), ())
+
+
+def group(slot, num_responses=1):
+    return PromptGroup(slot, f"p{slot}", (1, 2, 3), {"answer": "x"}, num_responses, seed=100 * slot)
+
+
+def make(in_flight="keep", engine=None):
+    engine = engine or SteppedEngine()
+    generator = StudentGenerator(
+        make_engine=lambda: engine,
+        load_tokenizer=Words,
+        task=Even(),
+        in_flight=in_flight,
+        repetition_window_chars=1000,
+        repetition_ratio=2.0,
+    )
+    return generator, engine
+
+
+async def until(condition):
+    """Waits for what the engine thread does, with a deadline."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def update_in_the_middle(in_flight):
+    """Two tokens under version 0, an update, then as many steps as it takes; returns metas and events."""
+    async with asyncio.timeout(20):
+        return await _update_in_the_middle(in_flight)
+
+
+async def _update_in_the_middle(in_flight):
+    generator, engine = make(in_flight)
+    answer = asyncio.create_task(generator.generate([group(0)], NEVER_STOP))
+    engine.may_step.release(2)
+    await until(lambda: engine.events.count("step") == 2)
+    update = asyncio.create_task(generator.update_weights(manifest(1)))
+    await asyncio.sleep(0)
+    late = asyncio.create_task(generator.generate([group(1)], NEVER_STOP))
+    await asyncio.sleep(0)
+    engine.may_step.release(40)
+    await update
+    (meta,), payload = await answer
+    (late_meta,), _ = await late
+    return meta, late_meta, payload, engine.events
+
+
+def test_keep_updates_between_two_steps_of_a_running_response():
+    meta, _, payload, events = asyncio.run(update_in_the_middle("keep"))
+    versions = payload["weight_versions"][0].as_py()
+    assert versions == sorted(versions)
+    assert (meta.oldest_version, meta.newest_version) == (0, 1)
+    assert "update 1 keep" in events
+
+
+def test_abort_begins_the_response_again_so_it_has_one_version():
+    meta, _, payload, events = asyncio.run(update_in_the_middle("abort"))
+    assert payload["weight_versions"][0].as_py() == [1] * 6
+    assert meta.num_response_tokens == 6
+    assert "update 1 restart" in events
+
+
+def test_drain_finishes_what_runs_and_holds_what_comes_until_the_update():
+    meta, late, _, events = asyncio.run(update_in_the_middle("drain"))
+    assert (meta.oldest_version, meta.newest_version) == (0, 0)
+    assert late.oldest_version == 1
+    assert events.index("update 1 keep") < events.index("submit 1")
+    assert events[: events.index("update 1 keep")].count("step") == 6
+
+
+def test_a_drain_with_nothing_running_happens_at_once():
+    async def scenario():
+        generator, engine = make("drain")
+        await asyncio.wait_for(generator.update_weights(manifest(1)), 5)
+        assert engine.events == ["update 1 keep"]
+
+    asyncio.run(scenario())
+
+
+def test_a_group_gives_a_row_per_response_with_seeds_of_their_own():
+    async def scenario():
+        generator, engine = make()
+        engine.may_step.release(100)
+        metas, payload = await generator.generate([group(3, num_responses=2), group(4)], NEVER_STOP)
+        assert [meta.rollout_id for meta in metas] == ["3-0", "3-1", "4-0"]
+        assert payload["rollout_id"].to_pylist() == ["3-0", "3-1", "4-0"]
+        responses = payload["response_tokens"].to_pylist()
+        assert responses[0] != responses[1]
+        assert payload["prompt_tokens"].to_pylist() == [[1, 2, 3]] * 3
+        assert all(len(row) == 6 for row in payload["behaviour_logprobs"].to_pylist())
+
+    asyncio.run(scenario())
+
+
+def test_a_truncated_response_is_never_correct():
+    async def scenario():
+        generator, engine = make()
+        engine.may_step.release(100)
+        (meta,), _ = await generator.generate([group(0)], NEVER_STOP)
+        assert meta.truncated
+        assert not meta.correct
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_fails_fails_every_waiting_call_with_its_error():
+    class Broken(SteppedEngine):
+        def step(self):
+            raise RuntimeError("the device is gone")
+
+    async def scenario():
+        generator, _ = make(engine=Broken())
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            await asyncio.wait_for(generator.generate([group(0)], NEVER_STOP), 5)
+        with pytest.raises(RunError, match="the engine has failed before: the device is gone"):
+            await asyncio.wait_for(generator.generate([group(1)], NEVER_STOP), 5)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_cannot_start_says_why():
+    def fail():
+        raise ValueError("no such checkpoint")
+
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        EngineThread(fail)
+
+
+def test_one_bad_request_does_not_end_the_engine():
+    """A request that the engine refuses fails its own call; others go on."""
+
+    class Picky(SteppedEngine):
+        def submit(self, request):
+            if len(request.prompt_tokens) > 3:
+                raise ValueError("prompt too long")
+            super().submit(request)
+
+    engine = Picky()
+    thread = EngineThread(lambda: engine)
+    engine.may_step.release(100)
+    bad = thread.submit(GenerationRequest("bad", (1, 2, 3, 4), 0, NEVER_STOP))
+    good = thread.submit(GenerationRequest("good", (1, 2), 0, NEVER_STOP))
+    with pytest.raises(ValueError, match="prompt too long"):
+        bad.result(timeout=5)
+    assert len(good.result(timeout=5).tokens) == 6
