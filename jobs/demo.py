@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -33,7 +34,6 @@ from rich.table import Table
 
 from opd_ray import config as configs
 from opd_ray.errors import InputError
-from opd_ray.node import free_port
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LEFT_OUT = [".git", ".venv", "runs", "__pycache__", "*.egg-info", ".pytest_cache", ".ruff_cache", ".hypothesis"]
@@ -67,7 +67,8 @@ def main() -> int:
     job = ["python", "jobs/stableopd.py", "--run-dir", str(run_dir)]
     if arguments.config:
         job += ["--config", str(arguments.config.absolute())]
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for name in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal must not leave the head behind either
+        signal.signal(name, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with ray_head() as client:
             exit_code = follow(client, shlex.join([*job, *arguments.overrides]), run_dir)
@@ -84,11 +85,14 @@ def ray_head() -> Iterator[Any]:
     """A Ray head on free ports of this machine, as a job client; it ends with the block, whatever happens."""
     # The directory's name must be short: Ray puts UNIX sockets in it, and their paths end at 107 characters.
     temp_dir = tempfile.mkdtemp(prefix="opd-")
-    port = free_port()
     # A token of this head's own: command line and library then agree on authentication, and nobody else gets in.
+    # Ray reads these when it is first imported, which is therefore done further down.
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
+    from opd_ray.node import free_port
+
+    port = free_port()
     console.print("starting a Ray head on this machine (about 10 s)")
     log = Path(temp_dir) / "head.log"
     with log.open("wb") as output:
@@ -110,6 +114,8 @@ def ray_head() -> Iterator[Any]:
 
 
 def _head_command(temp_dir: str, dashboard_port: int) -> list[str]:
+    from opd_ray.node import free_port
+
     ports = {
         "port": free_port(),
         "dashboard-port": dashboard_port,
@@ -130,6 +136,8 @@ def _connect(head: subprocess.Popen[bytes], address: str, log: Path) -> Any:
     """The job client, as soon as the dashboard answers."""
     from ray.job_submission import JobSubmissionClient
 
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every file that is uploaded or not
     deadline = time.monotonic() + _HEAD_DEADLINE_S
     while True:
         try:

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -103,7 +104,7 @@ class Learner:
         """One optimizer step; the same metrics on every rank, in nats, averaged over all ranks' tokens.
 
         ``fetch`` turns refs into RecordBatches (``ray.get`` unless told). Raises RunError when a loss or the
-        gradient norm is not finite: before the weights change, except for the norm under ZeRO 1–3 or bfloat16.
+        gradient norm is not finite: before the weights change, except for the norm under ZeRO 1–3 in float32.
         """
         if fetch is None:
             import ray
@@ -166,6 +167,8 @@ class Learner:
         Every file of the student's directory that is not a weight file (tokenizer, chat template, generation
         settings, config) is copied as it is.
         """
+        from transformers import GenerationConfig
+
         state = {}
         names = {name for name, _ in self._model.named_parameters()}
         for name, weight in self._full_weights():
@@ -174,6 +177,10 @@ class Learner:
         if self._rank != 0:
             return
         state |= {name: buffer.cpu() for name, buffer in _persistent_buffers(self._model)}
+        if (self._student_path / "generation_config.json").exists():
+            # Published ones can be invalid (a temperature without sampling) and then refuse to be saved; the
+            # original is copied below.
+            self._model.generation_config = GenerationConfig()
         self._model.save_pretrained(directory, state_dict=state)
         for file in self._student_path.iterdir():
             if file.is_file() and not file.name.endswith(_WEIGHT_FILES):
@@ -181,8 +188,9 @@ class Learner:
 
     def _load_student(self) -> torch.nn.Module:
         from transformers import AutoModelForCausalLM
-        from transformers.utils import is_flash_attn_2_available
+        from transformers.utils import is_flash_attn_2_available, logging
 
+        logging.disable_progress_bar()
         learner = self._config.learner
         dtype = getattr(torch, learner.dtype)
         flash = self._cuda and dtype == torch.bfloat16 and is_flash_attn_2_available()
@@ -248,7 +256,8 @@ class Learner:
             self._engine.step()
             return grad_norm
         self._engine.step()
-        grad_norm = float(self._engine.get_global_grad_norm())
+        # In bfloat16 DeepSpeed skips a step whose gradient overflows, and keeps the norm of the step before.
+        grad_norm = float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
         self._check_norm(grad_norm, step)
         return grad_norm
 
@@ -283,4 +292,6 @@ def _import_deepspeed() -> Any:
 
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its ZeRO-3 collectives go by names that torch 2.13 deprecates, and each call says so again.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     return deepspeed

@@ -16,6 +16,7 @@ def make_generation_engine(
         "path": path,
         "dtype": rollout.dtype,
         "max_num_seqs": rollout.max_num_seqs,
+        "max_context_tokens": max_context_tokens,
         "weight_backend": weight_backend,
     }
     if rollout.engine == "torch":
@@ -27,7 +28,6 @@ def make_generation_engine(
     return VllmGenerationEngine(
         **shared,
         tensor_parallel_size=rollout.tensor_parallel_size,
-        max_context_tokens=max_context_tokens,
         kv_cache_bytes=rollout.kv_cache_bytes,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
     )

@@ -1,8 +1,8 @@
 """transformers behind the two engine Protocols.
 
 ``TorchScoringEngine`` is a padded forward pass. ``TorchGenerationEngine`` is the reference that
-vLLM is compared with: continuous batching in a few lines, at a fraction of the speed.
-Both run on CPUs and on CUDA; neither knows of tokenizers.
+vLLM is compared with: continuous batching without paged memory or captured graphs, so it keeps up
+on models of this repository's tests and not on large ones. Both run on CPUs and on CUDA.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TorchScoringEngine:
     def __init__(
         self, *, path: str, dtype: str = "float32", device: str | None = None, max_batch_tokens: int = 8192
     ) -> None:
-        """``max_batch_tokens`` bounds rows × longest row of one pass; ``device`` is by default a GPU if there is one."""
+        """``max_batch_tokens`` bounds rows × longest row of one pass; ``device`` defaults to a GPU if there is one."""
         self._model = _load(path, dtype, device)
         self._max_batch_tokens = max_batch_tokens
 

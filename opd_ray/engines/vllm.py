@@ -55,10 +55,7 @@ class VllmGenerationEngine:
             tensor_parallel_size=tensor_parallel_size,
             max_num_seqs=max_num_seqs,
             max_model_len=self._max_context_tokens,
-            max_num_batched_tokens=max(max_batch_tokens, self._max_context_tokens),
-            # A prefix computed in two steps rewinds the request's random generator between them,
-            # which a CPU generator refuses, so prefixes stay whole there.
-            enable_chunked_prefill=torch.cuda.is_available(),
+            **_prefill_arguments(max_batch_tokens, self._max_context_tokens),
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=_kv_cache_bytes(kv_cache_bytes),
             # On CPUs the bookkeeping of the prefix cache costs a tenth of the tokens per second.
@@ -271,6 +268,14 @@ def _context_limit(path: str, max_context_tokens: int | None) -> int:
     from transformers import AutoConfig
 
     return max_context_tokens or AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings
+
+
+def _prefill_arguments(max_batch_tokens: int, max_context_tokens: int) -> dict[str, Any]:
+    if torch.cuda.is_available():
+        return {"max_num_batched_tokens": max_batch_tokens}
+    # vLLM rewinds a request's random generator when its prefix takes more than one step, which a
+    # CPU generator refuses ("does not use offset"): prefixes stay whole there.
+    return {"max_num_batched_tokens": max(max_batch_tokens, max_context_tokens), "enable_chunked_prefill": False}
 
 
 def _kv_cache_bytes(kv_cache_bytes: int) -> int | None:

@@ -23,16 +23,23 @@ teacher whose rounded top-k sums to 1 would make the divergence infinite."""
 
 
 def bucketed_reverse_kl(batch: TokenBatch, scored: ScoredTokens) -> torch.Tensor:
-    """KL(π_θ‖q) of each token's distribution, [N] nats, with gradient. ValueError when k is 0."""
-    num_alternatives = scored.topk_ids.shape[-1]
+    """KL(π_θ‖q) of each token's distribution, [N] nats, with gradient. ValueError when k is 0.
+
+    Models of one family may pad their vocabulary differently; an id that the student does not have cannot be
+    sampled (p = 0) and q's mass on it counts as tail.
+    """
+    vocab_size, num_alternatives = batch.logits.shape[-1], scored.topk_ids.shape[-1]
     if num_alternatives == 0:
         raise ValueError("the reverse KL needs the scorer's top-k log-probs (k ≥ 1), but they are empty")
-    log_p = batch.logits.gather(-1, scored.topk_ids) - batch.log_normalizer.unsqueeze(-1)
+    foreign = scored.topk_ids >= vocab_size
+    ids = scored.topk_ids.clamp(max=vocab_size - 1)
+    log_p = batch.logits.gather(-1, ids) - batch.log_normalizer.unsqueeze(-1)
     log_q = scored.topk_logprobs
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-    if num_alternatives >= batch.logits.shape[-1]:
+    divergence = (log_p.exp() * (log_p - log_q)).masked_fill(foreign, 0.0).sum(-1)
+    if num_alternatives >= vocab_size:
         return divergence
-    p_tail, q_tail = tail_mass(log_p), tail_mass(log_q)
+    p_tail = tail_mass(log_p.masked_fill(foreign, -torch.inf))
+    q_tail = tail_mass(log_q.masked_fill(foreign, -torch.inf))
     return divergence + p_tail * (p_tail.log() - q_tail.log())
 
 

@@ -1,32 +1,55 @@
-"""Tasks: how a prompt is rendered and how an answer is verified.
+"""Tasks: how a row becomes a prompt, and whether a response answers it.
 
-A new task is a new small module with a class of two methods, and one line in ``_TASKS``.
+A row is one line of a prompts or golden JSONL file.  The loop knows tasks only through the
+`Task` protocol; it never sees what a prompt is about.  To add one, write a class with the
+two methods in a new module here and name it in ``_TASKS``.
 """
 
 from __future__ import annotations
 
+import difflib
+import importlib
 from collections.abc import Mapping
-from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from opd_ray.errors import InputError, near
+from opd_ray.errors import InputError
 
-_TASKS = {"chain": "opd_ray.tasks.chain:ChainTask", "math": "opd_ray.tasks.math:MathTask"}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Task", "get_task"]
 
 
 class Task(Protocol):
-    """What rollouts are about. Implementations are stateless and picklable."""
+    """What the loop and the evaluation ask of a task."""
 
-    def format_prompt(self, row: Mapping[str, Any], tokenizer: Any) -> list[int]:
-        """Token ids of the prompt of one row of a prompt file."""
+    def format_prompt(
+        self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    ) -> list[int]:
+        """The token ids of the prompt, special tokens and chat markup included."""
+        ...
 
     def verify(self, response: str, row: Mapping[str, Any]) -> bool:
-        """Whether the text (special tokens removed) answers the row; whether it ended is not asked."""
+        """Is ``response`` right?  It is decoded text without special tokens.
+
+        Only the text is judged.  Whether the response ended by itself or was cut at the
+        length budget is known from its finish reason, and the caller checks that.
+        """
+        ...
+
+
+# Name -> (module, class).  Modules are imported on first use, so that asking for one task
+# does not need the packages of another.
+_TASKS: dict[str, tuple[str, str]] = {
+    "chain": ("opd_ray.tasks.chain", "ChainTask"),
+    "math": ("opd_ray.tasks.math", "MathTask"),
+}
 
 
 def get_task(name: str) -> Task:
-    """The task registered under ``name``; InputError for an unknown one."""
+    """The task registered as ``name``; InputError with the near names for any other."""
     if name not in _TASKS:
-        raise InputError(f"data.task '{name}' is unknown{near(name, _TASKS)}")
-    module, _, attribute = _TASKS[name].partition(":")
-    return getattr(import_module(module), attribute)()
+        near = difflib.get_close_matches(name, _TASKS, n=3, cutoff=0.4) or sorted(_TASKS)
+        raise InputError(f"unknown task {name!r}: did you mean {' or '.join(map(repr, near))}?")
+    module, cls = _TASKS[name]
+    return getattr(importlib.import_module(module), cls)()

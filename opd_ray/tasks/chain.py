@@ -33,7 +33,7 @@ NUM_OPERATIONS = (2, 3)
 # Only 3,087 problems have two operations.  Drawing them with 1/4 leaves enough of them
 # in every split for sets of distinct problems.
 SHARE_OF_SHORT = 0.25
-UNS = 2
+UNSCORED_COPIES = 1
 MAX_NEW_TOKENS = 80  # length budget of a response, EOS included; a clean one needs 14 to 20
 
 Split = Literal["train", "validation", "test"]
@@ -177,7 +177,7 @@ def looping_text(problem: Problem, rng: random.Random, max_new_tokens: int = MAX
     copy = f"{problem.calls[index]}{wrong_digit(problem.results[index], rng)}?"
     num_copies = max_new_tokens // len(copy) + 1
     response = (head + copy * num_copies)[:max_new_tokens]
-    num_unscored = len(head) + UNS * len(copy)
+    num_unscored = len(head) + UNSCORED_COPIES * len(copy)
     mask = tuple(position >= num_unscored for position in range(len(response)))
     return Text(response, mask, finished=False)
 

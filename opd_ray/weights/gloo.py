@@ -56,11 +56,11 @@ class GlooGroup:
     def _explained(self, action: str) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:
-            group = self.group
+        except (RuntimeError, OSError) as error:
+            group, cause = self.group, str(error).partition("\n")[0]
             raise WeightSyncError(
                 f"weights: rank {group.rank} of {group.world_size} could not {action} within {group.timeout_s:g} s "
-                f"(gloo group at {group.host}:{group.port}): {str(error).splitlines()[0]}; check that the learner and "
+                f"(gloo group at {group.host}:{group.port}): {cause}; check that the learner and "
                 f"every generator are alive and reach {group.host}:{group.port}, or raise weights.timeout_s"
             ) from error
 

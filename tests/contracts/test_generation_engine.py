@@ -331,6 +331,13 @@ def test_connecting_again_leaves_the_former_group(subject: Subject) -> None:
         assert subject.engine.weight_version == version
 
 
+@pytest.mark.parametrize("subject", [pytest.param(("torch", "untied"), id="torch")], indirect=True)
+def test_a_broadcast_that_leaves_parameters_out_is_refused(subject: Subject) -> None:
+    manifest = manifest_of(weights_of(subject.model)[1:], 1)
+    with pytest.raises(WeightSyncError, match=r"leaves out 1 parameters .*model\.embed_tokens\.weight"):
+        subject.engine.update_weights(manifest, "keep")
+
+
 @pytest.mark.parametrize("subject", MODELS, indirect=True)
 def test_a_sender_that_never_comes_is_reported(subject: Subject) -> None:
     group = TransferGroup("gloo", "127.0.0.1", 1, 1, 2, timeout_s=1.0, bucket_bytes=2**14)

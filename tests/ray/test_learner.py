@@ -264,6 +264,7 @@ def test_export_loads_in_transformers_and_equals_what_is_sent(
     source = tmp_path / "student"
     AutoModelForCausalLM.from_pretrained(tiny_model[student], dtype=torch.bfloat16).save_pretrained(source)
     (source / "tokenizer.json").write_text('{"of": "the student"}')
+    (source / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "eos_token_id": 1}')
     learner = start(config_with(ranks, zero_stage=stage), source)
     learner.train(entries, range(2))
     sent = learner.sent_weights()
@@ -271,7 +272,8 @@ def test_export_loads_in_transformers_and_equals_what_is_sent(
 
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto")
     assert exported.dtype == torch.bfloat16
-    assert (tmp_path / "exported" / "tokenizer.json").read_text() == '{"of": "the student"}'
+    for name in ("tokenizer.json", "generation_config.json", "config.json"):
+        assert (tmp_path / "exported" / name).read_bytes() == (source / name).read_bytes()
     assert "lm_head.weight" in sent
     received = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     before = received(torch.arange(8)[None]).logits
@@ -296,6 +298,19 @@ def test_a_loss_that_is_not_finite_names_step_and_rollout_and_leaves_the_weights
         learner.train([entries[0], poisoned, *entries[2:]], range(4, 5))
     after = learner.sent_weights()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_payload_that_many_rollouts_share_is_fetched_once(cluster: None, entries: list[Entry]) -> None:
+    """Refs lose their identity on the way to an actor only if they are sent apart."""
+
+    @ray.remote(num_cpus=0)
+    def fetched(plan: StepPlan) -> int:
+        sizes = []
+        fetch_payloads(plan, lambda refs: sizes.append(len(refs)) or ray.get(refs))
+        return sizes[0]
+
+    [plan] = plan_step(entries, step=0, num_ranks=1, micro_batch_tokens=20, packing=False)
+    assert ray.get(fetched.remote(plan)) == 7  # two payloads with two scores each, and the golden one
 
 
 def test_policy_gradient_trains(start: Callable[..., Ranks], entries: list[Entry], tiny_model: dict[str, Path]) -> None:

@@ -131,6 +131,26 @@ def test_a_truncated_sum_that_rounds_above_one_is_no_negative_tail() -> None:
     assert torch.isfinite(bucketed_reverse_kl(tokens, scores)).all()
 
 
+@pytest.mark.parametrize("k", [1, 4, V + 3])
+def test_ids_that_the_student_lacks_count_as_tail(k: int) -> None:
+    """Qwen2.5 pads its 1.5B and 7B checkpoints to 151 936 and 152 064 ids: the gather must not run off the end."""
+    tokens = batch()
+    teacher = torch.randn(N, V + 3, generator=torch.Generator().manual_seed(5)) * 2
+    teacher[::2, V] = 9.0
+    scores = scored(teacher, tokens.tokens, k)
+    values = bucketed_reverse_kl(tokens, scores)
+    values.sum().backward()
+    logits = tokens.logits.detach().double().numpy()
+    for n in range(N):
+        known = scores.topk_ids[n] < V
+        known_scores = ScoredTokens(
+            scores.logprobs[n : n + 1], scores.topk_ids[n, known][None], scores.topk_logprobs[n, known][None]
+        )
+        expected, gradient = reference_reverse_kl(logits[n : n + 1], known_scores)
+        np.testing.assert_allclose(values[n].item(), expected[0], atol=3e-6)
+        np.testing.assert_allclose(tokens.logits.grad[n], gradient[0], atol=3e-6)
+
+
 def test_policy_gradient_matches_its_definition_in_value_and_gradient() -> None:
     clip = 0.2
     tokens = batch(scale=0.5, n=64)

@@ -1,0 +1,133 @@
+"""Whole runs on real Ray, with real vLLM, real DeepSpeed and small random models."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+
+from opd_ray import config as configs
+from opd_ray import run
+from opd_ray.errors import ActorError
+
+pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
+
+SMALL = [
+    "buffer.prompts_per_step=8",
+    "rollout.max_response_tokens=16",
+    "rollout.max_num_seqs=16",
+    "rollout.kv_cache_bytes=33554432",
+    "evaluation.num_problems=32",
+    "evaluation.every_steps=0",
+    "metrics.rollout_log_every_steps=1",
+]
+TORCH = [*SMALL, "rollout.engine=torch"]
+
+
+def train(world, run_dir: Path, *overrides: str, resume: bool = False, observers=()):
+    config = configs.load(None, [*world.overrides(), *overrides])
+    return run.train(config, run_dir, resume=resume, observers=observers)
+
+
+@pytest.mark.vllm
+def test_the_default_rooms_train_and_leave_a_complete_run_behind(world, ray_here, tmp_path):
+    """vLLM generates, torch scores, DeepSpeed learns, gloo broadcasts: six steps of StableOPD."""
+    summary = train(world, tmp_path / "run", *SMALL, "learner.steps=6", "checkpoint.every_steps=3")
+    run_dir = tmp_path / "run"
+    saved = json.loads((run_dir / "summary.json").read_text())
+    assert saved == json.loads(json.dumps(summary))
+    assert saved["method"] == "stableopd"
+    assert 0 < saved["staleness"]["mean"] <= saved["staleness"]["max"] <= 2
+    assert saved["eval_after"]["num_problems"] == 32
+    assert {"opd-ray", "torch", "ray"} <= saved["versions"].keys()
+
+    files = sorted((run_dir / "rollouts").glob("*.parquet"))
+    assert [file.name for file in files] == [f"step-{step:06d}.parquet" for step in range(1, 7)]
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    student = [row for row in rows if row["source"] == "student"]
+    assert sorted(row["slot"] for row in student) == list(range(48)), "every prompt is trained on once"
+    versions = [max(row["weight_versions"]) for row in student if row["step"] == 6]
+    assert max(versions) >= 3, "rollouts come from the weights that were broadcast"
+    assert all(len(row["teacher_logprobs"]) == len(row["response_tokens"]) for row in student)
+    assert all(row["step"] - 1 - min(row["weight_versions"]) <= 2 for row in student)
+
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in metrics if "learner/loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    for name in ("learner/loss_opd", "learner/loss_sft", "learner/loss_reference_kl", "idle/generate", "queue/buffer_slots"):
+        assert name in steps[0]
+    assert any((run_dir / "tensorboard").iterdir())
+    assert (run_dir / "checkpoints" / "step-6" / "state.json").is_file()
+    check_export(world, run_dir, saved)
+
+
+def check_export(world, run_dir, summary):
+    """The exported student is another model than the one it came from, and scores as it did in the run."""
+    from transformers import AutoModelForCausalLM
+
+    before = AutoModelForCausalLM.from_pretrained(world.student).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(run_dir / "student").state_dict()
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    for engine in ("torch", "vllm"):
+        config = configs.load(None, [*world.overrides(), *SMALL, f"rollout.engine={engine}"])
+        again = run.evaluate(str(run_dir / "student"), config)
+        for name in ("accuracy_greedy", "num_problems"):
+            assert again[name] == pytest.approx(summary["eval_after"][name], abs=0.04)
+
+
+@pytest.mark.parametrize("in_flight", ["keep", "drain", "abort"])
+def test_each_way_to_treat_unfinished_responses_keeps_the_staleness_bound(world, ray_here, tmp_path, in_flight):
+    summary = train(
+        world, tmp_path / "run", *TORCH, "learner.steps=4", f"rollout.in_flight={in_flight}",
+        "rollout.num_generators=2", "rollout.responses_per_prompt=2", "evaluation.num_problems=0",
+    )  # fmt: skip
+    assert summary["staleness"]["max"] <= 2
+    rows = [row for file in (tmp_path / "run" / "rollouts").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    student = [row for row in rows if row["source"] == "student"]
+    assert len(student) == 4 * 8 * 2
+    if in_flight == "abort":
+        assert all(len(set(row["weight_versions"])) == 1 for row in student)
+
+
+def test_policy_gradient_on_two_zero_ranks(world, ray_here, tmp_path):
+    """The sampled-token loss, per-sequence reduction, ZeRO-2 on two ranks, no reference."""
+    summary = train(
+        world, tmp_path / "run", *TORCH, "learner.steps=3", "learner.num_ranks=2", "learner.zero_stage=2",
+        "loss.opd=policy_gradient", "loss.reduction=sequence", "loss.reference_kl_coef=0",
+    )  # fmt: skip
+    assert summary["method"] == "opd+mixture"
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all("learner/loss_reference_kl" not in row for row in metrics)
+
+
+def test_a_resumed_run_goes_on_where_the_checkpoint_is(world, ray_here, tmp_path):
+    """The second half trains the prompts that the first half did not, at the steps that were left."""
+    options = [*TORCH, "checkpoint.every_steps=2", "evaluation.num_problems=0", "buffer.max_staleness=0"]
+    train(world, tmp_path / "run", *options, "learner.steps=2")
+    train(world, tmp_path / "run", *options, "learner.steps=4", resume=True)
+    files = sorted((tmp_path / "run" / "rollouts").glob("*.parquet"))
+    rows = [row for file in files for row in pq.read_table(file).to_pylist() if row["source"] == "student"]
+    assert sorted(row["slot"] for row in rows) == list(range(32))
+    resumed = [row for row in rows if row["step"] == 3]
+    assert {version for row in resumed for version in row["weight_versions"]} == {2}
+
+
+class KillGenerator:
+    """An observer that kills the generator's process after the first step."""
+
+    async def on_step(self, report):
+        if report.step == 1:
+            for actor in ray.util.state.list_actors(filters=[("class_name", "=", "StudentGenerator"), ("state", "=", "ALIVE")]):
+                os.kill(actor.pid, signal.SIGKILL)
+
+
+def test_a_generator_that_dies_ends_the_run_with_its_name_and_node(world, ray_here, tmp_path):
+    with pytest.raises(ActorError, match=r"generate: student-generator-0 on .*\(.*\).*the actor died"):
+        train(world, tmp_path / "run", *TORCH, "learner.steps=50", "evaluation.num_problems=0", observers=(KillGenerator(),))
