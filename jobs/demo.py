@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -102,7 +103,11 @@ def ray_head() -> Iterator[Any]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # its own group: Ctrl-C reaches the head through us, after the job has ended
-            env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+            env=os.environ
+            | {
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nobody waits for this node's work
+            },
         )
     try:
         client = _connect(head, f"http://127.0.0.1:{port}", log)
@@ -152,13 +157,22 @@ def _connect(head: subprocess.Popen[bytes], address: str, log: Path) -> Any:
 
 
 def _stop(head: subprocess.Popen[bytes]) -> None:
-    """Ends the head and what it started: politely, and then for certain."""
+    """Ends the head and everything it started: politely, and then for certain."""
     console.print("stopping the Ray head")
-    for name in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(head.pid, name)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(timeout=20)
+    try:
+        started = psutil.Process(head.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    head.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        head.wait(timeout=20)
+    _, alive = psutil.wait_procs(started, timeout=3)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    if head.poll() is None:
+        head.kill()
+    psutil.wait_procs(alive, timeout=5)
 
 
 def follow(client: Any, entrypoint: str, run_dir: Path) -> int:

@@ -185,7 +185,7 @@ class LearnerConfig:
     num_ranks: int = Field(1, ge=1)
     """Data-parallel ranks, one actor each."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage: 1 shards the optimizer, 2 gradients as well, 3 parameters as well."""
+    """DeepSpeed ZeRO stage: 1 shards the optimizer, 2 gradients, 3 parameters as well; 0 with bfloat16 runs as 1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of forward and backward; the optimizer keeps float32 master weights."""
     steps: int = Field(200, ge=1)
@@ -311,6 +311,12 @@ class Config:
             raise ValueError("buffer.prompts_per_step is above 0 but loss.opd_coef is 0: rollouts would not be used")
         if not on_policy and (self.loss.opd_coef > 0 or self.loss.needs_reference):
             raise ValueError("buffer.prompts_per_step is 0: loss.opd_coef and loss.reference_kl_coef must be 0")
+        reshaped = self.rollout.temperature != 1 or self.rollout.top_p < 1
+        if self.loss.opd == "policy_gradient" and reshaped:
+            raise ValueError(
+                "loss.opd=policy_gradient compares the student with the distribution that was sampled from: "
+                "it needs rollout.temperature=1 and rollout.top_p=1 (or loss.opd=reverse_kl)"
+            )
         gpus = (self.learner.gpus_per_rank > 0, self.rollout.gpus_per_generator > 0)
         if self.weights.backend == "nccl" and not all(gpus):
             raise ValueError("weights.backend=nccl needs GPUs for the learner and for the generators")

@@ -20,9 +20,7 @@ def load_golden(
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     rows = read_prompts(path, need_response=True)
     prompts = [task.format_prompt(row, tokenizer) for row in rows]
-    responses = [
-        [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], eos_token_id] for row in rows
-    ]
+    responses = [[*tokenizer(row["response"], add_special_tokens=False)["input_ids"], eos_token_id] for row in rows]
     metas = [_meta(i, row, prompts[i], responses[i]) for i, row in enumerate(rows)]
     columns: dict[str, list[Any]] = {
         "rollout_id": [meta.rollout_id for meta in metas],

@@ -15,8 +15,8 @@ from opd_ray.actors.learner import Learner
 from opd_ray.actors.recorder import Recorder
 from opd_ray.actors.scorer import Scorer
 from opd_ray.config import Config, ScorerConfig
-from opd_ray.errors import DeadlineError
 from opd_ray.engines.factory import load_tokenizer, make_generation_engine, make_scoring_engine
+from opd_ray.errors import DeadlineError
 from opd_ray.golden import load_golden
 from opd_ray.messages import Entry, TransferGroup
 from opd_ray.pipeline import Rooms
@@ -45,7 +45,9 @@ def start_generators(config: Config, *, namespace: str, max_context_tokens: int)
     rollout = config.rollout
     actor = partial(
         StudentGenerator,
-        make_engine=partial(make_generation_engine, config.student.path, rollout, config.weight_backend, max_context_tokens),
+        make_engine=partial(
+            make_generation_engine, config.student.path, rollout, config.weight_backend, max_context_tokens
+        ),
         load_tokenizer=partial(load_tokenizer, config.student.path),
         task=get_task(config.data.task),
         in_flight=rollout.in_flight,
@@ -81,9 +83,7 @@ async def load_golden_entries(config: Config, eos_token_id: int) -> list[Entry]:
     return [Entry(meta, row, payload) for row, meta in enumerate(rows)]
 
 
-def _scorers(
-    role: str, scorer: ScorerConfig, namespace: str, max_context_tokens: int, deadline_s: float
-) -> Pool:
+def _scorers(role: str, scorer: ScorerConfig, namespace: str, max_context_tokens: int, deadline_s: float) -> Pool:
     actor = partial(
         Scorer,
         make_engine=partial(make_scoring_engine, scorer, max_context_tokens),

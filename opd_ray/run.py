@@ -34,7 +34,7 @@ from opd_ray.observers import (
     evaluation_metrics,
     say_evaluation,
 )
-from opd_ray.pipeline import Observer, Pipeline, Rooms
+from opd_ray.pipeline import Observer, Pipeline
 from opd_ray.preflight import Preflight
 from opd_ray.prompts import PromptStream, Shuffled
 from opd_ray.tasks import get_task
@@ -42,7 +42,9 @@ from opd_ray.tasks import get_task
 _PACKAGES = ("opd-ray", "torch", "transformers", "ray", "deepspeed", "pyarrow")
 
 
-def train(config: Config, run_dir: Path, *, resume: bool = False, observers: tuple[Observer, ...] = ()) -> dict[str, Any]:
+def train(
+    config: Config, run_dir: Path, *, resume: bool = False, observers: tuple[Observer, ...] = ()
+) -> dict[str, Any]:
     """Trains as configured and returns the summary, which is also ``run_dir/summary.json``.
 
     Raises InputError before a model loads or a file is written, RunError for a failure while running.
@@ -81,9 +83,7 @@ def resolve(config: Config) -> Config:
             ),
         )
     if config.reference.path == configs.STUDENT:
-        config = dataclasses.replace(
-            config, reference=dataclasses.replace(config.reference, path=config.student.path)
-        )
+        config = dataclasses.replace(config, reference=dataclasses.replace(config.reference, path=config.student.path))
     return config
 
 
@@ -112,7 +112,11 @@ async def _train(
     began = time.monotonic()
     rooms = launch.start_rooms(config, namespace=namespace, max_context_tokens=facts.max_context_tokens)
     recorder = launch.start_recorder(run_dir / "rollouts", namespace=namespace, deadline_s=config.deadlines.train_s)
-    writer, progress, summary = MetricsWriter(run_dir, first_step), Progress(run_dir, config.learner.steps, first_step), Summary()
+    writer, progress, summary = (
+        MetricsWriter(run_dir, first_step),
+        Progress(run_dir, config.learner.steps, first_step),
+        Summary(),
+    )
     try:
         print(f"starting {', '.join(f'{len(pool)} {room}' for room, pool in rooms.all.items())} actors", flush=True)
         await launch.connect(config, rooms)

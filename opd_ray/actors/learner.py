@@ -104,7 +104,7 @@ class Learner:
         """One optimizer step; the same metrics on every rank, in nats, averaged over all ranks' tokens.
 
         ``fetch`` turns refs into RecordBatches (``ray.get`` unless told). Raises RunError when a loss or the
-        gradient norm is not finite: before the weights change, except for the norm under ZeRO 1–3 in float32.
+        gradient is not finite, before the weights change.
         """
         if fetch is None:
             import ray
@@ -256,7 +256,7 @@ class Learner:
             self._engine.step()
             return grad_norm
         self._engine.step()
-        # In bfloat16 DeepSpeed skips a step whose gradient overflows, and keeps the norm of the step before.
+        # ZeRO skips a step whose gradient is not finite, with a warning, and keeps the norm of the step before.
         grad_norm = float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
         self._check_norm(grad_norm, step)
         return grad_norm

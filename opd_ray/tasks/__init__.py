@@ -23,9 +23,7 @@ __all__ = ["Task", "get_task"]
 class Task(Protocol):
     """What the loop and the evaluation ask of a task."""
 
-    def format_prompt(
-        self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
-    ) -> list[int]:
+    def format_prompt(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The token ids of the prompt, special tokens and chat markup included."""
         ...
 

@@ -68,10 +68,7 @@ class Problem:
     def calls(self) -> tuple[str, ...]:
         """The left-hand sides of the steps of the right solution: ``("5-0=", "5-6=", "6+6=")``."""
         starts = (self.first, *self.results[:-1])
-        return tuple(
-            f"{start}{op}{operand}="
-            for start, (op, operand) in zip(starts, self.operations, strict=True)
-        )
+        return tuple(f"{start}{op}{operand}=" for start, (op, operand) in zip(starts, self.operations, strict=True))
 
 
 @dataclass(frozen=True)
@@ -143,9 +140,7 @@ def clean_text(problem: Problem) -> Text:
     return Text(response, (True,) * len(response), finished=True)
 
 
-def self_correcting_text(
-    problem: Problem, rng: random.Random, redo_probability: float = 0.35
-) -> Text:
+def self_correcting_text(problem: Problem, rng: random.Random, redo_probability: float = 0.35) -> Text:
     """A right solution in which a step may be preceded by one to three wrong tries.
 
     The wrong digits are kept out of the loss: the model shall learn to notice and redo a

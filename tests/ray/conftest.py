@@ -39,9 +39,8 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Random models of two sizes with the embedded tokenizer, and problems of the chain task."""
     import torch
-    from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
-
     from opd_ray.embedded import SHIPPED_TEACHER
+    from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     root = tmp_path_factory.mktemp("world")
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED_TEACHER)
@@ -78,7 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(root / "student", root / "teacher", *(root / f"{name}.jsonl" for name in files))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
     """A Ray started by the tests, on this machine, with more logical CPUs than it has."""
     ray.init(num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)

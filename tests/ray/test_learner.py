@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,16 @@ class RecordingTransport:
         pass
 
 
+class Overflow(torch.autograd.Function):
+    @staticmethod
+    def forward(_context: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(_context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * torch.inf
+
+
 class Host:
     """A process that builds one learner after another: imports and the process group are paid for once."""
 
@@ -68,6 +78,10 @@ class Host:
 
     def train(self, plans: Sequence[StepPlan]) -> list[dict[str, float]]:
         return [self._learner.train_step(plan) for plan in plans]
+
+    def overflow_in_backward(self) -> None:
+        """From now on a finite loss has an infinite gradient."""
+        self._learner._model.model.norm.register_forward_hook(lambda _module, _inputs, output: Overflow.apply(output))
 
     def sent_weights(self) -> dict[str, torch.Tensor]:
         self._learner._transport = RecordingTransport()
@@ -107,14 +121,7 @@ class Ranks:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def hosts(cluster: None) -> dict[int, list[Any]]:
+def hosts(ray_here: None) -> dict[int, list[Any]]:
     """Number of ranks to that many processes."""
     # A worker cannot import this file by name: pytest, not Python, put its directory on the path.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -296,6 +303,23 @@ def test_a_loss_that_is_not_finite_names_step_and_rollout_and_leaves_the_weights
     culprit = rf"step 4: the loss is not finite for {poisoned.meta.rollout_id} \(loss_opd\)"
     with pytest.raises(RunError, match=culprit):
         learner.train([entries[0], poisoned, *entries[2:]], range(4, 5))
+    after = learner.sent_weights()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "float32"), (3, "float32"), (3, "bfloat16")]
+)
+def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_weights(
+    start: Callable[..., Ranks], hosts: dict[int, list[Any]], entries: list[Entry], stage: int, dtype: str
+) -> None:
+    """DeepSpeed alone would skip the step with a warning and go on."""
+    learner = start(config_with(zero_stage=stage, dtype=dtype))
+    learner.train(entries, range(1))
+    before = learner.sent_weights()
+    ray.get(hosts[1][0].overflow_in_backward.remote())
+    with pytest.raises(RunError, match="step 1: the gradient norm is (nan|inf)"):
+        learner.train(entries, range(1, 2))
     after = learner.sent_weights()
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -60,7 +60,13 @@ def test_the_default_rooms_train_and_leave_a_complete_run_behind(world, ray_here
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in metrics if "learner/loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
-    for name in ("learner/loss_opd", "learner/loss_sft", "learner/loss_reference_kl", "idle/generate", "queue/buffer_slots"):
+    for name in (
+        "learner/loss_opd",
+        "learner/loss_sft",
+        "learner/loss_reference_kl",
+        "idle/generate",
+        "queue/buffer_slots",
+    ):
         assert name in steps[0]
     assert any((run_dir / "tensorboard").iterdir())
     assert (run_dir / "checkpoints" / "step-6" / "state.json").is_file()
@@ -89,7 +95,9 @@ def test_each_way_to_treat_unfinished_responses_keeps_the_staleness_bound(world,
         "rollout.num_generators=2", "rollout.responses_per_prompt=2", "evaluation.num_problems=0",
     )  # fmt: skip
     assert summary["staleness"]["max"] <= 2
-    rows = [row for file in (tmp_path / "run" / "rollouts").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    rows = [
+        row for file in (tmp_path / "run" / "rollouts").glob("*.parquet") for row in pq.read_table(file).to_pylist()
+    ]
     student = [row for row in rows if row["source"] == "student"]
     assert len(student) == 4 * 8 * 2
     if in_flight == "abort":
@@ -124,10 +132,19 @@ class KillGenerator:
 
     async def on_step(self, report):
         if report.step == 1:
-            for actor in ray.util.state.list_actors(filters=[("class_name", "=", "StudentGenerator"), ("state", "=", "ALIVE")]):
+            for actor in ray.util.state.list_actors(
+                filters=[("class_name", "=", "StudentGenerator"), ("state", "=", "ALIVE")]
+            ):
                 os.kill(actor.pid, signal.SIGKILL)
 
 
 def test_a_generator_that_dies_ends_the_run_with_its_name_and_node(world, ray_here, tmp_path):
     with pytest.raises(ActorError, match=r"generate: student-generator-0 on .*\(.*\).*the actor died"):
-        train(world, tmp_path / "run", *TORCH, "learner.steps=50", "evaluation.num_problems=0", observers=(KillGenerator(),))
+        train(
+            world,
+            tmp_path / "run",
+            *TORCH,
+            "learner.steps=50",
+            "evaluation.num_problems=0",
+            observers=(KillGenerator(),),
+        )

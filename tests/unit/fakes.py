@@ -5,7 +5,6 @@ import dataclasses
 import random
 
 from factories import golden, meta
-
 from opd_ray.buffer import ReplayBuffer
 from opd_ray.config import from_dict
 from opd_ray.messages import WeightManifest
@@ -41,8 +40,14 @@ class FakeGenerators(FakePool):
         for _ in range(self._random.randint(0, self._slowest)):
             await asyncio.sleep(0)
         metas = [
-            meta(group.slot, prompt_id=group.prompt_id, oldest_version=oldest, newest_version=self.version,
-                 mean_version=float(oldest), correct=True)
+            meta(
+                group.slot,
+                prompt_id=group.prompt_id,
+                oldest_version=oldest,
+                newest_version=self.version,
+                mean_version=float(oldest),
+                correct=True,
+            )
             for group in groups
         ]
         return metas, f"rollouts of {[group.slot for group in groups]}"
@@ -93,7 +98,9 @@ class Recording:
         self.reports.append(report)
 
 
-def make_pipeline(*, steps=6, prompts_per_step=4, max_staleness=2, slowest=0, seed=0, first_step=0, fail_at=None, **more):
+def make_pipeline(
+    *, steps=6, prompts_per_step=4, max_staleness=2, slowest=0, seed=0, first_step=0, fail_at=None, **more
+):
     """A pipeline on fakes; returns it with its log, its learner and its reports."""
     config = from_dict(
         {

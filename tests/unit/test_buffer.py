@@ -3,8 +3,8 @@
 import asyncio
 
 import pytest
-from factories import entry, golden
 
+from factories import entry, golden
 from opd_ray.buffer import ReplayBuffer
 from opd_ray.prompts import Shuffled
 

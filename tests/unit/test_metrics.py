@@ -1,8 +1,8 @@
 """Metrics of rollouts, on cases one can count by hand."""
 
 import pytest
-from factories import meta
 
+from factories import meta
 from opd_ray.metrics import is_repetitive, rollout_metrics
 
 

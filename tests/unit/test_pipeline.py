@@ -3,10 +3,10 @@
 import asyncio
 
 import pytest
-from fakes import make_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fakes import make_pipeline
 from opd_ray.errors import RunError
 
 
@@ -25,7 +25,9 @@ def run(made):
 def test_staleness_stays_within_the_bound_and_every_prompt_is_trained_once(
     max_staleness, prompts_per_step, slowest, seed
 ):
-    made = run(make_pipeline(max_staleness=max_staleness, prompts_per_step=prompts_per_step, slowest=slowest, seed=seed))
+    made = run(
+        make_pipeline(max_staleness=max_staleness, prompts_per_step=prompts_per_step, slowest=slowest, seed=seed)
+    )
     trained = [
         entry.meta for report in made.recording.reports for entry in report.entries if entry.meta.source == "student"
     ]
@@ -46,7 +48,9 @@ def test_with_staleness_the_rooms_overlap():
 def test_slots_are_freed_only_after_the_broadcast():
     """A prompt admitted for a freed slot must be sampled by the weights that the freed step made."""
     made = run(make_pipeline(max_staleness=0, prompts_per_step=3))
-    admitted = {slot: version for name, *rest in made.log if name == "generate" for slot in rest[0] for version in rest[1:]}
+    admitted = {
+        slot: version for name, *rest in made.log if name == "generate" for slot in rest[0] for version in rest[1:]
+    }
     assert admitted == {slot: slot // 3 for slot in range(18)}
 
 

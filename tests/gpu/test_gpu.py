@@ -1,0 +1,105 @@
+"""What one CUDA device can show: the bf16 learner, the torch engine, vLLM, and weights sent from the device.
+
+NCCL refuses two ranks on one device, so its broadcast needs two; the transport that runs here is gloo.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from opd_ray.batching import plan_step
+from opd_ray.config import from_dict
+from opd_ray.engines import Rollout
+from opd_ray.engines.torch import TorchGenerationEngine, TorchScoringEngine
+from opd_ray.messages import GenerationRequest, SamplingSettings, TransferGroup, WeightManifest
+from opd_ray.node import free_port
+from scored_rollouts import scored_entries
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
+]
+
+ENTRIES = scored_entries([(3, 9), (8, 2), (5, 14), (6, 6)], [(4, 12), (2, 5)])
+GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=12, stop_token_ids=(1,))
+
+
+def make_learner(path: Path, dtype: str, gpus: float):
+    from opd_ray.actors.learner import Learner
+
+    config = from_dict(
+        {
+            "learner": {"dtype": dtype, "gpus_per_rank": gpus, "zero_stage": 1, "lr": 1e-3},
+            "weights": {"backend": "gloo"},
+        }
+    )
+    learner = Learner(config, str(path), 0)
+    learner.setup("127.0.0.1", free_port())
+    return learner
+
+
+@pytest.fixture(scope="module")
+def learner(tiny_model):
+    return make_learner(tiny_model["tied"], "bfloat16", gpus=1)
+
+
+def plan(step: int):
+    return plan_step(ENTRIES, step=step, num_ranks=1, micro_batch_tokens=64, packing=False)[0]
+
+
+def test_the_bf16_learner_under_deepspeed_lowers_its_loss(learner):
+    losses = [learner.train_step(plan(step), fetch=lambda refs: refs)["loss"] for step in range(10)]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+
+
+def test_weights_on_the_device_reach_an_engine_on_the_device(learner, tiny_model):
+    """After a broadcast from the CUDA learner the CUDA engine scores as the learner's own weights do."""
+    engine = TorchGenerationEngine(path=str(tiny_model["tied"]), dtype="bfloat16", device="cuda")
+    port = free_port()
+    groups = [TransferGroup("gloo", "127.0.0.1", port, rank, 2, 60.0, 2**20) for rank in (0, 1)]
+    manifest: WeightManifest = learner.manifest(1)
+    sender = threading.Thread(target=lambda: (learner.open_transport(groups[0]), learner.send_weights(manifest)))
+    sender.start()
+    engine.connect(groups[1])
+    engine.update_weights(manifest, "keep")
+    sender.join(60)
+    assert engine.weight_version == 1
+    sent = dict(learner._full_weights())
+    loaded = dict(engine._model.named_parameters())
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, sent[name].to(tensor)), name
+
+
+def test_the_torch_engines_agree_between_devices(tiny_model):
+    path = str(tiny_model["untied"])
+    random = np.random.default_rng(0)
+    rollouts = [Rollout(random.integers(2, 32, 5), random.integers(2, 32, size)) for size in (3, 20, 9)]
+    scores = {device: TorchScoringEngine(path=path, device=device).score(rollouts, 8) for device in ("cpu", "cuda")}
+    for ours, theirs in zip(scores["cpu"], scores["cuda"], strict=True):
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-3)
+
+
+def test_vllm_on_the_device_agrees_with_the_torch_engine(tiny_model):
+    pytest.importorskip("vllm", reason="needs vLLM's CUDA build")
+    from opd_ray.engines.vllm import VllmGenerationEngine
+
+    path = str(tiny_model["untied"])
+    engines = (
+        VllmGenerationEngine(path=path, gpu_memory_utilization=0.3, max_context_tokens=96),
+        TorchGenerationEngine(path=path, device="cuda"),
+    )
+    responses = []
+    for engine in engines:
+        engine.submit(GenerationRequest("0", (5, 9, 12), 0, GREEDY))
+        finished = []
+        while not finished:
+            finished = engine.step()
+        responses.append(finished[0])
+    assert responses[0].tokens.tolist() == responses[1].tokens.tolist()
+    np.testing.assert_allclose(responses[0].logprobs, responses[1].logprobs, atol=1e-2)
