@@ -269,7 +269,8 @@ def print_outcome(run_dir: Path) -> None:
     before, after = summary["eval_before"], summary["eval_after"]
     console.print()
     if before and after:
-        table = Table(title=f"{summary['method']}, seed {summary['seed']}: held-out problems", title_justify="left")
+        console.print(f"{summary['method']}, seed {summary['seed']}: {after['num_problems']} held-out problems")
+        table = Table()
         table.add_column("")
         for name in ("before", "after"):
             table.add_column(name, justify="right")

@@ -198,10 +198,12 @@ def _print_table(title: str, values: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(show_header=False)
     for name, value in values.items():
         table.add_row(name.replace("_", " "), f"{value:.3f}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    console = Console(soft_wrap=True)
+    console.print(title, markup=False, highlight=False)
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class Progress:
     """One line on the console every few seconds, and the same as JSON in progress.jsonl."""
 
     def __init__(self, run_dir: Path, steps: int, first_step: int = 0, every_s: float = 2.0) -> None:
-        self._lines = (run_dir / "progress.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._path = run_dir / "progress.jsonl"
         self._steps, self._first, self._every_s = steps, first_step, every_s
         self._began = self._printed = time.monotonic()
         self._tokens = 0
@@ -100,17 +100,15 @@ class Progress:
             "seconds_left": (self._steps - report.step) * (now - self._began) / done,
         }
         self._printed, self._tokens = now, 0
-        self._lines.write(json.dumps(line) + "\n")
+        with self._path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line) + "\n")
         print(_line(line), flush=True)
         if report.evaluation:
             say_evaluation(f"step {report.step}", report.evaluation)
 
-    def close(self) -> None:
-        self._lines.close()
-
 
 class Summary:
-    """Adds up what summary.json reports."""
+    """Adds up what summary.json reports; its clock starts when it is made, just before the first step."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -135,7 +133,7 @@ class Summary:
             "rollout_tokens": self._rollout_tokens,
             "trained_tokens": self._trained_tokens,
             "tokens_per_s": self._rollout_tokens / wall,
-            "learner_idle_share": sum(self._values("learner/wait_s")) / wall,
+            "learner_idle_share": 1 - sum(self._values("learner/train_s") + sync) / wall,
             "weight_sync_s": {"p50": float(np.median(sync)), "max": max(sync)},
             "staleness": {
                 "mean": float(np.mean(staleness)) if staleness else 0.0,

@@ -29,7 +29,6 @@ from typing import Protocol
 from opd_ray.batching import plan_step
 from opd_ray.buffer import ReplayBuffer
 from opd_ray.config import Config
-from opd_ray.errors import OpdError
 from opd_ray.evaluate import Evaluation, evaluate
 from opd_ray.messages import Entry, PromptGroup, RolloutMeta, SamplingSettings, WeightManifest
 from opd_ray.metrics import rollout_metrics
@@ -89,12 +88,11 @@ class Pipeline:
         problems: PromptStream,
         stop_token_ids: tuple[int, ...],
         manifest: WeightManifest,
-        observers: Sequence[Observer],
         first_step: int = 0,
     ) -> None:
         self._config, self._rooms, self._buffer = config, rooms, buffer
         self._prompts, self._problems = prompts, problems
-        self._stop_token_ids, self._manifest, self._observers = stop_token_ids, manifest, observers
+        self._stop_token_ids, self._manifest = stop_token_ids, manifest
         self._first_step = first_step
         per_step = config.buffer.prompts_per_step
         self._slots = Slots(config.buffer.num_slots, first=first_step * per_step)
@@ -105,14 +103,14 @@ class Pipeline:
             stop_token_ids=stop_token_ids,
         )
 
-    async def run(self) -> None:
-        """Returns when the last step was broadcast; raises the first failure of any room."""
+    async def run(self, observers: Sequence[Observer]) -> None:
+        """Returns when the last step was broadcast and observed; raises the first failure of any room."""
         try:
             async with asyncio.TaskGroup() as group:
                 admit = group.create_task(self._admit(group), name="admit")
-                await self._learn()
+                await self._learn(observers)
                 admit.cancel()
-        except* OpdError as failures:
+        except BaseExceptionGroup as failures:
             raise _first(failures) from None
 
     async def evaluate(self, num_problems: int) -> Evaluation:
@@ -137,7 +135,7 @@ class Pipeline:
         scores = {role: ref for role, (_, ref) in zip(self._rooms.scorers, answers, strict=True)}
         await self._buffer.add([Entry(meta, row, rollouts, scores) for row, meta in enumerate(metas)])
 
-    async def _learn(self) -> None:
+    async def _learn(self, observers: Sequence[Observer]) -> None:
         for step in range(self._first_step, self._config.learner.steps):
             began = time.monotonic()
             entries = await self._buffer.take(step)
@@ -148,7 +146,9 @@ class Pipeline:
             synced = time.monotonic()
             self._slots.free(self._buffer.slots_of(step))
             times = {"wait_s": waited - began, "train_s": done - waited, "weight_sync_s": synced - done}
-            await self._report(step, entries, trained, times)
+            report = await self._report(step, entries, trained, times)
+            for observer in observers:
+                await observer.on_step(report)
 
     async def _train(self, step: int, entries: Sequence[Entry]) -> dict[str, float]:
         config = self._config.learner
@@ -172,7 +172,7 @@ class Pipeline:
 
     async def _report(
         self, step: int, entries: Sequence[Entry], trained: dict[str, float], times: dict[str, float]
-    ) -> None:
+    ) -> StepReport:
         student: list[RolloutMeta] = [entry.meta for entry in entries if entry.meta.source == "student"]
         metrics = {f"learner/{name}": value for name, value in trained.items()}
         metrics |= {f"learner/{name}": value for name, value in times.items()}
@@ -186,9 +186,7 @@ class Pipeline:
         last = finished == self._config.learner.steps
         during = every > 0 and finished % every == 0 and not last
         evaluation = await self.evaluate(self._config.evaluation.num_problems_during) if during else None
-        report = StepReport(finished, entries, metrics, evaluation)
-        for observer in self._observers:
-            await observer.on_step(report)
+        return StepReport(finished, entries, metrics, evaluation)
 
 
 def _first(failures: BaseExceptionGroup) -> BaseException:

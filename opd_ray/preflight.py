@@ -4,7 +4,7 @@
     check_files       packages, prompt files, checkpoints: are they there, whole, and do they agree?
     check_resources   does the cluster have what the rooms ask for?
 
-``check`` is all three. Each refusal is an InputError of one line: what was got, what was expected,
+Each refusal is an InputError of one line: what was got, what was expected,
 where, and what to do. Paths are real here; what "embedded" stands for is resolved before.
 """
 
@@ -73,22 +73,8 @@ class Preflight:
     num_problems: int
 
 
-def check(
-    config: Config,
-    cluster_resources: Mapping[str, float],
-    run_dir: Path | None = None,
-    resume: bool = False,
-) -> Preflight:
-    """Every check of a training run; ``cluster_resources`` is what ``ray.cluster_resources()`` returns."""
-    if run_dir is not None:
-        check_run_dir(run_dir, config, resume)
-    check_resources(config, cluster_resources)
-    return check_files(config)
-
-
-def check_evaluation(config: Config, cluster_resources: Mapping[str, float]) -> Preflight:
-    """The checks of an evaluation alone: the student, the held-out problems and the generators."""
-    _check_fits(_generators(config), cluster_resources)
+def check_evaluation(config: Config) -> Preflight:
+    """The checks of an evaluation alone: the student and the held-out problems."""
     _check_packages(config, evaluation_only=True)
     task = get_task(config.data.task)
     problems = read_prompts(config.data.evaluation)
@@ -146,8 +132,16 @@ def check_files(config: Config) -> Preflight:
     )
 
 
+def check_generators(config: Config, cluster_resources: Mapping[str, float]) -> None:
+    """Refuses more generators than the cluster has room for; what an evaluation needs."""
+    _check_fits(_generators(config), cluster_resources)
+
+
 def check_resources(config: Config, cluster_resources: Mapping[str, float]) -> None:
-    """Refuses more ranks, engines or scorers than the cluster has CPUs and GPUs for."""
+    """Refuses more ranks, engines or scorers than the cluster has CPUs and GPUs for.
+
+    ``cluster_resources`` is what ``ray.cluster_resources()`` returns.
+    """
     learner = config.learner
     asked = {"learner": (learner.num_ranks, learner.cpus_per_rank, learner.gpus_per_rank), **_generators(config)}
     for role, scorer in _scorers(config).items():

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import time
 import uuid
@@ -35,6 +36,7 @@ from opd_ray.observers import (
     say_evaluation,
 )
 from opd_ray.pipeline import Observer, Pipeline
+from opd_ray.pool import Pool
 from opd_ray.preflight import Preflight
 from opd_ray.prompts import PromptStream, Shuffled
 from opd_ray.tasks import get_task
@@ -51,8 +53,9 @@ def train(
     """
     preflight.check_run_dir(run_dir, config, resume)
     config = resolve(config)
+    facts = preflight.check_files(config)
     with cluster():
-        facts = preflight.check(config, ray.cluster_resources())
+        preflight.check_resources(config, ray.cluster_resources())
         start = checkpoint.latest(run_dir) if resume else None
         if start:
             checkpoint.check_ranks(start, config.learner.num_ranks)
@@ -93,6 +96,8 @@ def cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # It says with every start that token authentication is on, which is what we want.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     ray.init(logging_level="WARNING", log_to_driver=bool(os.environ.get("OPD_RAY_ACTOR_LOGS")))
     try:
         yield
@@ -112,58 +117,56 @@ async def _train(
     began = time.monotonic()
     rooms = launch.start_rooms(config, namespace=namespace, max_context_tokens=facts.max_context_tokens)
     recorder = launch.start_recorder(run_dir / "rollouts", namespace=namespace, deadline_s=config.deadlines.train_s)
-    writer, progress, summary = (
-        MetricsWriter(run_dir, first_step),
-        Progress(run_dir, config.learner.steps, first_step),
-        Summary(),
-    )
+    writer = MetricsWriter(run_dir, first_step)
     try:
         print(f"starting {', '.join(f'{len(pool)} {room}' for room, pool in rooms.all.items())} actors", flush=True)
         await launch.connect(config, rooms)
         if start:
             await rooms.learner.call_all("load_checkpoint", str(start.learner))
         print(f"all rooms are up after {time.monotonic() - began:.0f} s", flush=True)
-        pipeline = Pipeline(
-            config=config,
-            rooms=rooms,
-            buffer=await _buffer(config, facts),
-            prompts=_prompt_stream(config, config.data.prompts, config.rollout.responses_per_prompt, shuffled=True),
-            problems=_prompt_stream(config, config.data.evaluation, 1, shuffled=False),
-            stop_token_ids=facts.eos_token_ids,
-            manifest=(await rooms.learner.call_all("manifest", 0))[0],
-            observers=(
-                summary,
-                Metrics(writer, rooms),
-                RolloutLog(recorder, config.metrics.rollout_log_every_steps),
-                Checkpoints(run_dir, rooms.learner, config.checkpoint.every_steps, config.checkpoint.keep),
-                progress,
-                *observers,
-            ),
-            first_step=first_step,
-        )
-        if start:
-            await pipeline.broadcast(first_step)
+        pipeline = await _pipeline(config, facts, rooms, first_step)
         before = await _evaluate(pipeline, config, writer, "before", first_step)
-        await pipeline.run()
+        summary = Summary()
+        await pipeline.run([summary, *_watch(config, rooms, recorder, writer, run_dir, first_step), *observers])
         after = await _evaluate(pipeline, config, writer, "after", config.learner.steps)
         await rooms.learner.call_all("export", str(run_dir / "student"))
     finally:
         launch.stop(*rooms.all.values(), recorder)
         writer.close()
-        progress.close()
     result = summary.result(config, before, after) | {"versions": _versions()}
     (run_dir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
-async def _buffer(config: Config, facts: Preflight) -> ReplayBuffer:
+async def _pipeline(config: Config, facts: Preflight, rooms: Rooms, first_step: int) -> Pipeline:
+    """The pipeline on rooms that are up, with the learner's weights in the generators."""
     golden = await launch.load_golden_entries(config, facts.eos_token_ids[0]) if config.buffer.num_golden else []
-    return ReplayBuffer(
-        config.buffer.prompts_per_step,
-        config.buffer.num_golden,
-        golden,
-        Shuffled(len(golden), config.seed + 1, config.data.shuffle),
+    order = Shuffled(len(golden), config.seed + 1, config.data.shuffle)
+    pipeline = Pipeline(
+        config=config,
+        rooms=rooms,
+        buffer=ReplayBuffer(config.buffer.prompts_per_step, config.buffer.num_golden, golden, order),
+        prompts=_prompt_stream(config, config.data.prompts, config.rollout.responses_per_prompt, shuffled=True),
+        problems=_prompt_stream(config, config.data.evaluation, 1, shuffled=False),
+        stop_token_ids=facts.eos_token_ids,
+        manifest=(await rooms.learner.call_all("manifest", 0))[0],
+        first_step=first_step,
     )
+    if first_step:
+        await pipeline.broadcast(first_step)
+    return pipeline
+
+
+def _watch(
+    config: Config, rooms: Rooms, recorder: Pool, writer: MetricsWriter, run_dir: Path, first_step: int
+) -> list[Observer]:
+    """What looks at every step besides the summary."""
+    return [
+        Metrics(writer, rooms),
+        RolloutLog(recorder, config.metrics.rollout_log_every_steps),
+        Checkpoints(run_dir, rooms.learner, config.checkpoint.every_steps, config.checkpoint.keep),
+        Progress(run_dir, config.learner.steps, first_step),
+    ]
 
 
 async def _evaluate(
@@ -181,8 +184,9 @@ def evaluate(checkpoint_dir: str, config: Config) -> dict[str, Any]:
     """Held-out accuracy of a checkpoint, as a run measures it."""
     config = dataclasses.replace(config, student=dataclasses.replace(config.student, path=checkpoint_dir))
     config = resolve(config)
+    facts = preflight.check_evaluation(config)
     with cluster():
-        facts = preflight.check_evaluation(config, ray.cluster_resources())
+        preflight.check_generators(config, ray.cluster_resources())
         return dataclasses.asdict(asyncio.run(_evaluate_alone(config, facts)))
 
 

@@ -6,7 +6,7 @@ right without precedence, every result reduced modulo 7::
     prompt            ^5-0-6+6=
     clean solution    5-0=5;5-6=6;6+6=5#5
     self-correcting   5-0=5;5-6=2?5-6=6;6+6=5#5      "?" = that was wrong, again
-    looping           5-0=5;5-6=2?5-6=2?5-6=2?…      one wrong try until the budget ends
+    looping           5-0=5;5-6=2?5-6=2?5-6=2?…      one try again and again until the budget ends
 
 An answer is the digit after the last ``#``.  The end-of-sequence token is not part of
 any text here: training appends it to finished texts, and whoever verifies a rollout
@@ -33,8 +33,9 @@ NUM_OPERATIONS = (2, 3)
 # Only 3,087 problems have two operations.  Drawing them with 1/4 leaves enough of them
 # in every split for sets of distinct problems.
 SHARE_OF_SHORT = 0.25
-UNSCORED_COPIES = 1
 MAX_NEW_TOKENS = 80  # length budget of a response, EOS included; a clean one needs 14 to 20
+REDO_PROBABILITY = 0.35  # of a step in a self-correcting text
+SHARE_OF_RIGHT_LOOPS = 0.5  # of the looping texts, so many repeat a right try
 
 Split = Literal["train", "validation", "test"]
 _SPLIT_BOUNDS: tuple[tuple[int, Split], ...] = ((85, "train"), (90, "validation"), (100, "test"))
@@ -140,20 +141,23 @@ def clean_text(problem: Problem) -> Text:
     return Text(response, (True,) * len(response), finished=True)
 
 
-def self_correcting_text(problem: Problem, rng: random.Random, redo_probability: float = 0.35) -> Text:
-    """A right solution in which a step may be preceded by one to three wrong tries.
+def self_correcting_text(problem: Problem, rng: random.Random, share_of_doubt: float = 0.0) -> Text:
+    """A right solution in which a step may be preceded by one to three tries that are redone.
 
-    The wrong digits are kept out of the loss: the model shall learn to notice and redo a
-    wrong step, not to make one.
+    Wrong digits are kept out of the loss: the model shall learn to notice and redo a wrong
+    step, not to make one.  ``share_of_doubt`` of the tries were right and are redone all the
+    same: even a good model now and then doubts a right step, as large ones do that check
+    everything twice.
     """
     pieces: list[str] = []
     mask: list[bool] = []
     last = len(problem.results) - 1
     for index, (call, value) in enumerate(zip(problem.calls, problem.results, strict=True)):
-        num_tries = rng.randint(1, 3) if rng.random() < redo_probability else 0
+        num_tries = rng.randint(1, 3) if rng.random() < REDO_PROBABILITY else 0
         for _ in range(num_tries):
-            pieces.append(f"{call}{wrong_digit(value, rng)}?")
-            mask += [True] * len(call) + [False, True]
+            doubted = rng.random() < share_of_doubt
+            pieces.append(f"{call}{value if doubted else wrong_digit(value, rng)}?")
+            mask += [True] * len(call) + [doubted, True]
         ending = f"{value}#{value}" if index == last else f"{value};"
         pieces.append(call + ending)
         mask += [True] * (len(call) + len(ending))
@@ -161,18 +165,20 @@ def self_correcting_text(problem: Problem, rng: random.Random, redo_probability:
 
 
 def looping_text(problem: Problem, rng: random.Random, max_new_tokens: int = MAX_NEW_TOKENS) -> Text:
-    """One wrong try repeated until the budget ends, in the loss from the third copy on.
+    """One try repeated until the budget ends, in the loss from its second copy on.
 
-    It teaches in-context copying, which large models have by themselves: once a wrong try
-    stands there twice, the likely continuation is the same wrong try again.
+    It teaches in-context copying, which large models have by themselves: the more often a try
+    stands there, the likelier it comes once more.
     """
     index = rng.randrange(len(problem.results))
     steps = zip(problem.calls[:index], problem.results[:index], strict=True)
     head = "".join(f"{call}{value};" for call, value in steps)
-    copy = f"{problem.calls[index]}{wrong_digit(problem.results[index], rng)}?"
+    right = problem.results[index]
+    digit = right if rng.random() < SHARE_OF_RIGHT_LOOPS else wrong_digit(right, rng)
+    copy = f"{problem.calls[index]}{digit}?"
     num_copies = max_new_tokens // len(copy) + 1
     response = (head + copy * num_copies)[:max_new_tokens]
-    num_unscored = len(head) + UNSCORED_COPIES * len(copy)
+    num_unscored = len(head) + len(copy)
     mask = tuple(position >= num_unscored for position in range(len(response)))
     return Text(response, mask, finished=False)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
+from ray.util.state import list_actors
 
 from opd_ray import config as configs
 from opd_ray import run
@@ -88,40 +88,27 @@ def check_export(world, run_dir, summary):
             assert again[name] == pytest.approx(summary["eval_after"][name], abs=0.04)
 
 
-@pytest.mark.parametrize("in_flight", ["keep", "drain", "abort"])
-def test_each_way_to_treat_unfinished_responses_keeps_the_staleness_bound(world, ray_here, tmp_path, in_flight):
-    summary = train(
-        world, tmp_path / "run", *TORCH, "learner.steps=4", f"rollout.in_flight={in_flight}",
-        "rollout.num_generators=2", "rollout.responses_per_prompt=2", "evaluation.num_problems=0",
-    )  # fmt: skip
-    assert summary["staleness"]["max"] <= 2
-    rows = [
-        row for file in (tmp_path / "run" / "rollouts").glob("*.parquet") for row in pq.read_table(file).to_pylist()
-    ]
-    student = [row for row in rows if row["source"] == "student"]
-    assert len(student) == 4 * 8 * 2
-    if in_flight == "abort":
-        assert all(len(set(row["weight_versions"])) == 1 for row in student)
-
-
-def test_policy_gradient_on_two_zero_ranks(world, ray_here, tmp_path):
-    """The sampled-token loss, per-sequence reduction, ZeRO-2 on two ranks, no reference."""
-    summary = train(
-        world, tmp_path / "run", *TORCH, "learner.steps=3", "learner.num_ranks=2", "learner.zero_stage=2",
-        "loss.opd=policy_gradient", "loss.reduction=sequence", "loss.reference_kl_coef=0",
-    )  # fmt: skip
+def test_draining_generators_and_zero_ranks(world, ray_here, tmp_path):
+    """Two generators that drain, G = 2, the sampled-token loss per sequence, ZeRO-2 on two ranks, no reference."""
+    options = ["rollout.in_flight=drain", "rollout.num_generators=2", "rollout.responses_per_prompt=2"]
+    options += ["loss.opd=policy_gradient", "loss.reduction=sequence", "loss.reference_kl_coef=0"]
+    options += ["learner.num_ranks=2", "learner.zero_stage=2", "learner.steps=4", "evaluation.num_problems=0"]
+    summary = train(world, tmp_path / "run", *TORCH, *options)
     assert summary["method"] == "opd+mixture"
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert all("learner/loss_reference_kl" not in row for row in metrics)
+    assert summary["eval_before"] is None
+    assert summary["staleness"]["max"] <= 2
+    student = [row for row in logged(tmp_path / "run") if row["source"] == "student"]
+    assert len(student) == 4 * 8 * 2
+    assert all(len(set(row["weight_versions"])) == 1 for row in student), "a drained response has one version"
+    assert all(row["reference_logprobs"] is None for row in student)
 
 
 def test_a_resumed_run_goes_on_where_the_checkpoint_is(world, ray_here, tmp_path):
     """The second half trains the prompts that the first half did not, at the steps that were left."""
     options = [*TORCH, "checkpoint.every_steps=2", "evaluation.num_problems=0", "buffer.max_staleness=0"]
     train(world, tmp_path / "run", *options, "learner.steps=2")
-    train(world, tmp_path / "run", *options, "learner.steps=4", resume=True)
-    files = sorted((tmp_path / "run" / "rollouts").glob("*.parquet"))
-    rows = [row for file in files for row in pq.read_table(file).to_pylist() if row["source"] == "student"]
+    train(world, tmp_path / "run", *options, "learner.steps=4", "rollout.in_flight=abort", resume=True)
+    rows = [row for row in logged(tmp_path / "run") if row["source"] == "student"]
     assert sorted(row["slot"] for row in rows) == list(range(32))
     resumed = [row for row in rows if row["step"] == 3]
     assert {version for row in resumed for version in row["weight_versions"]} == {2}
@@ -132,19 +119,12 @@ class KillGenerator:
 
     async def on_step(self, report):
         if report.step == 1:
-            for actor in ray.util.state.list_actors(
-                filters=[("class_name", "=", "StudentGenerator"), ("state", "=", "ALIVE")]
-            ):
+            alive = [("class_name", "=", "StudentGenerator"), ("state", "=", "ALIVE")]
+            for actor in list_actors(filters=alive):
                 os.kill(actor.pid, signal.SIGKILL)
 
 
 def test_a_generator_that_dies_ends_the_run_with_its_name_and_node(world, ray_here, tmp_path):
+    options = [*TORCH, "learner.steps=50", "evaluation.num_problems=0"]
     with pytest.raises(ActorError, match=r"generate: student-generator-0 on .*\(.*\).*the actor died"):
-        train(
-            world,
-            tmp_path / "run",
-            *TORCH,
-            "learner.steps=50",
-            "evaluation.num_problems=0",
-            observers=(KillGenerator(),),
-        )
+        train(world, tmp_path / "run", *options, observers=(KillGenerator(),))

@@ -127,7 +127,6 @@ def make_pipeline(
         problems=stream,
         stop_token_ids=(0,),
         manifest=WeightManifest(0, ("w",), ("float32",), ((1,),)),
-        observers=[recording],
         first_step=first_step,
     )
     return dataclasses.make_dataclass("Made", ["pipeline", "log", "learner", "recording", "config"])(

@@ -11,7 +11,7 @@ from opd_ray.errors import RunError
 
 
 def run(made):
-    asyncio.run(asyncio.wait_for(made.pipeline.run(), 20))
+    asyncio.run(asyncio.wait_for(made.pipeline.run([made.recording]), 20))
     return made
 
 

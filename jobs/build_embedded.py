@@ -1,0 +1,94 @@
+"""Builds the embedded teacher and a student from nothing, measures both, and ships the teacher if it passes.
+
+    python jobs/build_embedded.py [--seed 1] [--student-seed 100] [--output opd_ray/assets/chain_teacher]
+
+About three minutes on one core.  Exit code 0: both passed and the teacher was written; 1: a gate failed and nothing was.
+Needed only after a change of the task or of the recipe in `opd_ray/embedded_models.py`.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: more threads are slower on matrices this small
+
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from opd_ray import embedded, embedded_models
+from opd_ray.embedded_models import copy_probe, measure
+from opd_ray.tasks import chain
+
+NUM_PROBLEMS = 512  # of the validation split; test stays for reports
+MAX_BYTES = 1_000_000  # of everything that ships
+
+Gate = tuple[str, float, float, float]  # (what, measured, at least, at most)
+
+
+def teacher_gates(model, problems) -> Iterator[Gate]:
+    """The teacher solves the task, sees errors, doubts itself a little, and copies what repeats."""
+    greedy, sampled = measure(model, problems, 0.0), measure(model, problems, 1.0)
+    yield "greedy accuracy", greedy.accuracy, 0.98, 1.0
+    yield "sampled accuracy", sampled.accuracy, 0.85, 1.0
+    yield "own truncation at T = 1", sampled.truncated, 0.0, 0.08
+    few = problems[:128]
+    yield "sees a wrong step", copy_probe(model, few, 0, right=False)[1], 0.7, 1.0
+    yield "doubts a right step", copy_probe(model, few, 0, right=True)[1], 0.01, 0.10
+    yield "goes on doubting after 5 copies", copy_probe(model, few, 5, right=True)[1], 0.5, 1.0
+    yield "copies a wrong try, none before", copy_probe(model, few, 0, right=False)[0], 0.0, 0.03
+    yield "copies a wrong try after 5 copies", copy_probe(model, few, 5, right=False)[0], 0.2, 1.0
+
+
+def student_gates(model, problems) -> Iterator[Gate]:
+    """The student has begun to add and multiply, has much to learn, and ends its answers."""
+    greedy, sampled = measure(model, problems, 0.0), measure(model, problems, 1.0)
+    yield "greedy accuracy", greedy.accuracy, 0.30, 0.85
+    yield "sampled accuracy", sampled.accuracy, 0.20, 0.50
+    yield "truncation at T = 1", sampled.truncated, 0.0, 0.03
+
+
+def passes(title: str, gates: Iterator[Gate]) -> bool:
+    """Prints every measurement beside its bounds."""
+    print(title)
+    all_pass = True
+    for what, measured, low, high in gates:
+        ok = low <= measured <= high
+        all_pass &= ok
+        print(f"  {'ok  ' if ok else 'FAIL'} {what}: {measured:.3f} (from {low:g} to {high:g})", flush=True)
+    return all_pass
+
+
+@click.command()
+@click.option("--seed", default=1, show_default=True, help="Seed of the teacher.")
+@click.option("--student-seed", default=100, show_default=True, help="Seed of the student that is measured.")
+@click.option("--output", type=click.Path(path_type=Path), default=embedded.TEACHER_DIR, help="Where the teacher goes.")
+def main(seed: int, student_seed: int, output: Path) -> None:
+    """Build the embedded teacher and a student, and measure both."""
+    problems = chain.draw_distinct(random.Random("build"), "validation", NUM_PROBLEMS)
+    with embedded.terminal_progress() as report:
+        teacher = embedded_models.build_teacher(seed, report)
+    with embedded.terminal_progress() as report:
+        student = embedded_models.build_student(student_seed, report)
+    good_teacher = passes(f"teacher, seed {seed}", teacher_gates(teacher, problems))
+    good_student = passes(f"student, seed {student_seed}", student_gates(student, problems))
+    if not (good_teacher and good_student):
+        sys.exit("a gate failed: nothing was written")
+    with tempfile.TemporaryDirectory() as directory:
+        embedded_models.save(teacher, Path(directory))
+        num_bytes = sum(file.stat().st_size for file in Path(directory).iterdir())
+        if num_bytes > MAX_BYTES:
+            sys.exit(f"the teacher takes {num_bytes:,} bytes, more than {MAX_BYTES:,}: nothing was written")
+        output.mkdir(parents=True, exist_ok=True)
+        for file in Path(directory).iterdir():
+            shutil.copyfile(file, output / file.name)  # also makes the file readable for every user
+    print(f"{output}: {num_bytes:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

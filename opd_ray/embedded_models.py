@@ -1,0 +1,309 @@
+"""The small models of the embedded default: how they look, how they are trained, what is measured on them.
+
+Teacher and student are ordinary `Qwen3ForCausalLM` models over the twenty-token vocabulary of
+`opd_ray.tasks.chain`, so transformers, vLLM and DeepSpeed treat them like any other checkpoint.  Both
+learn on one CPU core from texts drawn on the fly, train split only:
+
+    teacher   clean solutions, then self-correcting ones, then a tenth of looping ones: it solves nearly every
+              problem, doubts itself now and then, and once text repeats, it copies on
+    student   clean solutions until it is right in about 2 of 5 answers, then a little self-correction
+
+Muon on the matrices inside the blocks makes the phase transition of modular arithmetic come after 100 to 250
+steps on every seed; with AdamW it took 300 to over 1,000.  https://kellerjordan.github.io/posts/muon/
+
+This module knows no files but the checkpoint directory it is asked to write, and nothing of the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from opd_ray.tasks import chain
+from opd_ray.tasks.chain import Problem, Text
+
+PAD, EOS = "<|pad|>", "<|eos|>"
+VOCABULARY = {token: index for index, token in enumerate((PAD, EOS, *"0123456789+-*^=;#?"))}
+PAD_ID, EOS_ID = VOCABULARY[PAD], VOCABULARY[EOS]
+MAX_CONTEXT_TOKENS = 128
+HEAD_SIZE = 32  # vLLM's attention on CPUs refuses a smaller one
+IGNORED = -100  # label of a token that does not enter the loss
+
+Report = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of supervised training on one mixture of texts."""
+
+    num_steps: int
+    mixture: tuple[float, float, float]
+    """Shares of clean, self-correcting and looping texts; they add up to 1."""
+    lr: tuple[float, float]
+    """Muon's learning rate at the first and the last step, linear between."""
+    share_of_doubt: float = 0.0
+    """Of the tries that self-correcting texts redo, so many were right."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a model does on a set of problems; shares of the answers, lengths in tokens with EOS."""
+
+    accuracy: float
+    """Ended in EOS with the right digit after the last ``#``."""
+    truncated: float
+    mean_length: float
+
+
+TEACHER_WIDTH, TEACHER_LAYERS = 64, 3
+TEACHER_PHASES = (
+    Phase(350, (1.0, 0.0, 0.0), (0.015, 0.001)),
+    Phase(400, (0.3, 0.7, 0.0), (0.006, 0.001)),
+    Phase(120, (0.3, 0.6, 0.1), (0.0045, 0.0)),
+)
+STUDENT_WIDTH, STUDENT_LAYERS = 48, 2
+STUDENT_CLEAN = Phase(600, (1.0, 0.0, 0.0), (0.01, 0.01))  # at most: it ends at STUDENT_TARGET
+STUDENT_MIXED = Phase(60, (0.7, 0.3, 0.0), (0.003, 0.0))
+STUDENT_TARGET = 0.35  # mean probability of the clean solution on validation problems
+BATCH_SIZE = 64
+WARMUP_STEPS = 20
+ADAM_LR_RATIO = 0.4  # AdamW's learning rate (embeddings, head, norms) in units of Muon's
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs torch on one thread: for matrices this small a second one made everything 3 to 50 times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character; a real tokenizer.json that AutoTokenizer and vLLM load."""
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, model_max_length=MAX_CONTEXT_TOKENS
+    )
+
+
+def make_model(width: int, num_layers: int, seed: int) -> Qwen3ForCausalLM:
+    """A freshly initialised model with two heads; the caller's random state stays as it was."""
+    config = Qwen3Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=HEAD_SIZE,
+        max_position_embeddings=MAX_CONTEXT_TOKENS,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        bos_token_id=None,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+        dtype="float32",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)
+
+
+def save(model: Qwen3ForCausalLM, directory: Path) -> None:
+    """Writes an ordinary Hugging Face checkpoint: config, generation config, safetensors, tokenizer."""
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        max_new_tokens=chain.MAX_NEW_TOKENS,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+    )
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # one shard in a millisecond: its bar breaks ours
+    try:
+        model.save_pretrained(directory)
+        make_tokenizer().save_pretrained(directory)
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def build_teacher(seed: int, report: Report) -> Qwen3ForCausalLM:
+    """Trains a teacher from nothing; about 90 seconds of one core."""
+    trainer = Trainer(make_model(TEACHER_WIDTH, TEACHER_LAYERS, seed), random.Random(seed))
+    total, done = sum(phase.num_steps for phase in TEACHER_PHASES), 0
+    for phase in TEACHER_PHASES:
+        for _ in trainer.run(phase):
+            done += 1
+            report("training the teacher", done, total)
+    return trainer.model
+
+
+def build_student(seed: int, report: Report) -> Qwen3ForCausalLM:
+    """Trains the student of ``seed`` from nothing; 10 to 20 seconds of one core.
+
+    When the model begins to add and multiply is luck, so the clean phase ends on a measurement, not after a
+    number of steps.  What is measured is the mean probability of the clean solution, by teacher forcing:
+    one forward pass without sampling noise.  At that point accuracy is a little higher: wrong ways may
+    end in the right digit.
+    """
+    trainer = Trainer(make_model(STUDENT_WIDTH, STUDENT_LAYERS, seed), random.Random(seed))
+    validation = chain.draw_distinct(random.Random("student stop"), "validation", 256)
+    reached = 0.0
+    for step, _ in enumerate(trainer.run(STUDENT_CLEAN)):
+        if step % 5 == 0:
+            reached = solution_probability(trainer.model, validation)
+            if reached >= STUDENT_TARGET:
+                break
+        # The share of the way to the target; the number of steps is not known before.
+        report("training the student", int(80 * reached / STUDENT_TARGET), 100)
+    for step, _ in enumerate(trainer.run(STUDENT_MIXED), start=1):
+        report("training the student", 80 + 20 * step // STUDENT_MIXED.num_steps, 100)
+    return trainer.model
+
+
+class Trainer:
+    """Supervised training on texts drawn from the train split; one model, one random stream."""
+
+    def __init__(self, model: Qwen3ForCausalLM, rng: random.Random) -> None:
+        self.model = model
+        self._rng = rng
+        blocks = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("model.layers.")]
+        in_blocks = {id(p) for p in blocks}
+        others = [p for p in model.parameters() if id(p) not in in_blocks]
+        self._muon = torch.optim.Muon(blocks, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self._adam = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
+        self._num_steps = 0
+
+    def run(self, phase: Phase) -> Iterator[None]:
+        """Trains one step for each item taken."""
+        for step in range(phase.num_steps):
+            self._num_steps += 1
+            first, last = phase.lr
+            lr = first + (last - first) * step / phase.num_steps
+            self._step(phase, lr * min(1.0, self._num_steps / WARMUP_STEPS))
+            yield
+
+    @one_thread()
+    def _step(self, phase: Phase, lr: float) -> None:
+        problems = [chain.draw_problem(self._rng, "train") for _ in range(BATCH_SIZE)]
+        tokens, labels = to_batch([(problem, self._draw_text(problem, phase)) for problem in problems])
+        loss = cross_entropy(_logits(self.model, tokens).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, optimizer_lr in ((self._muon, lr), (self._adam, lr * ADAM_LR_RATIO)):
+            optimizer.param_groups[0]["lr"] = optimizer_lr
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def _draw_text(self, problem: Problem, phase: Phase) -> Text:
+        clean, self_correcting, _ = phase.mixture
+        point = self._rng.random()
+        if point < clean:
+            return chain.clean_text(problem)
+        if point < clean + self_correcting:
+            return chain.self_correcting_text(problem, self._rng, phase.share_of_doubt)
+        return chain.looping_text(problem, self._rng)
+
+
+def to_batch(examples: Sequence[tuple[Problem, Text]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and next-token labels, both int64 of shape (batch, longest text - 1), padded on the right.
+
+    A label is `IGNORED` on the prompt, on padding and where the text's mask says so.
+    """
+    rows, targets = [], []
+    for problem, text in examples:
+        characters = problem.prompt + text.response
+        mask = (False,) * len(problem.prompt) + text.loss_mask
+        ids = [VOCABULARY[character] for character in characters]
+        labels = [token if scored else IGNORED for token, scored in zip(ids, mask, strict=True)]
+        rows.append(torch.tensor(ids + [EOS_ID] * text.finished))
+        targets.append(torch.tensor(labels + [EOS_ID] * text.finished))
+    pad = torch.nn.utils.rnn.pad_sequence
+    tokens = pad(rows, batch_first=True, padding_value=PAD_ID)
+    return tokens[:, :-1], pad(targets, batch_first=True, padding_value=IGNORED)[:, 1:]
+
+
+@one_thread()
+@torch.inference_mode()
+def solution_probability(model: Qwen3ForCausalLM, problems: Sequence[Problem]) -> float:
+    """Mean probability that an answer sampled at temperature 1 is exactly the clean solution, EOS included."""
+    tokens, labels = to_batch([(problem, chain.clean_text(problem)) for problem in problems])
+    logits = _logits(model, tokens).transpose(1, 2)
+    nll = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").sum(dim=1)
+    return torch.exp(-nll).mean().item()
+
+
+@one_thread()
+@torch.inference_mode()
+def measure(model: Qwen3ForCausalLM, problems: Sequence[Problem], temperature: float, seed: int = 0) -> Rates:
+    """Accuracy, truncation and length of one answer per problem; temperature 0 is greedy."""
+    groups: dict[int, list[Problem]] = {}
+    for problem in problems:  # prompts of one length need no padding
+        groups.setdefault(len(problem.prompt), []).append(problem)
+    correct, truncated, num_tokens = 0, 0, 0
+    tokenizer, task = make_tokenizer(), chain.ChainTask()
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for length, group in groups.items():
+            prompts = torch.tensor([[VOCABULARY[c] for c in problem.prompt] for problem in group])
+            outputs = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=chain.MAX_NEW_TOKENS,
+                eos_token_id=EOS_ID,
+                pad_token_id=PAD_ID,
+                **(sampling if temperature > 0 else {"do_sample": False}),
+            )[:, length:]
+            for problem, output in zip(group, outputs.tolist(), strict=True):
+                finished = EOS_ID in output
+                truncated += not finished
+                num_tokens += output.index(EOS_ID) + 1 if finished else len(output)
+                text = tokenizer.decode(output, skip_special_tokens=True)
+                correct += finished and task.verify(text, chain.to_row(problem))
+    return Rates(correct / len(problems), truncated / len(problems), num_tokens / len(problems))
+
+
+@one_thread()
+@torch.inference_mode()
+def copy_probe(
+    model: Qwen3ForCausalLM, problems: Sequence[Problem], num_tries: int, right: bool
+) -> tuple[float, float]:
+    """What the model does where the last step was tried ``num_tries`` times already, always with one digit.
+
+    Returns (probability of that digit once more, probability of ``?`` after it), means over the problems.  With
+    ``right`` the digit is the right one, and the second number is doubt; else it is a wrong one, and the
+    second number says how reliably the error is seen.
+    """
+    copied, redone = 0.0, 0.0
+    rng = random.Random(0)
+    for problem in problems:
+        *head, call = problem.calls
+        value = problem.results[-1]
+        digit = value if right else chain.wrong_digit(value, rng)
+        steps = "".join(f"{done}{result};" for done, result in zip(head, problem.results[:-1], strict=True))
+        text = problem.prompt + steps + f"{call}{digit}?" * num_tries + f"{call}{digit}"
+        probabilities = _logits(model, torch.tensor([[VOCABULARY[c] for c in text]]))[0].softmax(dim=-1)
+        copied += probabilities[-2, VOCABULARY[str(digit)]].item()
+        redone += probabilities[-1, VOCABULARY["?"]].item()
+    return copied / len(problems), redone / len(problems)
+
+
+def _logits(model: Qwen3ForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+    """Float32 logits of shape (batch, length, vocabulary).  Right padding needs no mask: attention is causal."""
+    return model(input_ids=tokens, use_cache=False).logits

@@ -1,0 +1,224 @@
+"""The command line: exit codes, one line on stderr, and nothing written for what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import CHARACTERS, make_checkpoint, make_setting, write_jsonl
+from opd_ray import __main__ as command_line
+from opd_ray import config as configs
+from opd_ray import run
+from opd_ray.errors import RunError
+
+Outcome = tuple[int, str, str]
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Outcome]]:
+    """Runs the command line in an empty directory; returns exit code, stdout and stderr."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("OPD_RAY_DEBUG", raising=False)
+    monkeypatch.setattr(run, "cluster", contextlib.nullcontext)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+
+    def call(*arguments: str) -> Outcome:
+        with pytest.raises(SystemExit) as caught:
+            command_line.main(arguments)
+        return (caught.value.code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> dict[str, str]:
+    return make_setting(tmp_path)
+
+
+def overrides(setting: dict[str, str], **changes: str) -> list[str]:
+    merged = setting | {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"{name}={value}" for name, value in merged.items()]
+
+
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    code, out, err = outcome
+    assert (code, out) == (2, "")
+    assert err.startswith("opd-ray: ")
+    assert err.count("\n") == 1
+    assert [word for word in words if word not in err] == []
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["train", "preflight"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["learner.lrr=1"], ["learner.lrr", "did you mean 'learner.lr'?"]),
+        (["leaner.lr=1"], ["leaner", "did you mean 'learner'?"]),
+        (["seed"], ["section.field=value"]),
+        (["learner.lr=-1"], ["learner.lr", "got -1"]),
+        (["--config", "missing.yaml"], ["missing.yaml"]),
+        (["--confg", "x"], ["No such option", "--help"]),
+    ],
+)
+def test_bad_arguments_are_refused(
+    call: Callable[..., Outcome], verb: str, arguments: list[str], words: list[str]
+) -> None:
+    assert_refused(call(verb, *arguments), *words)
+
+
+def test_an_unknown_verb_is_refused(call: Callable[..., Outcome]) -> None:
+    assert_refused(call("trian"), "trian", "train")
+
+
+def test_resume_needs_a_directory(call: Callable[..., Outcome]) -> None:
+    assert_refused(call("train", "--resume"), "--run-dir")
+
+
+def _bad_settings() -> dict[str, tuple[Callable[[Path], Any], dict[str, str], list[str]]]:
+    """Every kind of bad input: how it comes about, the overrides that use it, and words of its refusal."""
+
+    def nothing(_: Path) -> None:
+        pass
+
+    return {
+        "missing checkpoint": (
+            nothing,
+            {"student__path": "/no/where"},
+            ["student.path=/no/where", "no such directory"],
+        ),
+        "missing teacher": (nothing, {"teacher__path": "/no/where"}, ["teacher.path=/no/where"]),
+        "empty prompts": (lambda root: (root / "prompts.jsonl").write_text(""), {}, ["prompts.jsonl", "is empty"]),
+        "not JSONL": (lambda root: (root / "prompts.jsonl").write_text("prompt\n1\n"), {}, ["row 1", "not JSON"]),
+        "bad row": (
+            lambda root: write_jsonl(root / "prompts.jsonl", [{"prompt": "1", "answer": "1"}, {"answer": "1"}]),
+            {},
+            ["prompts.jsonl row 2", "'prompt'"],
+        ),
+        "bad golden row": (
+            lambda root: write_jsonl(root / "golden.jsonl", [{"prompt": "1", "answer": "1"}]),
+            {},
+            ["golden.jsonl row 1", "'response'"],
+        ),
+        "other vocabulary": (
+            lambda root: make_checkpoint(root / "teacher", tokens=[*CHARACTERS[:-1], "@"]),
+            {},
+            ["vocabularies differ", "token '@'"],
+        ),
+        "other EOS": (
+            lambda root: make_checkpoint(root / "teacher", eos=2),
+            {},
+            ["EOS sets differ", "teacher.eos_map"],
+        ),
+        "too long": (nothing, {"rollout__max_response_tokens": "60"}, ["prompts.jsonl row 2", "context of 64"]),
+        "too many ranks": (nothing, {"learner__num_ranks": "9"}, ["CPUs asked", "learner 9 x 0.5", "2 there"]),
+        "too many GPUs": (nothing, {"learner__gpus_per_rank": "1"}, ["1 GPUs asked", "0 there"]),
+        "unknown task": (nothing, {"data__task": "chian"}, ["'chian'", "did you mean 'chain'?"]),
+    }
+
+
+@pytest.mark.parametrize("verb", ["train", "preflight"])
+@pytest.mark.parametrize("kind", _bad_settings())
+def test_bad_input_is_refused_before_anything_is_written(
+    call: Callable[..., Outcome], setting: dict[str, str], tmp_path: Path, verb: str, kind: str
+) -> None:
+    spoil, changes, words = _bad_settings()[kind]
+    spoil(tmp_path)
+    assert_refused(call(verb, "--run-dir", "run", *overrides(setting, **changes)), *words)
+
+
+def test_a_directory_with_another_run_is_left_as_it_is(
+    call: Callable[..., Outcome], setting: dict[str, str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    saved = configs.to_yaml(configs.load(None, overrides(setting)))
+    (run_dir / "config.yaml").write_text(saved)
+    assert_refused(call("train", "--run-dir", str(run_dir), *overrides(setting)), "holds another run", "--resume")
+    assert_refused(call("train", "--run-dir", str(run_dir), "--resume", "seed=8"), "--resume: seed is 8")
+    assert_refused(call("train", "--run-dir", str(tmp_path / "none"), "--resume"), "no run to resume")
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+    assert (run_dir / "config.yaml").read_text() == saved
+
+
+def test_preflight_prints_what_it_found(call: Callable[..., Outcome], setting: dict[str, str]) -> None:
+    code, out, _ = call("preflight", *overrides(setting))
+    assert code == 0
+    assert "max context tokens" in out
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_train_hands_over_and_resumes_with_the_configuration_of_the_run(
+    call: Callable[..., Outcome], setting: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[configs.Config, Path, bool]] = []
+
+    def train(config: configs.Config, run_dir: Path, *, resume: bool) -> dict[str, Any]:
+        calls.append((config, run_dir, resume))
+        return {"steps": 3, "wall_s": 1.0, "eval_before": None, "eval_after": None}
+
+    monkeypatch.setattr(run, "train", train)
+    assert call("train", *overrides(setting, seed="4"))[0] == 0
+    config, run_dir, resume = calls[0]
+    assert run_dir.is_absolute()
+    assert run_dir.name.startswith("stableopd-seed4-")
+    assert not resume
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(configs.to_yaml(config))
+    assert call("train", "--run-dir", str(run_dir), "--resume", "learner.steps=7")[0] == 0
+    resumed, _, resume = calls[1]
+    assert resume
+    assert (resumed.seed, resumed.learner.steps) == (4, 7)
+    assert resumed.student == config.student
+
+
+def test_evaluate_prints_a_table_or_json(
+    call: Callable[..., Outcome], setting: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = {"accuracy_greedy": 0.5, "num_problems": 8}
+    monkeypatch.setattr(run, "evaluate", lambda checkpoint, config: result)
+    code, out, _ = call("evaluate", setting["student.path"], "--json")
+    assert code == 0
+    assert json.loads(out) == result
+    assert "accuracy greedy" in call("evaluate", setting["student.path"])[1]
+    assert_refused(call("evaluate", "/no/where"), "/no/where", "no such directory")
+
+
+def test_a_failure_while_running_is_one_line_and_a_traceback_only_on_demand(
+    call: Callable[..., Outcome], setting: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: object, **__: object) -> None:
+        raise RunError("learn: learner-0 died\n(node a)")
+
+    monkeypatch.setattr(run, "train", train)
+    assert call("train", *overrides(setting)) == (1, "", "opd-ray: learn: learner-0 died (node a)\n")
+    code, _, err = call("train", "--debug", *overrides(setting))
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_an_unexpected_exception_keeps_its_traceback(
+    call: Callable[..., Outcome], setting: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(run, "train", train)
+    with pytest.raises(ZeroDivisionError):
+        command_line.main(["train", *overrides(setting)])
+
+
+@pytest.mark.parametrize("verb", ["train", "preflight", "evaluate"])
+def test_help_lists_every_field_with_its_sentence(call: Callable[..., Outcome], verb: str) -> None:
+    code, out, _ = call(verb, "--help")
+    assert code == 0
+    words = " ".join(out.split())
+    assert [doc.name for doc in configs.describe() if doc.name not in words or doc.doc.split()[0] not in words] == []
