@@ -4,7 +4,7 @@ Teacher and student are ordinary `Qwen3ForCausalLM` models over the twenty-token
 `opd_ray.tasks.chain`, so transformers, vLLM and DeepSpeed treat them like any other checkpoint.  Both
 learn on one CPU core from texts drawn on the fly, train split only:
 
-    teacher   clean solutions, then self-correcting ones, then a tenth of looping ones: it solves nearly every
+    teacher   clean solutions, then self-correcting ones, then a few looping ones: it solves nearly every
               problem, doubts itself now and then, and once text repeats, it copies on
     student   clean solutions until it is right in about 2 of 5 answers, then a little self-correction
 
@@ -65,11 +65,10 @@ class Rates:
 
 
 TEACHER_WIDTH, TEACHER_LAYERS = 64, 3
-TEACHER_PHASES = (
-    Phase(350, (1.0, 0.0, 0.0), (0.015, 0.001)),
-    Phase(400, (0.3, 0.7, 0.0), (0.006, 0.001)),
-    Phase(120, (0.3, 0.6, 0.1), (0.0045, 0.0)),
-)
+TEACHER_CLEAN = Phase(350, (1.0, 0.0, 0.0), (0.015, 0.0015))
+TEACHER_CHECKING = Phase(1000, (0.3, 0.7, 0.0), (0.0075, 0.0075))  # at most: it ends at TEACHER_SEES_ERRORS
+TEACHER_LOOPING = Phase(200, (0.3, 0.64, 0.06), (0.005, 0.0), share_of_doubt=0.05)
+TEACHER_SEES_ERRORS = 0.95  # mean probability of ``?`` after a wrong digit
 STUDENT_WIDTH, STUDENT_LAYERS = 48, 2
 STUDENT_CLEAN = Phase(600, (1.0, 0.0, 0.0), (0.01, 0.01))  # at most: it ends at STUDENT_TARGET
 STUDENT_MIXED = Phase(60, (0.7, 0.3, 0.0), (0.003, 0.0))
@@ -143,13 +142,23 @@ def save(model: Qwen3ForCausalLM, directory: Path) -> None:
 
 
 def build_teacher(seed: int, report: Report) -> Qwen3ForCausalLM:
-    """Trains a teacher from nothing; about 90 seconds of one core."""
+    """Trains a teacher from nothing; about four minutes of one core.
+
+    To check a step takes a second phase transition, long after the first; a teacher that stops before it
+    redoes right and wrong steps alike.  So the second phase ends on a measurement.
+    """
     trainer = Trainer(make_model(TEACHER_WIDTH, TEACHER_LAYERS, seed), random.Random(seed))
-    total, done = sum(phase.num_steps for phase in TEACHER_PHASES), 0
-    for phase in TEACHER_PHASES:
-        for _ in trainer.run(phase):
-            done += 1
-            report("training the teacher", done, total)
+    validation = chain.draw_distinct(random.Random("teacher stop"), "validation", 128)
+    for step, _ in enumerate(trainer.run(TEACHER_CLEAN), start=1):
+        report("the teacher learns to calculate", step, TEACHER_CLEAN.num_steps)
+    for step, _ in enumerate(trainer.run(TEACHER_CHECKING), start=1):
+        if step % 25 == 0:
+            _, seen = copy_probe(trainer.model, validation, num_tries=0, right=False)
+            report("the teacher learns to check", int(100 * seen), 100)
+            if seen >= TEACHER_SEES_ERRORS:
+                break
+    for step, _ in enumerate(trainer.run(TEACHER_LOOPING), start=1):
+        report("the teacher learns to copy", step, TEACHER_LOOPING.num_steps)
     return trainer.model
 
 
@@ -290,18 +299,22 @@ def copy_probe(
     ``right`` the digit is the right one, and the second number is doubt; else it is a wrong one, and the
     second number says how reliably the error is seen.
     """
-    copied, redone = 0.0, 0.0
     rng = random.Random(0)
+    texts, digits = [], []
     for problem in problems:
         *head, call = problem.calls
         value = problem.results[-1]
         digit = value if right else chain.wrong_digit(value, rng)
         steps = "".join(f"{done}{result};" for done, result in zip(head, problem.results[:-1], strict=True))
-        text = problem.prompt + steps + f"{call}{digit}?" * num_tries + f"{call}{digit}"
-        probabilities = _logits(model, torch.tensor([[VOCABULARY[c] for c in text]]))[0].softmax(dim=-1)
-        copied += probabilities[-2, VOCABULARY[str(digit)]].item()
-        redone += probabilities[-1, VOCABULARY["?"]].item()
-    return copied / len(problems), redone / len(problems)
+        texts.append(problem.prompt + steps + f"{call}{digit}?" * num_tries + f"{call}{digit}")
+        digits.append(VOCABULARY[str(digit)])
+    rows = [torch.tensor([VOCABULARY[character] for character in text]) for text in texts]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+    probabilities = _logits(model, tokens).softmax(dim=-1)
+    row, last = torch.arange(len(texts)), torch.tensor([len(text) - 1 for text in texts])
+    copied = probabilities[row, last - 1, torch.tensor(digits)]
+    redone = probabilities[row, last, VOCABULARY["?"]]
+    return copied.mean().item(), redone.mean().item()
 
 
 def _logits(model: Qwen3ForCausalLM, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a Hugging Face checkpoint says about itself, read without loading its weights.
+"""Hugging Face checkpoints: what one says about itself without loading its weights, and loading them.
 
 Preflight compares the facts of student, teacher and reference. Every failure is an InputError of one
 line that begins with the configuration field the checkpoint came from, as ``teacher.path=/some/where``.
@@ -69,6 +69,30 @@ def inspect(config_field: str, path: str) -> ModelFacts:
         tied_embeddings=bool(config.tie_word_embeddings),
         tokenizer=tokenizer,
     )
+
+
+def load_causal_lm(path: str | Path, **options: Any) -> Any:
+    """The model in ``path``; refuses weights that are incomplete, which transformers would fill with noise."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(
+            f"{path}: its weights lack {len(missing)} of the model's parameters ({missing[0]}, ...); "
+            "the files do not belong to its config.json, or were not saved whole"
+        )
+    return model
+
+
+def local_directory(path: str) -> Path:
+    """Where the files of a checkpoint directory or of a Hub id lie on this node."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path))
 
 
 def check_agreement(student: ModelFacts, scorer: ModelFacts, eos_map: Mapping[int, int], eos_field: str) -> None:

@@ -98,7 +98,9 @@ def cluster() -> Iterator[None]:
         return
     # It says with every start that token authentication is on, which is what we want.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    ray.init(logging_level="WARNING", log_to_driver=bool(os.environ.get("OPD_RAY_ACTOR_LOGS")))
+    context = ray.init(logging_level="WARNING", log_to_driver=bool(os.environ.get("OPD_RAY_ACTOR_LOGS")))
+    if context.dashboard_url:
+        print(f"dashboard: http://{context.dashboard_url}", flush=True)
     try:
         yield
     finally:

@@ -25,6 +25,7 @@ from opd_ray.batching import Payload, collate
 from opd_ray.config import Config
 from opd_ray.errors import RunError
 from opd_ray.messages import StepPlan, TransferGroup, WeightManifest
+from opd_ray.models import load_causal_lm, local_directory
 from opd_ray.node import free_port, node_ip, this_node
 from opd_ray.training import Objective, ResponseLogits, disable_dropout, fetch_payloads, finish, lr_factor
 from opd_ray.weights import make_transport
@@ -40,7 +41,7 @@ class Learner:
 
     def __init__(self, config: Config, student_path: str, rank: int) -> None:
         self._config = config
-        self._student_path = Path(student_path)
+        self._student_path = local_directory(student_path)
         self._rank = rank
         self._cuda = config.learner.gpus_per_rank > 0
         self._zero_stage = config.learner.zero_stage
@@ -187,15 +188,13 @@ class Learner:
                 shutil.copyfile(file, Path(directory) / file.name)
 
     def _load_student(self) -> torch.nn.Module:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import is_flash_attn_2_available, logging
+        from transformers.utils import is_flash_attn_2_available
 
-        logging.disable_progress_bar()
         learner = self._config.learner
         dtype = getattr(torch, learner.dtype)
         flash = self._cuda and dtype == torch.bfloat16 and is_flash_attn_2_available()
         attention = "flash_attention_2" if flash else "sdpa"
-        model = AutoModelForCausalLM.from_pretrained(self._student_path, dtype="auto", attn_implementation=attention)
+        model = load_causal_lm(self._student_path, dtype="auto", attn_implementation=attention)
         self._original_dtype = model.dtype
         # Not model.to(dtype), which would also cast rotary frequencies and so blur long positions.
         for parameter in model.parameters():

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from opd_ray.engines import Rollout, Scores, Unfinished, response_budget
 from opd_ray.errors import WeightSyncError
 from opd_ray.messages import Finished, FinishReason, GenerationRequest, TransferGroup, WeightManifest
+from opd_ray.models import load_causal_lm
 from opd_ray.weights.receivers import WeightReceiver, make_receiver
 
 
@@ -323,5 +324,5 @@ def _pad_right(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor
 
 def _load(path: str, dtype: str, device: str | None) -> PreTrainedModel:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    model = load_causal_lm(path, dtype=getattr(torch, dtype))
     return model.to(device).eval().requires_grad_(False)

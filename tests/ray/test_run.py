@@ -14,6 +14,7 @@ from ray.util.state import list_actors
 
 from opd_ray import config as configs
 from opd_ray import run
+from opd_ray.embedded import TEACHER_DIR
 from opd_ray.errors import ActorError
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
@@ -37,8 +38,12 @@ def train(world, run_dir: Path, *overrides: str, resume: bool = False, observers
 
 @pytest.mark.vllm
 def test_the_default_rooms_train_and_leave_a_complete_run_behind(world, ray_here, tmp_path):
-    """vLLM generates, torch scores, DeepSpeed learns, gloo broadcasts: six steps of StableOPD."""
-    summary = train(world, tmp_path / "run", *SMALL, "learner.steps=6", "checkpoint.every_steps=3")
+    """vLLM generates, torch scores, DeepSpeed learns, gloo broadcasts: six steps of StableOPD.
+
+    The shipped teacher stands in for the student, so that there is an accuracy to compare afterwards.
+    """
+    options = [*SMALL, f"student.path={TEACHER_DIR}", "rollout.max_response_tokens=48", "learner.lr=1e-4"]
+    summary = train(world, tmp_path / "run", *options, "learner.steps=6", "checkpoint.every_steps=3")
     run_dir = tmp_path / "run"
     saved = json.loads((run_dir / "summary.json").read_text())
     assert saved == json.loads(json.dumps(summary))
@@ -49,8 +54,7 @@ def test_the_default_rooms_train_and_leave_a_complete_run_behind(world, ray_here
 
     files = sorted((run_dir / "rollouts").glob("*.parquet"))
     assert [file.name for file in files] == [f"step-{step:06d}.parquet" for step in range(1, 7)]
-    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
-    student = [row for row in rows if row["source"] == "student"]
+    student = [row for row in logged(run_dir) if row["source"] == "student"]
     assert sorted(row["slot"] for row in student) == list(range(48)), "every prompt is trained on once"
     versions = [max(row["weight_versions"]) for row in student if row["step"] == 6]
     assert max(versions) >= 3, "rollouts come from the weights that were broadcast"
@@ -70,22 +74,29 @@ def test_the_default_rooms_train_and_leave_a_complete_run_behind(world, ray_here
         assert name in steps[0]
     assert any((run_dir / "tensorboard").iterdir())
     assert (run_dir / "checkpoints" / "step-6" / "state.json").is_file()
-    check_export(world, run_dir, saved)
+    check_export(world, run_dir, options, saved["eval_after"])
 
 
-def check_export(world, run_dir, summary):
+def logged(run_dir: Path) -> list[dict]:
+    """Every row of the rollout log, in the order of the steps."""
+    return [row for file in sorted((run_dir / "rollouts").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def check_export(world, run_dir, options, expected):
     """The exported student is another model than the one it came from, and scores as it did in the run."""
     from transformers import AutoModelForCausalLM
 
-    before = AutoModelForCausalLM.from_pretrained(world.student).state_dict()
+    assert expected["accuracy_greedy"] > 0.5
+    before = AutoModelForCausalLM.from_pretrained(TEACHER_DIR).state_dict()
     after = AutoModelForCausalLM.from_pretrained(run_dir / "student").state_dict()
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     for engine in ("torch", "vllm"):
-        config = configs.load(None, [*world.overrides(), *SMALL, f"rollout.engine={engine}"])
+        config = configs.load(None, [*world.overrides(), *options, f"rollout.engine={engine}"])
         again = run.evaluate(str(run_dir / "student"), config)
-        for name in ("accuracy_greedy", "num_problems"):
-            assert again[name] == pytest.approx(summary["eval_after"][name], abs=0.04)
+        # One answer of 32 may differ where two tokens are nearly equal.
+        assert again["accuracy_greedy"] == pytest.approx(expected["accuracy_greedy"], abs=0.04)
+        assert again["num_problems"] == expected["num_problems"]
 
 
 def test_draining_generators_and_zero_ranks(world, ray_here, tmp_path):
