@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
-from ray.util.state import list_actors
 
 from opd_ray import config as configs
 from opd_ray import run
@@ -130,9 +128,9 @@ class KillGenerator:
 
     async def on_step(self, report):
         if report.step == 1:
-            alive = [("class_name", "=", "StudentGenerator"), ("state", "=", "ALIVE")]
-            for actor in list_actors(filters=alive):
-                os.kill(actor.pid, signal.SIGKILL)
+            for actor in ray.util.list_named_actors(all_namespaces=True):
+                if actor["name"] == "student-generator-0":
+                    ray.kill(ray.get_actor(**actor))
 
 
 def test_a_generator_that_dies_ends_the_run_with_its_name_and_node(world, ray_here, tmp_path):
