@@ -26,9 +26,12 @@ from opd_ray import run
 
 
 class PeakMemory:
-    """Samples the memory of this process and of all its descendants until it is left."""
+    """Samples the memory of this process and of all its descendants until it is left.
 
-    def __init__(self, every_s: float = 2.0) -> None:
+    Rarely: the kernel walks every page of every process for it, which the rooms would feel.
+    """
+
+    def __init__(self, every_s: float = 15.0) -> None:
         self.peak_bytes = 0
         self._every_s, self._done = every_s, threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)

@@ -2,7 +2,7 @@
 
     python jobs/build_embedded.py [--seed 200] [--student-seed 100] [--output opd_ray/assets/chain_teacher]
 
-About five minutes on one core.  Exit code 0: both passed and the teacher was written; 1: a gate failed and nothing was.
+About three minutes on one core.  Exit code 0: both passed and the teacher was written; 1: a gate failed and nothing was.
 Needed only after a change of the task or of the recipe in `opd_ray/embedded_models.py`.
 """
 
@@ -35,11 +35,11 @@ def teacher_gates(model, problems) -> Iterator[Gate]:
     """The teacher solves the task, sees errors, doubts itself a little, and copies what repeats."""
     greedy, sampled = measure(model, problems, 0.0), measure(model, problems, 1.0)
     yield "greedy accuracy", greedy.accuracy, 0.99, 1.0
-    yield "sampled accuracy", sampled.accuracy, 0.95, 1.0
-    yield "own truncation at T = 1", sampled.truncated, 0.0, 0.03
+    yield "sampled accuracy", sampled.accuracy, 0.88, 1.0
+    yield "own truncation at T = 1", sampled.truncated, 0.0, 0.06
     few = problems[:128]
     yield "sees a wrong step", copy_probe(model, few, 0, right=False)[1], 0.85, 1.0
-    yield "doubts a right step", copy_probe(model, few, 0, right=True)[1], 0.01, 0.06
+    yield "doubts a right step", copy_probe(model, few, 0, right=True)[1], 0.03, 0.12
     yield "goes on doubting after 5 copies", copy_probe(model, few, 5, right=True)[1], 0.85, 1.0
     yield "copies a wrong try, none before", copy_probe(model, few, 0, right=False)[0], 0.0, 0.03
     yield "copies a wrong try after 5 copies", copy_probe(model, few, 5, right=False)[0], 0.5, 1.0

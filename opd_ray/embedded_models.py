@@ -67,7 +67,7 @@ class Rates:
 TEACHER_WIDTH, TEACHER_LAYERS = 64, 3
 TEACHER_CLEAN = Phase(350, (1.0, 0.0, 0.0), (0.015, 0.0015))
 TEACHER_CHECKING = Phase(1000, (0.3, 0.7, 0.0), (0.005, 0.005))  # at most: it ends at TEACHER_SEES_ERRORS
-TEACHER_LOOPING = Phase(200, (0.3, 0.64, 0.06), (0.005, 0.0), share_of_doubt=0.05)
+TEACHER_LOOPING = Phase(150, (0.3, 0.6, 0.1), (0.005, 0.0), share_of_doubt=0.25)
 TEACHER_SEES_ERRORS = 0.95  # mean probability of ``?`` after a wrong digit
 STUDENT_WIDTH, STUDENT_LAYERS = 48, 2
 STUDENT_CLEAN = Phase(600, (1.0, 0.0, 0.0), (0.01, 0.01))  # at most: it ends at STUDENT_TARGET

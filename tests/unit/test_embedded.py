@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,6 +61,7 @@ def test_shipped_tokenizer_is_the_one_in_the_code(tokenizer):
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (EOS_ID, PAD_ID)
 
 
+@settings(deadline=None)  # a busy machine must not fail a test that measures nothing
 @given(text=st.text(alphabet=CHARACTERS))
 def test_tokenizer_round_trip(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -96,7 +97,7 @@ def test_batch_cuts_a_looping_text_without_eos():
 # --- training ---
 
 
-def test_training_is_the_same_for_the_same_seed(monkeypatch):
+def test_training_is_the_same_for_the_same_seed():
     phase = embedded_models.Phase(3, (0.4, 0.3, 0.3), (0.01, 0.0))
 
     def train() -> torch.Tensor:
@@ -117,11 +118,11 @@ def test_student_ends_its_clean_phase_at_the_target(monkeypatch):
     assert reports == [("training the student", 90, 100), ("training the student", 100, 100)]
 
 
-def test_sampled_answers_agree_with_their_exact_probability():
-    # The student stops on the exact number, people read the sampled one.
-    model = AutoModelForCausalLM.from_pretrained(embedded.TEACHER_DIR, dtype=torch.float32)
-    exact = embedded_models.solution_probability(model, PROBLEMS)
-    assert measure(model, PROBLEMS, 1.0).accuracy > exact - 0.08
+def test_sampled_answers_agree_with_their_exact_probability(teacher):
+    # The student stops on the exact number, people read the sampled one; other ways lead to the answer, too.
+    exact = embedded_models.solution_probability(teacher, PROBLEMS)
+    assert 0 < exact < 1
+    assert measure(teacher, PROBLEMS, 1.0).accuracy > exact - 0.08
 
 
 # --- the cache ---
