@@ -2,8 +2,8 @@
 
     python jobs/build_embedded.py [--seed 200] [--student-seed 100] [--output opd_ray/assets/chain_teacher]
 
-About three minutes on one core.  Exit code 0: both passed and the teacher was written; 1: a gate failed and nothing was.
-Needed only after a change of the task or of the recipe in `opd_ray/embedded_models.py`.
+About three minutes on one core.  Exit code 0: both passed and the teacher was written; 1: a gate failed and
+nothing was.  Needed only after a change of the task or of the recipe in `opd_ray/embedded_models.py`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,12 @@ def passes(title: str, gates: Iterator[Gate]) -> bool:
 
 
 @click.command()
-@click.option("--seed", default=200, show_default=True, help="Seed of the teacher; with this one both phase transitions come early.")
+@click.option(
+    "--seed",
+    default=200,
+    show_default=True,
+    help="Seed of the teacher; with this one both phase transitions come early.",
+)
 @click.option("--student-seed", default=100, show_default=True, help="Seed of the student that is measured.")
 @click.option("--output", type=click.Path(path_type=Path), default=embedded.TEACHER_DIR, help="Where the teacher goes.")
 def main(seed: int, student_seed: int, output: Path) -> None:

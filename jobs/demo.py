@@ -89,6 +89,8 @@ def ray_head() -> Iterator[Any]:
     # A token of this head's own: command line and library then agree on authentication, and nobody else gets in.
     # Ray reads these when it is first imported, which is therefore done further down.
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
+    # Ray leaves out some directories by itself and warns of each; _LEFT_OUT names them, too.
+    os.environ["RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES"] = ""
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
     from opd_ray.node import free_port
