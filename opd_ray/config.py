@@ -148,11 +148,11 @@ class LossConfig:
 
     opd: Literal["reverse_kl", "policy_gradient"] = "reverse_kl"
     """Back-propagated reverse KL on the teacher's top-k, or the sampled-token advantage with clipped ratio."""
-    opd_coef: float = Field(0.3, ge=0)
+    opd_coef: float = Field(0.25, ge=0)
     """Weight of L_OPD."""
-    sft_coef: float = Field(0.7, ge=0)
+    sft_coef: float = Field(0.75, ge=0)
     """λ_gold: weight of the cross-entropy on golden rollouts."""
-    reference_kl_coef: float = Field(0.03, ge=0)
+    reference_kl_coef: float = Field(0.025, ge=0)
     """β_KL: weight of the KL to the frozen reference on student tokens; 0 starts no reference model."""
     top_k: int = Field(64, ge=1)
     """Support of the KL terms: the scorer's k most probable tokens and a tail bucket; k ≥ vocabulary is exact."""
@@ -188,7 +188,7 @@ class LearnerConfig:
     """DeepSpeed ZeRO stage: 1 shards the optimizer, 2 gradients, 3 parameters as well; 0 with bfloat16 runs as 1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of forward and backward; the optimizer keeps float32 master weights."""
-    steps: int = Field(180, ge=1)
+    steps: int = Field(150, ge=1)
     """Optimizer steps."""
     lr: float = Field(1.5e-3, gt=0)
     """Peak learning rate of AdamW."""
@@ -232,7 +232,7 @@ class EvaluationConfig:
 
     num_problems: int = Field(512, ge=0)
     """Problems before and after, the first of the file; 0 evaluates nothing."""
-    every_steps: int = Field(60, ge=0)
+    every_steps: int = Field(50, ge=0)
     """Evaluate during training every so many steps; 0 for never."""
     num_problems_during: int = Field(128, ge=1)
     """Problems of an evaluation during training."""

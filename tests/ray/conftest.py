@@ -39,8 +39,9 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Random models of two sizes with the embedded tokenizer, and problems of the chain task."""
     import torch
-    from opd_ray.embedded import TEACHER_DIR
     from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    from opd_ray.embedded import TEACHER_DIR
 
     root = tmp_path_factory.mktemp("world")
     tokenizer = AutoTokenizer.from_pretrained(TEACHER_DIR)

@@ -131,7 +131,7 @@ def hosts(ray_here: None) -> dict[int, list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def entries(cluster: None) -> list[Entry]:
+def entries(ray_here: None) -> list[Entry]:
     return scored_entries(*SIZES, seed=3, put=ray.put)
 
 
@@ -324,7 +324,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_weights(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_payload_that_many_rollouts_share_is_fetched_once(cluster: None, entries: list[Entry]) -> None:
+def test_a_payload_that_many_rollouts_share_is_fetched_once(ray_here: None, entries: list[Entry]) -> None:
     """Refs lose their identity on the way to an actor only if they are sent apart."""
 
     @ray.remote(num_cpus=0)

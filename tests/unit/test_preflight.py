@@ -18,7 +18,6 @@ from opd_ray.errors import InputError
 from opd_ray.tasks import get_task
 
 
-
 @pytest.fixture
 def setting(tmp_path: Path) -> dict[str, str]:
     return make_setting(tmp_path)
