@@ -35,7 +35,7 @@ from opd_ray.observers import (
     evaluation_metrics,
     say_evaluation,
 )
-from opd_ray.pipeline import Observer, Pipeline
+from opd_ray.pipeline import Observer, Pipeline, Rooms
 from opd_ray.pool import Pool
 from opd_ray.preflight import Preflight
 from opd_ray.prompts import PromptStream, Shuffled
