@@ -54,13 +54,15 @@ def train(
     preflight.check_run_dir(run_dir, config, resume)
     config = resolve(config)
     facts = preflight.check_files(config)
-    with cluster():
+    with cluster() as dashboard:
         preflight.check_resources(config, ray.cluster_resources())
         start = checkpoint.latest(run_dir) if resume else None
         if start:
             checkpoint.check_ranks(start, config.learner.num_ranks)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(configs.to_yaml(config))
+        if dashboard:
+            print(f"dashboard: http://{dashboard}")
         print(f"run directory: {run_dir}\nmethod: {config.method}, seed {config.seed}", flush=True)
         return asyncio.run(_train(config, facts, run_dir, start, observers))
 
@@ -91,18 +93,19 @@ def resolve(config: Config) -> Config:
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[None]:
-    """The cluster of `ray job submit` or of RAY_ADDRESS, or a Ray of its own that ends with the block."""
+def cluster() -> Iterator[str | None]:
+    """The cluster of `ray job submit` or of RAY_ADDRESS, or a Ray of its own that ends with the block.
+
+    Gives the address of its dashboard, if it has one and this call connected to it.
+    """
     if ray.is_initialized():
-        yield
+        yield None
         return
     # It says with every start that token authentication is on, which is what we want.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     context = ray.init(logging_level="WARNING", log_to_driver=bool(os.environ.get("OPD_RAY_ACTOR_LOGS")))
-    if context.dashboard_url:
-        print(f"dashboard: http://{context.dashboard_url}", flush=True)
     try:
-        yield
+        yield context.dashboard_url
     finally:
         ray.shutdown()
 
