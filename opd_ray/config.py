@@ -386,22 +386,21 @@ class FieldDoc:
     """One line of the reference that --help prints."""
 
     name: str
-    type: str
     default: Any
     doc: str
 
 
 def describe() -> Iterator[FieldDoc]:
-    """Every field as ``section.field`` with its type, default and sentence."""
+    """Every field as ``section.field`` with its default and sentence."""
     defaults = to_dict(Config())
     for section in dataclasses.fields(Config):
         default = defaults[section.name]
         if not isinstance(default, dict):
-            yield FieldDoc(section.name, str(section.type), default, _doc(Config, section.name))
+            yield FieldDoc(section.name, default, _doc(Config, section.name))
             continue
         cls = type(getattr(Config(), section.name))
         for field in dataclasses.fields(cls):
-            yield FieldDoc(f"{section.name}.{field.name}", str(field.type), default[field.name], _doc(cls, field.name))
+            yield FieldDoc(f"{section.name}.{field.name}", default[field.name], _doc(cls, field.name))
 
 
 def _doc(cls: type, name: str) -> str:
