@@ -43,7 +43,7 @@ class ScorerConfig:
     """A pool of scorers on one frozen model, in one role."""
 
     path: str = EMBEDDED
-    """Checkpoint directory; "embedded" is the shipped teacher; "student" (for the reference) is student.path."""
+    """Checkpoint directory; "embedded" is the shipped teacher."""
     engine: Literal["torch", "vllm"] = "torch"
     """Inference engine: a plain transformers forward pass, or vLLM's prompt log-probs."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -60,6 +60,14 @@ class ScorerConfig:
     """Share of a GPU's memory that a vLLM scorer takes."""
     eos_map: dict[int, int] = Field(default_factory=dict)
     """Student EOS id to this model's EOS id, where the two stop with different tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ReferenceConfig(ScorerConfig):
+    """The frozen reference: a scorer on the student as it was before training, unless told otherwise."""
+
+    path: str = STUDENT
+    """Checkpoint directory; "student" is student.path."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -284,7 +292,7 @@ class Config:
     """Seed of prompt order, sampling, initial embedded student and training."""
     student: StudentConfig = Field(default_factory=StudentConfig)
     teacher: ScorerConfig = Field(default_factory=ScorerConfig)
-    reference: ScorerConfig = Field(default_factory=lambda: ScorerConfig(path=STUDENT))
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     buffer: BufferConfig = Field(default_factory=BufferConfig)
@@ -404,7 +412,11 @@ def describe() -> Iterator[FieldDoc]:
 
 
 def _doc(cls: type, name: str) -> str:
-    return cls.__pydantic_fields__[name].description or ""
+    """A field's sentence; pydantic does not pass it on to a section that inherits the field."""
+    found = (
+        base.__pydantic_fields__[name].description for base in cls.__mro__[:-1] if name in base.__pydantic_fields__
+    )
+    return next(filter(None, found), "")
 
 
 def _one_line(error: ValidationError) -> str:

@@ -95,3 +95,8 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, text: str | None, mes
 )
 def test_the_method_is_named_after_what_the_coefficients_amount_to(overrides: list[str], method: str) -> None:
     assert configs.load(None, overrides).method == method
+
+
+def test_setting_another_field_of_the_reference_leaves_it_the_student() -> None:
+    """The bug: given one field, the section forgot that its path is the student's and took the teacher's."""
+    assert configs.load(None, ["reference.num_actors=2"]).reference.path == configs.STUDENT
