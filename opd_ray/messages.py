@@ -20,7 +20,8 @@ import pyarrow as pa
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-Source = Literal["student", "golden"]
+Source = Literal["student", "golden", "teacher"]
+"""Who wrote a rollout: the student (on-policy), the golden data, or the teacher, live."""
 FinishReason = Literal["stop", "length"]
 
 ROLLOUT_SCHEMA = pa.schema(
@@ -33,13 +34,17 @@ ROLLOUT_SCHEMA = pa.schema(
         pa.field("response_tokens", pa.list_(pa.int32()), nullable=False),
         pa.field("behaviour_logprobs", pa.list_(pa.float32()), nullable=False),
         pa.field("weight_versions", pa.list_(pa.int32()), nullable=False),
+        pa.field("topk_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("privileged_prompt_tokens", pa.list_(pa.int32()), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("correct", pa.bool_(), nullable=False),
         pa.field("text", pa.string(), nullable=False),
     ]
 )
 """One row per rollout. The response ends with its EOS token when finish_reason is "stop".
-Golden rows have no behaviour policy: their behaviour_logprobs and weight_versions are empty."""
+Golden and teacher rows have no behaviour policy that is a student: their behaviour_logprobs and weight_versions are
+empty. topk_ids are the sampler's k most probable tokens at each position, position-major, empty unless asked for;
+privileged_prompt_tokens is the prompt with the golden solution in it, empty unless a teacher is shown it."""
 
 SCORE_SCHEMA = pa.schema(
     [
@@ -47,11 +52,45 @@ SCORE_SCHEMA = pa.schema(
         pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
         pa.field("topk_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("topk_logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("given_logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("stop_logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("hidden", pa.list_(pa.float32()), nullable=False),
     ]
 )
-"""A scorer's answer to one rollout batch: the log-prob of each response token, and the scorer's
-k most probable tokens at each position, flattened position-major (k entries per position,
-none when k is 0)."""
+"""A scorer's answer to one rollout batch, T response tokens a row; what a ScoreRequest did not ask for is empty.
+
+logprobs        [T] of each response token
+topk_ids        [T, k] the scorer's most probable tokens, position-major, and
+topk_logprobs   [T, k] their log-probs
+given_logprobs  [T, k'] log-probs of the rollout's own topk_ids
+stop_logprobs   [T] log P(stop): of all tokens of the EOS set together
+hidden          [T, H] the states that the output layer turns into logits (float32; float16 of a bfloat16 model)
+
+All EOS tokens count as one, the first of the set: it carries their summed probability, the others have none."""
+
+
+def score_schema(hidden: pa.DataType | None = None) -> pa.Schema:
+    """SCORE_SCHEMA with hidden states of another precision."""
+    if hidden is None:
+        return SCORE_SCHEMA
+    index = SCORE_SCHEMA.get_field_index("hidden")
+    return SCORE_SCHEMA.set(index, pa.field("hidden", pa.list_(hidden), nullable=False))
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What a scorer is asked about each response token, besides its log-prob."""
+
+    top_k: int = 0
+    """Most probable alternatives."""
+    given: bool = False
+    """Log-probs of the rollout's own topk_ids (the student's top-k)."""
+    hidden: bool = False
+    """Hidden states in front of the output layer, for the exact distribution over the whole vocabulary."""
+    stop_token_ids: tuple[int, ...] = ()
+    """The EOS set of student and scorer together; more than one are merged into the first."""
+    privileged: bool = False
+    """Score behind privileged_prompt_tokens instead of prompt_tokens."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +103,8 @@ class SamplingSettings:
     max_response_tokens: int
     stop_token_ids: tuple[int, ...]
     """The EOS set: generation ends after any of these, and the token is part of the response."""
+    top_k: int = 0
+    """Ids of the most probable tokens to return with every sampled one."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +120,10 @@ class PromptGroup:
     num_responses: int
     seed: int
     """Seed of the first response; response i uses seed + i."""
+    teacher: str = "teacher"
+    """Name of the teacher that this prompt's row asks for."""
+    privileged_prompt_tokens: tuple[int, ...] = ()
+    """The prompt with its golden solution in it; empty unless a teacher is shown it."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +142,17 @@ class RolloutMeta:
     repetitive: bool
     """rep(o) of METHOD: the tail compresses by more than the configured ratio."""
     oldest_version: int
-    """Weight version of the first response token; -1 for golden rollouts."""
+    """Weight version of the first response token; -1 unless the student sampled."""
     newest_version: int
-    """Weight version of the last response token; -1 for golden rollouts."""
+    """Weight version of the last response token; -1 unless the student sampled."""
     mean_version: float
-    """Mean weight version over the response tokens; -1 for golden rollouts."""
+    """Mean weight version over the response tokens; -1 unless the student sampled."""
     mean_behaviour_logprob: float
-    """Mean over the response tokens, nats; nan for golden rollouts."""
+    """Mean over the response tokens, nats; nan unless the student sampled."""
+    teacher: str = "teacher"
+    """Name of the teacher that its prompt's row asks for."""
+    tail_period: int = 0
+    """Tokens after which the end of the response repeats itself; 0 where it does not."""
 
     @property
     def num_tokens(self) -> int:
@@ -124,17 +173,46 @@ class Entry:
     rollouts: ObjectRef
     """RecordBatch of ROLLOUT_SCHEMA."""
     scores: dict[str, ObjectRef] = field(default_factory=dict)
-    """Role ("teacher", "reference") to a RecordBatch of SCORE_SCHEMA; empty for golden rollouts."""
+    """Role (a teacher's name, or "reference") to a RecordBatch of SCORE_SCHEMA; only those its loss needs."""
+    reward_advantage: float = 0.0
+    """The task's reward, normalised over the responses to the same prompt; 0 unless the loss uses it."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """Rollouts of one source and their response tokens."""
+
+    rollouts: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Denominators:
     """Global counts of one step, over every rank and micro-batch: what a mean divides by."""
 
-    student_rollouts: int
-    student_tokens: int
-    golden_rollouts: int
-    golden_tokens: int
+    student: Count = Count()
+    golden: Count = Count()
+    teacher: Count = Count()
+
+    def of(self, source: Source) -> Count:
+        return getattr(self, source)
+
+    @property
+    def tokens(self) -> int:
+        """Response tokens of all sources."""
+        return self.student.tokens + self.golden.tokens + self.teacher.tokens
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The weights of the objective's terms in one step: schedules and the guard decide them, not the learner."""
+
+    student: float
+    golden: float
+    teacher: float
+    reference: float
+    """β_KL."""
+    mask_truncated_tails: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +224,7 @@ class StepPlan:
     micro_batches: tuple[tuple[Entry, ...], ...]
     """Every rank gets the same number of micro-batches (ZeRO-3 is collective); some may be empty."""
     denominators: Denominators
+    coefficients: Coefficients
 
 
 @dataclass(frozen=True)
@@ -185,6 +264,8 @@ class Finished:
     weight_versions: Any
     """int32 array: the weight version that computed each token's log-prob."""
     finish_reason: FinishReason
+    topk_ids: Any = None
+    """int32 [T, k]: the k most probable tokens at each position; None unless asked for."""
 
 
 @dataclass(frozen=True)

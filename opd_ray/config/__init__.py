@@ -1,0 +1,63 @@
+"""The configuration of a run: frozen dataclasses, one sentence under each field.
+
+``load`` merges defaults, a YAML file and ``section.field=value`` overrides (OmegaConf), and checks types,
+ranges and names (pydantic). What needs a look outside — files, checkpoints, the cluster —
+is checked by :mod:`opd_ray.preflight`.
+"""
+
+from opd_ray.config.loading import FieldDoc, describe, from_dict, load, to_dict, to_yaml
+from opd_ray.config.method import (
+    AdvantageConfig,
+    AnchorConfig,
+    ImportanceConfig,
+    LossConfig,
+    TermConfig,
+)
+from opd_ray.config.sections import (
+    EMBEDDED,
+    STUDENT,
+    BufferConfig,
+    CheckpointConfig,
+    DataConfig,
+    DeadlineConfig,
+    EvaluationConfig,
+    LearnerConfig,
+    MetricsConfig,
+    ReferenceConfig,
+    RolloutConfig,
+    ScorerConfig,
+    StudentConfig,
+    TeacherConfig,
+    WeightsConfig,
+)
+from opd_ray.config.whole import Config
+
+__all__ = [
+    "EMBEDDED",
+    "STUDENT",
+    "AdvantageConfig",
+    "AnchorConfig",
+    "BufferConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DeadlineConfig",
+    "EvaluationConfig",
+    "FieldDoc",
+    "ImportanceConfig",
+    "LearnerConfig",
+    "LossConfig",
+    "MetricsConfig",
+    "ReferenceConfig",
+    "RolloutConfig",
+    "ScorerConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TermConfig",
+    "WeightsConfig",
+    "describe",
+    "from_dict",
+    "load",
+    "to_dict",
+    "to_yaml",
+]

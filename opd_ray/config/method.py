@@ -1,0 +1,190 @@
+"""The objective of a run, in configuration: a loss for each source of rollouts, and the anchor.
+
+    L = Σ_source coef · D_source(π_θ, π_T)  +  β_KL · KL(π_θ‖π_ref)          (METHOD §3, §4)
+
+Every recipe of the literature is a choice of these fields; see jobs/recipes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from opd_ray import schedule
+from opd_ray.schedule import Schedule
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+Divergence = Literal["reverse_kl", "forward_kl", "jsd", "k1", "k2", "k3", "cross_entropy"]
+Support = Literal["teacher_top_k", "student_top_k", "full"]
+Tail = Literal["bucket", "renormalise", "stop_gradient"]
+Correction = Literal["none", "ratio", "clip", "truncate", "mask"]
+
+_ON_DISTRIBUTIONS = ("reverse_kl", "forward_kl", "jsd")
+_ON_STUDENT_SAMPLES = ("k1", "k2", "k3")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TermConfig:
+    """The loss on the tokens of one source of rollouts."""
+
+    coef: Schedule = 0.0
+    """Weight of this source's loss; a number, or [[step, value], ...] for straight lines between points."""
+    divergence: Divergence = "cross_entropy"
+    """reverse_kl, forward_kl, jsd (on a support); k1 (a detached advantage), k2, k3 (on the sampled token);
+    cross_entropy."""
+    support: Support = "teacher_top_k"
+    """Tokens that reverse_kl, forward_kl and jsd compare: the teacher's top-k, the student's, or the vocabulary."""
+    top_k: int = Field(64, ge=2)
+    """k of a top-k support; k ≥ vocabulary is exact."""
+    tail: Tail = "bucket"
+    """The mass outside a top-k support: one more outcome, renormalised away, or gradient weights held constant."""
+    beta: float = Field(0.5, gt=0, lt=1)
+    """β of jsd: towards 0 like the forward KL, towards 1 like the reverse KL."""
+    entropy_gate: float | None = Field(None, ge=0)
+    """Adds the forward KL to reverse_kl where the teacher's entropy exceeds this many nats (EOPD); null for never."""
+    entropy_gate_coef: float = Field(1.0, gt=0)
+    """Weight of the forward KL that the entropy gate adds."""
+
+    @property
+    def used(self) -> bool:
+        """Has it a weight at any step?"""
+        return schedule.highest(self.coef) > 0
+
+    @property
+    def on_distributions(self) -> bool:
+        return self.divergence in _ON_DISTRIBUTIONS
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.divergence != "cross_entropy"
+
+    @property
+    def needs_student_samples(self) -> bool:
+        return self.divergence in _ON_STUDENT_SAMPLES or (self.on_distributions and self.support == "student_top_k")
+
+    def __post_init__(self) -> None:
+        if self.entropy_gate is not None and self.divergence != "reverse_kl":
+            raise ValueError(f"entropy_gate adds to divergence=reverse_kl, but it is {self.divergence}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdvantageConfig:
+    """A of student.divergence=k1: teacher_coef · (log π_T − log π) + reward_coef · (group-normalised reward)."""
+
+    policy: Literal["current", "behaviour"] = "current"
+    """π in the advantage: the student that is trained now, or the one that sampled."""
+    teacher_coef: float = Field(1.0, ge=0)
+    """Weight of the teacher's log-ratio; 0 with a reward_coef is GRPO."""
+    reward_coef: float = Field(0.0, ge=0)
+    """α: weight of the task's reward (1 when correct), normalised over the responses to one prompt."""
+    reward_std: bool = True
+    """Divide the group's centred reward by its standard deviation, as GRPO does."""
+    extrapolation: float = Field(1.0, ge=0)
+    """λ of ExOPD: adds (λ − 1)(log π_T − log π_ref); needs the reference where it is not 1."""
+    scale: float = Field(1.0, gt=0)
+    """Factor on the teacher's part, before the clip."""
+    clip: float | None = Field(None, gt=0)
+    """Bound on the size of a token's advantage; null for none."""
+    discount: float = Field(0.0, ge=0, le=1)
+    """γ of the reward-to-go over later tokens (MiniLLM: 1); 0 credits each token with its own log-ratio."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImportanceConfig:
+    """The weight π_θ/μ that corrects for rollouts of older weights."""
+
+    correction: Correction = "none"
+    """none; ratio; clip (PPO, k1 only); truncate (at the cap, no gradient); mask (0 outside a range, no gradient)."""
+    clip_ratio: float = Field(0.2, gt=0)
+    """ε of clip: the ratio counts between 1 − ε and 1 + ε."""
+    cap: float = Field(2.0, ge=1)
+    """Largest weight of truncate."""
+    mask_low: float = Field(0.5, ge=0, le=1)
+    """Smallest ratio that mask lets pass."""
+    mask_high: float = Field(2.0, ge=1)
+    """Largest ratio that mask lets pass."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AnchorConfig:
+    """β_KL · KL(π_θ‖π_ref), the anchor of StableOPD."""
+
+    coef: Schedule = 0.025
+    """β_KL; 0 starts no reference model. A number, or [[step, value], ...]."""
+    estimator: Literal["top_k", "full", "k3"] = "top_k"
+    """On the reference's top-k support, on the whole vocabulary, or the k3 estimate on the sampled token."""
+    top_k: int = Field(64, ge=2)
+    """k of top_k; k ≥ vocabulary is exact."""
+    tail: Tail = "bucket"
+    """The mass outside the support, as for a source's loss."""
+    on_golden: bool = False
+    """Also on the states of golden and teacher rollouts, not only on the student's own."""
+
+    @property
+    def used(self) -> bool:
+        return schedule.highest(self.coef) > 0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StudentTermConfig(TermConfig):
+    """L_OPD: the loss on what the student sampled."""
+
+    coef: Schedule = 0.25
+    """Weight of L_OPD; a number, or [[step, value], ...]."""
+    divergence: Divergence = "reverse_kl"
+    """As for every source, and k1 (a detached advantage), k2 or k3 on the sampled token."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GoldenTermConfig(TermConfig):
+    """The loss on golden solutions."""
+
+    coef: Schedule = 0.75
+    """λ_gold: weight of the loss on golden rollouts; a number, or [[step, value], ...]."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LossConfig:
+    """The loss of each source, and how tokens are averaged."""
+
+    student: StudentTermConfig = Field(default_factory=StudentTermConfig)
+    golden: GoldenTermConfig = Field(default_factory=GoldenTermConfig)
+    teacher: TermConfig = Field(default_factory=TermConfig)
+    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
+    importance: ImportanceConfig = Field(default_factory=ImportanceConfig)
+    reference: AnchorConfig = Field(default_factory=AnchorConfig)
+    teachers: Literal["routed", "weighted"] = "routed"
+    """Several teachers: each rollout has the one that its row's column teacher names, or all of them by weight."""
+    reduction: Literal["token", "sequence", "sum"] = "token"
+    """Mean over tokens, mean per rollout and then over rollouts, or sum; with denominators of the whole step."""
+    mask_truncated_tails: bool = False
+    """Leave the repetitive tail of a truncated rollout out of the loss."""
+
+    @property
+    def terms(self) -> dict[str, TermConfig]:
+        """By source."""
+        return {"student": self.student, "golden": self.golden, "teacher": self.teacher}
+
+    def __post_init__(self) -> None:
+        for source in ("golden", "teacher"):
+            term = self.terms[source]
+            if term.used and term.needs_student_samples:
+                raise ValueError(
+                    f"{source}.divergence={term.divergence} with support={term.support} needs tokens that the student "
+                    f"sampled; {source} rollouts take cross_entropy, or a KL on teacher_top_k or full"
+                )
+        advantage, k1 = self.advantage, self.student.divergence == "k1"
+        if not k1 and advantage != AdvantageConfig():
+            raise ValueError(f"advantage.* shapes student.divergence=k1, but it is {self.student.divergence}")
+        if not k1 and self.importance.correction in ("ratio", "clip"):
+            raise ValueError(
+                f"importance.correction={self.importance.correction} needs student.divergence=k1, but it is "
+                f"{self.student.divergence}, which takes none, truncate or mask"
+            )
+        if k1 and advantage.teacher_coef == advantage.reward_coef == 0:
+            raise ValueError("advantage.teacher_coef and advantage.reward_coef are both 0: there is no advantage")
+        if advantage.discount > 0 and advantage.policy == "current":
+            raise ValueError("advantage.discount above 0 needs advantage.policy=behaviour: log-ratios known beforehand")

@@ -1,0 +1,305 @@
+"""The configuration's sections that say what runs where: frozen dataclasses, one sentence under each field."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from opd_ray import schedule
+from opd_ray.config.method import STRICT
+from opd_ray.schedule import Schedule
+
+EMBEDDED = "embedded"
+"""Value of a path that stands for the small models and data that the package makes itself."""
+STUDENT = "student"
+"""Value of reference.path that stands for the student's own checkpoint, as it was before training."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StudentConfig:
+    """The model that is trained."""
+
+    path: str = EMBEDDED
+    """Hugging Face checkpoint directory; "embedded" builds a small one for the seed."""
+    max_context_tokens: int | None = Field(None, gt=0)
+    """Cap on prompt + response; by default what the checkpoint allows."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ScorerConfig:
+    """A pool of scorers on one frozen model, in one role."""
+
+    path: str = EMBEDDED
+    """Checkpoint directory; "embedded" is the shipped teacher."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """Inference engine: a plain transformers forward pass, or vLLM's prompt log-probs."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the weights; log-probs are float32 in any case."""
+    num_actors: int = Field(1, ge=1)
+    """Scorer actors in the pool."""
+    cpus_per_actor: float = Field(0.1, ge=0)
+    """Ray CPUs each actor reserves."""
+    gpus_per_actor: float = Field(0.0, ge=0)
+    """Ray GPUs each actor reserves; 0 runs on the CPU."""
+    max_batch_tokens: int = Field(8192, gt=0)
+    """Padded tokens per forward pass of the torch engine."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory that a vLLM scorer takes."""
+    eos_token_ids: tuple[int, ...] | None = None
+    """Tokens this model ends with, if not those of its checkpoint; P(stop) sums over its and the student's."""
+    update: Literal["fixed", "periodic", "average"] = "fixed"
+    """Frozen; renewed from the student every update_every_steps; or the exponential average of its weights."""
+    update_every_steps: int = Field(50, ge=1)
+    """Steps between two renewals of update=periodic."""
+    update_decay: float = Field(0.99, gt=0, lt=1)
+    """Share of the old weights that update=average keeps at every step."""
+
+    @property
+    def follows_student(self) -> bool:
+        """Does it take in the student's weights while the run goes on?"""
+        return self.update != "fixed"
+
+    def __post_init__(self) -> None:
+        if self.follows_student and self.engine != "torch":
+            raise ValueError(f"update={self.update} needs engine=torch, but it is {self.engine}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TeacherConfig(ScorerConfig):
+    """A teacher: a scorer, and how much it counts."""
+
+    weight: float = Field(1.0, gt=0)
+    """Share of this teacher where loss.teachers=weighted, relative to the others'."""
+    privileged: bool = False
+    """Show it the prompt's golden solution (self-distillation, with path: student)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ReferenceConfig(ScorerConfig):
+    """The frozen reference: a scorer on the student as it was before training, unless told otherwise."""
+
+    path: str = STUDENT
+    """Checkpoint directory; "student" is student.path."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """Prompts, golden solutions, held-out problems and the task that verifies answers."""
+
+    task: str = "chain"
+    """Registered task: renders prompts and verifies answers (chain, math)."""
+    prompts: str = EMBEDDED
+    """JSONL or Parquet file with one training prompt per row (prompt, answer, optional id)."""
+    golden: str | None = EMBEDDED
+    """JSONL or Parquet file of prompts with a complete response each, as text or tokens; null for none."""
+    golden_filter: Literal["none", "correct"] = "none"
+    """correct: the task's verifier has to agree with each golden response."""
+    golden_problems: Literal["refuse", "skip"] = "refuse"
+    """Golden rows without EOS, over length or judged wrong: end the run, or leave them out and say how many."""
+    evaluation: str = EMBEDDED
+    """JSONL or Parquet file of held-out problems."""
+    shuffle: bool = True
+    """Visit prompts and golden rows in a new random order every epoch."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RolloutConfig:
+    """How the student generates."""
+
+    engine: Literal["vllm", "torch"] = "vllm"
+    """Generation engine; torch is a small reference implementation for tests and comparisons."""
+    num_generators: int = Field(1, ge=1)
+    """StudentGenerator actors."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that one vLLM engine spans."""
+    responses_per_prompt: int = Field(1, ge=0)
+    """G: responses the student samples for each prompt; 0 leaves them to the teacher (buffer.teacher_per_prompt)."""
+    max_response_tokens: Schedule = 80
+    """Length budget of a response, or [[step, tokens], ...]; one that exhausts it without EOS counts as truncated."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature of training rollouts."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus of training rollouts; 1 samples from the whole distribution."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the generator's weights."""
+    prompts_per_call: int = Field(8, ge=1)
+    """Prompts handed to a generator in one call; they are scored together when all have ended."""
+    max_num_seqs: int = Field(64, ge=1)
+    """Responses that one engine runs at once."""
+    in_flight: Literal["keep", "drain", "abort"] = "keep"
+    """Unfinished responses at a weight update: keep on (prefix recomputed), finish first, or begin again."""
+    kv_cache_bytes: int = Field(256 * 2**20, gt=0)
+    """Key-value cache of an engine on a CPU."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory that a vLLM generator takes."""
+    cpus_per_generator: float = Field(0.5, ge=0)
+    """Ray CPUs each generator reserves."""
+    gpus_per_generator: float = Field(0.0, ge=0)
+    """Ray GPUs each generator reserves; 0 runs vLLM on the CPU."""
+    teacher_generators: int = Field(1, ge=1)
+    """Generators on the teacher, where buffer.teacher_per_prompt asks for them; each as large as a student's."""
+    teacher_temperature: float = Field(1.0, gt=0)
+    """Sampling temperature of the teacher's rollouts."""
+
+    def budget(self, step: int) -> int:
+        """Length budget of the responses that a 0-based step trains on."""
+        return round(schedule.at(self.max_response_tokens, step))
+
+    @property
+    def longest_response(self) -> int:
+        """The largest budget of the run, which is also that of evaluations."""
+        return round(schedule.highest(self.max_response_tokens))
+
+    def __post_init__(self) -> None:
+        if schedule.lowest(self.max_response_tokens) < 1:
+            raise ValueError("max_response_tokens must be 1 or more at every step")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BufferConfig:
+    """What one step trains on, and how old it may be."""
+
+    prompts_per_step: int = Field(32, ge=0)
+    """On-policy prompts in one step; 0 trains on golden rollouts only (plain SFT)."""
+    golden_per_prompt: Schedule = 1.0
+    """Golden rollouts for each on-policy prompt (StableOPD: 1 beside G of the student); a number or a schedule."""
+    golden_per_step: int = Field(0, ge=0)
+    """Golden rollouts of a step besides those that come with prompts; for SFT without prompts."""
+    golden_pairing: Literal["shuffled", "prompt"] = "shuffled"
+    """Golden rollouts in an order of their own, or the solutions of the step's own prompts (by id)."""
+    teacher_per_prompt: Schedule = 0.0
+    """Rollouts that the teacher samples live for each prompt; number or schedule."""
+    teacher_filter: Literal["none", "finished", "correct"] = "correct"
+    """Teacher rollouts that are trained on: all, those that ended by themselves, or those the task verified."""
+    on_policy_probability: Schedule | None = None
+    """λ of GKD: a step trains on student rollouts only with this probability, else on golden and teacher ones only."""
+    max_staleness: int = Field(2, ge=0)
+    """Largest difference between the weights that train and those that sampled; 0 is synchronous."""
+
+    @property
+    def uses_golden(self) -> bool:
+        """Are golden rollouts mixed in at any step?"""
+        per_prompt = schedule.highest(self.golden_per_prompt) if self.prompts_per_step else 0
+        return per_prompt > 0 or self.golden_per_step > 0
+
+    @property
+    def uses_teacher_rollouts(self) -> bool:
+        return self.prompts_per_step > 0 and schedule.highest(self.teacher_per_prompt) > 0
+
+    @property
+    def num_slots(self) -> int:
+        """Prompts that may be under way at once; with admission-ordered steps it bounds staleness."""
+        return (self.max_staleness + 1) * self.prompts_per_step
+
+    def __post_init__(self) -> None:
+        if self.prompts_per_step == 0 and not self.uses_golden:
+            raise ValueError("prompts_per_step and golden rollouts are both 0: a step would train on nothing")
+        if self.golden_pairing == "prompt" and schedule.highest(self.golden_per_prompt) > 1:
+            raise ValueError("golden_pairing=prompt has one solution for each prompt: golden_per_prompt is at most 1")
+        if self.on_policy_probability is not None:
+            if schedule.highest(self.on_policy_probability) > 1:
+                raise ValueError("on_policy_probability is a probability: at most 1")
+            if not (self.uses_golden or self.uses_teacher_rollouts):
+                raise ValueError("on_policy_probability needs golden or teacher rollouts for the other steps")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LearnerConfig:
+    """The trainer: a group of DeepSpeed ranks."""
+
+    num_ranks: int = Field(1, ge=1)
+    """Data-parallel ranks, one actor each."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: 1 shards the optimizer, 2 gradients, 3 parameters as well; 0 with bfloat16 runs as 1."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forward and backward; the optimizer keeps float32 master weights."""
+    steps: int = Field(150, ge=1)
+    """Optimizer steps."""
+    lr: float = Field(1.5e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up; linear and cosine end at 0."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    gradient_clip: float = Field(1.0, gt=0)
+    """Largest global gradient norm."""
+    micro_batch_tokens: int = Field(4096, gt=0)
+    """Tokens of one forward and backward pass per rank (padded, unless packing); more are accumulated."""
+    logits_mb: int = Field(512, ge=1)
+    """Float32 logits of one model that are held at once, MiB; larger micro-batches pass the output layer in chunks."""
+    packing: bool = False
+    """Concatenate rollouts into one row with block-diagonal attention instead of padding them."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    cpus_per_rank: float = Field(0.5, ge=0)
+    """Ray CPUs each rank reserves."""
+    gpus_per_rank: float = Field(0.0, ge=0)
+    """Ray GPUs each rank reserves; 0 trains on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class WeightsConfig:
+    """The broadcast from the learner to the generators."""
+
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Transport; auto takes nccl where generators and learner have GPUs, else gloo."""
+    bucket_bytes: int = Field(64 * 2**20, gt=0)
+    """Parameters are packed into messages of at most this size."""
+    timeout_s: float = Field(120.0, gt=0)
+    """Deadline of one broadcast."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluationConfig:
+    """Held-out accuracy of the student, before, during and after."""
+
+    num_problems: int = Field(512, ge=0)
+    """Problems before and after, the first of the file; 0 evaluates nothing."""
+    every_steps: int = Field(50, ge=0)
+    """Evaluate during training every so many steps; 0 for never."""
+    num_problems_during: int = Field(128, ge=1)
+    """Problems of an evaluation during training."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of the sampled answers (the greedy ones have none)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MetricsConfig:
+    """What is logged, and what counts as repetitive."""
+
+    repetition_window_chars: int = Field(40, ge=1)
+    """L of rep(o): the tail of a response that is compressed (paper: 10 000, for long answers)."""
+    repetition_ratio: float = Field(1.7, gt=1)
+    """τ of rep(o): repetitive when the tail shrinks by more than this factor (paper: 10)."""
+    rollout_log_every_steps: int = Field(10, ge=0)
+    """Write the rollouts of every n-th step to rollouts/*.parquet; 1 for all, 0 for none."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """Checkpoints that --resume continues from."""
+
+    every_steps: int = Field(100, ge=0)
+    """Save every so many steps; 0 for never."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept; older ones are deleted."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DeadlineConfig:
+    """How long the driver waits before it ends the run with an error that names the room."""
+
+    start_s: float = Field(600.0, gt=0)
+    """Placement, model loading and the rendezvous of one room."""
+    generate_s: float = Field(1800.0, gt=0)
+    """One call to a generator, evaluation calls included."""
+    score_s: float = Field(600.0, gt=0)
+    """One call to a scorer."""
+    train_s: float = Field(1800.0, gt=0)
+    """One optimizer step, one checkpoint or one export."""

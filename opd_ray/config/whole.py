@@ -1,0 +1,200 @@
+"""The whole configuration: its sections, whether they contradict each other, and what follows from them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from opd_ray.config.method import STRICT, LossConfig
+from opd_ray.config.sections import (
+    BufferConfig,
+    CheckpointConfig,
+    DataConfig,
+    DeadlineConfig,
+    EvaluationConfig,
+    LearnerConfig,
+    MetricsConfig,
+    ReferenceConfig,
+    RolloutConfig,
+    StudentConfig,
+    TeacherConfig,
+    WeightsConfig,
+)
+
+if TYPE_CHECKING:
+    from opd_ray.messages import Source
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config:
+    """One run."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of prompt order, sampling, initial embedded student and training."""
+    name: str | None = None
+    """What reports call this kind of run; by default the method that the coefficients amount to."""
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    more_teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    """Further teachers by name; the first one is called teacher."""
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    buffer: BufferConfig = Field(default_factory=BufferConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    learner: LearnerConfig = Field(default_factory=LearnerConfig)
+    weights: WeightsConfig = Field(default_factory=WeightsConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    deadlines: DeadlineConfig = Field(default_factory=DeadlineConfig)
+
+    def __post_init__(self) -> None:
+        self._check_sources()
+        self._check_sampling()
+        self._check_teachers()
+        gpus = (self.learner.gpus_per_rank > 0, self.rollout.gpus_per_generator > 0)
+        if self.weights.backend == "nccl" and not all(gpus):
+            raise ValueError("weights.backend=nccl needs GPUs for the learner and for the generators")
+
+    def _check_sources(self) -> None:
+        """Every source that is mixed in has a loss, every loss a source."""
+        if self.uses_golden and self.data.golden is None:
+            raise ValueError("buffer asks for golden rollouts but data.golden is null")
+        for source, mixed_in, how in (
+            ("student", self.uses_student, "buffer.prompts_per_step and rollout.responses_per_prompt"),
+            ("golden", self.uses_golden, "buffer.golden_per_prompt or buffer.golden_per_step"),
+            ("teacher", self.buffer.uses_teacher_rollouts, "buffer.teacher_per_prompt"),
+        ):
+            used = self.loss.terms[source].used
+            if mixed_in and not used:
+                raise ValueError(
+                    f"{source} rollouts are made ({how}) but loss.{source}.coef is 0: they would not be trained on"
+                )
+            if used and not mixed_in:
+                raise ValueError(
+                    f"loss.{source}.coef is above 0 but there are no {source} rollouts; set it to 0 or raise {how}"
+                )
+        if self.loss.reference.used and not (self.uses_student or self.loss.reference.on_golden):
+            raise ValueError(
+                "loss.reference.coef is above 0 but there are no student rollouts; set it to 0, or "
+                "loss.reference.on_golden=true"
+            )
+
+    def _check_sampling(self) -> None:
+        """What the estimators assume of the rollouts."""
+        student, rollout = self.loss.student, self.rollout
+        reshaped = rollout.temperature != 1 or rollout.top_p < 1
+        if student.used and student.divergence in ("k1", "k2", "k3") and reshaped:
+            raise ValueError(
+                f"loss.student.divergence={student.divergence} estimates a mean over the student's own distribution: "
+                "it needs rollout.temperature=1 and rollout.top_p=1 (or a divergence on a support)"
+            )
+        if self.loss.importance.correction != "none" and reshaped:
+            raise ValueError(
+                "loss.importance compares with the distribution that was sampled from: it needs "
+                "rollout.temperature=1 and rollout.top_p=1"
+            )
+        if self.loss.advantage.reward_coef > 0 and rollout.responses_per_prompt < 2:
+            raise ValueError(
+                "loss.advantage.reward_coef compares the responses to one prompt: "
+                f"rollout.responses_per_prompt must be 2 or more, got {rollout.responses_per_prompt}"
+            )
+
+    def _check_teachers(self) -> None:
+        if "teacher" in self.more_teachers:
+            raise ValueError("more_teachers: the name 'teacher' is that of the first one; choose another")
+        for name, teacher in self.teachers.items():
+            for field, term in self.loss.terms.items():
+                exact = term.used and term.on_distributions and term.support != "teacher_top_k"
+                if exact and teacher.engine != "torch":
+                    raise ValueError(
+                        f"loss.{field}.support={term.support} needs {name}.engine=torch: vLLM gives no hidden states "
+                        "and no log-probs of chosen tokens"
+                    )
+            if teacher.privileged and self.data.golden is None:
+                raise ValueError(f"{name}.privileged shows golden solutions, but data.golden is null")
+        if self.loss.reference.used and self.loss.reference.estimator == "full" and self.reference.engine != "torch":
+            raise ValueError("loss.reference.estimator=full needs reference.engine=torch: vLLM gives no hidden states")
+
+    @property
+    def uses_student(self) -> bool:
+        """Does the student sample rollouts?"""
+        return self.buffer.prompts_per_step > 0 and self.rollout.responses_per_prompt > 0
+
+    @property
+    def uses_golden(self) -> bool:
+        """Are golden rollouts mixed in at any step?"""
+        return self.buffer.uses_golden
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What a step may train on."""
+        there = {
+            "student": self.uses_student,
+            "golden": self.uses_golden,
+            "teacher": self.buffer.uses_teacher_rollouts,
+        }
+        return tuple(source for source, used in there.items() if used)
+
+    @property
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """All teachers by name."""
+        return {"teacher": self.teacher, **self.more_teachers}
+
+    def needs_teacher(self, source: Source) -> bool:
+        """Does the loss of this source compare with a teacher?"""
+        term = self.loss.terms[source]
+        if source == "student" and term.divergence == "k1":
+            advantage = self.loss.advantage
+            return term.used and (advantage.teacher_coef > 0 or advantage.extrapolation != 1)
+        return term.used and term.needs_teacher
+
+    def needs_reference(self, source: Source) -> bool:
+        """Is this source's rollouts' distance to the reference asked for?"""
+        extrapolates = self.loss.advantage.extrapolation != 1 and self.loss.student.used
+        if source == "student":
+            return self.loss.reference.used or extrapolates
+        return self.loss.reference.used and self.loss.reference.on_golden
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Does any source's loss compare with a teacher?"""
+        return any(self.needs_teacher(source) for source in self.sources)
+
+    @property
+    def uses_reference(self) -> bool:
+        return any(self.needs_reference(source) for source in self.sources)
+
+    @property
+    def student_top_k(self) -> int:
+        """Alternatives that generators return with every sampled token; 0 unless a support asks for them."""
+        term = self.loss.student
+        return term.top_k if term.used and term.on_distributions and term.support == "student_top_k" else 0
+
+    @property
+    def method(self) -> str:
+        """What the coefficients amount to, for the summary."""
+        if not self.uses_student:
+            return "sft" if not self.buffer.uses_teacher_rollouts else "sequence_kd"
+        if self.loss.student.divergence == "k1" and self.loss.advantage.teacher_coef == 0:
+            return "grpo"
+        if self.buffer.on_policy_probability is not None:
+            return "gkd"
+        mixture = self.uses_golden or self.buffer.uses_teacher_rollouts
+        if mixture and self.loss.reference.used:
+            return "stableopd"
+        return "opd" + ("+mixture" if mixture else "") + ("+reference_kl" if self.loss.reference.used else "")
+
+    @property
+    def label(self) -> str:
+        return self.name or self.method
+
+    @property
+    def weight_backend(self) -> str:
+        if self.weights.backend != "auto":
+            return self.weights.backend
+        gpu = self.learner.gpus_per_rank > 0 and self.rollout.gpus_per_generator > 0
+        return "nccl" if gpu else "gloo"
