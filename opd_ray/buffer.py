@@ -12,20 +12,42 @@ Back-pressure comes from the slots: entries that nobody takes hold theirs, so no
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from opd_ray.messages import Entry
 from opd_ray.prompts import Shuffled
 
 
+class GoldenSet:
+    """Golden rollouts in the order in which steps take them: each once per epoch, or those of given prompts."""
+
+    def __init__(self, entries: Sequence[Entry], order: Shuffled, by_prompt: Mapping[str, int] | None = None) -> None:
+        """``by_prompt`` maps a prompt's id to its solution's index, and makes steps take the solutions of
+        their own prompts."""
+        self._entries, self._order, self._by_prompt = entries, order, by_prompt
+        self.position = 0
+        """Golden rollouts that were taken so far; set it to go on where another run stopped."""
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def take(self, count: int, prompt_ids: Sequence[str]) -> list[Entry]:
+        """The next ``count`` of them; paired ones belong to ``prompt_ids``, spread evenly."""
+        if self._by_prompt is None:
+            indices = [self._order[self.position + i] for i in range(count)]
+        else:
+            chosen = [prompt_ids[i * len(prompt_ids) // count] for i in range(count)]
+            indices = [self._by_prompt[prompt_id] for prompt_id in chosen]
+        self.position += count
+        return [self._entries[index] for index in indices]
+
+
 class ReplayBuffer:
     """Holds scored slots until their step is complete."""
 
-    def __init__(self, prompts_per_step: int, golden_per_step: int, golden: Sequence[Entry], order: Shuffled) -> None:
+    def __init__(self, prompts_per_step: int, golden: GoldenSet) -> None:
         self._prompts_per_step = prompts_per_step
-        self._golden_per_step = golden_per_step
-        self._golden = golden
-        self._golden_order = order
+        self.golden = golden
         self._slots: dict[int, tuple[Entry, ...]] = {}
         self._changed = asyncio.Condition()
 
@@ -34,11 +56,11 @@ class ReplayBuffer:
         """Slots that are scored and wait to be trained on."""
         return len(self._slots)
 
-    async def add(self, entries: Sequence[Entry]) -> None:
-        """Adds the scored rollouts of one or more slots; every slot must come whole and once."""
-        by_slot: dict[int, list[Entry]] = {}
+    async def add(self, slots: Sequence[int], entries: Sequence[Entry]) -> None:
+        """Adds whole slots with all their scored rollouts; a slot may have none, but comes once."""
+        by_slot: dict[int, list[Entry]] = {slot: [] for slot in slots}
         for entry in entries:
-            by_slot.setdefault(entry.meta.slot, []).append(entry)
+            by_slot[entry.meta.slot].append(entry)
         async with self._changed:
             known = sorted(by_slot.keys() & self._slots.keys())
             if known:
@@ -47,14 +69,11 @@ class ReplayBuffer:
             self._changed.notify_all()
 
     async def take(self, step: int) -> list[Entry]:
-        """Waits until every slot of ``step`` is here; returns their rollouts and the step's golden ones."""
+        """Waits until every slot of ``step`` is here and returns their rollouts."""
         wanted = self.slots_of(step)
         async with self._changed:
             await self._changed.wait_for(lambda: all(slot in self._slots for slot in wanted))
-            rollouts = [entry for slot in wanted for entry in self._slots.pop(slot)]
-        first = step * self._golden_per_step
-        golden = [self._golden[self._golden_order[first + i]] for i in range(self._golden_per_step)]
-        return rollouts + golden
+            return [entry for slot in wanted for entry in self._slots.pop(slot)]
 
     def slots_of(self, step: int) -> list[int]:
         """The slots that step consumes."""

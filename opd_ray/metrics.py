@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,17 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 from opd_ray.messages import RolloutMeta
 
 
-def is_repetitive(text: str, *, window_chars: int, ratio: float) -> bool:
-    """rep(o) of StableOPD (arXiv 2604.08527): the last ``window_chars`` characters, as UTF-8,
-    shrink by more than ``ratio`` under zlib. A text shorter than the window is never repetitive."""
-    if len(text) < window_chars:
-        return False
-    tail = text[-window_chars:].encode()
-    return len(tail) / len(zlib.compress(tail)) > ratio
-
-
-def rollout_metrics(metas: Sequence[RolloutMeta], version: int) -> dict[str, float]:
-    """Metrics of the student rollouts that a step trains on; ``version`` is that of the weights it trains."""
+def rollout_metrics(metas: Sequence[RolloutMeta], version: int, budget: int) -> dict[str, float]:
+    """Metrics of the student rollouts that a step trains on; ``version`` is that of the weights it trains,
+    ``budget`` the most tokens that a response could have."""
     if not metas:
         return {}
     lengths = np.array([meta.num_response_tokens for meta in metas])
@@ -40,6 +31,8 @@ def rollout_metrics(metas: Sequence[RolloutMeta], version: int) -> dict[str, flo
         "rollouts/truncation_rate": float(truncated.mean()),
         "rollouts/repetition_rate": float(np.mean([meta.repetitive for meta in metas])),
         "rollouts/truncated_token_share": float(lengths[truncated].sum() / lengths.sum()),
+        "rollouts/periodic_tail_rate": float(np.mean([meta.tail_period > 0 for meta in metas])),
+        "rollouts/length_budget": float(budget),
         "rollouts/length": float(lengths.mean()),
         "rollouts/length_p50": float(np.quantile(lengths, 0.5)),
         "rollouts/length_p95": float(np.quantile(lengths, 0.95)),
@@ -64,6 +57,10 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
             self._gauge(name).set(value)
         self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def say(self, step: int, tag: str, text: str) -> None:
+        """A sentence on TensorBoard's text page."""
+        self._board.add_text(tag, text, step)
 
     def close(self) -> None:
         self._board.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from opd_ray import checkpoint
-from opd_ray.config import Config
+from opd_ray.config import CheckpointConfig, Config
 from opd_ray.evaluate import Evaluation
+from opd_ray.guard import Guard, GuardEvent
 from opd_ray.metrics import MetricsWriter
 from opd_ray.pipeline import Rooms, StepReport
 from opd_ray.pool import Pool
@@ -42,32 +44,37 @@ class Metrics:
         self._writer, self._rates = writer, Rates(rooms)
 
     async def on_step(self, report: StepReport) -> None:
-        values = report.metrics | self._rates.of(report)
+        values = report.metrics | self._rates.of(report) | {"guard/events": float(len(report.events))}
         if report.evaluation:
-            values |= evaluation_metrics(report.evaluation)
+            values |= report.evaluation.metrics()
         self._writer.write(report.step, values)
+        for event in report.events:
+            self._writer.say(report.step, f"guard/{event.level}", str(event))
 
 
 class RolloutLog:
     """The rollouts of every n-th step to rollouts/*.parquet, written by an actor while the run goes on."""
 
-    def __init__(self, recorder: Pool, every_steps: int) -> None:
-        self._recorder, self._every = recorder, every_steps
+    def __init__(self, recorder: Pool, directory: Path, every_steps: int) -> None:
+        self._recorder, self._directory, self._every = recorder, directory, every_steps
 
     async def on_step(self, report: StepReport) -> None:
         if self._every and (report.step == 1 or report.step % self._every == 0):
-            await self._recorder.call_all("write", report.step, list(report.entries))
+            await self._recorder.call_all("write", str(self._directory), report.step, list(report.entries))
 
 
 class Checkpoints:
-    """The learner's state, every so many steps."""
+    """The state of learner, guard and followers, every so many steps."""
 
-    def __init__(self, run_dir: Path, learner: Pool, every_steps: int, keep: int) -> None:
-        self._run_dir, self._learner, self._every, self._keep = run_dir, learner, every_steps, keep
+    def __init__(
+        self, run_dir: Path, rooms: Rooms, config: CheckpointConfig, state: Callable[[], dict[str, Any]], guard: Guard
+    ) -> None:
+        self._run_dir, self._rooms, self._config, self._state, self._guard = run_dir, rooms, config, state, guard
 
     async def on_step(self, report: StepReport) -> None:
-        if self._every and report.step % self._every == 0:
-            await checkpoint.save(self._run_dir, report.step, self._learner, self._keep)
+        if self._config.every_steps and report.step % self._config.every_steps == 0:
+            state = self._state() | {"healthy": self._guard.healthy()}
+            await checkpoint.save(self._run_dir, report.step, self._rooms, self._config.keep, state)
 
 
 class Progress:
@@ -84,6 +91,8 @@ class Progress:
         self._tokens += sum(meta.num_response_tokens for meta in student)
         now = time.monotonic()
         due = now - self._printed >= self._every_s or report.step in (self._first + 1, self._steps)
+        for event in report.events:
+            print(event, flush=True)
         if not (due or report.evaluation):
             return
         done = report.step - self._first
@@ -113,10 +122,12 @@ class Summary:
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._steps: list[dict[str, float]] = []
+        self._events: list[GuardEvent] = []
         self._rollout_tokens = self._trained_tokens = 0
 
     async def on_step(self, report: StepReport) -> None:
         self._steps.append(report.metrics)
+        self._events += report.events
         for entry in report.entries:
             self._trained_tokens += entry.meta.num_response_tokens
             self._rollout_tokens += entry.meta.num_response_tokens if entry.meta.source == "student" else 0
@@ -127,6 +138,7 @@ class Summary:
         staleness = self._values("staleness/mean")
         return {
             "method": config.method,
+            "name": config.label,
             "seed": config.seed,
             "steps": config.learner.steps,
             "wall_s": wall,
@@ -142,17 +154,12 @@ class Summary:
             "max_truncation_rate": max(self._values("rollouts/truncation_rate"), default=0.0),
             "eval_before": asdict(before) if before else None,
             "eval_after": asdict(after) if after else None,
-            "guard_events": [],
+            "guard_events": [asdict(event) for event in self._events],
             "restarts": 0,
         }
 
     def _values(self, name: str) -> list[float]:
         return [metrics[name] for metrics in self._steps if name in metrics]
-
-
-def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """An evaluation under the names that metrics have."""
-    return {f"evaluation/{name}": float(value) for name, value in asdict(evaluation).items()}
 
 
 def say_evaluation(when: str, evaluation: Evaluation) -> None:

@@ -6,11 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import logging
-import os
-import time
-import uuid
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,12 +14,16 @@ import ray
 
 from opd_ray import checkpoint, embedded, launch, preflight
 from opd_ray import config as configs
-from opd_ray.buffer import ReplayBuffer
+from opd_ray.buffer import GoldenSet, ReplayBuffer
 from opd_ray.config import Config
 from opd_ray.data import read_prompts
 from opd_ray.engines.factory import load_tokenizer
+from opd_ray.errors import RunError
 from opd_ray.evaluate import Evaluation
 from opd_ray.evaluate import evaluate as run_evaluation
+from opd_ray.golden import pair
+from opd_ray.guard import Guard
+from opd_ray.messages import Entry
 from opd_ray.metrics import MetricsWriter
 from opd_ray.observers import (
     Checkpoints,
@@ -32,24 +31,31 @@ from opd_ray.observers import (
     Progress,
     RolloutLog,
     Summary,
-    evaluation_metrics,
     say_evaluation,
 )
-from opd_ray.pipeline import Observer, Pipeline, Rooms
-from opd_ray.pool import Pool
+from opd_ray.pipeline import GuardOrder, Observer, Pipeline, Rooms
 from opd_ray.preflight import Preflight
 from opd_ray.prompts import PromptStream, Shuffled
+from opd_ray.session import Session, cluster, new_namespace
 from opd_ray.tasks import get_task
 
 _PACKAGES = ("opd-ray", "torch", "transformers", "ray", "deepspeed", "pyarrow")
 
 
 def train(
-    config: Config, run_dir: Path, *, resume: bool = False, observers: tuple[Observer, ...] = ()
+    config: Config,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    observers: tuple[Observer, ...] = (),
+    session: Session | None = None,
+    before: Evaluation | None = None,
 ) -> dict[str, Any]:
     """Trains as configured and returns the summary, which is also ``run_dir/summary.json``.
 
-    Raises InputError before a model loads or a file is written, RunError for a failure while running.
+    With a ``session`` the run takes place in its rooms, which stay up; ``before`` is the student's evaluation where
+    it is known already. Raises InputError before a model loads or a file is written, RunError for a failure while
+    running and, once everything is written, where the guard stopped the run.
     """
     preflight.check_run_dir(run_dir, config, resume)
     config = resolve(config)
@@ -64,7 +70,12 @@ def train(
         if dashboard:
             print(f"dashboard: http://{dashboard}")
         print(f"run directory: {run_dir}\nmethod: {config.method}, seed {config.seed}", flush=True)
-        return asyncio.run(_train(config, facts, run_dir, start, observers))
+        own = session or Session()
+        try:
+            return asyncio.run(_Run(config, facts, run_dir, own, observers).train(start, before))
+        finally:
+            if session is None:
+                own.close()
 
 
 def resolve(config: Config) -> Config:
@@ -87,102 +98,138 @@ def resolve(config: Config) -> Config:
                 evaluation=path(data.evaluation, paths.test),
             ),
         )
-    if config.reference.path == configs.STUDENT:
-        config = dataclasses.replace(config, reference=dataclasses.replace(config.reference, path=config.student.path))
-    return config
 
+    def scorer(section: Any) -> Any:
+        return dataclasses.replace(section, path=config.student.path) if section.path == configs.STUDENT else section
 
-@contextlib.contextmanager
-def cluster() -> Iterator[str | None]:
-    """The cluster of `ray job submit` or of RAY_ADDRESS, or a Ray of its own that ends with the block.
-
-    Gives the address of its dashboard, if it has one and this call connected to it.
-    """
-    if ray.is_initialized():
-        yield None
-        return
-    # It says with every start that token authentication is on, which is what we want.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    context = ray.init(logging_level="WARNING", log_to_driver=bool(os.environ.get("OPD_RAY_ACTOR_LOGS")))
-    try:
-        yield context.dashboard_url
-    finally:
-        ray.shutdown()
-
-
-async def _train(
-    config: Config,
-    facts: Preflight,
-    run_dir: Path,
-    start: checkpoint.Checkpoint | None,
-    observers: tuple[Observer, ...],
-) -> dict[str, Any]:
-    namespace = f"opd-ray-{uuid.uuid4().hex[:8]}"
-    first_step = start.step if start else 0
-    began = time.monotonic()
-    rooms = launch.start_rooms(config, namespace=namespace, max_context_tokens=facts.max_context_tokens)
-    recorder = launch.start_recorder(run_dir / "rollouts", namespace=namespace, deadline_s=config.deadlines.train_s)
-    writer = MetricsWriter(run_dir, first_step)
-    try:
-        print(f"starting {', '.join(f'{len(pool)} {room}' for room, pool in rooms.all.items())} actors", flush=True)
-        await launch.connect(config, rooms)
-        if start:
-            await rooms.learner.call_all("load_checkpoint", str(start.learner))
-        print(f"all rooms are up after {time.monotonic() - began:.0f} s", flush=True)
-        pipeline = await _pipeline(config, facts, rooms, first_step)
-        before = await _evaluate(pipeline, config, writer, "before", first_step)
-        summary = Summary()
-        await pipeline.run([summary, *_watch(config, rooms, recorder, writer, run_dir, first_step), *observers])
-        after = await _evaluate(pipeline, config, writer, "after", config.learner.steps)
-        await rooms.learner.call_all("export", str(run_dir / "student"))
-    finally:
-        launch.stop(*rooms.all.values(), recorder)
-        writer.close()
-    result = summary.result(config, before, after) | {"versions": _versions()}
-    (run_dir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-    return result
-
-
-async def _pipeline(config: Config, facts: Preflight, rooms: Rooms, first_step: int) -> Pipeline:
-    """The pipeline on rooms that are up, with the learner's weights in the generators."""
-    golden = await launch.load_golden_entries(config, facts.eos_token_ids[0]) if config.buffer.num_golden else []
-    order = Shuffled(len(golden), config.seed + 1, config.data.shuffle)
-    pipeline = Pipeline(
-        config=config,
-        rooms=rooms,
-        buffer=ReplayBuffer(config.buffer.prompts_per_step, config.buffer.num_golden, golden, order),
-        prompts=_prompt_stream(config, config.data.prompts, config.rollout.responses_per_prompt, shuffled=True),
-        problems=_prompt_stream(config, config.data.evaluation, 1, shuffled=False),
-        stop_token_ids=facts.eos_token_ids,
-        manifest=(await rooms.learner.call_all("manifest", 0))[0],
-        first_step=first_step,
+    return dataclasses.replace(
+        config,
+        teacher=scorer(config.teacher),
+        more_teachers={name: scorer(teacher) for name, teacher in config.more_teachers.items()},
+        reference=scorer(config.reference),
     )
-    if first_step:
+
+
+class _Run:
+    """One run in rooms that are up, or that start with it."""
+
+    def __init__(
+        self, config: Config, facts: Preflight, run_dir: Path, session: Session, observers: tuple[Observer, ...]
+    ) -> None:
+        self._config, self._facts, self._run_dir = config, facts, run_dir
+        self._session, self._observers = session, observers
+        self._guard = Guard(
+            config.guard,
+            has_golden=config.loads_golden,
+            has_reference=config.loss.reference.used,
+            configured=config.strength_at(0),
+        )
+
+    async def train(self, start: checkpoint.Checkpoint | None, before: Evaluation | None) -> dict[str, Any]:
+        config, steps = self._config, self._config.learner.steps
+        first_step = start.step if start else 0
+        rooms = await self._session.begin(config, self._facts)
+        self._golden, self._golden_report = await self._load_golden()
+        self._manifest = (await rooms.learner.call_all("manifest", 0))[0]
+        writer = MetricsWriter(self._run_dir, first_step)
+        try:
+            if start:
+                self._guard.restore(start.state["guard"])
+            pipeline = await self._pipeline(rooms, start)
+            before = before or await self._evaluate(pipeline, writer, first_step)
+            say_evaluation("before", before)
+            summary = Summary()
+            stopped = None
+            while True:
+                watching = [summary, *self._watch(rooms, writer, pipeline, first_step), *self._observers]
+                try:
+                    await pipeline.run(watching)
+                except GuardOrder as end:
+                    await self._session.abandon()
+                    if end.order == "stop":
+                        stopped, steps = end.report, end.report.step
+                        break
+                    start = checkpoint.latest(self._run_dir, healthy=True)
+                    first_step = start.step if start else 0
+                    self._guard.rolled_back(first_step)
+                    checkpoint.discard_after(self._run_dir, first_step)
+                    print(f"guard: going on from step {first_step} with the stronger setting", flush=True)
+                    if start is None:
+                        await self._session.begin(config, self._facts)
+                    pipeline = await self._pipeline(rooms, start)
+                    continue
+                break
+            after = await self._evaluate(pipeline, writer, steps)
+            say_evaluation("after", after)
+            await rooms.learner.call_all("export", str(self._run_dir / "student"))
+        finally:
+            writer.close()
+        result = summary.result(config, before, after)
+        result |= {"golden": self._golden_report, "stopped_at": stopped.step if stopped else None}
+        result |= {"versions": _versions()}
+        (self._run_dir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+        if stopped:
+            event = stopped.events[-1]
+            raise RunError(
+                f"the guard stopped the run at step {stopped.step} of {config.learner.steps}: {event.signal} was "
+                f"{event.value:.3g}, threshold {event.threshold:.3g}; results so far are in {self._run_dir}"
+            )
+        return result
+
+    async def _load_golden(self) -> tuple[list[Entry], dict[str, int]]:
+        if not self._config.loads_golden:
+            return [], {}
+        entries, report = await launch.load_golden_entries(self._config, self._facts.eos_token_ids)
+        left_out = {kind: count for kind, count in report.items() if count and kind not in ("rows", "used")}
+        if left_out:
+            kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in left_out.items())
+            print(f"golden: {report['used']} of {report['rows']} rows are used; left out: {kinds}", flush=True)
+        return entries, report
+
+    async def _pipeline(self, rooms: Rooms, start: checkpoint.Checkpoint | None) -> Pipeline:
+        """A pipeline from a checkpoint on, or from the beginning, with the learner's weights in the generators."""
+        config = self._config
+        first_step = start.step if start else 0
+        if start:
+            await checkpoint.load(start, rooms)
+        prompts = read_prompts(config.data.prompts)
+        paired = (
+            pair(prompts, [entry.meta for entry in self._golden]) if config.buffer.golden_pairing == "prompt" else None
+        )
+        order = Shuffled(len(self._golden), config.seed + 1, config.data.shuffle)
+        golden = GoldenSet(self._golden, order, paired)
+        if start:
+            golden.position = start.state["golden_position"]
+        pipeline = Pipeline(
+            config=config,
+            rooms=rooms,
+            buffer=ReplayBuffer(config.buffer.prompts_per_step, golden),
+            prompts=_prompt_stream(config, config.data.prompts, config.rollout.responses_per_prompt, shuffled=True),
+            problems=_prompt_stream(config, config.data.evaluation, 1, shuffled=False),
+            stop_token_ids=self._facts.eos_token_ids,
+            manifest=self._manifest,
+            guard=self._guard,
+            first_step=first_step,
+        )
         await pipeline.broadcast(first_step)
-    return pipeline
+        return pipeline
 
+    def _watch(self, rooms: Rooms, writer: MetricsWriter, pipeline: Pipeline, first_step: int) -> list[Observer]:
+        """What looks at every step besides the summary."""
+        config, run_dir = self._config, self._run_dir
+        return [
+            Metrics(writer, rooms),
+            RolloutLog(rooms.recorder, run_dir / "rollouts", config.metrics.rollout_log_every_steps),
+            Checkpoints(run_dir, rooms, config.checkpoint, pipeline.state, self._guard),
+            Progress(run_dir, config.learner.steps, first_step),
+        ]
 
-def _watch(
-    config: Config, rooms: Rooms, recorder: Pool, writer: MetricsWriter, run_dir: Path, first_step: int
-) -> list[Observer]:
-    """What looks at every step besides the summary."""
-    return [
-        Metrics(writer, rooms),
-        RolloutLog(recorder, config.metrics.rollout_log_every_steps),
-        Checkpoints(run_dir, rooms.learner, config.checkpoint.every_steps, config.checkpoint.keep),
-        Progress(run_dir, config.learner.steps, first_step),
-    ]
-
-
-async def _evaluate(
-    pipeline: Pipeline, config: Config, writer: MetricsWriter, when: str, step: int
-) -> Evaluation | None:
-    if config.evaluation.num_problems == 0:
-        return None
-    evaluation = await pipeline.evaluate(config.evaluation.num_problems)
-    writer.write(step, evaluation_metrics(evaluation))
-    say_evaluation(when, evaluation)
-    return evaluation
+    async def _evaluate(self, pipeline: Pipeline, writer: MetricsWriter, step: int) -> Evaluation | None:
+        if self._config.evaluation.num_problems == 0:
+            return None
+        evaluation = await pipeline.evaluate(self._config.evaluation.num_problems)
+        writer.write(step, evaluation.metrics())
+        return evaluation
 
 
 def evaluate(checkpoint_dir: str, config: Config) -> dict[str, Any]:
@@ -196,8 +243,7 @@ def evaluate(checkpoint_dir: str, config: Config) -> dict[str, Any]:
 
 
 async def _evaluate_alone(config: Config, facts: Preflight) -> Evaluation:
-    namespace = f"opd-ray-{uuid.uuid4().hex[:8]}"
-    pool = launch.start_generators(config, namespace=namespace, max_context_tokens=facts.max_context_tokens)
+    pool = launch.start_generators(config, namespace=new_namespace(), max_context_tokens=facts.max_context_tokens)
     try:
         await pool.locate(config.deadlines.start_s)
         problems = _prompt_stream(config, config.data.evaluation, 1, shuffled=False)

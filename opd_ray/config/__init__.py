@@ -31,6 +31,7 @@ from opd_ray.config.sections import (
     WeightsConfig,
 )
 from opd_ray.config.whole import Config
+from opd_ray.guard import GuardConfig
 
 __all__ = [
     "EMBEDDED",
@@ -44,6 +45,7 @@ __all__ = [
     "DeadlineConfig",
     "EvaluationConfig",
     "FieldDoc",
+    "GuardConfig",
     "ImportanceConfig",
     "LearnerConfig",
     "LossConfig",

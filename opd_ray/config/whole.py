@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from opd_ray import schedule
 from opd_ray.config.method import STRICT, LossConfig
 from opd_ray.config.sections import (
     BufferConfig,
@@ -22,6 +23,7 @@ from opd_ray.config.sections import (
     TeacherConfig,
     WeightsConfig,
 )
+from opd_ray.guard import GuardConfig, Strength
 
 if TYPE_CHECKING:
     from opd_ray.messages import Source
@@ -44,6 +46,7 @@ class Config:
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     buffer: BufferConfig = Field(default_factory=BufferConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
     weights: WeightsConfig = Field(default_factory=WeightsConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
@@ -120,6 +123,12 @@ class Config:
             raise ValueError("loss.reference.estimator=full needs reference.engine=torch: vLLM gives no hidden states")
 
     @property
+    def loads_golden(self) -> bool:
+        """Are golden rollouts trained on, or kept at hand for the guard?"""
+        guard_may_mix = self.guard.level not in ("off", "warn") and self.guard.max_golden_per_prompt > 0
+        return self.uses_golden or (guard_may_mix and self.uses_student and self.data.golden is not None)
+
+    @property
     def uses_student(self) -> bool:
         """Does the student sample rollouts?"""
         return self.buffer.prompts_per_step > 0 and self.rollout.responses_per_prompt > 0
@@ -167,6 +176,15 @@ class Config:
     @property
     def uses_reference(self) -> bool:
         return any(self.needs_reference(source) for source in self.sources)
+
+    def strength_at(self, step: int) -> Strength:
+        """What the mixture and the anchor amount to at a step, as the guard counts it."""
+        return Strength(
+            golden_per_prompt=schedule.at(self.buffer.golden_per_prompt, step) if self.uses_golden else 0.0,
+            golden_coef=schedule.at(self.loss.golden.coef, step),
+            reference_kl_coef=schedule.at(self.loss.reference.coef, step),
+            mask_truncated_tails=self.loss.mask_truncated_tails,
+        )
 
     @property
     def student_top_k(self) -> int:

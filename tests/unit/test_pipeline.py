@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fakes import make_pipeline
 from opd_ray.errors import RunError
+from opd_ray.pipeline import GuardOrder
 
 
 def run(made):
@@ -49,7 +50,7 @@ def test_slots_are_freed_only_after_the_broadcast():
     """A prompt admitted for a freed slot must be sampled by the weights that the freed step made."""
     made = run(make_pipeline(max_staleness=0, prompts_per_step=3))
     admitted = {
-        slot: version for name, *rest in made.log if name == "generate" for slot in rest[0] for version in rest[1:]
+        slot: version for name, *rest in made.log if name == "generate" for slot in rest[0] for version in rest[1:2]
     }
     assert admitted == {slot: slot // 3 for slot in range(18)}
 
@@ -90,10 +91,129 @@ def test_plain_sft_runs_without_generators():
     made = run(
         make_pipeline(
             steps=2,
-            prompts_per_step=0,
             buffer={"prompts_per_step": 0, "golden_per_step": 3},
-            loss={"opd_coef": 0, "reference_kl_coef": 0},
+            loss={"student": {"coef": 0}, "reference": {"coef": 0}},
         )
     )
     assert not [event for event in made.log if event[0] == "generate"]
     assert [len(plan.micro_batches[0]) for plan in made.learner.plans] == [3, 3]
+
+
+OFF = {"guard": {"level": "off"}}
+
+
+def sampled(made, source="student"):
+    """(slots, number of rollouts asked for, budget) of each call to the generators of a source."""
+    calls = [event for event in made.log if event[0] == "generate" and event[3] == source]
+    return [(slots, settings.max_response_tokens) for _, slots, _, _, settings in calls]
+
+
+def sources(report):
+    return [entry.meta.source for entry in report.entries]
+
+
+def test_live_teacher_rollouts_are_filtered_by_the_verifier_and_scored_like_their_loss_asks():
+    """Odd slots are wrong in the fake; forward KL needs the teacher's top-k, the anchor is the student's alone."""
+    loss = {"teacher": {"coef": 1, "divergence": "forward_kl", "top_k": 7}}
+    made = run(make_pipeline(steps=1, buffer={"teacher_per_prompt": 1.0}, loss=loss, **OFF))
+    (report,) = made.recording.reports
+    teacher = [entry for entry in report.entries if entry.meta.source == "teacher"]
+    assert [entry.meta.slot for entry in teacher] == [0, 2]
+    assert all(set(entry.scores) == {"teacher"} for entry in teacher)
+    asked = [event[2] for event in made.log if event[0] == "teacher" and "teacher rollouts" in event[1]]
+    assert {request.top_k for request in asked} == {7}
+
+
+def test_half_a_teacher_rollout_per_prompt_is_one_for_every_second_prompt():
+    buffer = {"teacher_per_prompt": 0.5, "teacher_filter": "none"}
+    made = run(make_pipeline(steps=2, buffer=buffer, loss={"teacher": {"coef": 1}}, **OFF))
+    slots = sorted(slot for slots, _ in sampled(made, "teacher") for slot in slots)
+    assert slots == [1, 3, 5, 7]
+
+
+def test_with_a_probability_of_being_on_policy_a_step_is_one_or_the_other():
+    buffer = {"on_policy_probability": 0.5}
+    made = run(make_pipeline(steps=40, buffer=buffer, **OFF))
+    kinds = [set(sources(report)) for report in made.recording.reports]
+    assert all(kind in ({"student"}, {"golden"}) for kind in kinds)
+    assert 10 < sum(kind == {"student"} for kind in kinds) < 30
+
+
+def test_golden_rollouts_are_scored_when_their_loss_compares_with_the_teacher():
+    loss = {"golden": {"coef": 1, "divergence": "forward_kl"}, "reference": {"on_golden": True}}
+    made = run(make_pipeline(steps=1, loss=loss, **OFF))
+    entries = [entry for entry in made.recording.reports[0].entries if entry.meta.source == "golden"]
+    assert len(entries) == 4
+    assert all(set(entry.scores) == {"teacher", "reference"} for entry in entries)
+    assert [entry.row for entry in entries] == [0, 1, 2, 3]
+
+
+def test_each_prompt_goes_to_the_teacher_that_its_row_names():
+    rows = [{"id": str(i), "prompt": "p", "answer": "a", "teacher": ("code", "teacher")[i % 2]} for i in range(64)]
+    made = run(make_pipeline(steps=2, rows=rows, more_teachers={"code": {}}, **OFF))
+    for report in made.recording.reports:
+        for entry in report.entries:
+            if entry.meta.source == "student":
+                assert set(entry.scores) == {entry.meta.teacher, "reference"}
+    weighted = run(make_pipeline(steps=1, rows=rows, more_teachers={"code": {}}, loss={"teachers": "weighted"}, **OFF))
+    student = [entry for entry in weighted.recording.reports[0].entries if entry.meta.source == "student"]
+    assert all(set(entry.scores) == {"teacher", "code", "reference"} for entry in student)
+
+
+def test_the_length_budget_follows_its_schedule_and_no_call_spans_two_budgets():
+    rollout = {"max_response_tokens": [[0, 10], [4, 50]], "prompts_per_call": 3}
+    made = run(make_pipeline(steps=6, rollout=rollout, **OFF))
+    for slots, budget in sampled(made):
+        assert {10 + 10 * min(slot // 4, 4) for slot in slots} == {budget}
+
+
+def test_schedules_reach_the_learner():
+    loss = {"golden": {"coef": [[0, 1.0], [4, 0.2]]}, "reference": {"coef": [[0, 0.0], [2, 0.1]]}}
+    made = run(make_pipeline(steps=6, loss=loss, buffer={"golden_per_prompt": [[0, 1.0], [4, 0.0]]}, **OFF))
+    golden = [plan.coefficients.golden for plan in made.learner.plans]
+    assert golden == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
+    assert [plan.coefficients.reference for plan in made.learner.plans] == pytest.approx([0, 0.05, 0.1, 0.1, 0.1, 0.1])
+    assert [sources(report).count("golden") for report in made.recording.reports] == [4, 3, 2, 1, 0, 0]
+
+
+def test_rewards_become_advantages_within_the_group_of_a_prompt():
+    loss = {
+        "student": {"coef": 1, "divergence": "k1"},
+        "advantage": {"teacher_coef": 0, "reward_coef": 1},
+        "golden": {"coef": 0},
+        "reference": {"coef": 0},
+    }
+    made = run(
+        make_pipeline(steps=1, loss=loss, buffer={"golden_per_prompt": 0}, rollout={"responses_per_prompt": 2}, **OFF)
+    )
+    entries = [entry for plan in made.learner.plans for batch in plan.micro_batches for entry in batch]
+    assert len(entries) == 8
+    assert all(entry.reward_advantage == 0 for entry in entries), "both responses of a slot have the same reward"
+    assert not any(event[0] == "teacher" for event in made.log), "GRPO asks no teacher"
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_without_a_guard_and_not_one_with():
+    nan = {2: {"loss": float("nan")}}
+    with pytest.raises(RunError, match="not finite for 3-0"):
+        run(make_pipeline(learner_metrics=nan, **OFF))
+    made = run(make_pipeline(learner_metrics=nan, guard={"level": "act"}))
+    events = [event for report in made.recording.reports for event in report.events]
+    assert [(event.step, event.signal) for event in events] == [(3, "non_finite_loss")]
+
+
+def test_the_guards_order_ends_the_loop_after_the_observers_saw_the_event():
+    made = make_pipeline(learner_metrics={2: {"loss": float("nan")}}, guard={"level": "rollback"})
+    with pytest.raises(GuardOrder) as order:
+        run(made)
+    assert order.value.order == "roll back"
+    assert made.recording.reports[-1].events[0].level == "rollback"
+    assert made.recording.reports[-1].step == 3
+
+
+def test_what_the_guard_raises_is_in_the_next_step():
+    made = make_pipeline(steps=3, buffer={"golden_per_prompt": 0.5})
+    made.guard.restore(made.guard.state() | {"notch": 2})
+    run(made)
+    assert [sources(report).count("golden") for report in made.recording.reports] == [8, 8, 8]
+    assert made.learner.plans[0].coefficients.reference == pytest.approx(0.1)
+    assert made.learner.plans[0].coefficients.mask_truncated_tails

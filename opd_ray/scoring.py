@@ -1,0 +1,45 @@
+"""What each scorer is asked about the rollouts of each source: the objective decides, the pipeline sends it."""
+
+from __future__ import annotations
+
+from opd_ray.config import Config
+from opd_ray.messages import ScoreRequest, Source
+
+REFERENCE = "reference"
+"""The reference's role; every other role is the name of a teacher."""
+
+
+def score_requests(config: Config, stop_token_ids: tuple[int, ...]) -> dict[Source, dict[str, ScoreRequest]]:
+    """Source to role to request; a source whose loss compares with nobody has no roles."""
+    return {source: _requests(config, source, stop_token_ids) for source in config.sources}
+
+
+def roles_of(config: Config, requests: dict[str, ScoreRequest], teacher: str) -> dict[str, ScoreRequest]:
+    """The roles that score rollouts whose row names ``teacher``: that one only, or every teacher when weighted."""
+    if config.loss.teachers == "weighted":
+        return requests
+    return {role: request for role, request in requests.items() if role in (teacher, REFERENCE)}
+
+
+def _requests(config: Config, source: Source, stop_token_ids: tuple[int, ...]) -> dict[str, ScoreRequest]:
+    requests = {}
+    if config.needs_teacher(source):
+        term = config.loss.terms[source]
+        # The teacher's own top-k also goes beside the student's, to see how far the two overlap.
+        on_top_k = term.on_distributions and term.support != "full"
+        for name, teacher in config.teachers.items():
+            requests[name] = ScoreRequest(
+                top_k=term.top_k if on_top_k else 0,
+                given=on_top_k and term.support == "student_top_k",
+                hidden=term.on_distributions and term.support == "full",
+                stop_token_ids=stop_token_ids,
+                privileged=teacher.privileged,
+            )
+    if config.needs_reference(source):
+        anchor = config.loss.reference
+        requests[REFERENCE] = ScoreRequest(
+            top_k=anchor.top_k if anchor.estimator == "top_k" else 0,
+            hidden=anchor.estimator == "full",
+            stop_token_ids=stop_token_ids,
+        )
+    return requests
