@@ -1,0 +1,59 @@
+"""One self-contained HTML page about a run, or about a study of many: ``opd-ray report``.
+
+:mod:`~opd_ray.report.runs` reads directories, :mod:`~opd_ray.report.arms` and :mod:`~opd_ray.report.verdict`
+count, :mod:`~opd_ray.report.curves` and :mod:`~opd_ray.report.rollouts` choose what is shown, and
+:mod:`~opd_ray.report.page` writes it. Nothing here needs Ray, a GPU, or a run that has finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from opd_ray.report.curves import ReferenceLine
+
+__all__ = ["ReferenceLine", "default_output", "write_report", "write_run_report"]
+
+
+def write_report(
+    run_dirs: Sequence[Path],
+    output: Path,
+    *,
+    title: str | None = None,
+    reference_lines: Mapping[str, ReferenceLine] | None = None,
+    notes: Sequence[str] = (),
+) -> None:
+    """Writes the page about the runs among and below ``run_dirs`` to ``output``, whole or not at all.
+
+    ``reference_lines`` maps a metric to a level drawn across its chart; ``notes`` are paragraphs under the
+    verdict. Raises InputError where there is nothing to report or ``output`` cannot be written.
+    """
+    from opd_ray.errors import InputError
+    from opd_ray.report import page
+    from opd_ray.report.runs import find_runs, read_run
+
+    runs = [read_run(path) for path in find_runs(run_dirs)]
+    content = page.render(runs, title, reference_lines or {}, notes)
+    partial = output.with_name(f".{output.name}.tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(output)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
+
+
+def write_run_report(run_dir: Path) -> Path:
+    """Writes ``run_dir``/report.html, as a training run does at its end; returns where it is."""
+    output = default_output([run_dir])
+    write_report([run_dir], output)
+    return output
+
+
+def default_output(run_dirs: Sequence[Path]) -> Path:
+    """report.html in the one directory given, or in the one that the given ones have in common."""
+    first, *rest = (path.absolute() for path in run_dirs)
+    if not rest:
+        return first / "report.html"
+    common = next(parent for parent in first.parents if all(path.is_relative_to(parent) for path in rest))
+    return common / "report.html"

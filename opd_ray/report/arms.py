@@ -1,0 +1,189 @@
+"""Runs grouped into arms, and what the report says of each in numbers: mean, spread, every seed.
+
+A spread is the sample standard deviation over seeds, and there is none for one seed. Nothing here knows HTML.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from opd_ray.report.runs import Run
+
+HALF = 0.5
+"""An arm has inflated when more than this share of one step's rollouts is truncated."""
+
+_TITLES = {
+    "stableopd": "StableOPD",
+    "opd": "Plain OPD",
+    "sft": "SFT",
+    "opd+mixture": "OPD + mixture",
+    "opd+reference_kl": "OPD + reference KL",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seed only."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def title(self) -> str:
+        return _TITLES.get(self.label, self.label)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One number per run; None where a run has none."""
+
+    values: tuple[float | None, ...]
+
+    @property
+    def known(self) -> list[float]:
+        return [value for value in self.values if value is not None]
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.known) if self.known else None
+
+    @property
+    def deviation(self) -> float | None:
+        return statistics.stdev(self.known) if len(self.known) > 1 else None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the table of arms."""
+
+    title: str
+    of: Callable[[Run], float | None]
+    show: Callable[[float], str]
+    help: str = ""
+    summary: Callable[[Spread], str] | None = None
+    """What stands in the cell instead of mean ± deviation."""
+
+    def cell(self, arm: Arm) -> tuple[str, str]:
+        """The summary over seeds, and each seed's value in brackets (empty for one run)."""
+        spread = Spread(tuple(self.of(run) for run in arm.runs))
+        each = f"[{' '.join('–' if value is None else self.show(value) for value in spread.values)}]"
+        return (self.summary or self._mean)(spread), each if len(arm.runs) > 1 else ""
+
+    def _mean(self, spread: Spread) -> str:
+        if spread.mean is None:
+            return "–"
+        deviation = "" if spread.deviation is None else f" ± {self.show(spread.deviation)}"
+        return self.show(spread.mean) + deviation
+
+
+def group(runs: Sequence[Run]) -> list[Arm]:
+    """Arms, the highest held-out sampled accuracy first and those without one last; runs by seed."""
+    by_label: dict[str, list[Run]] = {}
+    for run in runs:
+        by_label.setdefault(run.arm, []).append(run)
+    arms = [Arm(label, tuple(sorted(members, key=_seed))) for label, members in by_label.items()]
+    return sorted(arms, key=lambda arm: (-(final_accuracy(arm).mean or -1.0), arm.label))
+
+
+def _seed(run: Run) -> tuple[int, str]:
+    return (-1 if run.seed is None else run.seed, str(run.path))
+
+
+def evaluated(when: str, name: str) -> Callable[[Run], float | None]:
+    """Reads one number of the evaluation "before" or "after" training."""
+    return lambda run: run.evaluation(when).get(name)
+
+
+def final_accuracy(arm: Arm) -> Spread:
+    """Held-out sampled accuracy after training."""
+    return Spread(tuple(map(evaluated("after", "accuracy_sampled"), arm.runs)))
+
+
+def highest_truncation(run: Run) -> float | None:
+    """Of any step's rollouts; from the measurements, which an unfinished run has too."""
+    return max(run.metrics.get("rollouts/truncation_rate", {}).values(), default=None)
+
+
+def inflated_at(run: Run) -> int | None:
+    """The first step with more than half of its rollouts truncated."""
+    rates = run.metrics.get("rollouts/truncation_rate", {})
+    return next((step for step, rate in rates.items() if rate > HALF), None)
+
+
+def recovered(run: Run) -> bool:
+    """Inflated on the way, but truncating half or less in the end (held out, else over the last steps)."""
+    if inflated_at(run) is None:
+        return False
+    last = evaluated("after", "truncation_rate")(run)
+    return (tail_mean(run, "rollouts/truncation_rate") if last is None else last) <= HALF
+
+
+def tail_mean(run: Run, metric: str, steps: int = 10) -> float | None:
+    """Mean of a metric over its last ``steps`` measurements; None if it has none."""
+    values = list(run.metrics.get(metric, {}).values())[-steps:]
+    return statistics.fmean(values) if values else None
+
+
+def share(value: float) -> str:
+    """ ".93", and "1.00" for one: a share of 1, two digits."""
+    text = f"{value:.2f}"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+
+
+def count(value: float) -> str:
+    """ "950", "42.1 k", "3.4 M"."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == ' k' else size):.3g}{unit}"
+    return f"{value:,.0f}"
+
+
+def clock(seconds: float) -> str:
+    """ "41 s", "3:05", "2:03:05"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
+
+
+def steps_between(steps: Sequence[float]) -> str:
+    """ "34", or "34–61"."""
+    low, high = int(min(steps)), int(max(steps))
+    return f"{low}" if low == high else f"{low}–{high}"
+
+
+def _crossings(spread: Spread) -> str:
+    if not spread.known:
+        return "never"
+    often = f"{len(spread.known)} of {len(spread.values)}: " if len(spread.values) > 1 else ""
+    return f"{often}{steps_between(spread.known)}"
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def _summarised(name: str) -> Callable[[Run], float | None]:
+    return lambda run: (run.summary or {}).get(name)
+
+
+def _num_events(run: Run) -> float | None:
+    return len(run.events) if run.finished else None
+
+
+MEASURES = (
+    Measure("sampled accuracy before", evaluated("before", "accuracy_sampled"), share, "held out, at temperature"),
+    Measure("after", evaluated("after", "accuracy_sampled"), share, "held out, at temperature"),
+    Measure("greedy accuracy before", evaluated("before", "accuracy_greedy"), share, "held out, temperature 0"),
+    Measure("after", evaluated("after", "accuracy_greedy"), share, "held out, temperature 0"),
+    Measure("truncated after", evaluated("after", "truncation_rate"), share, "held-out sampled answers without EOS"),
+    Measure("mean length after", evaluated("after", "mean_length"), lambda value: f"{value:.1f}", "tokens, held out"),
+    Measure("highest truncation in training", highest_truncation, share, "largest share of one step's rollouts"),
+    Measure("truncation passes ½ at step", inflated_at, _whole, "first step over half", _crossings),
+    Measure("trained tokens", _summarised("trained_tokens"), count, "response tokens, golden ones included"),
+    Measure("wall time", _summarised("wall_s"), clock, "of the training steps and evaluations"),
+    Measure("guard events", _num_events, _whole, "warnings included"),
+)

@@ -1,0 +1,187 @@
+"use strict";
+// Rollouts token by token. All text goes through textContent.
+
+const NATS = 100; // log-probs come in hundredths of a nat
+const SCALES = [0.25, 0.5, 1, 2, 4, 8];
+const AT_ONCE = 20;
+
+function advantage(rollout, t) {
+  if (!rollout.T || !rollout.S) return null;
+  const teacher = rollout.T[t] === null ? -Infinity : rollout.T[t] / NATS;
+  const student = rollout.S[t] === null ? -Infinity : rollout.S[t] / NATS;
+  return Number.isNaN(teacher - student) ? null : teacher - student;
+}
+
+function signed(value) {
+  if (!Number.isFinite(value)) return value > 0 ? "+∞" : "−∞";
+  return (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
+}
+
+function probability(hundredths) {
+  if (hundredths === null) return "0";
+  const p = Math.exp(hundredths / NATS);
+  return p >= 0.001 ? p.toFixed(3) : p.toExponential(1);
+}
+
+// The width of the colour scale, one for all runs so that they compare: most tokens lie within it.
+function scaleOf(runs) {
+  const sizes = [];
+  for (const rollout of runs.flatMap((run) => run.rollouts)) {
+    for (let t = 0; t < rollout.ids.length; t++) sizes.push(Math.abs(advantage(rollout, t) ?? 0));
+  }
+  sizes.sort((a, b) => a - b);
+  const typical = sizes[Math.floor(sizes.length * 0.95)] || 0;
+  return SCALES.find((scale) => scale >= typical) || SCALES.at(-1);
+}
+
+function startViewer(data) {
+  const picks = Object.fromEntries(["run", "step", "src", "cut", "rep", "ok"].map((name) => [name, byId(`pick-${name}`)]));
+  const scale = scaleOf(data.runs);
+  let run, matching, shown;
+
+  function fill(select, values) {
+    const before = select.value;
+    select.replaceChildren();
+    for (const [value, text] of [["", "all"], ...values]) {
+      const option = make("option", "", text);
+      option.value = value;
+      select.append(option);
+    }
+    if (values.some(([value]) => String(value) === before)) select.value = before;
+  }
+
+  function pickRun() {
+    run = data.runs[Number(picks.run.value)];
+    fill(picks.step, [...new Set(run.rollouts.map((r) => r.step))].sort((a, b) => a - b).map((step) => [step, step]));
+    fill(picks.src, [...new Set(run.rollouts.map((r) => r.src))].sort().map((source) => [source, source]));
+    filter();
+  }
+
+  function filter() {
+    hideTip();
+    const wanted = ["step", "src", "cut", "rep", "ok"].filter((name) => picks[name].value !== "");
+    matching = run.rollouts.filter((rollout) => wanted.every((name) => String(rollout[name]) === picks[name].value));
+    const note = run.note ? ` (${run.note})` : "";
+    byId("viewer-count").textContent = run.rollouts.length
+      ? `${matching.length} of ${run.rollouts.length} rollouts${note}.` : `Nothing to show: ${run.note || "no rollouts"}.`;
+    byId("list").replaceChildren();
+    shown = 0;
+    showMore();
+  }
+
+  function showMore() {
+    const next = matching.slice(shown, shown + AT_ONCE);
+    byId("list").append(...next.map((rollout) => card(rollout)));
+    shown += next.length;
+    const left = matching.length - shown;
+    byId("more").hidden = left === 0;
+    byId("more").textContent = `Show ${Math.min(left, AT_ONCE)} more of ${left}`;
+  }
+
+  function card(rollout) {
+    const article = make("article", "rollout");
+    article.rollout = rollout;
+    const header = make("header");
+    header.append(make("b", "", `step ${rollout.step}`), make("span", "", rollout.src));
+    header.append(rollout.ok ? make("span", "", "right") : make("span", "bad", "wrong"));
+    if (rollout.cut) header.append(make("span", "bad", "truncated"));
+    if (rollout.rep) header.append(make("span", "bad", "repetitive"));
+    header.append(make("span", "", `${rollout.n} tokens`));
+    const known = rollout.ids.map((_, t) => advantage(rollout, t)).filter((a) => a !== null && Number.isFinite(a));
+    if (known.length) header.append(make("span", "", `mean A ${signed(known.reduce((a, b) => a + b, 0) / known.length)}`));
+    if (rollout.v) header.append(make("span", "", `weights ${rollout.v[0] === rollout.v[1] ? rollout.v[0] : rollout.v.join("–")}`));
+    if (!rollout.T) header.append(make("span", "", "not scored by the teacher"));
+    article.append(header, make("div", "prompt", rollout.prompt), tokens(rollout));
+    return article;
+  }
+
+  function tokens(rollout) {
+    const strip = make("div", "tokens");
+    strip.tabIndex = 0;
+    strip.setAttribute("role", "group");
+    strip.setAttribute("aria-label", `Response of ${rollout.n} tokens; the arrow keys go through them`);
+    const [head, left] = rollout.gap;
+    rollout.ids.forEach((id, t) => {
+      if (left && t === head) strip.append(make("span", "gap", `… ${left.toLocaleString("en")} tokens left out …`));
+      const token = make("span", "t", visible(run.vocab[id]));
+      token.t = t;
+      const a = advantage(rollout, t);
+      if (a !== null) {
+        token.style.setProperty("--tint", a < 0 ? "var(--minus)" : "var(--plus)");
+        token.style.setProperty("--much", `${Math.round(90 * Math.min(1, Math.abs(a) / scale))}%`);
+      }
+      strip.append(token);
+    });
+    if (rollout.cut) strip.append(make("span", "end", "✂ length budget"));
+    return strip;
+  }
+
+  function visible(text) {
+    return text === "" ? "∅" : text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t");
+  }
+
+  function showTip(token) {
+    const rollout = token.closest("article").rollout;
+    const t = token.t;
+    const [head, left] = rollout.gap;
+    const tip = byId("tip");
+    tip.replaceChildren(make("b", "", JSON.stringify(run.vocab[rollout.ids[t]])), ` token ${t + 1 + (t >= head ? left : 0)} of ${rollout.n}`);
+    const a = advantage(rollout, t);
+    const table = make("table");
+    const rows = [["teacher π_T", rollout.T && probability(rollout.T[t])], ["student π_θ", rollout.S && probability(rollout.S[t])],
+      ["advantage A", a === null ? null : `${signed(a)} nats`]];
+    for (const [name, value] of rows) {
+      if (value === null || value === undefined) continue;
+      const row = table.insertRow();
+      row.insertCell().textContent = name;
+      row.insertCell().textContent = value;
+    }
+    tip.append(table);
+    tip.hidden = false;
+    const box = token.getBoundingClientRect();
+    const above = box.top > tip.offsetHeight + 60;
+    tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 8))}px`;
+    tip.style.top = `${above ? box.top - tip.offsetHeight - 6 : box.bottom + 6}px`;
+  }
+
+  function hideTip() {
+    byId("tip").hidden = true;
+    for (const token of document.querySelectorAll(".t.at")) token.classList.remove("at");
+  }
+
+  function go(strip, key) {
+    const all = [...strip.querySelectorAll(".t")];
+    if (!all.length) return false;
+    const now = all.findIndex((token) => token.classList.contains("at"));
+    const next = { ArrowRight: now + 1, ArrowLeft: now < 0 ? 0 : now - 1, Home: 0, End: all.length - 1 }[key];
+    if (next === undefined) return false;
+    hideTip();
+    const token = all[Math.max(0, Math.min(next, all.length - 1))];
+    token.classList.add("at");
+    token.scrollIntoView({ block: "nearest" });
+    showTip(token);
+    return true;
+  }
+
+  byId("scale-low").textContent = `A ≤ ${signed(-scale)}`;
+  byId("scale-high").textContent = `≥ ${signed(scale)}`;
+  data.runs.forEach((each, index) => {
+    const option = make("option", "", `${data.arms[each.arm]}, ${each.name}`);
+    option.value = index;
+    picks.run.append(option);
+  });
+  picks.run.value = Math.max(0, data.runs.findIndex((each) => each.rollouts.length));
+  picks.run.addEventListener("change", pickRun);
+  for (const name of ["step", "src", "cut", "rep", "ok"]) picks[name].addEventListener("change", filter);
+  byId("more").addEventListener("click", showMore);
+  const list = byId("list");
+  list.addEventListener("pointerover", (event) => (event.target.matches(".t") ? showTip(event.target) : hideTip()));
+  list.addEventListener("pointerleave", hideTip);
+  list.addEventListener("focusout", hideTip);
+  list.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") hideTip();
+    else if (event.target.matches(".tokens") && go(event.target, event.key)) event.preventDefault();
+  });
+  addEventListener("scroll", () => !document.querySelector(".t.at") && hideTip(), { passive: true });
+  pickRun();
+}

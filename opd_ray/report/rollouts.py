@@ -1,0 +1,195 @@
+"""A sample of a run's logged rollouts for the viewer: tokens as text, log-probs of teacher and student.
+
+The sample is chosen to be looked at, not to estimate rates: every step that is shown has its truncated and
+its repetitive rollouts beside the ordinary ones, as far as there are any. Same run, same sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from opd_ray.report.runs import Run
+
+MAX_STEPS = 24
+"""Steps of one run that are shown, spread evenly over those that were logged."""
+MAX_TOKENS = 600
+"""Longer responses are shown with their middle left out."""
+_MAX_PROMPT_CHARS = 2000
+_NATS = 100
+"""Log-probs are embedded as integers, in hundredths of a nat."""
+
+_COLUMNS = (
+    "rollout_id", "source", "prompt_id", "prompt_tokens", "response_tokens", "behaviour_logprobs",
+    "weight_versions", "finish_reason", "correct", "text", "teacher_logprobs", "repetitive",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the viewer shows of one run; ``rollouts`` and ``vocab`` are as the page's script reads them."""
+
+    rollouts: list[dict[str, Any]]
+    vocab: list[str]
+    """Text of each token that occurs; rollouts refer to it by index."""
+    num_logged: int
+    """Rollouts in the run's log, of which this is a sample."""
+    note: str
+    """What a reader must know besides; empty if nothing."""
+
+
+def sample(run: Run, most: int) -> Sample:
+    """At most ``most`` rollouts of the run, by step. Files that cannot be read are named in the note."""
+    files = sorted((run.path / "rollouts").glob("step-*.parquet"))
+    if not files:
+        return Sample([], [], 0, "this run logged no rollouts")
+    notes, rows, num_logged = [], [], 0
+    chosen = [files[i] for i in _spread(len(files), MAX_STEPS)]
+    for file in files:
+        try:
+            num_logged += pq.read_metadata(file).num_rows
+            if file in chosen:
+                rows += _choose(file, run, max(1, most // len(chosen)))
+        except (pa.ArrowException, OSError, KeyError) as error:
+            notes.append(f"{file.name} cannot be read ({type(error).__name__})")
+    if len(chosen) < len(files):
+        notes.append(f"{len(chosen)} of {len(files)} logged steps")
+    tokenizer = _tokenizer(run)
+    if tokenizer is None:
+        notes.append("no tokenizer was found, so token ids stand for text")
+    vocab = _Vocabulary(tokenizer)
+    return Sample([_pack(row, vocab) for row in rows], vocab.texts(), num_logged, "; ".join(notes))
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most ``most`` of range(count), evenly, with both ends."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
+
+
+def _choose(file: Path, run: Run, most: int) -> Iterator[dict[str, Any]]:
+    """Rows of one step: truncated, repetitive and ordinary student rollouts in turn, and a few of other sources."""
+    table = pq.read_table(file, columns=[name for name in _COLUMNS if name in pq.read_schema(file).names])
+    facts = table.select(
+        [name for name in ("source", "finish_reason", "text", "repetitive") if name in table.schema.names]
+    )
+    repetitive = [_is_repetitive(row, run) for row in facts.to_pylist()]
+    strata: dict[tuple[str, bool, bool], list[int]] = {}
+    for index, row in enumerate(facts.to_pylist()):
+        kind = (row["source"], row["finish_reason"] == "length", repetitive[index])
+        strata.setdefault(kind, []).append(index)
+    students = {kind: rows for kind, rows in strata.items() if kind[0] == "student"}
+    others = {kind: rows for kind, rows in strata.items() if kind[0] != "student"}
+    few = list(_in_turn(others, max(1, most // 8) if students else most))
+    for index in sorted([*_in_turn(students, most - len(few)), *few]):
+        row = table.slice(index, 1).to_pylist()[0]
+        yield row | {"step": int(file.stem.removeprefix("step-")), "repetitive": repetitive[index]}
+
+
+def _in_turn(strata: dict[Any, list[int]], most: int) -> Iterator[int]:
+    """One of each stratum, then the next of each, until ``most`` are taken or all are."""
+    queues = [iter([rows[i] for i in _spread(len(rows), most)]) for _, rows in sorted(strata.items())]
+    taken = 0
+    while queues and taken < most:
+        for queue in list(queues):
+            index = next(queue, None)
+            if index is None:
+                queues.remove(queue)
+            elif taken < most:
+                taken += 1
+                yield index
+
+
+def _is_repetitive(row: dict[str, Any], run: Run) -> bool:
+    """As the log says, or else as the run's own settings judge the text."""
+    if row.get("repetitive") is not None:
+        return bool(row["repetitive"])
+    window, ratio = (run.config.get(f"metrics.repetition_{name}") for name in ("window_chars", "ratio"))
+    if window is None or ratio is None:
+        return False
+    from opd_ray.repetition import is_repetitive
+
+    return is_repetitive(row["text"], window_chars=window, ratio=ratio)
+
+
+def _pack(row: dict[str, Any], vocab: _Vocabulary) -> dict[str, Any]:
+    """One rollout in short names; "T" and "S" are null where the teacher did not score or nothing was sampled."""
+    tokens, versions = row["response_tokens"], row["weight_versions"]
+    head, tail = _ends(len(tokens))
+    keep = [*range(head), *range(tail, len(tokens))]
+    return {
+        "id": row["rollout_id"],
+        "step": row["step"],
+        "src": row["source"],
+        "cut": int(row["finish_reason"] == "length"),
+        "rep": int(row["repetitive"]),
+        "ok": int(row["correct"]),
+        "prompt": vocab.decode(row["prompt_tokens"]) or row["prompt_id"],
+        "n": len(tokens),
+        "gap": [head, tail - head],
+        "ids": [vocab.index(tokens[t]) for t in keep],
+        "T": _hundredths(row.get("teacher_logprobs"), keep),
+        "S": _hundredths(row["behaviour_logprobs"], keep),
+        "v": [min(versions), max(versions)] if versions else None,
+    }
+
+
+def _ends(length: int) -> tuple[int, int]:
+    """Where the part that is left out begins and ends."""
+    if length <= MAX_TOKENS:
+        return length, length
+    return MAX_TOKENS // 2, length - MAX_TOKENS // 2
+
+
+def _hundredths(logprobs: Sequence[float] | None, keep: Iterable[int]) -> list[int | None] | None:
+    if not logprobs:
+        return None
+    return [round(logprobs[t] * _NATS) if math.isfinite(logprobs[t]) else None for t in keep]
+
+
+class _Vocabulary:
+    """Texts of the tokens that occur, each decoded once and by itself."""
+
+    def __init__(self, tokenizer: Any | None) -> None:
+        self._tokenizer = tokenizer
+        self._indices: dict[int, int] = {}
+
+    def index(self, token: int) -> int:
+        return self._indices.setdefault(token, len(self._indices))
+
+    def texts(self) -> list[str]:
+        return [self._text(token) for token in self._indices]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            return " ".join(map(str, tokens[:_MAX_PROMPT_CHARS]))
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)[-_MAX_PROMPT_CHARS:]
+
+    def _text(self, token: int) -> str:
+        if self._tokenizer is None:
+            return f"{token} "
+        text = self._tokenizer.decode([token], skip_special_tokens=False)
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        # SentencePiece drops the space of a token that comes first, and each comes first here.
+        return f" {text}" if str(piece).startswith("▁") and not text.startswith(" ") else text
+
+
+def _tokenizer(run: Run) -> Any | None:
+    """The student's, from where the run had it or from what the run exported."""
+    places = [Path(str(run.config.get("student.path") or "")), run.path / "student"]
+    for place in places:
+        if not (place / "tokenizer_config.json").is_file() and not (place / "tokenizer.json").is_file():
+            continue
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(place, local_files_only=True)
+        except Exception:  # transformers raises nearly anything on a damaged directory; then ids are shown
+            continue
+    return None

@@ -1,0 +1,161 @@
+"""What the numbers come to, in sentences. Every claim is counted from the runs; none is made without seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from opd_ray.report.arms import (
+    Arm,
+    Spread,
+    evaluated,
+    final_accuracy,
+    highest_truncation,
+    inflated_at,
+    recovered,
+    share,
+    steps_between,
+    tail_mean,
+)
+from opd_ray.report.runs import Run
+
+_NOTICEABLE = 0.02
+"""Accuracies closer than this are called the same: about one standard error on 500 problems."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The headline is about the first arm, the rest has a sentence for each other arm, by label."""
+
+    headline: str
+    others: tuple[tuple[str, str], ...]
+    caveats: tuple[str, ...]
+
+
+def judge(arms: Sequence[Arm]) -> Verdict:
+    """``arms`` as :func:`~opd_ray.report.arms.group` orders them: the most accurate first."""
+    leader, *rest = arms
+    return Verdict(
+        f"{leader.title} {_course(leader)}{_seeds(leader)}; {_inflation(leader)}{_guard(leader)}.",
+        tuple((arm.label, f"{arm.title} {_course(arm)}{_comparison(arm, leader)}; "
+               f"{_inflation(arm)}{_guard(arm)}.") for arm in rest),
+        tuple(_caveats(arms)),
+    )  # fmt: skip
+
+
+def _course(arm: Arm) -> str:
+    """How the accuracy went: "rose from .31 to .74 ± .12 held-out sampled accuracy"."""
+    before, after = Spread(tuple(map(evaluated("before", "accuracy_sampled"), arm.runs))), final_accuracy(arm)
+    if after.mean is None:
+        tails = Spread(tuple(tail_mean(run, "rollouts/accuracy") for run in arm.runs))
+        seen = f", training accuracy {_mean(tails)} over the last steps" if tails.known else ""
+        return f"has no final evaluation{seen}"
+    to = f"{_mean(after)} held-out sampled accuracy"
+    if before.mean is None:
+        return f"ended at {to}"
+    if abs(after.mean - before.mean) < _NOTICEABLE:
+        return f"stayed at {to} (from {share(before.mean)})"
+    return f"{'rose' if after.mean > before.mean else 'fell'} from {share(before.mean)} to {to}"
+
+
+def _mean(spread: Spread) -> str:
+    deviation = "" if spread.deviation is None else f" ± {share(spread.deviation)}"
+    return share(spread.mean) + deviation
+
+
+def _seeds(arm: Arm) -> str:
+    if len(arm.runs) > 1:
+        return f" ({len(arm.runs)} seeds)"
+    return f" (seed {arm.runs[0].seed})" if arm.runs[0].seed is not None else " (one run)"
+
+
+def _comparison(arm: Arm, leader: Arm) -> str:
+    """Against the leader on the seeds they share, which pairs away what a lucky student brings."""
+    pairs = _pairs(arm, leader)
+    if not pairs:
+        return _seeds(arm)
+    differences = [ahead - behind for ahead, behind in pairs]
+    where = f"on the same seed{'s' if len(pairs) > 1 else ''}"
+    if abs(statistics.fmean(differences)) < _NOTICEABLE:
+        return f", no different from {leader.title} {where}"
+    if len(pairs) == 1:
+        return f", {share(differences[0])} behind {leader.title} {where}"
+    behind = sum(difference > 0 for difference in differences)
+    clear = "" if statistics.fmean(differences) > statistics.stdev(differences) else ", which the spread allows for"
+    return f", {share(statistics.fmean(differences))} behind {leader.title} ({behind} of {len(pairs)} seeds{clear})"
+
+
+def _pairs(arm: Arm, leader: Arm) -> list[tuple[float, float]]:
+    ahead, behind = _by_seed(leader), _by_seed(arm)
+    return [(ahead[seed], behind[seed]) for seed in ahead if seed in behind]
+
+
+def _by_seed(arm: Arm) -> dict[int, float]:
+    """Final accuracy of each seed; the mean of it where a seed ran more than once."""
+    values: dict[int, list[float]] = {}
+    for run, value in zip(arm.runs, final_accuracy(arm).values, strict=True):
+        if run.seed is not None and value is not None:
+            values.setdefault(run.seed, []).append(value)
+    return {seed: statistics.fmean(several) for seed, several in values.items()}
+
+
+def _inflation(arm: Arm) -> str:
+    crossings = [step for run in arm.runs if (step := inflated_at(run)) is not None]
+    if not crossings:
+        rates = [rate for run in arm.runs if (rate := highest_truncation(run)) is not None]
+        return (
+            f"it never truncated more than {share(max(rates))} of a step's rollouts" if rates else "it sampled nothing"
+        )
+    where = f" in {len(crossings)} of {len(arm.runs)} seeds" if len(arm.runs) > 1 else ""
+    since = f"more than half truncated from step {steps_between(crossings)}"
+    back = sum(map(recovered, arm.runs))
+    if not back:
+        return f"it inflated{where} ({since})"
+    who = "it" if len(arm.runs) == 1 else f"{back} of them"
+    return f"it inflated{where} ({since}; {who} came back under half by the end)"
+
+
+def _guard(arm: Arm) -> str:
+    """Warnings are in the table of events; here is only what changed the run."""
+    acted = [run for run in arm.runs if any(event.get("level") != "warn" for event in run.events)]
+    if not acted:
+        return ""
+    if len(arm.runs) > 1:
+        return f"; the guard acted in {len(acted)} of {len(arm.runs)} runs"
+    events = [event for event in acted[0].events if event.get("level") != "warn"]
+    return (
+        f"; the guard stepped in {len(events)} time{'s' if len(events) > 1 else ''}, first at step {events[0]['step']}"
+    )
+
+
+def _caveats(arms: Sequence[Arm]) -> list[str]:
+    said = []
+    unfinished = [run for arm in arms for run in arm.runs if not run.finished]
+    if unfinished:
+        said.append(f"Unfinished: {', '.join(map(_progress, unfinished))}.")
+    if all(len(arm.runs) == 1 for arm in arms):
+        said.append("One seed an arm: no spread is known, and another seed may come out differently.")
+    for arm in arms:
+        if mixed := _mixed(arm):
+            said.append(f"Runs of {arm.title} differ in more than their seed: {', '.join(mixed)}.")
+    problems = {int(n) for arm in arms for run in arm.runs if (n := run.evaluation("after").get("num_problems"))}
+    if problems:
+        said.append(f"Held-out accuracies are on {' and '.join(f'{n:,}' for n in sorted(problems))} problems a run.")
+    return said
+
+
+def _mixed(arm: Arm) -> list[str]:
+    """Settings that differ within an arm, other than the models and data that belong to a seed."""
+    names = sorted({name for run in arm.runs for name in run.config})
+    return [
+        name
+        for name in names
+        if not (name in ("seed", "name") or name.startswith("data.") or name.endswith("path"))
+        and len({repr(run.config.get(name)) for run in arm.runs}) > 1
+    ]
+
+
+def _progress(run: Run) -> str:
+    planned = f" of {run.planned_steps}" if run.planned_steps else ""
+    return f"{run.path.name} (step {run.steps}{planned})"
