@@ -1,4 +1,4 @@
-"""The command line: ``opd-ray train | preflight | evaluate``, the same as ``python -m opd_ray``.
+"""The command line: ``opd-ray train | preflight | evaluate | report``, the same as ``python -m opd_ray``.
 
 Exit codes: 0 done; 1 a failure while running; 2 refused input or configuration. Refusals and explained
 failures are one line on stderr (``--debug`` adds the traceback); anything else keeps its traceback.
@@ -130,6 +130,26 @@ def evaluate(checkpoint: str, config_file: Path | None, as_json: bool, debug: bo
         click.echo(json.dumps(result, indent=2))
     else:
         _print_table(f"{checkpoint}, task {config.data.task}", result)
+
+
+@cli.command(name="report", context_settings=_CONTEXT)
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="By default report.html in RUN, or in the directory that several have in common.",
+)
+@click.option("--title", help="Heading of the page; by default what was run.")
+@_debug_option
+def report_(runs: tuple[Path, ...], output: Path | None, title: str | None, debug: bool) -> None:
+    """One self-contained HTML page about each RUN, or about all runs below a directory."""
+    _set_debug(debug)
+    from opd_ray import report
+
+    output = output or report.default_output(runs)
+    report.write_report(runs, output, title=title)
+    click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
