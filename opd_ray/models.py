@@ -6,18 +6,21 @@ line that begins with the configuration field the checkpoint came from, as ``tea
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opd_ray.config import STUDENT, Config, ScorerConfig
 from opd_ray.errors import InputError
 
 _REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HUB_TIMEOUT_S = 10.0
+_MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,33 @@ def inspect(config_field: str, path: str) -> ModelFacts:
     )
 
 
+def scorers(config: Config) -> dict[str, ScorerConfig]:
+    """Role to configuration of the scorer pools that a run starts: teachers by their names, and "reference"."""
+    teachers = config.teachers if config.uses_teacher else {}
+    return {**teachers, **({"reference": config.reference} if config.uses_reference else {})}
+
+
+def inspect_run(config: Config) -> dict[str, ModelFacts]:
+    """Facts of every model that a run loads: "student", the scorers by role, and a teacher that writes rollouts."""
+    used: dict[str, ScorerConfig] = scorers(config)
+    if config.buffer.uses_teacher_rollouts:
+        used.setdefault("teacher", config.teacher)
+    student = inspect("student.path", config.student.path)
+    found = {"student": student}
+    for role, scorer in used.items():
+        name = f"{field_of(config, role)}.path"
+        if scorer.path in (config.student.path, STUDENT):
+            found[role] = dataclasses.replace(student, name=f"{name}={config.student.path}")
+        else:
+            found[role] = inspect(name, scorer.path)
+    return found
+
+
+def field_of(config: Config, role: str) -> str:
+    """The configuration section of a role: "teacher", "more_teachers.code", "reference"."""
+    return f"more_teachers.{role}" if role in config.more_teachers else role
+
+
 def load_causal_lm(path: str | Path, **options: Any) -> Any:
     """The model in ``path``; refuses weights that are incomplete, which transformers would fill with noise."""
     from transformers import AutoModelForCausalLM
@@ -95,37 +125,64 @@ def local_directory(path: str) -> Path:
     return Path(snapshot_download(path))
 
 
-def check_agreement(student: ModelFacts, scorer: ModelFacts, eos_map: Mapping[int, int], eos_field: str) -> None:
-    """Refuses a scorer whose token ids or EOS set mean something else than the student's.
+def check_agreement(student: ModelFacts, scorer: ModelFacts) -> frozenset[int]:
+    """Refuses a scorer whose ordinary token ids mean something else than the student's.
 
-    Tokenizers are compared, not output layers: these are padded, and to different sizes within one family.
+    Tokenizers are compared, not output layers: these are padded, and to different sizes within one family. Added
+    tokens (chat markup, EOS) may have other names, as Qwen2.5's and DeepSeek-R1-Distill-Qwen's do; returns the ids
+    of the student's tokens that the scorer reads as others, which a prompt must not contain.
     """
     ours, theirs = student.tokenizer.get_vocab(), scorer.tokenizer.get_vocab()
-    if ours != theirs:
-        token, id_ = min(ours.items() ^ theirs.items(), key=lambda item: (item[1], item[0]))
+    if ours == theirs:
+        return frozenset()
+    our_own, their_own = ours.items() - theirs.items(), theirs.items() - ours.items()
+    added, their_added = student.tokenizer.get_added_vocab(), scorer.tokenizer.get_added_vocab()
+    wrong = [item for item in our_own if item[0] not in added]
+    wrong += [item for item in their_own if item[0] not in their_added]
+    if wrong:
+        token, id_ = min(wrong, key=lambda item: (item[1], item[0]))
         raise InputError(
             f"vocabularies differ: token {token!r} is {_id(theirs, token)} in {scorer.name} but {_id(ours, token)} "
-            f"in {student.name} (the first of {len(dict(ours.items() ^ theirs.items()))} differences, at id {id_}); "
+            f"in {student.name} (the first of {len(dict(wrong))} differences, at id {id_}); "
             "use models of one tokenizer"
         )
-    _check_eos(student, scorer, eos_map, eos_field)
+    return frozenset(id_ for _, id_ in our_own)
 
 
-def _check_eos(student: ModelFacts, scorer: ModelFacts, eos_map: Mapping[int, int], eos_field: str) -> None:
-    ours, theirs = set(student.eos_token_ids), set(scorer.eos_token_ids)
-    for kind, ids, known in (("the student", set(eos_map), ours), (scorer.name, set(eos_map.values()), theirs)):
-        if wrong := sorted(ids - known):
-            raise InputError(
-                f"{eos_field} names token {wrong[0]}, which is no EOS of {kind} (those are {sorted(known)}); "
-                "it maps EOS ids of the student to EOS ids of that model"
-            )
-    unmapped = sorted(token for token in ours if eos_map.get(token, token) not in theirs)
-    if unmapped or (not eos_map and ours != theirs):
-        example = f"{{{min(ours)}: {min(theirs)}}}" if unmapped else f"{{{min(ours & theirs)}: {min(ours & theirs)}}}"
-        raise InputError(
-            f"EOS sets differ: {student.name} ends with {sorted(ours)}, {scorer.name} with {sorted(theirs)}; give both "
-            f"the same eos_token_id in generation_config.json or declare the mapping, as {eos_field}='{example}'"
-        )
+def eos_set(student: ModelFacts, scorers: Mapping[str, tuple[ModelFacts, Sequence[int] | None]]) -> tuple[int, ...]:
+    """Every token that ends a response for one of the models, the student's own first.
+
+    ``scorers``: role to its facts and the EOS ids that ``role.eos_token_ids`` gives instead of its checkpoint's.
+    P(stop) is summed over this set (METHOD §3). Raises InputError for an id that the student's tokenizer does not
+    have, or has as a token of ordinary text: summed in, it would end responses in their middle.
+    """
+    names = {id_: token for token, id_ in student.tokenizer.get_vocab().items()}
+    found = dict.fromkeys(student.eos_token_ids)
+    for role, (facts, given) in scorers.items():
+        where = f"{facts.name} ends with" if given is None else f"{role}.eos_token_ids names"
+        for id_ in facts.eos_token_ids if given is None else given:
+            if id_ not in names:
+                raise InputError(
+                    f"{where} token {id_}, which the tokenizer of {student.name} does not have (its ids go to "
+                    f"{max(names)}); {_other_eos(role)}"
+                )
+            if id_ not in found and not _is_markup(student.tokenizer, id_, names[id_]):
+                raise InputError(
+                    f"{where} token {id_}, which is {names[id_]!r} in {student.name}: ordinary text, no end of a "
+                    f"response; {_other_eos(role)}"
+                )
+            found[id_] = None
+    return tuple(found)
+
+
+def _other_eos(role: str) -> str:
+    return f"set {role}.eos_token_ids to ids of the student's that end a response, as [1]"
+
+
+def _is_markup(tokenizer: Any, id_: int, token: str) -> bool:
+    """Is it a token that may end a text: special, or written like one?"""
+    added = tokenizer.added_tokens_decoder.get(id_)
+    return id_ in tokenizer.all_special_ids or (added is not None and added.special) or bool(_MARKUP.fullmatch(token))
 
 
 def _locate(name: str, path: str) -> bool:

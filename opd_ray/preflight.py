@@ -5,54 +5,51 @@
     check_resources   does the cluster have what the rooms ask for?
 
 Each refusal is an InputError of one line: what was got, what was expected,
-where, and what to do. Paths are real here; what "embedded" stands for is resolved before.
+where, and what to do. Paths are real here; what "embedded" and "student" stand for is resolved before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from opd_ray import config as configs
-from opd_ray.config import Config, ScorerConfig
-from opd_ray.data import read_prompts
-from opd_ray.errors import InputError
-from opd_ray.models import ModelFacts, check_agreement, inspect
+from opd_ray import models as checkpoints
+from opd_ray.config import Config
+from opd_ray.data import Rows, read_prompts
+from opd_ray.errors import InputError, near
+from opd_ray.golden import Solution, check_golden, is_privileged, pair_solutions
+from opd_ray.models import ModelFacts, inspect, inspect_run, scorers
+from opd_ray.prompts import DEFAULT_TEACHER
 from opd_ray.tasks import Task, get_task
 
-Rows = Sequence[Mapping[str, str]]
-
-# A run that resumes must agree in these with the run it continues: they decide what step n trains on,
-# or in what form the checkpoint is. Anything else (steps, deadlines, actors, …) may change on the way.
+# A run that resumes must agree with the run it continues in these sections and fields: they decide what step n
+# trains on, or in what form the checkpoint is. Anything else (steps, deadlines, actors, …) may change on the way.
 _FIXED_BY_RUN = (
     "seed",
-    "student.path",
-    "teacher.path",
-    "teacher.eos_map",
-    "reference.path",
-    "reference.eos_map",
-    "data.task",
-    "data.prompts",
-    "data.golden",
-    "data.shuffle",
+    "student",
+    "teacher",
+    "more_teachers",
+    "reference",
+    "data",
     "rollout.responses_per_prompt",
     "rollout.max_response_tokens",
     "rollout.temperature",
     "rollout.top_p",
-    "buffer.prompts_per_step",
-    "buffer.golden_per_prompt",
-    "buffer.golden_per_step",
-    "loss.opd",
-    "loss.opd_coef",
-    "loss.sft_coef",
-    "loss.reference_kl_coef",
+    "rollout.teacher_temperature",
+    "buffer",
+    "loss",
     "learner.num_ranks",
     "learner.zero_stage",
     "learner.dtype",
 )
+_FREE = ("num_actors", "cpus_per_actor", "gpus_per_actor", "max_batch_tokens", "gpu_memory_utilization", "engine")
+_FREE += ("max_staleness", "evaluation")
+"""Leaves of fixed sections that may change all the same: where and how fast, not what."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +57,20 @@ class Preflight:
     """What the checks found out on the way, and the run needs."""
 
     eos_token_ids: tuple[int, ...]
-    """Every token that ends a response; the first is the one that golden responses get."""
+    """Every token that ends a response, for the student or for a scorer; golden responses get the first."""
     pad_token_id: int
     vocab_size: int
     tied_embeddings: bool
     max_context_tokens: int
-    """Longest prompt + response that student, teacher and reference all take."""
+    """Longest prompt + response that the student and all scorers take."""
     max_prompt_tokens: int
     """Longest prompt of the training and evaluation files, as the task renders it."""
     num_prompts: int
     num_golden: int
+    """Golden solutions that can be trained on."""
     num_problems: int
+    golden: Mapping[str, int] = field(default_factory=dict)
+    """Rows of the golden file, used, and left out by kind of problem; empty where no golden data is read."""
 
 
 def check_evaluation(config: Config) -> Preflight:
@@ -80,7 +80,7 @@ def check_evaluation(config: Config) -> Preflight:
     problems = read_prompts(config.data.evaluation)
     student = inspect("student.path", config.student.path)
     length = _check_prompts("data.evaluation", config.data.evaluation, problems, task, [student], config)
-    return _facts(config, [student], length, num_problems=len(problems))
+    return _facts(config, {"student": student}, student.eos_token_ids, length, num_problems=len(problems))
 
 
 def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
@@ -96,39 +96,59 @@ def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
                 f"--run-dir {run_dir}: holds another run; add --resume to go on with it, or give another name"
             )
         return
-    before, now = configs.to_dict(configs.load(saved)), configs.to_dict(config)
-    for name in _FIXED_BY_RUN:
-        old, new = _lookup(before, name), _lookup(now, name)
+    before, now = (dict(_leaves(configs.to_dict(each))) for each in (configs.load(saved), config))
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        fixed = any(name == each or name.startswith(f"{each}.") for each in _FIXED_BY_RUN)
         # Stand-ins ("embedded", "student") are paths in the saved file: the seed decides what they are.
-        if old != new and new not in (configs.EMBEDDED, configs.STUDENT):
+        if (
+            fixed
+            and name.rpartition(".")[2] not in _FREE
+            and old != new
+            and new not in (configs.EMBEDDED, configs.STUDENT)
+        ):
             raise InputError(
-                f"--resume: {name} is {new!r}, but the run in {run_dir} has {old!r}; "
-                f"continue it with {name}={old} or give another --run-dir"
+                f"--resume: {name} is {_yaml(new)}, but the run in {run_dir} has {_yaml(old)}; "
+                f"continue it with {name}={_yaml(old)} or give another --run-dir"
             )
 
 
-def check_files(config: Config) -> Preflight:
-    """Packages, data files and checkpoints, and that they fit each other."""
+def check_files(config: Config, need_golden: bool = False) -> Preflight:
+    """Packages, data files and checkpoints, and that they fit each other.
+
+    ``need_golden``: golden data may be mixed in later, though the configuration itself asks for none.
+    """
     _check_packages(config)
-    task = get_task(config.data.task)
-    data = config.data
-    prompts, problems = read_prompts(data.prompts), read_prompts(data.evaluation)
-    golden = read_prompts(data.golden, need_response=True) if data.golden and config.buffer.num_golden else []
-    _check_disjoint(data.evaluation, problems, {data.prompts: prompts, str(data.golden): golden})
-    student = inspect("student.path", config.student.path)
-    scorers = _inspect_scorers(config, student)
+    _check_names(config)
+    data, task = config.data, get_task(config.data.task)
+    prompts, problems = read_prompts(data.prompts, need_answer=False), read_prompts(data.evaluation)
+    _check_answers(config, prompts)
+    _check_routes(f"data.prompts {data.prompts}", enumerate(prompts, start=1), config)
+    models = inspect_run(config)
+    renamed = {role: checkpoints.check_agreement(models["student"], facts) for role, facts in models.items()}
+    eos_token_ids = _eos_token_ids(config, models)
     lengths = (
-        _check_prompts("data.prompts", data.prompts, prompts, task, [student, *scorers], config),
-        _check_prompts("data.evaluation", data.evaluation, problems, task, [student], config),
+        _check_prompts("data.prompts", data.prompts, prompts, task, list(models.values()), config),
+        _check_prompts("data.evaluation", data.evaluation, problems, task, [models["student"]], config),
     )
-    _check_golden(str(data.golden), golden, task, student, config)
+    _check_markup(f"data.prompts {data.prompts}", prompts, task, models, renamed)
+    solutions: list[Solution] = []
+    report: dict[str, int] = {}
+    if config.uses_golden or is_privileged(config) or need_golden:
+        solutions, report = _check_golden(config, models, eos_token_ids)
+    if is_privileged(config):
+        _check_privileged_prompts(config, prompts, solutions, models, task)
+    golden = {str(data.golden): [solution.row for solution in solutions]}
+    _check_disjoint(data.evaluation, problems, {data.prompts: prompts, **golden})
     return _facts(
         config,
-        [student, *scorers],
+        models,
+        eos_token_ids,
         max(lengths),
         num_prompts=len(prompts),
-        num_golden=len(golden),
+        num_golden=len(solutions),
         num_problems=len(problems),
+        golden=report,
     )
 
 
@@ -142,26 +162,34 @@ def check_resources(config: Config, cluster_resources: Mapping[str, float]) -> N
 
     ``cluster_resources`` is what ``ray.cluster_resources()`` returns.
     """
-    learner = config.learner
+    learner, rollout = config.learner, config.rollout
     asked = {"learner": (learner.num_ranks, learner.cpus_per_rank, learner.gpus_per_rank), **_generators(config)}
-    for role, scorer in _scorers(config).items():
+    if config.buffer.uses_teacher_rollouts:
+        asked["teacher generators"] = (rollout.teacher_generators, *asked["generators"][1:])
+    for role, scorer in scorers(config).items():
         asked[role] = (scorer.num_actors, scorer.cpus_per_actor, scorer.gpus_per_actor)
     _check_fits(asked, cluster_resources)
 
 
-def _facts(config: Config, models: Sequence[ModelFacts], max_prompt_tokens: int, **counts: int) -> Preflight:
-    student = models[0]
-    limits = [model.context_tokens for model in models if model.context_tokens is not None]
+def _facts(
+    config: Config,
+    models: Mapping[str, ModelFacts],
+    eos_token_ids: tuple[int, ...],
+    max_prompt_tokens: int,
+    **found: Any,
+) -> Preflight:
+    student = models["student"]
+    limits = [model.context_tokens for model in models.values() if model.context_tokens is not None]
     cap = config.student.max_context_tokens
-    needed = max_prompt_tokens + config.rollout.max_response_tokens
+    needed = max_prompt_tokens + config.rollout.longest_response
     return Preflight(
-        eos_token_ids=student.eos_token_ids,
+        eos_token_ids=eos_token_ids,
         pad_token_id=student.pad_token_id,
         vocab_size=student.vocab_size,
         tied_embeddings=student.tied_embeddings,
         max_context_tokens=min([*limits, *([cap] if cap else [])], default=needed),
         max_prompt_tokens=max_prompt_tokens,
-        **{"num_prompts": 0, "num_golden": 0, "num_problems": 0, **counts},
+        **{"num_prompts": 0, "num_golden": 0, "num_problems": 0, **found},
     )
 
 
@@ -169,12 +197,6 @@ def _generators(config: Config) -> dict[str, tuple[int, float, float]]:
     rollout = config.rollout
     gpus = rollout.gpus_per_generator * rollout.tensor_parallel_size
     return {"generators": (rollout.num_generators, rollout.cpus_per_generator, gpus)}
-
-
-def _scorers(config: Config) -> dict[str, ScorerConfig]:
-    """The scorer pools that this run starts."""
-    pools = {"teacher": config.teacher} if config.buffer.prompts_per_step else {}
-    return pools | ({"reference": config.reference} if config.loss.needs_reference else {})
 
 
 def _check_fits(asked: Mapping[str, tuple[int, float, float]], there: Mapping[str, float]) -> None:
@@ -192,7 +214,7 @@ def _check_fits(asked: Mapping[str, tuple[int, float, float]], there: Mapping[st
 def _check_packages(config: Config, evaluation_only: bool = False) -> None:
     engines = {"rollout.engine": config.rollout.engine}
     if not evaluation_only:
-        engines |= {f"{role}.engine": scorer.engine for role, scorer in _scorers(config).items()}
+        engines |= {f"{role}.engine": scorer.engine for role, scorer in scorers(config).items()}
     for name, engine in engines.items():
         if engine == "vllm" and find_spec("vllm") is None:
             raise InputError(
@@ -205,13 +227,59 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
         raise InputError("data.task=math needs math-verify, which is not installed; pip install 'opd_ray[math]'")
 
 
-def _inspect_scorers(config: Config, student: ModelFacts) -> list[ModelFacts]:
-    found = []
-    for role, scorer in _scorers(config).items():
-        facts = student if scorer.path == config.student.path else inspect(f"{role}.path", scorer.path)
-        check_agreement(student, facts, scorer.eos_map, f"{role}.eos_map")
-        found.append(facts)
-    return found
+def _check_names(config: Config) -> None:
+    for name in sorted({"student", "reference"} & config.more_teachers.keys()):
+        raise InputError(f"more_teachers: the name '{name}' is that of another role; choose another")
+
+
+def _check_answers(config: Config, prompts: Rows) -> None:
+    """What asks for the task's verdict on a response needs an answer in every row."""
+    asking = []
+    if config.loss.student.used and config.loss.advantage.reward_coef > 0:
+        asking.append(f"loss.advantage.reward_coef={config.loss.advantage.reward_coef:g}")
+    if config.buffer.uses_teacher_rollouts and config.buffer.teacher_filter == "correct":
+        asking.append("buffer.teacher_filter=correct")
+    missing = [number for number, row in enumerate(prompts, start=1) if not row["answer"]]
+    if asking and missing:
+        raise InputError(
+            f"data.prompts {config.data.prompts} row {missing[0]}: has no 'answer' ({len(missing)} of {len(prompts)} "
+            f"rows lack it), which {asking[0]} needs to judge responses; add the answers, or choose another setting"
+        )
+
+
+def _check_routes(where: str, rows: Iterator[tuple[int, Mapping[str, Any]]], config: Config) -> None:
+    """Each row's teacher must be one of the run's."""
+    if not config.uses_teacher:
+        return
+    for number, row in rows:
+        if (name := row.get("teacher", DEFAULT_TEACHER)) not in config.teachers:
+            raise InputError(
+                f"{where} row {number}: asks for the teacher {name!r}, which the configuration does not have"
+                f"{near(name, config.teachers)} (teacher, or a name in more_teachers)"
+            )
+
+
+def _eos_token_ids(config: Config, models: Mapping[str, ModelFacts]) -> tuple[int, ...]:
+    given = {role: scorer.eos_token_ids for role, scorer in scorers(config).items()}
+    given |= {"teacher": config.teacher.eos_token_ids} if "teacher" in models else {}
+    asked = {checkpoints.field_of(config, role): (models[role], ids) for role, ids in given.items()}
+    return checkpoints.eos_set(models["student"], asked)
+
+
+def _check_markup(
+    where: str, rows: Rows, task: Task, models: Mapping[str, ModelFacts], renamed: Mapping[str, frozenset[int]]
+) -> None:
+    """The markup around a prompt, which is that of its first row, must mean the same to student and scorers."""
+    student = models["student"]
+    prompt = _render(where, 0, lambda: task.format_prompt(rows[0], student.tokenizer))
+    for role, ids in renamed.items():
+        if shared := sorted(ids.intersection(prompt)):
+            ours = student.tokenizer.convert_ids_to_tokens(shared[0])
+            theirs = models[role].tokenizer.convert_ids_to_tokens(shared[0])
+            raise InputError(
+                f"{where} row 1: its prompt holds token {shared[0]}, {ours!r} in {student.name} but {theirs!r} in "
+                f"{models[role].name}; give the student the tokenizer and chat template of its teacher"
+            )
 
 
 def _check_disjoint(path: str, problems: Rows, training: Mapping[str, Rows]) -> None:
@@ -228,67 +296,81 @@ def _check_disjoint(path: str, problems: Rows, training: Mapping[str, Rows]) -> 
 
 def _check_prompts(name: str, path: str, rows: Rows, task: Task, models: Sequence[ModelFacts], config: Config) -> int:
     """Tokens of the longest prompt; refuses it where it leaves no room for a response."""
-    longest, number = _longest_prompt(f"{name} {path}", rows, task, models[0].tokenizer)
-    response = config.rollout.max_response_tokens
-    for model, limit in _limits(models, config):
-        if longest + response > limit:
-            raise InputError(
-                f"{name} {path} row {number}: its {longest} prompt tokens + rollout.max_response_tokens={response} are "
-                f"{longest + response}, more than the context of {limit} of {model}; "
-                f"shorten the prompt or set rollout.max_response_tokens={max(limit - longest, 1)}"
-            )
+    tokenizer = models[0].tokenizer
+    texts = [(row["prompt"],) for row in rows]
+    where = f"{name} {path}"
+    longest, number = _longest_prompt(where, texts, lambda i: task.format_prompt(rows[i], tokenizer), tokenizer)
+    _check_room(f"{where} row {number}: its", longest, _limits(models, config), config)
     return longest
 
 
-def _longest_prompt(where: str, rows: Rows, task: Task, tokenizer: Any) -> tuple[int, int]:
-    """Tokens and row number (1-based) of the longest prompt.
+def _check_privileged_prompts(
+    config: Config, prompts: Rows, solutions: Sequence[Solution], models: Mapping[str, ModelFacts], task: Task
+) -> None:
+    """The prompt with its golden solution in it must leave a teacher that is shown it room for a response."""
+    where, tokenizer, pairs = (
+        f"data.prompts {config.data.prompts}",
+        models["student"].tokenizer,
+        pair_solutions(prompts, solutions),
+    )
+    texts = [(row["prompt"], solutions[pairs[row["id"]]].text) for row in prompts]
+    longest, number = _longest_prompt(
+        where, texts, lambda i: task.format_privileged_prompt(prompts[i], texts[i][1], tokenizer), tokenizer
+    )
+    shown = [models[name] for name, teacher in config.teachers.items() if teacher.privileged]
+    _check_room(f"{where} row {number}: with its golden solution, its", longest, _limits(shown, config), config)
+
+
+def _check_room(what: str, prompt: int, limits: Sequence[tuple[str, int]], config: Config) -> None:
+    response = config.rollout.longest_response
+    for model, limit in limits:
+        if prompt + response > limit:
+            raise InputError(
+                f"{what} {prompt} prompt tokens + rollout.max_response_tokens={response} are "
+                f"{prompt + response}, more than the context of {limit} of {model}; "
+                f"shorten the prompt or set rollout.max_response_tokens={max(limit - prompt, 1)}"
+            )
+
+
+def _longest_prompt(
+    where: str, texts: Sequence[tuple[str, ...]], render: Callable[[int], list[int]], tokenizer: Any
+) -> tuple[int, int]:
+    """Tokens and row number (1-based) of the longest prompt; ``render(i)`` makes it of ``texts[i]``.
 
     From the longest text downwards, and not further than a prompt could still win: a text has at most one
     token per byte, besides those of the template around it. So a few rows of a large file are tokenised.
     """
-    sizes = [len(row["prompt"].encode()) for row in rows]
-    order = sorted(range(len(rows)), key=sizes.__getitem__, reverse=True)
+    sizes = [sum(len(text.encode()) for text in row) for row in texts]
+    order = sorted(range(len(texts)), key=sizes.__getitem__, reverse=True)
     shortest = order[-1]
-    bare = len(tokenizer(rows[shortest]["prompt"], add_special_tokens=False)["input_ids"])
-    around = len(_render(where, shortest, rows, task, tokenizer)) - bare
+    bare = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts[shortest])
+    around = len(_render(where, shortest, lambda: render(shortest))) - bare
     longest, number = 0, 0
     for index in order:
         if sizes[index] + around <= longest:
             break
-        tokens = len(_render(where, index, rows, task, tokenizer))
+        tokens = len(_render(where, index, lambda index=index: render(index)))
         if tokens > longest:
             longest, number = tokens, index + 1
     return longest, number
 
 
-def _render(where: str, index: int, rows: Rows, task: Task, tokenizer: Any) -> list[int]:
+def _render(where: str, index: int, render: Callable[[], list[int]]) -> list[int]:
     try:
-        return task.format_prompt(rows[index], tokenizer)
+        return render()
     except (ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{where} row {index + 1}: the task cannot render the prompt ({reason})") from None
 
 
-def _check_golden(path: str, rows: Rows, task: Task, student: ModelFacts, config: Config) -> None:
-    """A golden row must fit the student with its EOS, which the package appends."""
-    if not rows:
-        return
-    where, eos = f"data.golden {path}", set(student.eos_token_ids)
-    limits = _limits([student], config)
-    responses = student.tokenizer([row["response"] for row in rows], add_special_tokens=False)["input_ids"]
-    for index, response in enumerate(responses):
-        if eos & set(response):
-            token = student.tokenizer.convert_ids_to_tokens(min(eos & set(response)))
-            raise InputError(
-                f"{where} row {index + 1}: the response contains the EOS {token!r}; remove it, one is appended to each"
-            )
-        total = len(_render(where, index, rows, task, student.tokenizer)) + len(response) + 1
-        for model, limit in limits:
-            if total > limit:
-                raise InputError(
-                    f"{where} row {index + 1}: prompt, response and EOS have {total} tokens, "
-                    f"more than the context of {limit} of {model}; shorten or remove the row"
-                )
+def _check_golden(
+    config: Config, models: Mapping[str, ModelFacts], eos_token_ids: tuple[int, ...]
+) -> tuple[list[Solution], dict[str, int]]:
+    if config.data.golden is None:
+        raise InputError("golden solutions are asked for but data.golden is null; give a file of them")
+    solutions, report = check_golden(config, models, eos_token_ids)
+    _check_routes(f"data.golden {config.data.golden}", ((each.number, each.row) for each in solutions), config)
+    return solutions, report
 
 
 def _limits(models: Sequence[ModelFacts], config: Config) -> list[tuple[str, int]]:
@@ -298,7 +380,15 @@ def _limits(models: Sequence[ModelFacts], config: Config) -> list[tuple[str, int
     return limits + ([("student.max_context_tokens", cap)] if cap else [])
 
 
-def _lookup(raw: Mapping[str, Any], name: str) -> Any:
-    for part in name.split("."):
-        raw = raw[part]
-    return raw
+def _leaves(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a nested configuration as ``section.field`` and value."""
+    for name, value in raw.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _yaml(value: Any) -> str:
+    """A value as an override takes it."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -13,6 +13,9 @@ import numpy as np
 from opd_ray.messages import PromptGroup
 from opd_ray.tasks import Task
 
+DEFAULT_TEACHER = "teacher"
+"""The teacher of a row that names none."""
+
 
 class Shuffled:
     """Position ``i`` to row index: every row once per epoch, a new order each epoch."""
@@ -43,7 +46,10 @@ class PromptStream:
         order: Shuffled | None,
         num_responses: int,
         seed: int,
+        golden: Mapping[str, str] | None = None,
     ) -> None:
+        """``golden`` (prompt id to the text of its solution) fills privileged_prompt_tokens."""
+        self._golden = golden
         self._rows, self._task, self._tokenizer, self._order = rows, task, tokenizer, order
         self._num_responses, self._seed = num_responses, seed
 
@@ -53,13 +59,19 @@ class PromptStream:
 
     def __getitem__(self, slot: int) -> PromptGroup:
         row = dict(self._rows[slot if self._order is None else self._order[slot]])
+        privileged = []
+        if self._golden is not None:
+            solution = self._golden[str(row["id"])]
+            privileged = self._task.format_privileged_prompt(row, solution, self._tokenizer)
         return PromptGroup(
             slot=slot,
             prompt_id=str(row["id"]),
             prompt_tokens=tuple(self._task.format_prompt(row, self._tokenizer)),
             row=row,
             num_responses=self._num_responses,
-            seed=_request_seed(self._seed, slot * self._num_responses),
+            seed=_request_seed(self._seed, slot * max(self._num_responses, 1)),
+            teacher=row.get("teacher", DEFAULT_TEACHER),
+            privileged_prompt_tokens=tuple(privileged),
         )
 
 

@@ -2,7 +2,7 @@
 
 A row is one line of a prompts or golden JSONL file.  The loop knows tasks only through the
 `Task` protocol; it never sees what a prompt is about.  To add one, write a class with the
-two methods in a new module here and name it in ``_TASKS``.
+three methods in a new module here and name it in ``_TASKS``.
 """
 
 from __future__ import annotations
@@ -27,8 +27,18 @@ class Task(Protocol):
         """The token ids of the prompt, special tokens and chat markup included."""
         ...
 
+    def format_privileged_prompt(
+        self, row: Mapping[str, Any], solution: str, tokenizer: PreTrainedTokenizerBase
+    ) -> list[int]:
+        """The token ids of the prompt with a correct ``solution`` in it, for a teacher that is shown it.
+
+        What such a teacher thinks of a response steers a student that sees only `format_prompt`
+        (OPSD: on-policy self-distillation).
+        """
+        ...
+
     def verify(self, response: str, row: Mapping[str, Any]) -> bool:
-        """Is ``response`` right?  It is decoded text without special tokens.
+        """Is ``response`` right?  It is decoded text without special tokens; a row without an answer ("") has none.
 
         Only the text is judged.  Whether the response ended by itself or was cut at the
         length budget is known from its finish reason, and the caller checks that.

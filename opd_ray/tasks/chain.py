@@ -207,7 +207,11 @@ class ChainTask:
         """Token ids of the prompt as it stands: one id per character, no chat template."""
         return tokenizer.encode(row["prompt"], add_special_tokens=False)
 
+    def format_privileged_prompt(self, row: Mapping[str, Any], solution: str, tokenizer) -> list[int]:
+        """Token ids of the solution and then the prompt: ``5-0=5;5-6=6;6+6=5#5^5-0-6+6=``."""
+        return tokenizer.encode(solution + row["prompt"], add_special_tokens=False)
+
     def verify(self, response: str, row: Mapping[str, Any]) -> bool:
         """Is exactly one character written after the last ``#``, and is it the right digit?"""
         _, mark, answer = response.rpartition("#")
-        return mark == "#" and answer.strip() == row["answer"]
+        return mark == "#" and answer.strip() == row["answer"] != ""

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TIME_LIMIT_S = 5  # for one parse or comparison; sympy can take for ever on odd expressions
+# The wording is ours; its parts (problem, reference solution, own words) are OPSD's teacher prompt.
+_PRIVILEGED = """{prompt}
+
+Here is a correct reference solution to this problem:
+
+{solution}
+
+Now solve the problem yourself: understand why each step of the reference is right, then reason in your own \
+words, without mentioning or copying it, and end with the final answer."""
 
 
 class MathTask:
@@ -30,17 +39,18 @@ class MathTask:
         A tokenizer without a template (a base model) gets the prompt as it stands, with the
         special tokens it puts at the beginning of any text.
         """
-        if not tokenizer.chat_template:
-            return tokenizer.encode(row["prompt"])
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": row["prompt"]}],
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
+        return _user_turn(row["prompt"], tokenizer)
+
+    def format_privileged_prompt(
+        self, row: Mapping[str, Any], solution: str, tokenizer: PreTrainedTokenizerBase
+    ) -> list[int]:
+        """The same turn with the problem, the reference solution, and the request to answer in own words."""
+        return _user_turn(_PRIVILEGED.format(prompt=row["prompt"], solution=solution), tokenizer)
 
     def verify(self, response: str, row: Mapping[str, Any]) -> bool:
         """Is the final answer of ``response`` equal to ``row["answer"]`` as mathematics?"""
+        if not row["answer"]:
+            return False
         library = _math_verify()
         # The library's own time-outs use SIGALRM, which only a main thread may set: in the worker
         # threads of an actor it raises ValueError.
@@ -53,6 +63,17 @@ class MathTask:
             )
         predicted = library.parse(response, parsing_timeout=limit_s)
         return bool(library.verify(gold, predicted, timeout_seconds=limit_s))
+
+
+def _user_turn(content: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if not tokenizer.chat_template:
+        return tokenizer.encode(content)
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
 
 
 def _as_latex(answer: str) -> str:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from checkpoints import write_jsonl
-from opd_ray.data import read_prompts
+from opd_ray.data import read_golden, read_prompts
 from opd_ray.errors import InputError
 
 GOOD = {"prompt": "1+1=", "answer": "2"}
@@ -25,14 +25,14 @@ def test_jsonl_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
         {"id": "first", "prompt": "1+1=", "answer": "2", "response": "2"},
         {"id": "2", "prompt": "2+2=", "answer": "4", "response": "4"},
     ]
-    assert read_prompts(str(jsonl), need_response=True) == expected
-    assert read_prompts(str(tmp_path / "golden.parquet"), need_response=True) == expected
+    assert read_golden(str(jsonl)) == expected
+    assert read_golden(str(tmp_path / "golden.parquet")) == expected
 
 
 def test_golden_rows_need_no_answer_and_blank_lines_may_end_a_file(tmp_path: Path) -> None:
     file = tmp_path / "golden.jsonl"
     file.write_text('{"prompt": "p", "response": "r"}\n\n \n')
-    assert read_prompts(str(file), need_response=True) == [{"id": "1", "prompt": "p", "answer": "", "response": "r"}]
+    assert read_golden(str(file)) == [{"id": "1", "prompt": "p", "answer": "", "response": "r"}]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_bad_row_is_refused_by_file_and_number(tmp_path: Path, second: str, me
 def test_a_golden_row_needs_a_response(tmp_path: Path, response: object) -> None:
     file = write_jsonl(tmp_path / "golden.jsonl", [GOOD | ({} if response is None else {"response": response})])
     with pytest.raises(InputError, match=r"golden.jsonl row 1: .*'response'"):
-        read_prompts(str(file), need_response=True)
+        read_golden(str(file))
 
 
 @pytest.mark.parametrize(
