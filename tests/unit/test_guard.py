@@ -1,0 +1,355 @@
+"""The guard: what raises an alarm, what it asks for, and in which order; with traces of real runs."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from opd_ray.guard import Guard, GuardConfig, Strength
+
+LEVELS = ("off", "warn", "act", "rollback", "stop")
+NAMES = (
+    "rollouts/truncated_token_share",
+    "rollouts/truncation_rate",
+    "rollouts/repetition_rate",
+    "rollouts/length",
+    "learner/repetitive_share",
+    "learner/advantage_repetitive",
+    "learner/advantage_other",
+    "learner/teacher_logprob_repetitive",
+    "learner/entropy",
+    "learner/grad_norm",
+)
+
+# Real runs of the embedded models, None where a step had no repetitive tokens. Both failing runs are plain OPD
+# at lr 1.5e-3; half of their rollouts are truncated at the step that is marked.
+FAST = (  # seed 101, steps 7 to 20; the teacher does not yet endorse what is repeated
+    (0, 0, 0, 20.97, 0, 0, -1.09, 0, 0.265, 4.147),
+    (0.11, 0.03, 0, 23.56, 0, None, -1.18, None, 0.313, 4.446),
+    (0, 0, 0, 25.16, 0, -0.5, -1.29, -0.8, 0.312, 3.253),
+    (0.15, 0.06, 0, 32.44, 0.05, -2.33, -1.77, -2.53, 0.36, 3.724),
+    (0, 0, 0, 29.78, 0.07, -1.52, -1.38, -1.68, 0.333, 3.177),
+    (0.27, 0.12, 0, 36.69, 0.06, -2.03, -2.06, -2.2, 0.382, 4.194),
+    (0.51, 0.31, 0, 49.19, 0.1, -2.29, -2.46, -2.55, 0.436, 7.455),
+    (0.54, 0.34, 0, 51.28, 0.09, -1.89, -2.37, -2.06, 0.404, 3.219),
+    (0.54, 0.31, 0, 46.28, 0.05, -2.08, -2.4, -2.27, 0.423, 4.173),
+    (0.73, 0.53, 0, 58.56, 0.1, -2, -2.11, -2.18, 0.393, 2.917),  # step 16
+    (0.79, 0.56, 0, 56.81, 0.12, -1.9, -2.17, -2.16, 0.425, 6.427),
+    (0.73, 0.53, 0, 58.44, 0.08, -1.46, -1.93, -1.76, 0.39, 3.069),
+    (0.89, 0.75, 0.03, 67.47, 0.14, -0.83, -2.1, -1, 0.371, 3.431),
+    (0.89, 0.66, 0, 58.94, 0.16, -0.87, -1.69, -1.07, 0.339, 3.319),
+)
+SLOW = (  # seed 103, steps 57 to 78; copying that the teacher endorses comes before truncation
+    (0, 0, 0, 29.22, 0.05, -0.49, -0.74, -0.73, 0.181, 2.145),
+    (0.08, 0.03, 0, 30.53, 0.06, -0.59, -1.05, -0.79, 0.213, 4.209),
+    (0, 0, 0, 23.06, 0.04, -0.14, -0.55, -0.26, 0.183, 5.01),
+    (0.09, 0.03, 0, 26.97, 0.09, -0.54, -0.61, -0.79, 0.199, 5.259),
+    (0.07, 0.03, 0, 33.62, 0.1, -1.23, -1.24, -1.35, 0.219, 3.851),
+    (0, 0, 0, 29.56, 0.06, -0.52, -0.9, -0.66, 0.199, 2.119),
+    (0, 0, 0, 27.78, 0.05, -0.18, -0.68, -0.35, 0.195, 1.883),
+    (0.31, 0.16, 0, 40.19, 0.14, -0.44, -1.14, -0.55, 0.219, 3.907),
+    (0, 0, 0.03, 35.16, 0.09, -0.19, -1.15, -0.36, 0.221, 2.753),
+    (0.26, 0.16, 0, 48.5, 0.13, -0.79, -1.25, -1.01, 0.218, 3.144),
+    (0.51, 0.31, 0, 48.91, 0.12, -0.61, -1.53, -0.78, 0.236, 5.683),
+    (0.44, 0.25, 0, 45.28, 0.13, -0.56, -1.41, -0.72, 0.233, 4.23),
+    (0.49, 0.28, 0, 45.72, 0.13, -0.19, -1.42, -0.4, 0.226, 4.46),
+    (0.69, 0.47, 0.06, 54.31, 0.22, -0.33, -1.21, -0.45, 0.213, 3.214),
+    (0.7, 0.53, 0.16, 60.44, 0.22, -0.42, -1.36, -0.51, 0.222, 3.06),  # step 71
+    (0.78, 0.66, 0.19, 66.91, 0.27, -0.29, -1.46, -0.38, 0.195, 3.33),
+    (0.9, 0.81, 0.41, 72.34, 0.31, -0.29, -1.37, -0.34, 0.164, 2.176),
+    (0.9, 0.78, 0.41, 69.72, 0.34, -0.3, -1.22, -0.42, 0.187, 12.922),
+    (0.83, 0.72, 0.5, 69.31, 0.41, -0.16, -1.28, -0.22, 0.15, 2.203),
+    (0.89, 0.81, 0.72, 72.88, 0.46, -0.23, -1.29, -0.28, 0.141, 1.531),
+    (0.85, 0.72, 0.59, 67.44, 0.4, -0.26, -1.25, -0.32, 0.158, 2.787),
+    (0.92, 0.88, 0.72, 76.25, 0.48, -0.22, -1.34, -0.27, 0.135, 1.947),
+)
+HEALTHY = (  # StableOPD: the worst stretch of seed 101, then the quietest of seed 103, whose gradient nearly vanishes
+    (0, 0, 0, 19.41, 0, -0.05, -0.19, -0.06, 0.044, 0.809),
+    (0.11, 0.03, 0, 23.19, 0.01, -2.71, -0.85, -3.03, 0.093, 0.769),
+    (0, 0, 0, 20.19, 0.01, -1.15, -0.32, -1.3, 0.059, 0.961),
+    (0, 0, 0, 21.5, 0.02, -3.15, -0.63, -3.4, 0.07, 6.213),
+    (0, 0, 0, 18.69, 0, None, -0.01, None, 0.017, 0.014),
+    (0, 0, 0, 19.62, 0, None, -0.01, None, 0.014, 0.014),
+    (0, 0, 0, 19.62, 0, None, -0.01, None, 0.014, 0.014),
+    (0, 0, 0, 18.12, 0, None, -0.02, None, 0.015, 0.019),
+)
+CALM = {"rollouts/truncated_token_share": 0.0, "rollouts/length": 20.0, "learner/loss": 1.0}
+
+
+def metrics(row):
+    return {name: value for name, value in zip(NAMES, row, strict=True) if value is not None} | {"learner/loss": 1.0}
+
+
+def share(value):
+    return CALM | {"rollouts/truncated_token_share": value}
+
+
+def make(level="stop", *, has_golden=True, has_reference=True, configured=None, **values):
+    config = GuardConfig(level=level, **values)
+    return Guard(config, has_golden=has_golden, has_reference=has_reference, configured=configured)
+
+
+def replay(guard, rows, first):
+    """Events of ``rows`` from step ``first`` on, after as many calm steps; up to the first order."""
+    events = []
+    for step in range(1, first):
+        assert guard.look(step, CALM | {"learner/repetitive_share": 0.0}).events == ()
+    for step, row in enumerate(rows, first):
+        verdict = guard.look(step, row)
+        events += verdict.events
+        if verdict.order != "go on":
+            break
+    return events
+
+
+def kinds(events):
+    return [(event.step, event.signal, event.level) for event in events if event.level != "warn"]
+
+
+def test_a_fast_inflation_is_met_before_half_of_the_rollouts_are_truncated():
+    events = replay(make("rollback"), [*map(metrics, FAST), *[metrics(FAST[-1])] * 5], first=7)
+    assert kinds(events) == [
+        (13, "truncated_token_share", "act"),
+        (18, "truncated_token_share", "act"),
+        (23, "truncated_token_share", "rollback"),
+    ]
+    assert min(event.step for event in events) == 12
+
+
+def test_a_slow_inflation_is_announced_by_what_the_teacher_endorses():
+    events = replay(make("rollback"), map(metrics, SLOW), first=57)
+    assert [(events[0].step, events[0].signal, events[0].level)] == [(60, "teacher_logprob_repetitive", "warn")]
+    assert "early alarm" in events[0].action
+    assert kinds(events) == [
+        (67, "truncated_token_share", "act"),
+        (72, "truncated_token_share", "act"),
+        (77, "truncated_token_share", "rollback"),
+    ]
+    acted = next(event for event in events if event.level == "act")
+    assert acted.action.startswith("length inflation that the teacher endorses: repetitive tokens (11%)")
+
+
+def test_a_healthy_stableopd_run_raises_no_alarm():
+    assert replay(make("stop"), map(metrics, HEALTHY * 3), first=7) == []
+
+
+def test_a_signal_warns_acts_rolls_back_and_stops_in_that_order():
+    guard = make("stop", window_steps=1, patience_steps=2, max_rollbacks=1)
+    guard.look(1, CALM)
+    said = [guard.look(step, share(value)) for step, value in enumerate([0.2, 0.5, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9], 2)]
+    assert [event.level for event in said[0].events] == ["warn"]
+    assert [(v.order, [e.level for e in v.events]) for v in said[1:]] == [
+        ("go on", ["act"]),
+        ("go on", ["warn"]),  # worse than before, but patience
+        ("go on", ["act"]),
+        ("go on", []),
+        ("roll back", ["rollback"]),
+        ("go on", []),
+        ("stop", ["stop"]),
+    ]
+    assert said[1].strength == Strength(1.0, 1.5, 0.05, mask_truncated_tails=True)
+    assert said[3].strength == said[-1].strength == Strength(2.0, 3.0, 0.1, mask_truncated_tails=True)
+    acted = said[1].events[0]
+    assert (acted.step, acted.signal, acted.value, acted.threshold) == (3, "truncated_token_share", 0.5, 0.25)
+
+
+def test_patience_gives_an_action_time_to_work():
+    guard = make("stop", window_steps=1, patience_steps=5)
+    guard.look(1, CALM)
+    assert [guard.look(step, share(0.9)).strength.golden_per_prompt for step in range(2, 9)] == [1.0] * 5 + [2.0] * 2
+
+
+def test_a_rollback_clears_the_windows_and_keeps_the_stronger_setting():
+    guard = make("rollback", patience_steps=2)
+    step, order = 3, "go on"
+    for _ in range(3):
+        guard.look(step, CALM)
+    while order == "go on":
+        step += 1
+        order = guard.look(step, share(0.9)).order
+    assert order == "roll back" and not guard.healthy()
+    strength = guard.strength
+    guard.rolled_back(2)
+    assert guard.healthy() and guard.strength == strength
+    assert [guard.look(s, share(0.9)).events for s in (3, 4)] == [(), ()]  # the window fills anew
+    assert guard.look(5, share(0.9)).order == "roll back"
+
+
+def test_without_a_remedy_it_says_so_once_and_escalates_as_far_as_it_may():
+    bare = {"has_golden": False, "has_reference": False, "mask_truncated_tails": False, "window_steps": 1}
+    guard = make("act", **bare)
+    guard.look(1, CALM)
+    events = [event for step in range(2, 30) for event in guard.look(step, share(0.9)).events]
+    assert [event.level for event in events] == ["warn"]
+    assert "no golden rollouts to add, no reference for β_KL, truncated tails as configured" in events[0].action
+    assert guard.strength == Strength()
+    guard = make("rollback", **bare)
+    guard.look(1, CALM)
+    assert guard.look(2, share(0.9)).order == "roll back"
+
+
+def test_notches_count_from_what_is_configured():
+    guard = make("act", window_steps=1, configured=Strength(1.0, 1.0, 0.2, mask_truncated_tails=True))
+    guard.look(1, CALM)
+    event = guard.look(2, share(0.5)).events[0]
+    assert guard.strength == Strength(1.5, 2.0, 0.0)  # β_KL is over the limit already, tails are masked already
+    assert event.action.startswith("at least 1.5 golden rollouts a prompt at λ_gold 2, β_KL as configured")
+
+
+def test_a_quiet_signal_is_announced_anew_but_not_one_that_flickers():
+    guard = make("warn", window_steps=1, patience_steps=3)
+    values = [0, 0.2, 0, 0.2, 0, 0, 0, 0, 0.2]
+    spoke = [step for step, value in enumerate(values) if guard.look(step, share(value)).events]
+    assert spoke == [1, 8]
+
+
+def test_a_share_is_measured_from_the_lowest_level_the_run_has_shown():
+    guard = make("act", window_steps=1)
+    first = guard.look(1, share(0.5)).events
+    assert [event.level for event in first] == ["warn"] and "begins like this" in first[0].action
+    assert guard.look(2, share(0.54)).events == ()
+    event = guard.look(3, share(0.7)).events[0]
+    assert (event.level, event.threshold) == ("act", 0.625)
+    falling = make("act", window_steps=1)  # prefixes that grow: everything is truncated at first
+    assert [falling.look(step, share(1 - step / 10)).events != () for step in range(10)] == [True] + [False] * 9
+
+
+def test_length_drift_only_warns_and_starts_over_with_another_budget():
+    guard = make("stop", window_steps=1, warmup_steps=2)
+    long = {"rollouts/length": 100.0, "rollouts/length_budget": 80.0}
+    usual = {"rollouts/length": 20.0, "rollouts/length_budget": 80.0}
+    assert [guard.look(step, usual).events for step in (1, 2)] == [(), ()]
+    (event,) = guard.look(3, long).events
+    assert (event.signal, event.value, event.level) == ("length_ratio", 5.0, "warn")
+    assert guard.healthy()
+    assert [guard.look(step, long | {"rollouts/length_budget": 160.0}).events for step in (20, 21, 22)] == [()] * 3
+
+
+CERTAIN = {"learner/entropy": 0.001, "learner/grad_norm": 0.001, "learner/loss": 5.0}
+SCORED = {"learner/repetitive_share": 0.9, "learner/advantage_repetitive": -9.0, "learner/advantage_other": -3.0}
+
+
+def test_a_deterministic_collapse_is_told_apart_from_convergence():
+    def level(values):
+        events = make("act", window_steps=1).look(1, values).events
+        return [(event.signal, event.level) for event in events], " ".join(event.action for event in events)
+
+    said, text = level(CERTAIN | SCORED)
+    assert said == [("entropy", "act")]
+    assert text.startswith("collapse to a string that the teacher does not endorse (mean advantage -8.40)")
+    assert level(CERTAIN | SCORED | {"learner/grad_norm": 0.5})[0] == []
+    converged = {"learner/advantage_repetitive": -0.01, "learner/advantage_other": -0.02}
+    assert level(CERTAIN | SCORED | converged)[0] == []
+    assert level(CERTAIN)[0] == [("entropy", "warn")]  # without a teacher nobody can tell
+
+
+def test_the_two_collapses_are_named_apart_on_truncation():
+    guard = make("act", window_steps=1)
+    guard.look(1, CALM)
+    events = guard.look(2, share(1.0) | CERTAIN | SCORED).events
+    assert [(event.signal, event.level) for event in events] == [("truncated_token_share", "warn"), ("entropy", "act")]
+    assert all(event.action.startswith("collapse to a string") for event in events)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_rolls_back_at_once_and_then_stops(loss):
+    guard = make("stop", max_rollbacks=1)
+    first = guard.look(1, CALM | {"learner/loss": loss})
+    assert first.order == "roll back" and first.strength != Strength() and not guard.healthy()
+    assert str(loss) in first.events[0].action
+    guard.rolled_back(0)
+    assert guard.look(1, CALM | {"learner/loss": loss}).order == "stop"
+
+
+@pytest.mark.parametrize("level", ["warn", "act"])
+def test_single_losses_that_are_not_finite_are_skipped_and_a_row_of_them_stops(level):
+    guard = make(level, max_non_finite_steps=2)
+    losses = [math.nan, 1.0, math.nan, math.nan]
+    said = [guard.look(step, CALM | {"learner/loss": loss}) for step, loss in enumerate(losses)]
+    assert [verdict.order for verdict in said] == ["go on", "go on", "go on", "stop"]
+    assert [event.value for verdict in said for event in verdict.events] == [1.0, 1.0, 2.0]
+
+
+def test_a_missing_metric_is_silent():
+    guard = make("stop")
+    assert all(guard.look(step, {"learner/loss": 1.0}).events == () for step in range(20))
+    assert all(guard.look(step, {}).order == "go on" for step in range(20, 25))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"truncation_rate": (0.3, 0.2, 0.5)}, {"repetition_rate": (0.1, 0.2, 1.0)}, {"entropy": (0.1, 0.2, 0.3)}],
+)
+def test_thresholds_out_of_order_are_refused(wrong):
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        GuardConfig(**wrong)
+
+
+numbers = st.one_of(st.none(), st.floats(0, 1), st.just(math.nan))
+rows = st.lists(
+    st.fixed_dictionaries(
+        dict.fromkeys(NAMES, numbers)
+        | {
+            "rollouts/length": st.floats(0, 100),
+            "learner/advantage_other": st.floats(-9, 1),
+            "learner/advantage_repetitive": st.floats(-9, 1),
+            "learner/teacher_logprob_repetitive": st.floats(-9, 0),
+            "learner/loss": st.sampled_from([1.0, 1.0, 1.0, math.nan]),
+            "rollouts/length_budget": st.sampled_from([80, 80, 40, 160]),
+        }
+    ),
+    max_size=40,
+)
+configs = st.builds(
+    GuardConfig,
+    level=st.sampled_from(LEVELS),
+    window_steps=st.integers(1, 2),
+    warmup_steps=st.integers(1, 3),
+    patience_steps=st.integers(1, 4),
+    num_notches=st.integers(1, 4),
+    max_golden_per_prompt=st.floats(0, 3),
+    max_golden_coef=st.floats(0, 3),
+    max_reference_kl_coef=st.floats(0, 1),
+    mask_truncated_tails=st.booleans(),
+    max_rollbacks=st.integers(0, 2),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(configs, rows, st.booleans(), st.booleans(), st.floats(0, 2))
+def test_whatever_it_sees_it_stays_within_its_limits(config, steps, has_golden, has_reference, golden):
+    """Strength within the limits and never falling, levels within what is allowed, finite events, and a state
+    that another guard goes on from with the same words."""
+    room = {"has_golden": has_golden, "has_reference": has_reference, "configured": Strength(golden)}
+    guard, last, rollbacks = Guard(config, **room), Strength(), 0
+    for step, row in enumerate(steps):
+        row = {name: value for name, value in row.items() if value is not None}
+        twin = Guard(config, **room)
+        twin.restore(json.loads(json.dumps(guard.state())))
+        assert twin.state() == guard.state() and twin.strength == guard.strength
+        verdict = guard.look(step, row)
+        assert twin.look(step, row) == verdict
+        now = guard.strength
+        assert now == verdict.strength
+        assert last.golden_per_prompt <= now.golden_per_prompt <= config.max_golden_per_prompt * (1 + 1e-9)
+        assert last.golden_coef <= now.golden_coef <= config.max_golden_coef * (1 + 1e-9)
+        assert last.reference_kl_coef <= now.reference_kl_coef <= config.max_reference_kl_coef * (1 + 1e-9)
+        assert last.mask_truncated_tails <= now.mask_truncated_tails <= config.mask_truncated_tails
+        assert has_golden or now.golden_per_prompt == now.golden_coef == 0
+        assert has_reference or now.reference_kl_coef == 0
+        last = now
+        for event in verdict.events:
+            assert math.isfinite(event.value) and math.isfinite(event.threshold) and event.step == step
+            beyond = event.signal == "non_finite_loss" and event.level == "stop"  # nothing else can end it
+            assert LEVELS.index(event.level) <= LEVELS.index(config.level) or (beyond and config.level != "off")
+        if config.level == "off":
+            assert (verdict.events, verdict.strength, verdict.order) == ((), Strength(), "go on")
+        if verdict.order != "go on":
+            assert verdict.events[-1].level == verdict.order.replace("roll back", "rollback")
+        if verdict.order == "roll back":
+            rollbacks += 1
+            guard.rolled_back(step)
+    assert rollbacks <= config.max_rollbacks
