@@ -41,6 +41,7 @@ from opd_ray.tasks.chain import Problem
 TEACHER_DIR = Path(__file__).parent / "assets" / "chain_teacher"
 NUM_PROMPTS = 8192
 NUM_GOLDEN = 128
+MOST_GOLDEN = 8192
 NUM_VALIDATION = 512
 NUM_TEST = 1024
 
@@ -92,6 +93,18 @@ def prepare(seed: int, cache_dir: Path | None = None, progress: Report | None = 
         validation=final / "validation.jsonl",
         test=final / "test.jsonl",
     )
+
+
+def golden_file(seed: int, count: int) -> Path:
+    """The first ``count`` golden solutions of ``seed``, beside its 128; more of them are drawn as those were."""
+    directory = prepare(seed).golden.parent
+    path = directory / f"golden-{count}.jsonl"
+    if not path.exists():
+        partial = directory / f".golden-{count}-{os.getpid()}"
+        problems = chain.draw_distinct(random.Random(f"golden {seed}"), "train", count)
+        write_rows(partial, problems, with_solutions=True)
+        partial.rename(path)
+    return path
 
 
 def cache_root() -> Path:

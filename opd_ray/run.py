@@ -18,7 +18,7 @@ from opd_ray.buffer import GoldenSet, ReplayBuffer
 from opd_ray.config import Config
 from opd_ray.data import read_prompts
 from opd_ray.engines.factory import load_tokenizer
-from opd_ray.errors import RunError
+from opd_ray.errors import InputError, RunError
 from opd_ray.evaluate import Evaluation
 from opd_ray.evaluate import evaluate as run_evaluation
 from opd_ray.golden import pair
@@ -81,7 +81,8 @@ def train(
 def resolve(config: Config) -> Config:
     """Replaces what stands for the embedded models and data by their paths, building them where needed."""
     data = config.data
-    if configs.EMBEDDED in (config.student.path, config.teacher.path, data.prompts, data.golden, data.evaluation):
+    golden = str(data.golden).partition(":")[0]
+    if configs.EMBEDDED in (config.student.path, config.teacher.path, data.prompts, golden, data.evaluation):
         paths = embedded.prepare(config.seed)
 
         def path(value: str | None, built: Path) -> str | None:
@@ -94,7 +95,7 @@ def resolve(config: Config) -> Config:
             data=dataclasses.replace(
                 data,
                 prompts=path(data.prompts, paths.prompts),
-                golden=path(data.golden, paths.golden),
+                golden=_golden(data.golden, paths.golden, config.seed),
                 evaluation=path(data.evaluation, paths.test),
             ),
         )
@@ -108,6 +109,18 @@ def resolve(config: Config) -> Config:
         more_teachers={name: scorer(teacher) for name, teacher in config.more_teachers.items()},
         reference=scorer(config.reference),
     )
+
+
+def _golden(value: str | None, built: Path, seed: int) -> str | None:
+    """A golden file: as given, the embedded one, or as many embedded solutions as "embedded:N" asks for."""
+    kind, _, count = str(value).partition(":")
+    if kind != configs.EMBEDDED or value is None:
+        return value
+    if not count:
+        return str(built)
+    if not count.isdigit() or not 0 < int(count) <= embedded.MOST_GOLDEN:
+        raise InputError(f"data.golden={value}: expected embedded:N with N from 1 to {embedded.MOST_GOLDEN}")
+    return str(embedded.golden_file(seed, int(count)))
 
 
 class _Run:

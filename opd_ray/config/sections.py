@@ -93,7 +93,8 @@ class DataConfig:
     prompts: str = EMBEDDED
     """JSONL or Parquet file with one training prompt per row (prompt, answer, optional id)."""
     golden: str | None = EMBEDDED
-    """JSONL or Parquet file of prompts with a complete response each, as text or tokens; null for none."""
+    """JSONL or Parquet file of prompts with a complete response each, as text or tokens; null for none;
+    embedded:N for another number of the embedded 128."""
     golden_filter: Literal["none", "correct"] = "none"
     """correct: the task's verifier has to agree with each golden response."""
     golden_problems: Literal["refuse", "skip"] = "refuse"

@@ -15,26 +15,34 @@ from opd_ray.errors import InputError
 def test_file_and_overrides_are_merged_over_the_defaults_in_that_order(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("seed: 3\nlearner:\n  lr: 1.0e-4\n  steps: 7\n")
-    config = configs.load(file, ["learner.steps=9", "teacher.eos_map={1: 2}"])
+    config = configs.load(file, ["learner.steps=9", "teacher.eos_token_ids=[1,2]"])
     assert (config.seed, config.learner.lr, config.learner.steps) == (3, 1e-4, 9)
-    assert config.teacher.eos_map == {1: 2}
+    assert config.teacher.eos_token_ids == (1, 2)
     assert config.rollout == Config().rollout
 
 
 def test_a_configuration_survives_yaml(tmp_path: Path) -> None:
-    config = configs.load(None, ["data.golden=null", "buffer.golden_per_prompt=0", "loss.sft_coef=0", "seed=5"])
+    config = configs.load(
+        None, ["data.golden=null", "buffer.golden_per_prompt=0", "loss.golden.coef=[[0,0.0],[5,0.0]]", "seed=5"]
+    )
     file = tmp_path / "config.yaml"
     file.write_text(configs.to_yaml(config))
     assert configs.load(file) == config
+
+
+def count_leaves(section) -> int:
+    """Fields that are not sections themselves."""
+    if not dataclasses.is_dataclass(section):
+        return 1
+    return sum(count_leaves(getattr(section, field.name)) for field in dataclasses.fields(section))
 
 
 def test_every_field_has_a_sentence_and_a_default() -> None:
     docs = {doc.name: doc for doc in configs.describe()}
     assert docs["learner.lr"].default == Config().learner.lr
     assert not [name for name, doc in docs.items() if not doc.doc.endswith(".")]
-    assert len(docs) == sum(
-        len(dataclasses.fields(value)) if dataclasses.is_dataclass(value) else 1 for value in vars(Config()).values()
-    )
+    assert len(docs) == count_leaves(Config())
+    assert docs["loss.student.divergence"].default == "reverse_kl"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +58,35 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
         (["rollout.engine=sglang"], "rollout.engine"),
         (["seed"], "override 'seed' is not of the form section.field=value"),
         (["data.golden=null"], "data.golden is null"),
-        (["buffer.golden_per_prompt=0"], "loss.sft_coef"),
+        (["buffer.golden_per_prompt=0"], "loss.golden.coef is above 0 but there are no golden rollouts"),
+        (["loss.golden.coef=0"], "loss.golden.coef is 0"),
+        (["loss.student.coef=0"], "student rollouts are made"),
+        (["loss.teacher.coef=1"], "there are no teacher rollouts"),
+        (["buffer.teacher_per_prompt=1"], "loss.teacher.coef is 0"),
+        (["loss.student.coef=-1"], "loss.student.coef: expected values of 0 or more"),
+        (["loss.student.coef=much"], "loss.student.coef"),
+        (["loss.student.coef=[[10,1],[5,0]]"], "rising steps"),
+        (["buffer.golden_per_prompt=-1"], "buffer.golden_per_prompt: expected values of 0 or more"),
+        (["buffer.on_policy_probability=1.5"], "at most 1"),
+        (["loss.student.top_k=0"], "loss.student.top_k"),
+        (["loss.student.beta=1"], "loss.student.beta"),
+        (["loss.golden.divergence=k3"], "needs tokens that the student sampled"),
+        (["loss.golden.divergence=reverse_kl", "loss.golden.support=student_top_k"], "that the student sampled"),
+        (["loss.student.entropy_gate=1", "loss.student.divergence=jsd"], "entropy_gate adds to"),
+        (["loss.advantage.clip=2"], "advantage.* shapes student.divergence=k1"),
+        (["loss.importance.correction=clip"], "importance.correction=clip needs student.divergence=k1"),
+        (["loss.student.divergence=k1", "loss.advantage.discount=1"], "needs advantage.policy=behaviour"),
+        (["loss.student.divergence=k1", "loss.advantage.teacher_coef=0"], "there is no advantage"),
+        (["loss.student.divergence=k1", "loss.advantage.reward_coef=1"], "responses_per_prompt must be 2 or more"),
+        (["loss.student.divergence=k1", "rollout.temperature=0.7"], "rollout.temperature=1"),
+        (["loss.importance.correction=truncate", "rollout.top_p=0.9"], "rollout.top_p=1"),
+        (["loss.student.support=full", "teacher.engine=vllm"], "teacher.engine=torch"),
+        (["loss.reference.estimator=full", "reference.engine=vllm"], "reference.engine=torch"),
+        (["reference.update=average", "reference.engine=vllm"], "needs engine=torch"),
+        (["buffer.golden_pairing=prompt", "buffer.golden_per_prompt=2"], "golden_per_prompt is at most 1"),
+        (["rollout.max_response_tokens=[[0,0],[5,80]]"], "1 or more at every step"),
+        (["more_teachers.teacher.path=x"], "the name 'teacher'"),
+        (["guard.truncation_rate=[0.5,0.2,0.9]"], "guard"),
         (["buffer.prompts_per_step=0", "buffer.golden_per_prompt=0"], "train on nothing"),
         (["weights.backend=nccl"], "needs GPUs"),
     ],
@@ -84,11 +120,12 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, text: str | None, mes
     ("overrides", "method"),
     [
         ([], "stableopd"),
-        (["loss.reference_kl_coef=0"], "opd+mixture"),
-        (["buffer.golden_per_prompt=0", "loss.sft_coef=0"], "opd+reference_kl"),
-        (["buffer.golden_per_prompt=0", "loss.sft_coef=0", "loss.reference_kl_coef=0"], "opd"),
+        (["loss.reference.coef=0"], "opd+mixture"),
+        (["buffer.golden_per_prompt=0", "loss.golden.coef=0"], "opd+reference_kl"),
+        (["buffer.golden_per_prompt=0", "loss.golden.coef=0", "loss.reference.coef=0"], "opd"),
+        (["buffer.on_policy_probability=0.5"], "gkd"),
         (
-            ["buffer.prompts_per_step=0", "buffer.golden_per_step=8", "loss.opd_coef=0", "loss.reference_kl_coef=0"],
+            ["buffer.prompts_per_step=0", "buffer.golden_per_step=8", "loss.student.coef=0", "loss.reference.coef=0"],
             "sft",
         ),
     ],

@@ -1,0 +1,72 @@
+"""The study of jobs/ablation.yaml: every arm on every seed, and one report that compares them.
+
+    python jobs/ablation.py [--seeds 5] [--arms NAME,...] [--study FILE] [--dir DIR] [section.field=value ...]
+
+Interrupted, it goes on where it stopped when it is called with the same --dir. Overrides hold for every arm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from opd_ray import config as configs
+from opd_ray.errors import InputError, OpdError
+
+_HERE = Path(__file__).resolve().parent
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--seeds", default="5", metavar="N|A,B,...", help="How many seeds, 0 and up, or which.  [default: 5]")
+@click.option("--arms", default="", metavar="NAME,...", help="Only these arms, by name or directory.")
+@click.option("--study", type=click.Path(path_type=Path), default=_HERE / "ablation.yaml", help="YAML of the arms.")
+@click.option("--dir", "directory", type=click.Path(path_type=Path), default=Path("runs/study"), show_default=True)
+@click.argument("overrides", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
+def main(seeds: str, arms: str, study: Path, directory: Path, overrides: tuple[str, ...]) -> None:
+    """Run the arms of a study on several seeds, and compare them in one report."""
+    from opd_ray import study as studies
+    from opd_ray.report import write_report
+    from opd_ray.teacher_data import Rollouts
+
+    chosen = studies.read_study(study, overrides, [name.strip() for name in arms.split(",") if name.strip()])
+    numbers = _seeds(seeds)
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        minutes, rest = divmod(round(time.monotonic() - began), 60)
+        click.echo(f"[{minutes:3d}:{rest:02d}] {line}")
+
+    directory = directory.absolute()
+    rooms_for = dataclasses.replace(configs.load(None, list(overrides)), seed=numbers[0])
+    studies.run_study(chosen, numbers, directory, rooms_for, say)
+    rows = studies.outcomes(directory, chosen, numbers)
+    (directory / "table.md").write_text(studies.table(rows) + "\n")
+    (directory / "results.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
+    lines = {}
+    for path in sorted(directory.glob("teacher-rollouts-*[0-9].parquet"))[-1:]:
+        teacher = Rollouts(path)
+        lines["rollouts/truncation_rate"] = teacher.truncation_rate
+        say(f"the teacher's own rollouts: {teacher.accuracy:.3f} right, {teacher.truncation_rate:.3f} truncated")
+    write_report([directory], directory / "report.html", reference_lines=lines)
+    click.echo("\n" + studies.table(rows) + "\n")
+    say(f"report: {directory / 'report.html'}")
+
+
+def _seeds(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts) or (len(parts) == 1 and int(text) == 0):
+        raise InputError(f"--seeds {text}: expected a number of seeds, or seeds as 0,3,7")
+    return [int(part) for part in parts] if len(parts) > 1 else list(range(int(text)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OpdError as error:
+        print(f"ablation: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)

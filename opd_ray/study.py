@@ -1,0 +1,234 @@
+"""A study: the same students under several arms and seeds, one run after another in the same rooms.
+
+A study is a YAML file: ``common`` settings, and ``arms`` by name with what each changes (see jobs/ablation.yaml).
+Every run is an ordinary run directory, ``STUDY/ARM/seed-N``; a study that was interrupted goes on with the runs
+that have no summary yet. Each seed's student is evaluated once, before its first arm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from opd_ray import config as configs
+from opd_ray import preflight, run, teacher_data
+from opd_ray.config import Config
+from opd_ray.errors import InputError, RunError
+from opd_ray.evaluate import Evaluation
+from opd_ray.session import Session, cluster
+
+TEACHER_ROLLOUTS = "teacher-rollouts"
+"""``data.golden: teacher-rollouts:N`` in an arm stands for N raw rollouts of the teacher."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train."""
+
+    name: str
+    raw: Mapping[str, Any]
+    """Its configuration as nested plain values, without seed and name."""
+
+    @property
+    def directory(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    def config(self, seed: int) -> Config:
+        try:
+            return configs.from_dict({**copy.deepcopy(dict(self.raw)), "seed": seed, "name": self.name})
+        except InputError as error:
+            raise InputError(f"arm '{self.name}': {error}") from None
+
+
+def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> list[Arm]:
+    """The arms of a study file; ``overrides`` hold for all of them, ``only`` picks some by name or directory."""
+    try:
+        raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        changes = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except OSError as error:
+        raise InputError(f"study {path}: {error.strerror}; give an existing YAML file") from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"study {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("arms"), dict) or set(raw) - {"common", "arms"}:
+        raise InputError(f"study {path}: expected a mapping 'arms' of names to settings, and optionally 'common'")
+    arms = []
+    for name, own in raw["arms"].items():
+        merged = OmegaConf.merge(raw.get("common") or {}, own or {}, changes)
+        arms.append(Arm(name, OmegaConf.to_container(merged)))
+    known = {name: arm for arm in arms for name in (arm.name, arm.directory)}
+    if unknown := [name for name in only if name not in known]:
+        raise InputError(f"study {path}: no arm '{unknown[0]}'; it has {', '.join(arm.directory for arm in arms)}")
+    chosen = [arm for arm in arms if not only or arm in [known[name] for name in only]]
+    for arm in chosen:
+        arm.config(0)  # refuses a contradiction before anything starts
+    return chosen
+
+
+def run_study(
+    arms: Sequence[Arm], seeds: Sequence[int], directory: Path, rooms_for: Config, say: Callable[[str], None]
+) -> None:
+    """Runs every arm on every seed that has no summary in ``directory`` yet.
+
+    ``rooms_for`` is a configuration that needs all the rooms of all arms. An arm whose run fails is reported and
+    ends the study: its log.txt says why.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    todo = [(seed, arm) for seed in seeds for arm in arms if _summary(directory, arm, seed) is None]
+    say(f"{len(arms)} arms x {len(seeds)} seeds: {len(arms) * len(seeds) - len(todo)} runs are done, {len(todo)} to go")
+    if not todo:
+        return
+    with cluster():
+        teacher = _teacher_data(directory, arms, rooms_for, say)
+        for seed in dict.fromkeys(seed for seed, _ in todo):
+            run.resolve(dataclasses.replace(rooms_for, seed=seed))  # builds its student, if it is an embedded one
+        session = Session(rooms_for)
+        began = time.monotonic()
+        try:
+            for done, (seed, arm) in enumerate(todo):
+                left = (
+                    f", about {_minutes((time.monotonic() - began) / done * (len(todo) - done))} left" if done else ""
+                )
+                say(f"run {done + 1}/{len(todo)}: {arm.name}, seed {seed}{left}")
+                _run_arm(directory, arm, seed, teacher, session)
+                say(f"    {_outcome(_summary(directory, arm, seed))}")
+        finally:
+            session.close()
+
+
+def _run_arm(directory: Path, arm: Arm, seed: int, teacher: teacher_data.Rollouts | None, session: Session) -> None:
+    run_dir = run_directory(directory, arm, seed)
+    shutil.rmtree(run_dir, ignore_errors=True)  # what an interrupted study left there has no summary
+    run_dir.mkdir(parents=True)
+    config = arm.config(seed)
+    if teacher and str(config.data.golden).startswith(TEACHER_ROLLOUTS):
+        _, _, count = config.data.golden.partition(":")
+        path = str(teacher.subset(int(count)))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, golden=path))
+    with (run_dir / "log.txt").open("w", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
+        try:
+            run.train(config, run_dir, session=session, before=_before(directory, seed))
+        except RunError as error:
+            # A guard that stopped the run has left a summary: that is an outcome, not a failure of the study.
+            if not (run_dir / "summary.json").exists():
+                raise RunError(f"study: arm '{arm.name}', seed {seed}: {error} (see {run_dir / 'log.txt'})") from None
+
+
+def run_directory(directory: Path, arm: Arm, seed: int) -> Path:
+    return directory / arm.directory / f"seed-{seed}"
+
+
+def _summary(directory: Path, arm: Arm, seed: int) -> dict[str, Any] | None:
+    """The summary of a finished run; refuses one that was made with other settings."""
+    run_dir = run_directory(directory, arm, seed)
+    path = run_dir / "summary.json"
+    if not path.exists():
+        return None
+    return json.loads(path.read_text())
+
+
+def _before(directory: Path, seed: int) -> Evaluation | None:
+    """The evaluation of a seed's student, where an arm has made it already."""
+    for path in sorted(directory.glob(f"*/seed-{seed}/summary.json")):
+        before = json.loads(path.read_text())["eval_before"]
+        if before:
+            return Evaluation(**before)
+    return None
+
+
+def _teacher_data(
+    directory: Path, arms: Sequence[Arm], rooms_for: Config, say: Callable[[str], None]
+) -> teacher_data.Rollouts | None:
+    """Raw rollouts of the teacher, for arms that train on them and for its own truncation; made once."""
+    golden = [str(arm.config(0).data.golden).partition(":") for arm in arms]
+    counts = [int(count or 0) for kind, _, count in golden if kind == TEACHER_ROLLOUTS]
+    if not counts:
+        return None
+    config = run.resolve(rooms_for)
+    path = directory / f"teacher-rollouts-{max(counts)}.parquet"
+    if not path.exists():
+        say(f"sampling {max(counts)} rollouts of the teacher")
+        teacher_data.sample(config, preflight.check_files(config), path, max(counts))
+    return teacher_data.Rollouts(path)
+
+
+def _outcome(summary: Mapping[str, Any] | None) -> str:
+    if summary is None or summary["eval_after"] is None:
+        return "no evaluation"
+    before, after = summary["eval_before"], summary["eval_after"]
+    return (
+        f"sampled accuracy {before['accuracy_sampled']:.3f} -> {after['accuracy_sampled']:.3f}, "
+        f"highest truncation {summary['max_truncation_rate']:.2f}, {summary['wall_s']:.0f} s"
+    )
+
+
+def _minutes(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One arm's outcome over its seeds, in the order of the seeds."""
+
+    arm: str
+    seeds: tuple[int, ...]
+    sampled: tuple[float, ...]
+    greedy: tuple[float, ...]
+    truncated: tuple[float, ...]
+    max_truncation: tuple[float, ...]
+    trained_tokens: tuple[float, ...]
+    wall_s: tuple[float, ...]
+
+
+def outcomes(directory: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Row]:
+    """A row per arm that has finished runs."""
+    rows = []
+    for arm in arms:
+        found = {seed: _summary(directory, arm, seed) for seed in seeds}
+        there = {seed: summary for seed, summary in found.items() if summary and summary["eval_after"]}
+        if not there:
+            continue
+        after = [summary["eval_after"] for summary in there.values()]
+        rows.append(
+            Row(
+                arm.name,
+                tuple(there),
+                tuple(each["accuracy_sampled"] for each in after),
+                tuple(each["accuracy_greedy"] for each in after),
+                tuple(each["truncation_rate"] for each in after),
+                tuple(summary["max_truncation_rate"] for summary in there.values()),
+                tuple(summary["trained_tokens"] for summary in there.values()),
+                tuple(summary["wall_s"] for summary in there.values()),
+            )
+        )
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table: mean ± standard deviation over seeds, and each seed's value."""
+    head = ("arm", "sampled accuracy", "greedy accuracy", "truncated after", "highest truncation in training", "tokens")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        tokens = f"{np.mean(row.trained_tokens) / 1000:.0f} k"
+        cells = [row.arm, *map(_spread, (row.sampled, row.greedy, row.truncated, row.max_truncation)), tokens]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    each = " ".join(f"{value:.2f}".removeprefix("0") if value < 1 else "1" for value in values)
+    deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{deviation} [{each}]"
