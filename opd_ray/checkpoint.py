@@ -82,6 +82,13 @@ async def load(checkpoint: Checkpoint, rooms: Rooms) -> None:
         await pool.call_all("load_weights", str(checkpoint.follower(pool)))
 
 
+def amend(checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    """Writes other values into a checkpoint's state, all or none."""
+    partial = checkpoint.path / ".state.json.partial"
+    partial.write_text(json.dumps(checkpoint.state | dict(state)) + "\n")
+    os.rename(partial, checkpoint.path / "state.json")
+
+
 def discard_after(run_dir: Path, step: int) -> None:
     """Deletes the checkpoints of later steps: a run that goes back makes them anew."""
     for later in _complete(run_dir):

@@ -36,6 +36,7 @@ from opd_ray.observers import (
 from opd_ray.pipeline import GuardOrder, Observer, Pipeline, Rooms
 from opd_ray.preflight import Preflight
 from opd_ray.prompts import PromptStream, Shuffled
+from opd_ray.report import write_run_report
 from opd_ray.session import Session, cluster, new_namespace
 from opd_ray.tasks import get_task
 
@@ -167,7 +168,9 @@ class _Run:
                     self._guard.rolled_back(first_step)
                     checkpoint.discard_after(self._run_dir, first_step)
                     print(f"guard: going on from step {first_step} with the stronger setting", flush=True)
-                    if start is None:
+                    if start:  # a run that is killed from here on resumes with the stronger setting, too
+                        checkpoint.amend(start, {"guard": self._guard.state()})
+                    else:
                         await self._session.begin(config, self._facts)
                     pipeline = await self._pipeline(rooms, start)
                     continue
@@ -181,6 +184,7 @@ class _Run:
         result |= {"golden": self._golden_report, "stopped_at": stopped.step if stopped else None}
         result |= {"versions": _versions()}
         (self._run_dir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_run_report(self._run_dir)
         if stopped:
             event = stopped.events[-1]
             raise RunError(
