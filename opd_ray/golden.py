@@ -58,7 +58,7 @@ def is_privileged(config: Config) -> bool:
 
 def needs_pairs(config: Config) -> bool:
     """Must every prompt have a golden solution?"""
-    return is_privileged(config) or (config.uses_golden and config.buffer.golden_pairing == "prompt")
+    return is_privileged(config) or (config.loads_golden and config.buffer.golden_pairing == "prompt")
 
 
 def load_golden(

@@ -11,7 +11,7 @@ where, and what to do. Paths are real here; what "embedded" and "student" stand 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,11 +113,8 @@ def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
             )
 
 
-def check_files(config: Config, need_golden: bool = False) -> Preflight:
-    """Packages, data files and checkpoints, and that they fit each other.
-
-    ``need_golden``: golden data may be mixed in later, though the configuration itself asks for none.
-    """
+def check_files(config: Config) -> Preflight:
+    """Packages, data files and checkpoints, and that they fit each other."""
     _check_packages(config)
     _check_names(config)
     data, task = config.data, get_task(config.data.task)
@@ -134,12 +131,12 @@ def check_files(config: Config, need_golden: bool = False) -> Preflight:
     _check_markup(f"data.prompts {data.prompts}", prompts, task, models, renamed)
     solutions: list[Solution] = []
     report: dict[str, int] = {}
-    if config.uses_golden or is_privileged(config) or need_golden:
-        solutions, report = _check_golden(config, models, eos_token_ids)
+    if config.loads_golden or is_privileged(config):
+        solutions, report = check_golden(config, models, eos_token_ids)
+        _check_routes(f"data.golden {data.golden}", ((each.number, each.row) for each in solutions), config)
     if is_privileged(config):
         _check_privileged_prompts(config, prompts, solutions, models, task)
-    golden = {str(data.golden): [solution.row for solution in solutions]}
-    _check_disjoint(data.evaluation, problems, {data.prompts: prompts, **golden})
+    _check_disjoint(config, problems, prompts, solutions, models["student"].tokenizer, task)
     return _facts(
         config,
         models,
@@ -282,16 +279,26 @@ def _check_markup(
             )
 
 
-def _check_disjoint(path: str, problems: Rows, training: Mapping[str, Rows]) -> None:
+def _check_disjoint(
+    config: Config, problems: Rows, prompts: Rows, solutions: Sequence[Solution], tokenizer: Any, task: Task
+) -> None:
     """A held-out problem that is trained on measures memory."""
-    for other, rows in training.items():
-        trained = {row["prompt"].strip() for row in rows}
-        shared = [number for number, row in enumerate(problems, start=1) if row["prompt"].strip() in trained]
-        if shared:
-            raise InputError(
-                f"data.evaluation {path} row {shared[0]}: {len(shared)} of {len(problems)} held-out problems are also "
-                f"in {other}; remove them from one of the two files"
-            )
+    path, texts = config.data.evaluation, [row["prompt"].strip() for row in problems]
+    _check_apart(path, texts, config.data.prompts, {row["prompt"].strip() for row in prompts})
+    golden = str(config.data.golden)
+    _check_apart(path, texts, golden, {solution.row["prompt"].strip() for solution in solutions})
+    if bare := {tuple(each.prompt_tokens) for each in solutions if not each.row["prompt"]}:
+        tokens = [tuple(task.format_prompt(row, tokenizer)) for row in problems]
+        _check_apart(path, tokens, golden, bare)
+
+
+def _check_apart(path: str, problems: Sequence[Any], other: str, trained: Set[Any]) -> None:
+    shared = [number for number, problem in enumerate(problems, start=1) if problem in trained]
+    if shared:
+        raise InputError(
+            f"data.evaluation {path} row {shared[0]}: {len(shared)} of {len(problems)} held-out problems are also "
+            f"in {other}; remove them from one of the two files"
+        )
 
 
 def _check_prompts(name: str, path: str, rows: Rows, task: Task, models: Sequence[ModelFacts], config: Config) -> int:
@@ -361,16 +368,6 @@ def _render(where: str, index: int, render: Callable[[], list[int]]) -> list[int
     except (ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{where} row {index + 1}: the task cannot render the prompt ({reason})") from None
-
-
-def _check_golden(
-    config: Config, models: Mapping[str, ModelFacts], eos_token_ids: tuple[int, ...]
-) -> tuple[list[Solution], dict[str, int]]:
-    if config.data.golden is None:
-        raise InputError("golden solutions are asked for but data.golden is null; give a file of them")
-    solutions, report = check_golden(config, models, eos_token_ids)
-    _check_routes(f"data.golden {config.data.golden}", ((each.number, each.row) for each in solutions), config)
-    return solutions, report
 
 
 def _limits(models: Sequence[ModelFacts], config: Config) -> list[tuple[str, int]]:

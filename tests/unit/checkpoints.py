@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
+
+from opd_ray.messages import ROLLOUT_SCHEMA
 
 CHARACTERS = ("<pad>", "<eos>", "<end>", *"0123456789+-=ab")
 
@@ -22,12 +27,19 @@ def make_checkpoint(
     eos: int | list[int] = 1,
     context: int = 64,
     tied: bool = False,
+    chat_template: str | None = None,
 ) -> Path:
-    """A checkpoint whose tokenizer has one token per character and whose weights are one number."""
+    """A checkpoint whose tokenizer has one token per character and whose weights are one number.
+
+    Tokens in angle brackets are added tokens, as chat markup is in real tokenizers.
+    """
     words = models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<pad>")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<[a-z]+>|."), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(path)
+    tokenizer.add_special_tokens([token for token in tokens if token.startswith("<")])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", chat_template=chat_template
+    ).save_pretrained(path)
     Qwen3Config(
         vocab_size=vocab_size or len(tokens),
         hidden_size=64,
@@ -45,6 +57,24 @@ def make_checkpoint(
 def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
     """One JSON value per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of text without markup, by hand."""
+    return [CHARACTERS.index(character) for character in text]
+
+
+def write_rollouts(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """A rollout log of ROLLOUT_SCHEMA with what ``rows`` say; prompt and response are token ids."""
+    defaults = {"slot": 0, "source": "teacher", "finish_reason": "stop", "correct": True}
+    lists = [field.name for field in ROLLOUT_SCHEMA if pa.types.is_list(field.type)]
+    table = []
+    for number, row in enumerate(rows):
+        text = "".join(CHARACTERS[token] for token in row["response_tokens"] if token > 2)
+        names = {"rollout_id": str(number), "prompt_id": str(number + 1), "text": text}
+        table.append(defaults | dict.fromkeys(lists, []) | names | dict(row))
+    pq.write_table(pa.Table.from_pylist(table, schema=ROLLOUT_SCHEMA), path)
     return path
 
 

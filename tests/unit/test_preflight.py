@@ -10,12 +10,28 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import CHARACTERS, make_checkpoint, make_setting, write_jsonl
+from checkpoints import CHARACTERS, encode, make_checkpoint, make_setting, write_jsonl, write_rollouts
 from opd_ray import config as configs
 from opd_ray import models, preflight
 from opd_ray.config import Config
 from opd_ray.errors import InputError
 from opd_ray.tasks import get_task
+
+SFT = {
+    "buffer__prompts_per_step": "0",
+    "buffer__golden_per_step": "4",
+    "loss__student__coef": "0",
+    "loss__reference__coef": "0",
+}
+CHANGES = (
+    "loss.golden.coef=0.5",
+    "loss.student.coef=[[0, 0.1], [9, 1]]",
+    "buffer.golden_per_prompt=2",
+    "teacher.privileged=true",
+    "more_teachers.code.path=/other",
+    "rollout.max_response_tokens=[[0, 10], [9, 20]]",
+    "data.golden_problems=skip",
+)
 
 
 @pytest.fixture
@@ -48,6 +64,7 @@ def test_a_good_setting_gives_what_the_run_needs(setting: dict[str, str]) -> Non
         num_prompts=2,
         num_golden=1,
         num_problems=1,
+        golden={"rows": 1, "used": 1, "without_eos": 0, "eos_inside": 0, "over_length": 0, "wrong": 0},
     )
 
 
@@ -65,15 +82,7 @@ def test_an_evaluation_needs_only_the_student_and_the_problems(setting: dict[str
 
 
 def test_parts_that_a_method_does_not_use_are_not_asked_for(setting: dict[str, str]) -> None:
-    config = configured(
-        setting,
-        buffer__prompts_per_step="0",
-        buffer__golden_per_step="4",
-        loss__opd_coef="0",
-        loss__reference_kl_coef="0",
-        teacher__path="/nowhere",
-        reference__path="/nowhere",
-    )
+    config = configured(setting, **SFT, teacher__path="/nowhere", reference__path="/nowhere")
     preflight.check_resources(config, {"CPU": 1.0})
     assert preflight.check_files(config).num_golden == 1
 
@@ -144,26 +153,60 @@ def test_vocabularies_with_swapped_tokens_are_refused_by_the_first_of_them(
     assert "but id 5 in student.path=" in message
 
 
-def test_eos_sets_that_differ_are_refused_until_they_are_mapped(setting: dict[str, str], tmp_path: Path) -> None:
+def test_markup_may_have_other_names_unless_a_prompt_holds_it(setting: dict[str, str], tmp_path: Path) -> None:
+    """As Qwen2.5's <|im_start|> is <｜User｜> in DeepSeek-R1-Distill-Qwen, with the same ordinary tokens."""
+    ours = [*CHARACTERS, "<user>"]
+    make_checkpoint(tmp_path / "student", tokens=ours)
+    make_checkpoint(tmp_path / "teacher", tokens=[*CHARACTERS, "<human>", "<more>"])
+    preflight.check_files(configured(setting))
+    template = "<user>{{ messages[0]['content'] }}"
+    make_checkpoint(tmp_path / "student", tokens=ours, chat_template=template, context=200)
+    make_checkpoint(tmp_path / "teacher", tokens=[*CHARACTERS, "<human>"], context=200)
+    message = refused(lambda: preflight.check_files(configured(setting, data__task="math")))
+    assert f"prompts.jsonl row 1: its prompt holds token {len(CHARACTERS)}, '<user>' in student.path=" in message
+    assert "but '<human>' in teacher.path=" in message
+
+
+# ---- the EOS set ----
+
+
+def test_the_eos_set_is_that_of_all_models_with_the_students_own_first(setting: dict[str, str], tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "teacher", eos=[2])
+    assert preflight.check_files(configured(setting)).eos_token_ids == (1, 2)
+    make_checkpoint(tmp_path / "student", eos=[2, 1])
+    assert preflight.check_files(configured(setting)).eos_token_ids == (1, 2)
+
+
+def test_a_scorer_may_be_said_to_end_with_other_tokens(setting: dict[str, str]) -> None:
+    assert preflight.check_files(configured(setting, teacher__eos_token_ids="[2]")).eos_token_ids == (1, 2)
+
+
+def test_a_model_that_is_not_loaded_adds_no_eos(setting: dict[str, str], tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "teacher", eos=[2])
+    sft = configured(setting, **SFT)
+    assert preflight.check_files(sft).eos_token_ids == (1,)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("[99]", "teacher.eos_token_ids names token 99, which the tokenizer of student.path="),
+        ("[1, 5]", "teacher.eos_token_ids names token 5, which is '2' in student.path="),
+    ],
+)
+def test_an_eos_of_no_or_of_an_ordinary_token_is_refused(setting: dict[str, str], ids: str, message: str) -> None:
+    found = refused(lambda: preflight.check_files(configured(setting, teacher__eos_token_ids=ids)))
+    assert message in found
+    assert "set teacher.eos_token_ids to" in found
+
+
+def test_a_teacher_that_ends_with_a_token_the_student_lacks_is_refused(setting: dict[str, str], tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "teacher", tokens=[*CHARACTERS, "<stop>"], eos=[len(CHARACTERS)])
     message = refused(lambda: preflight.check_files(configured(setting)))
-    assert "EOS sets differ" in message
-    assert "ends with [1]" in message
-    assert "teacher.eos_map='{1: 2}'" in message  # the message's advice, followed to the letter:
-    assert preflight.check_files(configured(setting, teacher__eos_map="{1: 2}")).eos_token_ids == (1,)
-
-
-def test_a_scorer_with_more_eos_needs_a_declaration_too(setting: dict[str, str], tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "teacher", eos=[1, 2])
-    message = refused(lambda: preflight.check_files(configured(setting)))
-    assert "teacher.eos_map='{1: 1}'" in message
-    preflight.check_files(configured(setting, teacher__eos_map="{1: 1}"))
-
-
-@pytest.mark.parametrize(("eos_map", "token"), [("{3: 1}", "token 3"), ("{1: 4}", "token 4")])
-def test_a_mapping_of_tokens_that_are_no_eos_is_refused(setting: dict[str, str], eos_map: str, token: str) -> None:
-    message = refused(lambda: preflight.check_files(configured(setting, teacher__eos_map=eos_map)))
-    assert f"teacher.eos_map names {token}, which is no EOS" in message
+    assert f"ends with token {len(CHARACTERS)}, which the tokenizer of student.path=" in message
+    assert message.startswith("teacher.path=")
+    accepted = configured(setting, teacher__eos_token_ids="[1]")  # the message's advice
+    assert preflight.check_files(accepted).eos_token_ids == (1,)
 
 
 def test_the_tokenizers_own_eos_comes_first(tmp_path: Path) -> None:
@@ -183,18 +226,18 @@ def test_a_prompt_that_leaves_no_room_is_refused_by_file_and_row(setting: dict[s
     preflight.check_files(configured(setting, rollout__max_response_tokens="19"))
 
 
-def test_golden_rows_must_fit_with_their_eos(setting: dict[str, str], tmp_path: Path) -> None:
-    rows = [{"prompt": "1=", "response": "1" * 61}, {"prompt": "1=", "response": "1" * 62}]
-    write_jsonl(tmp_path / "golden.jsonl", rows)
-    assert "golden.jsonl row 2: prompt, response and EOS have 65 tokens" in refused(
-        lambda: preflight.check_files(configured(setting))
-    )
+def test_the_longest_budget_of_a_schedule_must_fit(setting: dict[str, str]) -> None:
+    growing = configured(setting, rollout__max_response_tokens="[[0, 10], [100, 59]]")
+    preflight.check_files(growing)
+    growing = configured(setting, rollout__max_response_tokens="[[0, 10], [100, 60]]")
+    assert "rollout.max_response_tokens=60 are 65" in refused(lambda: preflight.check_files(growing))
 
 
-def test_golden_rows_must_not_bring_an_eos_of_their_own(setting: dict[str, str], tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "golden.jsonl", [{"prompt": "1=", "response": "1<eos>"}])
-    message = refused(lambda: preflight.check_files(configured(setting)))
-    assert "golden.jsonl row 1: the response contains the EOS '<eos>'" in message
+def test_held_out_problems_in_golden_rollouts_are_refused(setting: dict[str, str], tmp_path: Path) -> None:
+    rows = [{"prompt_tokens": encode("3+3="), "response_tokens": [*encode("6"), 1]}]
+    golden = write_rollouts(tmp_path / "golden.parquet", rows)
+    message = refused(lambda: preflight.check_files(configured(setting, data__golden=str(golden))))
+    assert f"1 of 1 held-out problems are also in {golden}" in message
 
 
 def test_held_out_problems_that_are_trained_on_are_refused(setting: dict[str, str], tmp_path: Path) -> None:
@@ -219,8 +262,12 @@ def test_the_longest_prompt_is_found_among_tokens_of_unequal_length(tmp_path: Pa
     """The search goes by bytes; a shorter text with more tokens must still win."""
     checkpoint = make_checkpoint(tmp_path / "student", tokens=[*CHARACTERS, "<long>"])
     tokenizer = models.inspect("student.path", str(checkpoint)).tokenizer
-    rows = [{"prompt": "<long>" * 2}, {"prompt": "12+3="}, {"prompt": "1="}]
-    assert preflight._longest_prompt("data.prompts", rows, get_task("chain"), tokenizer) == (5, 2)
+    texts = [("<long>" * 2,), ("12+3=",), ("1=",)]
+
+    def render(index: int) -> list[int]:
+        return get_task("chain").format_prompt({"prompt": texts[index][0]}, tokenizer)
+
+    assert preflight._longest_prompt("data.prompts", texts, render, tokenizer) == (5, 2)
 
 
 # ---- cluster and packages ----
@@ -239,6 +286,16 @@ def test_the_longest_prompt_is_found_among_tokens_of_unequal_length(tmp_path: Pa
             {"rollout__gpus_per_generator": "1", "rollout__tensor_parallel_size": "4", "teacher__gpus_per_actor": "1"},
             {"CPU": 8.0, "GPU": 4.0},
             "5 GPUs asked (generators 1 x 4, teacher 1 x 1), 4 there",
+        ),
+        (
+            {
+                "buffer__teacher_per_prompt": "1",
+                "loss__teacher__coef": "1",
+                "rollout__teacher_generators": "3",
+                "rollout__gpus_per_generator": "1",
+            },
+            {"CPU": 8.0, "GPU": 3.0},
+            "4 GPUs asked (generators 1 x 1, teacher generators 3 x 1), 3 there",
         ),
     ],
 )
@@ -270,15 +327,18 @@ def test_a_directory_with_another_run_needs_resume(setting: dict[str, str], tmp_
     preflight.check_run_dir(run_dir, config, resume=True)
 
 
-@pytest.mark.parametrize("change", ["seed=1", "student.path=/other", "data.task=math", "learner.num_ranks=2"])
+@pytest.mark.parametrize("change", ["seed=1", "student.path=/other", "data.task=math", "learner.num_ranks=2", *CHANGES])
 def test_a_resumed_run_must_be_the_same_run(setting: dict[str, str], tmp_path: Path, change: str) -> None:
     (tmp_path / "config.yaml").write_text(configs.to_yaml(configured(setting)))
     name, _, value = change.partition("=")
     message = refused(lambda: preflight.check_run_dir(tmp_path, configured(setting | {name: value}), resume=True))
-    assert message.startswith(f"--resume: {name} is ")
+    assert message.startswith(f"--resume: {name.removesuffix('.code.path')}")
+    assert "continue it with" in message
 
 
-@pytest.mark.parametrize("change", ["learner.steps=999", "teacher.num_actors=2", "student.path=embedded"])
+@pytest.mark.parametrize(
+    "change", ["learner.steps=999", "teacher.num_actors=2", "student.path=embedded", "buffer.max_staleness=0"]
+)
 def test_a_resumed_run_may_change_what_does_not_matter(setting: dict[str, str], tmp_path: Path, change: str) -> None:
     (tmp_path / "config.yaml").write_text(configs.to_yaml(configured(setting)))
     name, _, value = change.partition("=")
