@@ -1,4 +1,4 @@
-"""StudentGenerator: one engine that samples responses and takes in new weights while it does.
+"""Generators: an engine that samples responses; the student's takes in new weights while it does.
 
 The engine runs in a thread of its own, which alternates commands (submit, update, connect) and engine
 steps; a command therefore always runs between two steps and never races with one.
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,11 +30,12 @@ from opd_ray.messages import (
     PromptGroup,
     RolloutMeta,
     SamplingSettings,
+    Source,
     TransferGroup,
     WeightManifest,
 )
-from opd_ray.metrics import is_repetitive
 from opd_ray.node import this_node
+from opd_ray.repetition import is_repetitive, tail_period
 from opd_ray.tasks import Task
 
 
@@ -69,6 +72,11 @@ class EngineThread:
         done: Future = Future()
         return self._enqueue(partial(self._hold, run, done), done)
 
+    def abandon(self) -> Future:
+        """Drops every unfinished request; their futures get a RunError, that of ``abandon`` their number."""
+        done: Future = Future()
+        return self._enqueue(partial(self._drop, done), done)
+
     def _enqueue(self, handle: Callable[[GenerationEngine], None], done: Future) -> Future:
         done.set_running_or_notify_cancel()  # a caller that gives up must not make set_result() fail later
         with self._wake:
@@ -81,6 +89,14 @@ class EngineThread:
 
     def _hold(self, run: Callable[[GenerationEngine], Any], done: Future, _: GenerationEngine) -> None:
         self._drain = (run, done)
+
+    def _drop(self, done: Future, engine: GenerationEngine) -> None:
+        engine.abort(list(self._running))
+        dropped = [*self._running.values(), *(waiting for _, waiting in self._held)]
+        self._running, self._held = {}, deque()
+        for waiting in dropped:
+            waiting.set_exception(RunError("the response was abandoned: its run ended or went back to a checkpoint"))
+        done.set_result(len(dropped))
 
     def _admit(self, request: GenerationRequest, done: Future, engine: GenerationEngine) -> None:
         if self._drain is not None:
@@ -136,33 +152,49 @@ def _settle(done: Future, run: Callable[[GenerationEngine], Any], engine: Genera
         done.set_exception(error)
 
 
-class StudentGenerator:
-    """Samples responses with the student's current weights (an async Ray actor)."""
+@dataclass(frozen=True)
+class GeneratorSettings:
+    """What may change from run to run without another engine."""
+
+    task: Task
+    """Verifies the answers."""
+    in_flight: str
+    """rollout.in_flight."""
+    repetition_window_chars: int
+    repetition_ratio: float
+    teacher_path: str
+    """Checkpoint that a TeacherGenerator samples with."""
+
+
+class Generator:
+    """Samples responses (an async Ray actor). Its subclasses say for whom."""
+
+    source: Source
 
     def __init__(
         self,
         *,
         make_engine: Callable[[], GenerationEngine],
         load_tokenizer: Callable[[], Any],
-        task: Task,
-        in_flight: str,
-        repetition_window_chars: int,
-        repetition_ratio: float,
+        settings: GeneratorSettings,
     ) -> None:
         self._engine = EngineThread(make_engine)
         self._tokenizer = load_tokenizer()
-        self._task = task
-        self._in_flight = in_flight
+        self._settings = settings
         self._request_ids = itertools.count()
-        self._is_repetitive = partial(is_repetitive, window_chars=repetition_window_chars, ratio=repetition_ratio)
 
     async def node(self) -> str:
         return this_node()
 
+    async def begin(self, settings: GeneratorSettings) -> None:
+        """Another run: drops what is left of the one before."""
+        await self.abandon()
+        self._settings = settings
+
     async def generate(
         self, groups: Sequence[PromptGroup], sampling: SamplingSettings
     ) -> tuple[tuple[RolloutMeta, ...], pa.RecordBatch]:
-        """Samples every response of every group; a row per response, in order."""
+        """Samples every response of every group; a row per response, in order. Raises RunError when abandoned."""
         owners = [(group, i) for group in groups for i in range(group.num_responses)]
         requests = [
             GenerationRequest(str(next(self._request_ids)), group.prompt_tokens, group.seed + i, sampling)
@@ -173,7 +205,69 @@ class StudentGenerator:
         metas = tuple(
             self._meta(group, i, each, text) for (group, i), each, text in zip(owners, finished, texts, strict=True)
         )
-        return metas, _payload([group for group, _ in owners], finished, metas, texts)
+        return metas, self._payload([group for group, _ in owners], finished, metas, texts)
+
+    async def abandon(self) -> int:
+        """Drops every unfinished response, whose callers get a RunError; returns how many there were."""
+        return await asyncio.wrap_future(self._engine.abandon())
+
+    def _meta(self, group: PromptGroup, index: int, finished: Finished, text: str) -> RolloutMeta:
+        settings = self._settings
+        stopped = finished.finish_reason == "stop"
+        return RolloutMeta(
+            rollout_id=self._rollout_id(group.slot, index),
+            slot=group.slot,
+            prompt_id=group.prompt_id,
+            source=self.source,
+            num_prompt_tokens=len(group.prompt_tokens),
+            num_response_tokens=len(finished.tokens),
+            finish_reason=finished.finish_reason,
+            correct=stopped and settings.task.verify(text, group.row),
+            repetitive=is_repetitive(
+                text, window_chars=settings.repetition_window_chars, ratio=settings.repetition_ratio
+            ),
+            **self._behaviour(finished),
+            teacher=group.teacher,
+            tail_period=tail_period(finished.tokens),
+        )
+
+    def _payload(
+        self,
+        groups: Sequence[PromptGroup],
+        finished: Sequence[Finished],
+        metas: Sequence[RolloutMeta],
+        texts: Sequence[str],
+    ) -> pa.RecordBatch:
+        columns = {
+            "rollout_id": [meta.rollout_id for meta in metas],
+            "slot": [meta.slot for meta in metas],
+            "prompt_id": [meta.prompt_id for meta in metas],
+            "source": [meta.source for meta in metas],
+            "prompt_tokens": [group.prompt_tokens for group in groups],
+            "response_tokens": [each.tokens for each in finished],
+            "topk_ids": [() if each.topk_ids is None else each.topk_ids.ravel() for each in finished],
+            "privileged_prompt_tokens": [group.privileged_prompt_tokens for group in groups],
+            "finish_reason": [meta.finish_reason for meta in metas],
+            "correct": [meta.correct for meta in metas],
+            "text": list(texts),
+        }
+        return pa.RecordBatch.from_pydict(columns | self._behaviour_columns(finished), schema=ROLLOUT_SCHEMA)
+
+    def _rollout_id(self, slot: int, index: int) -> str:
+        raise NotImplementedError
+
+    def _behaviour(self, finished: Finished) -> dict[str, Any]:
+        """The meta's view of the weights that sampled."""
+        raise NotImplementedError
+
+    def _behaviour_columns(self, finished: Sequence[Finished]) -> dict[str, list[Any]]:
+        raise NotImplementedError
+
+
+class StudentGenerator(Generator):
+    """Samples responses with the student's current weights."""
+
+    source = "student"
 
     async def connect(self, group: TransferGroup) -> None:
         """Joins the group that weights are broadcast in."""
@@ -181,45 +275,49 @@ class StudentGenerator:
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Receives one broadcast, in the way that rollout.in_flight chose for unfinished responses."""
-        unfinished = "restart" if self._in_flight == "abort" else "keep"
-        schedule = self._engine.drain_then if self._in_flight == "drain" else self._engine.command
+        in_flight = self._settings.in_flight
+        unfinished = "restart" if in_flight == "abort" else "keep"
+        schedule = self._engine.drain_then if in_flight == "drain" else self._engine.command
         await asyncio.wrap_future(schedule(lambda engine: engine.update_weights(manifest, unfinished)))
 
-    def _meta(self, group: PromptGroup, index: int, finished: Finished, text: str) -> RolloutMeta:
-        stopped = finished.finish_reason == "stop"
-        return RolloutMeta(
-            rollout_id=f"{group.slot}-{index}",
-            slot=group.slot,
-            prompt_id=group.prompt_id,
-            source="student",
-            num_prompt_tokens=len(group.prompt_tokens),
-            num_response_tokens=len(finished.tokens),
-            finish_reason=finished.finish_reason,
-            correct=stopped and self._task.verify(text, group.row),
-            repetitive=self._is_repetitive(text),
-            oldest_version=int(finished.weight_versions[0]),
-            newest_version=int(finished.weight_versions[-1]),
-            mean_version=float(np.mean(finished.weight_versions)),
-            mean_behaviour_logprob=float(np.mean(finished.logprobs)),
-        )
+    def _rollout_id(self, slot: int, index: int) -> str:
+        return f"{slot}-{index}"
 
+    def _behaviour(self, finished: Finished) -> dict[str, Any]:
+        return {
+            "oldest_version": int(finished.weight_versions[0]),
+            "newest_version": int(finished.weight_versions[-1]),
+            "mean_version": float(np.mean(finished.weight_versions)),
+            "mean_behaviour_logprob": float(np.mean(finished.logprobs)),
+        }
 
-def _payload(
-    groups: Sequence[PromptGroup], finished: Sequence[Finished], metas: Sequence[RolloutMeta], texts: Sequence[str]
-) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pydict(
-        {
-            "rollout_id": [meta.rollout_id for meta in metas],
-            "slot": [meta.slot for meta in metas],
-            "prompt_id": [meta.prompt_id for meta in metas],
-            "source": ["student"] * len(metas),
-            "prompt_tokens": [group.prompt_tokens for group in groups],
-            "response_tokens": [each.tokens for each in finished],
+    def _behaviour_columns(self, finished: Sequence[Finished]) -> dict[str, list[Any]]:
+        return {
             "behaviour_logprobs": [each.logprobs for each in finished],
             "weight_versions": [each.weight_versions for each in finished],
-            "finish_reason": [meta.finish_reason for meta in metas],
-            "correct": [meta.correct for meta in metas],
-            "text": list(texts),
-        },
-        schema=ROLLOUT_SCHEMA,
-    )
+        }
+
+
+class TeacherGenerator(Generator):
+    """Samples responses with the teacher's weights: rollouts to imitate, without a policy that is a student's."""
+
+    source = "teacher"
+
+    async def begin(self, settings: GeneratorSettings) -> None:
+        """Another run. Raises RunError when it has another teacher, which would need another engine."""
+        if settings.teacher_path != self._settings.teacher_path:
+            raise RunError(
+                f"a teacher's generator was started on {self._settings.teacher_path}, but this run asks for "
+                f"{settings.teacher_path}; runs that share their rooms must agree on teacher.path"
+            )
+        await super().begin(settings)
+
+    def _rollout_id(self, slot: int, index: int) -> str:
+        return f"{slot}-t{index}"
+
+    def _behaviour(self, finished: Finished) -> dict[str, Any]:
+        return {"oldest_version": -1, "newest_version": -1, "mean_version": -1.0, "mean_behaviour_logprob": math.nan}
+
+    def _behaviour_columns(self, finished: Sequence[Finished]) -> dict[str, list[Any]]:
+        empty: list[Any] = [() for _ in finished]
+        return {"behaviour_logprobs": empty, "weight_versions": empty}

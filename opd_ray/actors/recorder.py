@@ -1,4 +1,4 @@
-"""Recorder: writes the rollouts of a step to Parquet, so that payloads need not pass through the driver."""
+"""Recorder: writes, measures and cuts payloads, so that they need not pass through the driver."""
 
 from __future__ import annotations
 
@@ -9,39 +9,56 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from opd_ray.measure import measure
 from opd_ray.messages import Entry
 from opd_ray.node import this_node
-
-_ROLES = ("teacher", "reference")
+from opd_ray.scoring import REFERENCE
 
 
 class Recorder:
     """Lives on the driver's node, where the run directory is."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-
     def node(self) -> str:
         return this_node()
 
-    def write(self, step: int, entries: Sequence[Entry]) -> int:
-        """Writes rollouts/step-N.parquet: the rollout columns, the step that trained on them, and the
-        scorers' log-probs of the response tokens (null for golden rows). Returns the number of rows."""
-        table = pa.Table.from_batches([self._row(entry) for entry in entries])
+    def write(self, directory: str, step: int, entries: Sequence[Entry]) -> int:
+        """Writes step-N.parquet into ``directory`` and returns the number of rows.
+
+        A row has the step that trained on it, the rollout columns, its meta's ``repetitive`` and ``tail_period``, and
+        the log-probs of the response tokens by the teacher that scored it (its name is in ``teacher``; of several that
+        are weighted, the first) and by the reference; null where nobody scored.
+        """
+        table = pa.Table.from_batches([_row(entry) for entry in entries])
         table = table.add_column(0, "step", pa.array([step] * len(table), pa.int32()))
-        target = self._directory / f"step-{step:06d}.parquet"
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        target = Path(directory) / f"step-{step:06d}.parquet"
         partial = target.with_suffix(".tmp")
         pq.write_table(table, partial)
         partial.rename(target)
         return len(table)
 
-    def _row(self, entry: Entry) -> pa.RecordBatch:
-        row = ray.get(entry.rollouts).slice(entry.row, 1)
-        for role in _ROLES:
-            if role in entry.scores:
-                column = ray.get(entry.scores[role]).slice(entry.row, 1)["logprobs"]
-            else:
-                column = pa.nulls(1, pa.list_(pa.float32()))
-            row = row.append_column(pa.field(f"{role}_logprobs", pa.list_(pa.float32())), column)
-        return row
+    def measure(self, rollouts: pa.RecordBatch, teacher_scores: pa.RecordBatch | None = None) -> dict[str, float]:
+        """The sums of :func:`opd_ray.measure.measure`."""
+        return measure(rollouts, teacher_scores)
+
+    def select(self, batch: pa.RecordBatch, rows: Sequence[int]) -> tuple[int, pa.RecordBatch]:
+        """Some rows of a payload, in the order asked for, as a payload of their own; and their number."""
+        return len(rows), batch.take(pa.array(rows, pa.int64()))
+
+
+def _row(entry: Entry) -> pa.RecordBatch:
+    row = ray.get(entry.rollouts).slice(entry.row, 1)
+    teachers = [role for role in entry.scores if role != REFERENCE]
+    teacher = entry.meta.teacher if entry.meta.teacher in teachers else next(iter(teachers), None)
+    for name, value, kind in (
+        ("repetitive", entry.meta.repetitive, pa.bool_()),
+        ("tail_period", entry.meta.tail_period, pa.int32()),
+        ("teacher", teacher, pa.string()),
+    ):
+        row = row.append_column(pa.field(name, kind), pa.array([value], kind))
+    for column, role in (("teacher", teacher), ("reference", REFERENCE)):
+        kind = pa.list_(pa.float32())
+        scores = entry.scores.get(role)
+        logprobs = pa.nulls(1, kind) if scores is None else ray.get(scores).slice(entry.row, 1)["logprobs"]
+        row = row.append_column(pa.field(f"{column}_logprobs", kind), logprobs)
+    return row

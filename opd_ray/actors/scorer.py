@@ -1,64 +1,198 @@
-"""Scorer: one frozen model that gives its log-probs of rollouts. Teacher and reference are two pools of it."""
+"""Scorer: one model that gives its log-probs of rollouts. Every teacher and the reference are pools of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+import dataclasses
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from opd_ray.config import ScorerConfig
 from opd_ray.engines import Rollout, Scores, ScoringEngine
-from opd_ray.messages import SCORE_SCHEMA
+from opd_ray.errors import RunError
+from opd_ray.messages import ScoreRequest, TransferGroup, WeightManifest, score_schema
 from opd_ray.node import this_node
+from opd_ray.weights.follower import Follower
+from opd_ray.weights.receivers import make_receiver
+
+_PER_RUN = ("path", "weight", "privileged", "eos_token_ids", "update", "update_every_steps", "update_decay")
+"""Fields of the configuration that may change from run to run; the others need another actor."""
+_MOST_VALUES = 2**31 - 1
+"""A list column of Arrow counts its values in int32."""
+_URGENT, _USUAL = 0, 1
+
+
+class Worker:
+    """A thread that owns the engine and works off its calls, urgent ones first."""
+
+    def __init__(self) -> None:
+        self._calls: queue.PriorityQueue[tuple[int, int, Callable[[], Any], Future]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    def submit(self, run: Callable[[], Any], priority: int = _USUAL) -> Future:
+        """A future of the outcome of ``run()``."""
+        done: Future = Future()
+        done.set_running_or_notify_cancel()  # a caller that gives up must not make set_result() fail later
+        self._calls.put((priority, next(self._numbers), run, done))
+        return done
+
+    async def call(self, run: Callable[[], Any], priority: int = _USUAL) -> Any:
+        """The outcome of ``run()``."""
+        return await asyncio.wrap_future(self.submit(run, priority))
+
+    def _run(self) -> None:
+        while True:
+            _, _, run, done = self._calls.get()
+            try:
+                done.set_result(run())
+            except BaseException as error:
+                done.set_exception(error)
 
 
 class Scorer:
-    """Scores batches of rollouts; stateless between calls.
+    """Scores batches of rollouts (an async Ray actor); a weight update goes ahead of the batches that wait.
 
-    ``eos_map`` (student id to this model's id) makes a model with another EOS token comparable: the student's
-    EOS is scored as this model's, and the two ids trade places in the distribution.
+    ``make_engine`` builds the engine on ``scorer.path``. One that is a ``member`` of the weight-transfer group takes
+    part in every broadcast, whether its run's ``scorer.update`` follows the student or not.
     """
 
-    def __init__(self, *, make_engine: Callable[[], ScoringEngine], eos_map: Mapping[int, int]) -> None:
-        self._engine = make_engine()
-        self._to_model = dict(eos_map)
-        self._to_student = {theirs: ours for ours, theirs in eos_map.items()} | dict(eos_map)
+    def __init__(
+        self, *, make_engine: Callable[[], ScoringEngine], scorer: ScorerConfig, weight_backend: str, member: bool
+    ) -> None:
+        self._worker = Worker()
+        self._engine = self._worker.submit(make_engine).result()
+        self._scorer = scorer
+        self._follower: Follower | None = None
+        if member:
+            receiver = make_receiver(weight_backend, self._engine.device)
+            self._follower = Follower(self._engine.parameters(), receiver, **_rule(scorer))
 
-    def node(self) -> str:
+    async def node(self) -> str:
         return this_node()
 
-    def score(self, rollouts: pa.RecordBatch, top_k: int) -> tuple[int, pa.RecordBatch]:
-        """Returns the number of response tokens scored, and a row of SCORE_SCHEMA per rollout."""
-        sequences = [
-            Rollout(np.asarray(prompt.values), _swap(np.asarray(response.values), self._to_model))
-            for prompt, response in zip(rollouts["prompt_tokens"], rollouts["response_tokens"], strict=True)
-        ]
-        scores = self._engine.score(sequences, top_k)
-        return sum(len(each.logprobs) for each in scores), self._payload(rollouts["rollout_id"], scores)
+    async def begin(self, scorer: ScorerConfig) -> None:
+        """Another run: its checkpoint, unless that is the one at hand and unchanged, and its way to follow the student.
 
-    def _payload(self, rollout_ids: pa.Array, scores: list[Scores]) -> pa.RecordBatch:
-        columns = [
-            rollout_ids,
-            _lists([each.logprobs for each in scores], pa.float32()),
-            _lists([_swap(each.topk_ids.ravel(), self._to_student) for each in scores], pa.int32()),
-            _lists([each.topk_logprobs.ravel() for each in scores], pa.float32()),
-        ]
-        return pa.RecordBatch.from_arrays(columns, schema=SCORE_SCHEMA)
+        Raises RunError for a setting that needs another actor.
+        """
+        await self._worker.call(partial(self._begin, scorer))
+
+    async def score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[int, pa.RecordBatch]:
+        """Returns the number of response tokens scored, and a row of SCORE_SCHEMA per rollout.
+
+        Raises RunError for a rollout without what ``request`` needs: topk_ids (given) or privileged_prompt_tokens.
+        """
+        return await self._worker.call(partial(self._score, rollouts, request))
+
+    async def connect(self, group: TransferGroup) -> None:
+        """Joins the group that weights are broadcast in."""
+        await self._worker.call(partial(self._following().connect, group), _URGENT)
+
+    async def update_weights(self, manifest: WeightManifest) -> None:
+        """Receives one broadcast, and does with it what ``update`` says."""
+        await self._worker.call(partial(self._following().update, manifest), _URGENT)
+
+    async def save_weights(self, directory: str) -> None:
+        """Writes what a later run needs to follow the student from here on."""
+        await self._worker.call(partial(self._following().save, directory), _URGENT)
+
+    async def load_weights(self, directory: str) -> None:
+        """Goes on from ``save_weights``."""
+        await self._worker.call(partial(self._following().load, directory), _URGENT)
+
+    def _following(self) -> Follower:
+        if self._follower is None:
+            raise RunError(
+                "this scorer is no member of the weight-transfer group; start it with update other than fixed"
+            )
+        return self._follower
+
+    def _begin(self, scorer: ScorerConfig) -> None:
+        for field in dataclasses.fields(ScorerConfig):
+            ours, theirs = getattr(self._scorer, field.name), getattr(scorer, field.name)
+            if field.name not in _PER_RUN and ours != theirs:
+                raise RunError(
+                    f"a scorer was started with {field.name}={ours}, but this run asks for {theirs}; "
+                    "runs that share their rooms must agree on it"
+                )
+        if scorer.follows_student and self._follower is None:
+            raise RunError(
+                f"a scorer was started as a fixed one, but this run asks for update={scorer.update}; "
+                "start the rooms with it following the student"
+            )
+        moved = self._scorer.follows_student and self._following().version > 0
+        if moved or scorer.path != self._scorer.path:
+            self._engine.load(scorer.path)
+        self._scorer = scorer
+        if self._follower is not None:
+            self._follower.follow(self._engine.parameters(), **_rule(scorer))
+
+    def _score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[int, pa.RecordBatch]:
+        scores = self._engine.score(_sequences(rollouts, request), request)
+        return sum(len(each.logprobs) for each in scores), _payload(rollouts["rollout_id"], scores)
 
 
-def _swap(ids: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
-    """``ids`` with every key of ``mapping`` replaced by its value."""
-    if not mapping:
-        return ids
-    swapped = ids.copy()
-    for old, new in mapping.items():
-        swapped[ids == old] = new
-    return swapped
+def _rule(scorer: ScorerConfig) -> dict[str, Any]:
+    return {"update": scorer.update, "every_steps": scorer.update_every_steps, "decay": scorer.update_decay}
 
 
-def _lists(rows: list[np.ndarray], kind: pa.DataType) -> pa.ListArray:
+def _sequences(rollouts: pa.RecordBatch, request: ScoreRequest) -> list[Rollout]:
+    prompts = rollouts["privileged_prompt_tokens" if request.privileged else "prompt_tokens"]
+    columns = zip(rollouts["rollout_id"], prompts, rollouts["response_tokens"], rollouts["topk_ids"], strict=True)
+    sequences = []
+    for rollout_id, prompt, response, topk_ids in columns:
+        if request.privileged and len(prompt) == 0:
+            raise RunError(
+                f"rollout {rollout_id} has no privileged_prompt_tokens, but a privileged teacher is to score it; "
+                "give its prompt a golden solution in data.golden"
+            )
+        if request.given and (len(topk_ids) == 0) != (len(response) == 0):
+            raise RunError(
+                f"rollout {rollout_id} carries no topk_ids, but their log-probs are asked for; sample it with top_k"
+            )
+        tokens = np.asarray(response.values)
+        given = np.asarray(topk_ids.values).reshape(len(tokens), -1) if request.given else None
+        sequences.append(Rollout(np.asarray(prompt.values), tokens, given))
+    return sequences
+
+
+def _payload(rollout_ids: pa.Array, scores: Sequence[Scores]) -> pa.RecordBatch:
+    hidden = [each.hidden for each in scores]
+    half = any(states.dtype == np.float16 and states.size for states in hidden)
+    for rollout_id, states in zip(rollout_ids, hidden, strict=True):
+        if not np.isfinite(states).all():
+            raise RunError(
+                f"rollout {rollout_id}: its hidden states are not finite"
+                + (" in float16; score with dtype=float32" if half else "")
+            )
+    schema = score_schema(pa.float16() if half else pa.float32())
+    columns = [
+        rollout_ids,
+        *(
+            _lists([getattr(each, field.name).ravel() for each in scores], field)
+            for field in schema
+            if field.name != "rollout_id"
+        ),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _lists(rows: Sequence[np.ndarray], field: pa.Field) -> pa.ListArray:
     """A list column from one array per row, without going through Python numbers."""
-    offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
+    ends = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
+    if ends[-1] > _MOST_VALUES:
+        raise RunError(
+            f"{len(rows)} rollouts have {ends[-1]} values of {field.name}, more than one batch can hold "
+            f"({_MOST_VALUES}); lower rollout.prompts_per_call"
+        )
     flat: Any = np.concatenate(rows) if rows else np.empty(0)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, type=kind))
+    return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(flat, type=field.type.value_type))

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from opd_ray.errors import InputError
-from opd_ray.messages import Finished, GenerationRequest, TransferGroup, WeightManifest
+from opd_ray.messages import Finished, GenerationRequest, ScoreRequest, TransferGroup, WeightManifest
 
 Unfinished = Literal["keep", "restart"]
 
@@ -29,6 +29,9 @@ class GenerationEngine(Protocol):
 
     def step(self) -> list[Finished]:
         """Advances every running response by about one token and returns those that ended."""
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Drops unfinished requests; ``step`` will not return them. Unknown ids are ignored."""
 
     def connect(self, group: TransferGroup) -> None:
         """Joins the weight-transfer group; blocks until all members joined or the group's timeout.
@@ -51,11 +54,17 @@ class Rollout:
 
     prompt_tokens: np.ndarray
     response_tokens: np.ndarray
+    given_ids: np.ndarray | None = None
+    """[T, k'] int32: tokens to be scored at each of the response's T positions, for ``ScoreRequest.given``."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's opinion on one response of T tokens. Nats, float32."""
+    """A model's opinion on one response of T tokens. Nats, float32; what was not asked for has no columns.
+
+    All of ``ScoreRequest.stop_token_ids`` are one token, the first of them, with the probability of all: that is the
+    log-prob of any that was sampled; among alternatives only the first appears; given ones but the first have -inf.
+    """
 
     logprobs: np.ndarray
     """[T] log-prob of each response token."""
@@ -63,14 +72,23 @@ class Scores:
     """[T, k] int32, most probable first."""
     topk_logprobs: np.ndarray
     """[T, k], under the full softmax (not renormalised on the support)."""
+    given_logprobs: np.ndarray
+    """[T, k'] of ``Rollout.given_ids``."""
+    stop_logprobs: np.ndarray
+    """[T] log P(stop), of all stop tokens together; [0] without stop tokens."""
+    hidden: np.ndarray
+    """[T, H] what the output layer turns into logits; float16 of a bfloat16 model, else float32."""
 
 
 class ScoringEngine(Protocol):
-    """Log-probs of given tokens under a frozen model, at temperature 1."""
+    """Log-probs of given tokens under one model, at temperature 1."""
 
-    def score(self, sequences: Sequence[Rollout], top_k: int) -> list[Scores]:
-        """One Scores per sequence, in order. ``top_k`` 0 returns no alternatives; ``top_k`` of
-        the vocabulary size or more returns the whole distribution."""
+    def score(self, sequences: Sequence[Rollout], request: ScoreRequest) -> list[Scores]:
+        """One Scores per sequence, in order. ``top_k`` of the vocabulary size or more returns the whole
+        distribution. Raises ValueError for what the engine cannot give (``given`` and ``hidden`` on vLLM)."""
+
+    def load(self, path: str) -> None:
+        """Serves another checkpoint of the same architecture from the next call on."""
 
 
 def response_budget(request: GenerationRequest, max_context_tokens: int) -> int:

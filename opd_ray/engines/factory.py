@@ -36,7 +36,7 @@ def make_generation_engine(
 def make_scoring_engine(scorer: ScorerConfig, max_context_tokens: int) -> ScoringEngine:
     """The configured engine on a scorer's checkpoint. Runs inside the actor."""
     if scorer.engine == "torch":
-        from opd_ray.engines.torch import TorchScoringEngine
+        from opd_ray.engines.torch_scoring import TorchScoringEngine
 
         return TorchScoringEngine(
             path=scorer.path,
@@ -44,7 +44,7 @@ def make_scoring_engine(scorer: ScorerConfig, max_context_tokens: int) -> Scorin
             device="cuda" if scorer.gpus_per_actor else "cpu",
             max_batch_tokens=scorer.max_batch_tokens,
         )
-    from opd_ray.engines.vllm import VllmScoringEngine
+    from opd_ray.engines.vllm_scoring import VllmScoringEngine
 
     return VllmScoringEngine(
         path=scorer.path,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from opd_ray.engines import Rollout, Scores, Unfinished, response_budget
-from opd_ray.messages import Finished, GenerationRequest, TransferGroup, WeightManifest
+from opd_ray.messages import Finished, GenerationRequest, ScoreRequest, TransferGroup, WeightManifest
 
 
 class FakeGenerationEngine:
@@ -41,9 +41,14 @@ class FakeGenerationEngine:
             request, budget = self._requests[request_id]
             stopped = self._token(request, len(versions) - 1) in request.sampling.stop_token_ids
             if stopped or len(versions) >= budget:
-                del self._requests[request_id]
-                finished.append(self._finish(request, self._versions.pop(request_id), stopped))
+                finished.append(self._finish(request, versions, stopped))
+                self.abort([request_id])
         return finished
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._requests.pop(request_id, None)
+            self._versions.pop(request_id, None)
 
     def connect(self, group: TransferGroup) -> None:
         self.connected.append(group)
@@ -58,28 +63,47 @@ class FakeGenerationEngine:
 
     def _finish(self, request: GenerationRequest, versions: list[int], stopped: bool) -> Finished:
         tokens = [self._token(request, position) for position in range(len(versions))]
+        top_k = min(request.sampling.top_k, self._vocab_size)
         return Finished(
             request_id=request.request_id,
             tokens=np.asarray(tokens, dtype=np.int32),
             logprobs=np.full(len(tokens), -math.log(self._vocab_size), dtype=np.float32),
             weight_versions=np.asarray(versions, dtype=np.int32),
             finish_reason="stop" if stopped else "length",
+            topk_ids=np.tile(np.arange(top_k, dtype=np.int32), (len(tokens), 1)) if top_k else None,
         )
 
 
 class FakeScoringEngine:
-    """ScoringEngine of the uniform distribution; the alternatives are the ids 0 … k - 1."""
+    """ScoringEngine of the uniform distribution; equal alternatives come in the order of their ids."""
 
     def __init__(self, *, vocab_size: int = 32) -> None:
+        self.loaded: list[str] = []
+        """Every path that ``load`` was called with, in order."""
         self._vocab_size = vocab_size
 
-    def score(self, sequences: Sequence[Rollout], top_k: int) -> list[Scores]:
-        return [self._score(len(sequence.response_tokens), min(top_k, self._vocab_size)) for sequence in sequences]
+    def score(self, sequences: Sequence[Rollout], request: ScoreRequest) -> list[Scores]:
+        return [self._score(sequence, request) for sequence in sequences]
 
-    def _score(self, num_tokens: int, top_k: int) -> Scores:
-        uniform = -math.log(self._vocab_size)
+    def load(self, path: str) -> None:
+        self.loaded.append(path)
+
+    def _score(self, sequence: Rollout, request: ScoreRequest) -> Scores:
+        stops = request.stop_token_ids
+        probabilities = np.full(self._vocab_size, 1 / self._vocab_size)
+        probabilities[list(stops[1:])] = 0.0
+        probabilities[list(stops[:1])] = len(stops) / self._vocab_size
+        with np.errstate(divide="ignore"):
+            logprobs = np.log(probabilities).astype(np.float32)
+        best = np.argsort(-logprobs, kind="stable")[: len(logprobs) - len(stops[1:])][: request.top_k]
+        num_tokens = len(sequence.response_tokens)
+        sampled = [stops[0] if token in stops else int(token) for token in sequence.response_tokens]
+        given = sequence.given_ids if request.given else None
         return Scores(
-            logprobs=np.full(num_tokens, uniform, dtype=np.float32),
-            topk_ids=np.tile(np.arange(top_k, dtype=np.int32), (num_tokens, 1)),
-            topk_logprobs=np.full((num_tokens, top_k), uniform, dtype=np.float32),
+            logprobs=logprobs[np.asarray(sampled, dtype=np.int64)],
+            topk_ids=np.tile(best.astype(np.int32), (num_tokens, 1)),
+            topk_logprobs=np.tile(logprobs[best], (num_tokens, 1)),
+            given_logprobs=np.zeros((num_tokens, 0), np.float32) if given is None else logprobs[given],
+            stop_logprobs=np.full(num_tokens if stops else 0, logprobs[stops[0]] if stops else 0.0, np.float32),
+            hidden=np.zeros((num_tokens, 4 if request.hidden else 0), np.float32),
         )

@@ -1,96 +1,23 @@
-"""transformers behind the two engine Protocols.
+"""GenerationEngine on transformers: the reference that vLLM is compared with.
 
-``TorchScoringEngine`` is a padded forward pass. ``TorchGenerationEngine`` is the reference that
-vLLM is compared with: continuous batching without paged memory or captured graphs, so it keeps up
-on models of this repository's tests and not on large ones. Both run on CPUs and on CUDA.
+Continuous batching without paged memory or captured graphs, so it keeps up on models of this
+repository's tests and not on large ones. Runs on CPUs and on CUDA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from opd_ray.engines import Rollout, Scores, Unfinished, response_budget
+from opd_ray.engines import Unfinished, response_budget
 from opd_ray.errors import WeightSyncError
 from opd_ray.messages import Finished, FinishReason, GenerationRequest, TransferGroup, WeightManifest
 from opd_ray.models import load_causal_lm
 from opd_ray.weights.receivers import WeightReceiver, make_receiver
-
-
-class TorchScoringEngine:
-    """ScoringEngine as one forward pass per batch of sequences of similar length."""
-
-    def __init__(
-        self, *, path: str, dtype: str = "float32", device: str | None = None, max_batch_tokens: int = 8192
-    ) -> None:
-        """``max_batch_tokens`` bounds rows × longest row of one pass; ``device`` defaults to a GPU if there is one."""
-        self._model = _load(path, dtype, device)
-        self._max_batch_tokens = max_batch_tokens
-
-    @torch.inference_mode()
-    def score(self, sequences: Sequence[Rollout], top_k: int) -> list[Scores]:
-        scores: dict[int, Scores] = {}
-        for batch in self._batches(sequences):
-            rows = [sequences[index] for index in batch]
-            scores.update(zip(batch, self._score_batch(rows, top_k), strict=True))
-        return [scores[index] for index in range(len(sequences))]
-
-    def _batches(self, sequences: Sequence[Rollout]) -> Iterator[list[int]]:
-        """Indices of ``sequences``, longest first, in groups whose padded size keeps to the bound."""
-        lengths = [len(sequence.prompt_tokens) + len(sequence.response_tokens) for sequence in sequences]
-        order = sorted(range(len(sequences)), key=lambda index: -lengths[index])
-        while order:
-            num_rows = max(1, self._max_batch_tokens // max(1, lengths[order[0]]))
-            yield order[:num_rows]
-            order = order[num_rows:]
-
-    def _score_batch(self, rows: list[Rollout], top_k: int) -> list[Scores]:
-        tokens = [np.concatenate([row.prompt_tokens, row.response_tokens]).astype(np.int64) for row in rows]
-        input_ids, attention_mask = _pad_right(tokens, self._model.device)
-        # Position t predicts token t + 1; only positions that predict some row's response go
-        # through the output layer, whose logits are the largest tensor of the pass.
-        start = min(len(row.prompt_tokens) for row in rows) - 1
-        stop = input_ids.shape[1] - 1
-        logits = self._model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            use_cache=False,
-            logits_to_keep=torch.arange(start, stop, device=input_ids.device),
-        ).logits
-        lengths = [len(row.response_tokens) for row in rows]
-        where = [
-            index * (stop - start) + len(row.prompt_tokens) - 1 - start + np.arange(length)
-            for index, (row, length) in enumerate(zip(rows, lengths, strict=True))
-        ]
-        chosen = logits.flatten(0, 1)[torch.from_numpy(np.concatenate(where)).to(logits.device)]
-        responses = np.concatenate([row.response_tokens for row in rows]).astype(np.int64)
-        return _split(_token_scores(chosen, responses, top_k), lengths)
-
-
-def _token_scores(logits: Tensor, tokens: np.ndarray, top_k: int) -> Scores:
-    """Scores of N tokens from the logits [N, vocabulary] that predict them."""
-    logprobs = logits.float().log_softmax(-1)
-    own = logprobs.gather(1, torch.from_numpy(tokens).to(logits.device)[:, None])[:, 0]
-    values, ids = logprobs.topk(min(top_k, logprobs.shape[1]), dim=1)
-    return Scores(
-        logprobs=own.cpu().numpy(), topk_ids=ids.to(torch.int32).cpu().numpy(), topk_logprobs=values.cpu().numpy()
-    )
-
-
-def _split(scores: Scores, lengths: Sequence[int]) -> list[Scores]:
-    ends = np.cumsum(lengths)
-    return [
-        Scores(
-            logprobs=scores.logprobs[end - length : end],
-            topk_ids=scores.topk_ids[end - length : end],
-            topk_logprobs=scores.topk_logprobs[end - length : end],
-        )
-        for end, length in zip(ends, lengths, strict=True)
-    ]
 
 
 class _Response:
@@ -103,11 +30,17 @@ class _Response:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.versions: list[int] = []
+        self.topk_ids: list[np.ndarray] = []
 
-    def append(self, token: int, logprob: float, version: int) -> None:
+    def append(self, logits: Tensor, version: int) -> None:
+        """Samples the next token from logits [vocabulary] of weights ``version``."""
+        token, logprob = _sample(logits, self)
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.versions.append(version)
+        if top_k := self.request.sampling.top_k:
+            ids = logits.topk(min(top_k, len(logits))).indices
+            self.topk_ids.append(ids.to(torch.int32).cpu().numpy())
 
     @property
     def prefix(self) -> np.ndarray:
@@ -127,6 +60,7 @@ class _Response:
             logprobs=np.asarray(self.logprobs, dtype=np.float32),
             weight_versions=np.asarray(self.versions, dtype=np.int32),
             finish_reason=self.finish_reason,
+            topk_ids=np.stack(self.topk_ids) if self.topk_ids else None,
         )
 
 
@@ -150,7 +84,7 @@ class TorchGenerationEngine:
         max_context_tokens: int | None = None,
         weight_backend: str = "gloo",
     ) -> None:
-        self._model = _load(path, dtype, device)
+        self._model = load_model(path, dtype, device)
         self._max_num_seqs = max_num_seqs
         limit = self._model.config.get_text_config().max_position_embeddings
         self._max_context_tokens = min(max_context_tokens or limit, limit)
@@ -178,9 +112,13 @@ class TorchGenerationEngine:
             self._cache = entered if self._cache is None else self._cache.joined(entered)
             self._running = self._running + entering
         for response, row in zip(self._running, torch.cat(logits) if logits else (), strict=True):
-            token, logprob = _sample(row.float(), response)
-            response.append(token, logprob, self.weight_version)
+            response.append(row.float(), self.weight_version)
         return self._leave()
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        dropped = set(request_ids)
+        self._waiting = [response for response in self._waiting if response.request.request_id not in dropped]
+        self._keep([row for row, each in enumerate(self._running) if each.request.request_id not in dropped])
 
     def connect(self, group: TransferGroup) -> None:
         self._receiver.connect(group)
@@ -204,12 +142,15 @@ class TorchGenerationEngine:
 
     def _leave(self) -> list[Finished]:
         """Returns the responses that ended and takes their rows out of the cache."""
-        stay = [row for row, response in enumerate(self._running) if response.finish_reason is None]
         finished = [response.finished() for response in self._running if response.finish_reason is not None]
-        if finished:
-            self._running = [self._running[row] for row in stay]
-            self._cache = self._cache.rows(stay) if stay else None
+        self._keep([row for row, response in enumerate(self._running) if response.finish_reason is None])
         return finished
+
+    def _keep(self, rows: list[int]) -> None:
+        """Goes on with these running responses only."""
+        if len(rows) < len(self._running):
+            self._running = [self._running[row] for row in rows]
+            self._cache = self._cache.rows(rows) if rows else None
 
 
 class _Cache:
@@ -312,17 +253,8 @@ def _nucleus(logprobs: Tensor, top_p: float) -> Tensor:
     return logprobs.index_fill(0, outside, -torch.inf).log_softmax(-1)
 
 
-def _pad_right(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [R, longest] padded with 0, and the mask of real ones."""
-    lengths = torch.tensor([len(row) for row in rows])
-    input_ids = torch.zeros((len(rows), int(lengths.max())), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row)] = torch.from_numpy(row)
-    mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
-    return input_ids.to(device), mask.to(device, torch.int64)
-
-
-def _load(path: str, dtype: str, device: str | None) -> PreTrainedModel:
+def load_model(path: str, dtype: str, device: str | None) -> PreTrainedModel:
+    """The frozen model in ``path``; ``device`` defaults to a GPU if there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_causal_lm(path, dtype=getattr(torch, dtype))
     return model.to(device).eval().requires_grad_(False)

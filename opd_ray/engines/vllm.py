@@ -1,4 +1,4 @@
-"""vLLM behind the two engine Protocols: one in-process LLMEngine, driven by ``step``.
+"""GenerationEngine on vLLM, and what both vLLM engines share: an in-process LLMEngine, driven by ``step``.
 
 Importing vLLM binds the process's memory and turns ``torch.set_num_threads`` into a no-op on
 CPUs, so each engine belongs in a process of its own; the import happens in the constructors.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from opd_ray.engines import Rollout, Scores, Unfinished, response_budget
+from opd_ray.engines import Unfinished, response_budget
 from opd_ray.errors import WeightSyncError
 from opd_ray.messages import Finished, GenerationRequest, TransferGroup, WeightManifest
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class VllmGenerationEngine:
     """GenerationEngine on vLLM.
 
-    Log-probs are those of the sampled distribution (after temperature and top-p); greedy
-    requests report the untempered distribution.
+    Log-probs are those of the sampled distribution (after temperature and top-p); greedy requests report the
+    untempered distribution. Of the top_k ids those outside of a top-p nucleus smaller than k are arbitrary.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class VllmGenerationEngine:
         """``max_context_tokens`` caps prompt + response, by default at what the checkpoint allows;
         ``kv_cache_bytes`` counts on CPUs, ``gpu_memory_utilization`` on GPUs; ``max_batch_tokens``
         bounds the tokens of one step, prefills and recomputed prefixes included."""
-        _prepare_process()
+        prepare_process()
         from vllm.config import WeightTransferConfig
 
         self._backend = weight_backend
-        self._max_context_tokens = _context_limit(path, max_context_tokens)
-        self._engine = _build(
+        self._max_context_tokens = context_limit(path, max_context_tokens)
+        self._engine = build(
             model=path,
             dtype=dtype,
             tensor_parallel_size=tensor_parallel_size,
@@ -57,36 +57,45 @@ class VllmGenerationEngine:
             max_model_len=self._max_context_tokens,
             **_prefill_arguments(max_batch_tokens, self._max_context_tokens),
             gpu_memory_utilization=gpu_memory_utilization,
-            kv_cache_memory_bytes=_kv_cache_bytes(kv_cache_bytes),
+            kv_cache_memory_bytes=cache_bytes(kv_cache_bytes),
             # On CPUs the bookkeeping of the prefix cache costs a tenth of the tokens per second.
             enable_prefix_caching=torch.cuda.is_available(),
             logprobs_mode="processed_logprobs",
+            max_logprobs=-1,
             weight_transfer_config=WeightTransferConfig(backend=weight_backend),
             worker_extension_cls="opd_ray.weights.vllm_worker.WorkerExtension",
         )
+        self._vocab_size = vocabulary_size(self._engine)
         self._unfinished: dict[str, GenerationRequest] = {}
         self._serve_version(0)
 
     def submit(self, request: GenerationRequest) -> None:
         budget = response_budget(request, self._max_context_tokens)
         self._unfinished[request.request_id] = request
-        self._engine.add_request(request.request_id, _prompt(request.prompt_tokens), _sampling_params(request, budget))
+        parameters = _sampling_params(request, budget, self._top_k(request))
+        self._engine.add_request(request.request_id, prompt_input(request.prompt_tokens), parameters)
 
     def step(self) -> list[Finished]:
         finished = []
         for output in self._engine.step():
             completion = output.outputs[0]
-            del self._unfinished[output.request_id]
+            top_k = self._top_k(self._unfinished.pop(output.request_id))
+            logprobs, ids = columns(completion.logprobs, len(completion.token_ids), top_k)
             finished.append(
                 Finished(
                     request_id=output.request_id,
                     tokens=np.asarray(completion.token_ids, dtype=np.int32),
-                    logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
+                    logprobs=logprobs[:, 0].copy(),
                     weight_versions=_per_token(completion.weight_versions),
                     finish_reason=completion.finish_reason,
+                    topk_ids=ids[:, 1:].copy() if top_k else None,
                 )
             )
         return finished
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        unfinished = [request_id for request_id in request_ids if self._unfinished.pop(request_id, None)]
+        self._engine.abort_request(unfinished)
 
     def connect(self, group: TransferGroup) -> None:
         self._on_workers("opd_connect", init_info(self._backend, group), "join the transfer group")
@@ -103,6 +112,9 @@ class VllmGenerationEngine:
         for request in begun_again:
             self.submit(request)
 
+    def _top_k(self, request: GenerationRequest) -> int:
+        return min(request.sampling.top_k, self._vocab_size)
+
     def _serve_version(self, version: int) -> None:
         self.weight_version = version
         # vLLM labels each step's tokens with it and returns the spans with the finished response.
@@ -118,55 +130,6 @@ class VllmGenerationEngine:
                 f"weights: a vLLM engine on backend {self._backend} could not {action}: {error}; "
                 "do not step this engine again, its weights may be half loaded"
             ) from error
-
-
-class VllmScoringEngine:
-    """ScoringEngine on vLLM's prompt log-probs."""
-
-    def __init__(
-        self,
-        *,
-        path: str,
-        dtype: str = "float32",
-        tensor_parallel_size: int = 1,
-        max_num_seqs: int = 64,
-        max_context_tokens: int | None = None,
-        kv_cache_bytes: int = 256 * 2**20,
-        gpu_memory_utilization: float = 0.85,
-    ) -> None:
-        """As for VllmGenerationEngine."""
-        _prepare_process()
-        self._engine = _build(
-            model=path,
-            dtype=dtype,
-            tensor_parallel_size=tensor_parallel_size,
-            max_num_seqs=max_num_seqs,
-            # vLLM insists on sampling one token, which is never fed back; a sequence of exactly
-            # the checkpoint's length needs this room for it.
-            max_model_len=_context_limit(path, max_context_tokens) + 1,
-            gpu_memory_utilization=gpu_memory_utilization,
-            kv_cache_memory_bytes=_kv_cache_bytes(kv_cache_bytes),
-            enable_prefix_caching=False,
-            max_logprobs=-1,
-        )
-        self._vocab_size = self._engine.vllm_config.model_config.get_vocab_size()
-        self._num_calls = 0
-
-    def score(self, sequences: Sequence[Rollout], top_k: int) -> list[Scores]:
-        top_k = min(top_k, self._vocab_size)
-        self._num_calls += 1
-        positions = {}
-        for index, sequence in enumerate(sequences):
-            tokens = [*sequence.prompt_tokens, *sequence.response_tokens]
-            request_id = f"{self._num_calls}-{index}"
-            positions[request_id] = index
-            self._engine.add_request(request_id, _prompt(tokens), _scoring_params(top_k))
-        scores: list[Any] = [None] * len(sequences)
-        while positions:
-            for output in self._engine.step():
-                index = positions.pop(output.request_id)
-                scores[index] = _response_scores(output.prompt_logprobs, len(sequences[index].response_tokens), top_k)
-        return scores
 
 
 def init_info(backend: str, group: TransferGroup) -> dict[str, Any]:
@@ -189,14 +152,12 @@ def update_info(backend: str, manifest: WeightManifest) -> dict[str, Any]:
     return info if backend == "nccl" else info | {"version": manifest.version}
 
 
-def _response_scores(prompt_logprobs: Any, num_response_tokens: int, top_k: int) -> Scores:
-    """Cuts the response out of vLLM's flat list: for every position but the first, its own token
-    and then the ``top_k`` most probable ones."""
-    size = num_response_tokens * (top_k + 1)
-    start = len(prompt_logprobs.logprobs) - size
-    logprobs = np.asarray(prompt_logprobs.logprobs[start:], dtype=np.float32).reshape(-1, top_k + 1)
-    ids = np.asarray(prompt_logprobs.token_ids[start:], dtype=np.int32).reshape(-1, top_k + 1)
-    return Scores(logprobs=logprobs[:, 0].copy(), topk_ids=ids[:, 1:].copy(), topk_logprobs=logprobs[:, 1:].copy())
+def columns(flat: Any, num_tokens: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs and ids, [num_tokens, 1 + top_k] each, from the end of vLLM's flat list: the token itself, then the
+    most probable ones."""
+    start = len(flat.logprobs) - num_tokens * (top_k + 1)
+    logprobs = np.asarray(flat.logprobs[start:], dtype=np.float32).reshape(-1, top_k + 1)
+    return logprobs, np.asarray(flat.token_ids[start:], dtype=np.int32).reshape(-1, top_k + 1)
 
 
 def _per_token(spans: Any) -> np.ndarray:
@@ -205,13 +166,19 @@ def _per_token(spans: Any) -> np.ndarray:
     return np.repeat(np.asarray(versions, dtype=np.int32), [span.end - span.start for span in spans])
 
 
-def _prompt(tokens: Sequence[int]) -> Any:
+def vocabulary_size(engine: LLMEngine) -> int:
+    """Width of the output layer."""
+    return engine.vllm_config.model_config.get_vocab_size()
+
+
+def prompt_input(tokens: Sequence[int]) -> Any:
+    """Token ids as vLLM takes a prompt."""
     from vllm.inputs import tokens_input
 
     return tokens_input([int(token) for token in tokens])
 
 
-def _sampling_params(request: GenerationRequest, max_tokens: int) -> SamplingParams:
+def _sampling_params(request: GenerationRequest, max_tokens: int, top_k: int) -> SamplingParams:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -224,29 +191,14 @@ def _sampling_params(request: GenerationRequest, max_tokens: int) -> SamplingPar
         # The checkpoint's own EOS is ignored: the request names every token that ends it.
         ignore_eos=True,
         stop_token_ids=list(sampling.stop_token_ids),
-        logprobs=0,
+        logprobs=top_k,
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def _scoring_params(top_k: int) -> SamplingParams:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=0.0,
-        max_tokens=1,
-        ignore_eos=True,
-        prompt_logprobs=top_k,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _prepare_process() -> None:
+def prepare_process() -> None:
     """Environment that vLLM reads when it is imported; what the user has set stays."""
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -264,7 +216,8 @@ def _prepare_process() -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-def _context_limit(path: str, max_context_tokens: int | None) -> int:
+def context_limit(path: str, max_context_tokens: int | None) -> int:
+    """``max_context_tokens``, or what the checkpoint allows."""
     from transformers import AutoConfig
 
     return max_context_tokens or AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings
@@ -278,11 +231,13 @@ def _prefill_arguments(max_batch_tokens: int, max_context_tokens: int) -> dict[s
     return {"max_num_batched_tokens": max(max_batch_tokens, max_context_tokens), "enable_chunked_prefill": False}
 
 
-def _kv_cache_bytes(kv_cache_bytes: int) -> int | None:
+def cache_bytes(kv_cache_bytes: int) -> int | None:
+    """The size of the key-value cache where it is given outright: on CPUs."""
     return None if torch.cuda.is_available() else kv_cache_bytes
 
 
-def _build(*, tensor_parallel_size: int, **arguments: Any) -> LLMEngine:
+def build(*, tensor_parallel_size: int, **arguments: Any) -> LLMEngine:
+    """An engine that speaks tokens and steps only when it is told to."""
     from vllm import EngineArgs, LLMEngine
 
     return LLMEngine.from_engine_args(

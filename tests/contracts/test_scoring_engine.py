@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from engine_host import EngineHost
 from opd_ray.engines import Rollout, Scores, ScoringEngine
 from opd_ray.engines.fake import FakeScoringEngine
-from opd_ray.engines.torch import TorchScoringEngine
+from opd_ray.engines.torch_scoring import TorchScoringEngine
+from opd_ray.messages import ScoreRequest
 
 VOCAB_SIZE = 32
 MAX_CONTEXT_TOKENS = 96
@@ -27,7 +28,7 @@ def engine(request: pytest.FixtureRequest, tiny_model: dict[str, Path], vllm_hos
     if request.param == "fake":
         return FakeScoringEngine(vocab_size=VOCAB_SIZE)
     if request.param == "vllm":
-        return vllm_host.build("opd_ray.engines.vllm:VllmScoringEngine", path=path, kv_cache_bytes=16 * 2**20)
+        return vllm_host.build("opd_ray.engines.vllm_scoring:VllmScoringEngine", path=path, kv_cache_bytes=16 * 2**20)
     max_batch_tokens = 1 if request.param == "torch-one-row" else 256
     return TorchScoringEngine(path=path, device="cpu", max_batch_tokens=max_batch_tokens)
 
@@ -62,7 +63,7 @@ def own(full: np.ndarray, rollout: Rollout) -> np.ndarray:
 @pytest.mark.parametrize("engine", ANY, indirect=True)
 @pytest.mark.parametrize("top_k", [0, 4, VOCAB_SIZE, 1000])
 def test_shapes_and_dtypes(engine: ScoringEngine, top_k: int) -> None:
-    for rollout, scores in zip(rollouts(), engine.score(rollouts(), top_k), strict=True):
+    for rollout, scores in zip(rollouts(), engine.score(rollouts(), ScoreRequest(top_k=top_k)), strict=True):
         tokens, k = len(rollout.response_tokens), min(top_k, VOCAB_SIZE)
         assert (scores.logprobs.shape, scores.logprobs.dtype) == ((tokens,), np.float32)
         assert (scores.topk_ids.shape, scores.topk_ids.dtype) == ((tokens, k), np.int32)
@@ -71,19 +72,21 @@ def test_shapes_and_dtypes(engine: ScoringEngine, top_k: int) -> None:
 
 @pytest.mark.parametrize("engine", ANY, indirect=True)
 def test_no_sequences_give_no_scores(engine: ScoringEngine) -> None:
-    assert engine.score([], 4) == []
+    assert engine.score([], ScoreRequest(top_k=4)) == []
 
 
 @pytest.mark.parametrize("engine", MODELS, indirect=True)
 @pytest.mark.parametrize("top_k", [0, 4])
 def test_own_logprobs_equal_a_forward_pass(engine: ScoringEngine, expected: list[np.ndarray], top_k: int) -> None:
-    for rollout, full, scores in zip(rollouts(), expected, engine.score(rollouts(), top_k), strict=True):
+    for rollout, full, scores in zip(
+        rollouts(), expected, engine.score(rollouts(), ScoreRequest(top_k=top_k)), strict=True
+    ):
         np.testing.assert_allclose(scores.logprobs, own(full, rollout), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("engine", MODELS, indirect=True)
 def test_alternatives_are_the_most_probable_first(engine: ScoringEngine, expected: list[np.ndarray]) -> None:
-    for full, scores in zip(expected, engine.score(rollouts(), 4), strict=True):
+    for full, scores in zip(expected, engine.score(rollouts(), ScoreRequest(top_k=4)), strict=True):
         best = np.sort(full, axis=1)[:, ::-1][:, :4]
         np.testing.assert_allclose(scores.topk_logprobs, best, atol=TOLERANCE)
         np.testing.assert_allclose(np.take_along_axis(full, scores.topk_ids, 1), best, atol=TOLERANCE)
@@ -91,7 +94,7 @@ def test_alternatives_are_the_most_probable_first(engine: ScoringEngine, expecte
 
 @pytest.mark.parametrize("engine", MODELS, indirect=True)
 def test_the_whole_vocabulary_is_the_whole_distribution(engine: ScoringEngine, expected: list[np.ndarray]) -> None:
-    for full, scores in zip(expected, engine.score(rollouts(), VOCAB_SIZE), strict=True):
+    for full, scores in zip(expected, engine.score(rollouts(), ScoreRequest(top_k=VOCAB_SIZE)), strict=True):
         _assert_whole(full, scores)
 
 
@@ -103,7 +106,7 @@ def _assert_whole(full: np.ndarray, scores: Scores) -> None:
 @pytest.mark.parametrize("engine", MODELS, indirect=True)
 def test_a_sequence_scores_the_same_alone(engine: ScoringEngine) -> None:
     """Padding of a neighbour must not leak into a row."""
-    together = engine.score(rollouts(), 4)
+    together = engine.score(rollouts(), ScoreRequest(top_k=4))
     for rollout, among in zip(rollouts(), together, strict=True):
-        (alone,) = engine.score([rollout], 4)
+        (alone,) = engine.score([rollout], ScoreRequest(top_k=4))
         np.testing.assert_allclose(among.logprobs, alone.logprobs, atol=TOLERANCE)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from opd_ray.actors.generator import EngineThread, StudentGenerator
+from opd_ray.actors.generator import EngineThread, GeneratorSettings, StudentGenerator
 from opd_ray.engines.fake import FakeGenerationEngine
 from opd_ray.errors import RunError
 from opd_ray.messages import GenerationRequest, PromptGroup, SamplingSettings, WeightManifest
@@ -56,17 +56,14 @@ def group(slot, num_responses=1):
     return PromptGroup(slot, f"p{slot}", (1, 2, 3), {"answer": "x"}, num_responses, seed=100 * slot)
 
 
-def make(in_flight="keep", engine=None):
+def make(in_flight="keep", engine=None, kind=StudentGenerator):
     engine = engine or SteppedEngine()
-    generator = StudentGenerator(
-        make_engine=lambda: engine,
-        load_tokenizer=Words,
-        task=Even(),
-        in_flight=in_flight,
-        repetition_window_chars=1000,
-        repetition_ratio=2.0,
-    )
-    return generator, engine
+    return kind(make_engine=lambda: engine, load_tokenizer=Words, settings=settings(in_flight)), engine
+
+
+def settings(in_flight="keep", **changes):
+    values = {"repetition_window_chars": 1000, "repetition_ratio": 2.0, "teacher_path": "teacher"}
+    return GeneratorSettings(task=Even(), in_flight=in_flight, **(values | changes))
 
 
 async def until(condition):

@@ -1,0 +1,147 @@
+"""A scorer's model that follows the student: renewed now and then, or an exponential average of its weights."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from opd_ray.errors import RunError, WeightSyncError
+from opd_ray.messages import TransferGroup, WeightManifest
+from opd_ray.weights.receivers import WeightReceiver
+
+Update = Literal["fixed", "periodic", "average"]
+_FILE = "weights.safetensors"
+
+
+class Follower:
+    """Takes part in every broadcast, and writes into a model what its rule makes of it.
+
+    "fixed"     nothing
+    "periodic"  the weights of every version that is a multiple of ``every_steps``
+    "average"   w ← decay · w + (1 − decay) · w_student at every version
+
+    It begins at version 0 with the weights that the model has, and so leaves version 0 alone. A version that it holds
+    already (a run that goes on from a checkpoint sends it again) changes nothing. After a gap in the versions there is
+    nothing to go on from, and both rules take the weights as they are.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        receiver: WeightReceiver,
+        *,
+        update: Update,
+        every_steps: int,
+        decay: float,
+    ) -> None:
+        """``parameters``: the model's, tied ones under each of their names."""
+        self._receiver = receiver
+        self.follow(parameters, update=update, every_steps=every_steps, decay=decay)
+
+    def follow(
+        self, parameters: Mapping[str, torch.nn.Parameter], *, update: Update, every_steps: int, decay: float
+    ) -> None:
+        """Begins anew, at version 0 of a model."""
+        self._parameters = dict(parameters)
+        self._update, self._every_steps, self._decay = update, every_steps, decay
+        self.version = 0
+        # Steps of an average are below the resolution of bfloat16, so it is kept in float32 beside such a model.
+        self._averages = {
+            name: parameter.data if parameter.dtype == torch.float32 else parameter.data.float()
+            for name, parameter in self._own().items()
+            if update == "average"
+        }
+
+    def connect(self, group: TransferGroup) -> None:
+        """Joins the group that weights are broadcast in."""
+        self._receiver.connect(group)
+
+    @torch.no_grad()
+    def update(self, manifest: WeightManifest) -> None:
+        """Receives one broadcast. Raises WeightSyncError for another architecture's, or one older than what is held."""
+        self._check(manifest)
+        received, own = self._receiver.receive(manifest), self._own()
+        keep = self._rule(manifest.version)
+        for name, tensor in received:
+            if name in own and keep != 1.0:
+                self._blend(name, tensor, keep)
+        self.version = manifest.version
+
+    def save(self, directory: str) -> None:
+        """Writes the weights and their version below ``directory``, which is there."""
+        from safetensors.torch import save_file
+
+        weights = {name: self._averages.get(name, parameter.data) for name, parameter in self._own().items()}
+        # Several members of a pool may write the same file at once.
+        partial = Path(directory) / f".{_FILE}.{uuid.uuid4().hex}"
+        contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(contiguous, partial, metadata={"version": str(self.version)})
+        partial.rename(Path(directory) / _FILE)
+
+    @torch.no_grad()
+    def load(self, directory: str) -> None:
+        """Goes on from what ``save`` wrote. Raises RunError when it does not fit the model."""
+        from safetensors import SafetensorError, safe_open
+
+        file, own = Path(directory) / _FILE, self._own()
+        try:
+            with safe_open(file, framework="pt") as saved:
+                if set(saved.keys()) != own.keys():
+                    raise RunError(
+                        f"{file}: its parameters are not this model's; resume with the scorers that wrote it"
+                    )
+                for name in own:
+                    self._blend(name, saved.get_tensor(name), 0.0)
+                self.version = int(saved.metadata()["version"])
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{file} does not load: {error}; resume from another checkpoint") from error
+
+    def _own(self) -> dict[str, torch.nn.Parameter]:
+        """Every parameter once: averaging a tied one under both names would do it twice."""
+        names = {id(parameter): name for name, parameter in reversed(self._parameters.items())}
+        return {name: self._parameters[name] for name in names.values()}
+
+    def _rule(self, version: int) -> float:
+        """The share of the old weights that this version leaves: 1 changes nothing, 0 installs it as it is."""
+        if self._update == "fixed" or version == self.version:
+            return 1.0
+        if version > self.version + 1:
+            return 0.0
+        if self._update == "average":
+            return self._decay
+        return 0.0 if version % self._every_steps == 0 else 1.0
+
+    def _blend(self, name: str, tensor: torch.Tensor, keep: float) -> None:
+        parameter = self._parameters[name]
+        average = self._averages.get(name)
+        if average is None:
+            parameter.data.copy_(tensor)
+            return
+        average.lerp_(tensor.to(average.device, torch.float32), 1.0 - keep)
+        if average.data_ptr() != parameter.data_ptr():
+            parameter.data.copy_(average)
+
+    def _check(self, manifest: WeightManifest) -> None:
+        if self._update == "fixed":
+            return
+        if manifest.version < self.version:
+            raise WeightSyncError(
+                f"weights: a scorer that follows the student holds version {self.version}, but version "
+                f"{manifest.version} was sent; restore its weights before a run goes back"
+            )
+        if missing := self._parameters.keys() - set(manifest.names):
+            raise WeightSyncError(
+                f"weights: the broadcast of version {manifest.version} leaves out {len(missing)} parameters of a "
+                f"scorer that follows the student, as {min(missing)}; it must have the student's architecture"
+            )
+        shapes = dict(zip(manifest.names, manifest.shapes, strict=True))
+        for name, parameter in self._parameters.items():
+            if tuple(parameter.shape) != tuple(shapes[name]):
+                raise WeightSyncError(
+                    f"weights: {name} has shape {list(shapes[name])} in the student but {list(parameter.shape)} in a "
+                    "scorer that follows it; it must have the student's architecture"
+                )
