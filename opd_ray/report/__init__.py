@@ -30,10 +30,10 @@ def write_report(
     """
     from opd_ray.errors import InputError
     from opd_ray.report import page
-    from opd_ray.report.runs import find_runs, read_run
+    from opd_ray.report.runs import read_runs
 
-    runs = [read_run(path) for path in find_runs(run_dirs)]
-    content = page.render(runs, title, reference_lines or {}, notes)
+    runs, left_out = read_runs(run_dirs)
+    content = page.render(runs, title, reference_lines or {}, [*notes, *left_out])
     partial = output.with_name(f".{output.name}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

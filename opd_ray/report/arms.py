@@ -18,6 +18,9 @@ _TITLES = {
     "stableopd": "StableOPD",
     "opd": "Plain OPD",
     "sft": "SFT",
+    "grpo": "GRPO",
+    "gkd": "GKD",
+    "sequence_kd": "Sequence KD",
     "opd+mixture": "OPD + mixture",
     "opd+reference_kl": "OPD + reference KL",
 }

@@ -119,7 +119,7 @@ def _is_repetitive(row: dict[str, Any], run: Run) -> bool:
 
 
 def _pack(row: dict[str, Any], vocab: _Vocabulary) -> dict[str, Any]:
-    """One rollout in short names; "T" and "S" are null where the teacher did not score or nothing was sampled."""
+    """One rollout in short names; "T" is null where the teacher did not score, "S" where the student did not sample."""
     tokens, versions = row["response_tokens"], row["weight_versions"]
     head, tail = _ends(len(tokens))
     keep = [*range(head), *range(tail, len(tokens))]
@@ -135,7 +135,7 @@ def _pack(row: dict[str, Any], vocab: _Vocabulary) -> dict[str, Any]:
         "gap": [head, tail - head],
         "ids": [vocab.index(tokens[t]) for t in keep],
         "T": _hundredths(row.get("teacher_logprobs"), keep),
-        "S": _hundredths(row["behaviour_logprobs"], keep),
+        "S": _hundredths(row["behaviour_logprobs"], keep) if row["source"] == "student" else None,
         "v": [min(versions), max(versions)] if versions else None,
     }
 

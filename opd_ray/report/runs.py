@@ -34,6 +34,8 @@ class Run:
     """summary.json; None while the run is unfinished, or if it was cut off."""
     metrics: dict[str, dict[int, float]] = field(repr=False)
     """Metric name to step to value, steps in order; the last line of a repeated step wins."""
+    damaged_lines: int = 0
+    """Lines of metrics.jsonl that could not be read: a crash cuts one off, and a resumed run writes on behind it."""
 
     @property
     def finished(self) -> bool:
@@ -84,15 +86,31 @@ def _below(path: Path) -> list[Path]:
     return sorted(file.parent for file in path.rglob(METRICS_FILE))
 
 
+def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs among and below ``paths``, and a sentence for each that cannot be read beside others that can.
+
+    Raises InputError where not one can be read.
+    """
+    runs, errors = [], []
+    for path in find_runs(paths):
+        try:
+            runs.append(read_run(path))
+        except InputError as error:
+            errors.append(error)
+    if not runs:
+        raise errors[0]
+    return runs, [f"Left out: {error}." for error in errors]
+
+
 def read_run(path: Path) -> Run:
     """Reads one run directory. Raises InputError if it has no metrics, or a file that cannot be read."""
-    metrics = _read_metrics(path / METRICS_FILE)
+    metrics, damaged = _read_metrics(path / METRICS_FILE)
     if not any(metrics.values()):
         raise InputError(f"{path / METRICS_FILE}: holds no measurements yet; wait for the first step")
     config = _read_config(path / "config.yaml")
     summary = _read_summary(path / "summary.json")
     seed = (summary or {}).get("seed", config.get("seed"))
-    return Run(path, _arm(path, config, summary or {}), seed, config, summary, metrics)
+    return Run(path, _arm(path, config, summary or {}), seed, config, summary, metrics, damaged)
 
 
 def _arm(path: Path, config: dict[str, Any], summary: dict[str, Any]) -> str:
@@ -109,35 +127,35 @@ def _arm(path: Path, config: dict[str, Any], summary: dict[str, Any]) -> str:
     return path.name
 
 
-def _read_metrics(path: Path) -> dict[str, dict[int, float]]:
-    """A run that was rolled back or resumed repeats steps; evaluations stand on lines of their own."""
-    by_step: dict[int, dict[str, float]] = {}
+def _read_metrics(path: Path) -> tuple[dict[str, dict[int, float]], int]:
+    """Values by metric and step, and the number of damaged lines; the last line may still be in writing.
+
+    A run that was rolled back or resumed repeats steps, and evaluations stand on lines of their own.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    by_step: dict[int, dict[str, float]] = {}
+    damaged = 0
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         try:
             values = json.loads(line)
-            step = int(values.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number == len(lines):
-                break  # the run is being written, or died while it wrote
-            raise InputError(f"{path} line {number}: expected an object with a step ({error!r})") from None
-        by_step.setdefault(step, {}).update(
-            {name: float(value) for name, value in values.items() if _is_number(value) and math.isfinite(value)}
-        )
+            step = int(values["step"])
+        except (ValueError, KeyError, TypeError):
+            damaged += number < len(lines)
+            continue
+        numbers = {name: float(value) for name, value in values.items() if name != "step" and _is_number(value)}
+        by_step.setdefault(step, {}).update(numbers)
     metrics: dict[str, dict[int, float]] = {}
     for step in sorted(by_step):
         for name, value in by_step[step].items():
             metrics.setdefault(name, {})[step] = value
-    return metrics
+    return metrics, damaged
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -124,9 +124,8 @@ def _guard(arm: Arm) -> str:
     if len(arm.runs) > 1:
         return f"; the guard acted in {len(acted)} of {len(arm.runs)} runs"
     events = [event for event in acted[0].events if event.get("level") != "warn"]
-    return (
-        f"; the guard stepped in {len(events)} time{'s' if len(events) > 1 else ''}, first at step {events[0]['step']}"
-    )
+    times = "once," if len(events) == 1 else f"{len(events)} times, first"
+    return f"; the guard acted {times} at step {events[0]['step']}"
 
 
 def _caveats(arms: Sequence[Arm]) -> list[str]:
@@ -136,6 +135,8 @@ def _caveats(arms: Sequence[Arm]) -> list[str]:
         said.append(f"Unfinished: {', '.join(map(_progress, unfinished))}.")
     if all(len(arm.runs) == 1 for arm in arms):
         said.append("One seed an arm: no spread is known, and another seed may come out differently.")
+    for run in (run for arm in arms for run in arm.runs if run.damaged_lines):
+        said.append(f"Lines of {run.path.name}/metrics.jsonl that are damaged and left out: {run.damaged_lines}.")
     for arm in arms:
         if mixed := _mixed(arm):
             said.append(f"Runs of {arm.title} differ in more than their seed: {', '.join(mixed)}.")

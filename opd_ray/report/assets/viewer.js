@@ -23,21 +23,21 @@ function probability(hundredths) {
   return p >= 0.001 ? p.toFixed(3) : p.toExponential(1);
 }
 
-// The width of the colour scale, one for all runs so that they compare: most tokens lie within it.
+// The width of the colour scale to begin with, one for all runs so that they compare: most tokens lie within it.
 function scaleOf(runs) {
   const sizes = [];
   for (const rollout of runs.flatMap((run) => run.rollouts)) {
     for (let t = 0; t < rollout.ids.length; t++) sizes.push(Math.abs(advantage(rollout, t) ?? 0));
   }
   sizes.sort((a, b) => a - b);
-  const typical = sizes[Math.floor(sizes.length * 0.95)] || 0;
+  const typical = sizes[Math.floor(sizes.length * 0.85)] || 0;
   return SCALES.find((scale) => scale >= typical) || SCALES.at(-1);
 }
 
 function startViewer(data) {
   const picks = Object.fromEntries(["run", "step", "src", "cut", "rep", "ok"].map((name) => [name, byId(`pick-${name}`)]));
-  const scale = scaleOf(data.runs);
-  let run, matching, shown;
+  let scale = scaleOf(data.runs);
+  let run, matching, shown, pointed;
 
   function fill(select, values) {
     const before = select.value;
@@ -59,6 +59,7 @@ function startViewer(data) {
 
   function filter() {
     hideTip();
+    byId("scale-low").textContent = `−${scale}`;
     const wanted = ["step", "src", "cut", "rep", "ok"].filter((name) => picks[name].value !== "");
     matching = run.rollouts.filter((rollout) => wanted.every((name) => String(rollout[name]) === picks[name].value));
     const note = run.note ? ` (${run.note})` : "";
@@ -140,6 +141,7 @@ function startViewer(data) {
     tip.hidden = false;
     const box = token.getBoundingClientRect();
     const above = box.top > tip.offsetHeight + 60;
+    pointed = { token, top: box.top };
     tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 8))}px`;
     tip.style.top = `${above ? box.top - tip.offsetHeight - 6 : box.bottom + 6}px`;
   }
@@ -163,8 +165,16 @@ function startViewer(data) {
     return true;
   }
 
-  byId("scale-low").textContent = `A ≤ ${signed(-scale)}`;
-  byId("scale-high").textContent = `≥ ${signed(scale)}`;
+  for (const size of SCALES) {
+    const option = make("option", "", `+${size} nats`);
+    option.value = size;
+    option.selected = size === scale;
+    byId("pick-scale").append(option);
+  }
+  byId("pick-scale").addEventListener("change", (event) => {
+    scale = Number(event.target.value);
+    filter();
+  });
   data.runs.forEach((each, index) => {
     const option = make("option", "", `${data.arms[each.arm]}, ${each.name}`);
     option.value = index;
@@ -175,13 +185,18 @@ function startViewer(data) {
   for (const name of ["step", "src", "cut", "rep", "ok"]) picks[name].addEventListener("change", filter);
   byId("more").addEventListener("click", showMore);
   const list = byId("list");
-  list.addEventListener("pointerover", (event) => (event.target.matches(".t") ? showTip(event.target) : hideTip()));
+  list.addEventListener("pointermove", (event) => {
+    const again = pointed?.token === event.target && !byId("tip").hidden;
+    if (!event.target.matches(".t")) hideTip();
+    else if (!again) showTip(event.target);
+  });
   list.addEventListener("pointerleave", hideTip);
   list.addEventListener("focusout", hideTip);
   list.addEventListener("keydown", (event) => {
     if (event.key === "Escape") hideTip();
     else if (event.target.matches(".tokens") && go(event.target, event.key)) event.preventDefault();
   });
-  addEventListener("scroll", () => !document.querySelector(".t.at") && hideTip(), { passive: true });
+  const scrolledAway = () => pointed && Math.abs(pointed.token.getBoundingClientRect().top - pointed.top) > 2;
+  addEventListener("scroll", () => scrolledAway() && hideTip(), { passive: true });
   pickRun();
 }

@@ -1,0 +1,210 @@
+"""The report in headless Chromium: charts are drawn, controls do what they say, nothing is fetched, nothing runs.
+
+Needs Playwright's Chromium (``playwright install chromium``) or one on the PATH; skipped with that reason elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import CHARACTERS
+from opd_ray.report import ReferenceLine, write_report
+from report_runs import EVIL, make_run, make_student
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the dev extra")
+pytestmark = pytest.mark.timeout(120)
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+_EVENTS = (
+    {"step": 32, "signal": "truncated_token_share", "value": 0.3, "threshold": 0.25, "level": "act", "action": EVIL},
+    {"step": 45, "signal": "truncation_rate", "value": 0.7, "threshold": 0.5, "level": "stop", "action": "stopped"},
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        on_path = next(filter(None, map(shutil.which, _NAMES)), None)
+        own = playwright.chromium.executable_path
+        if not on_path and not Path(own).exists():
+            pytest.skip("no Chromium: none on the PATH, and `playwright install chromium` was not run")
+        # Chromium refuses its sandbox to root, which is who CI containers run as.
+        sandbox = [] if os.geteuid() else ["--no-sandbox"]
+        browser = playwright.chromium.launch(executable_path=None if Path(own).exists() else on_path, args=sandbox)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arms of two seeds; one arm inflates, and its rollouts hold a token that would be a script."""
+    root = tmp_path_factory.mktemp("study")
+    student = make_student(root / "student", [EVIL if token == "3" else token for token in CHARACTERS])
+    for seed in (1, 2):
+        common = {"seed": seed, "steps": 60, "student": student, "logged_steps": [1, 30, 60]}
+        make_run(root / f"stable{seed}", name="stable", accuracy=(0.3, 0.9), **common)
+        make_run(root / f"plain{seed}", name="plain", accuracy=(0.3, 0.1), inflates_at=40, events=_EVENTS, **common)
+    line = ReferenceLine(0.06, "the teacher itself")
+    write_report([root], root / "report.html", reference_lines={"rollouts/truncation_rate": line})
+    return root / "report.html"
+
+
+@pytest.fixture
+def page(browser: Any, report: Path) -> Iterator[Any]:
+    """The opened page; at the end it must have complained of nothing and fetched nothing."""
+    page = browser.new_page(viewport={"width": 1366, "height": 900})
+    complaints, requests = [], []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(report.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    yield page
+    assert complaints == []
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    assert page.evaluate("window.hacked") is None
+    page.close()
+
+
+def chart(page: Any, title: str) -> Any:
+    return page.locator("figure", has=page.locator("b", has_text=title)).first
+
+
+def lines(page: Any, title: str) -> int:
+    return chart(page, title).locator(".scatterlayer .trace path.js-line").count()
+
+
+def cards(page: Any) -> list[str]:
+    return page.locator(".rollout header").all_inner_texts()
+
+
+def test_every_open_chart_is_drawn_and_nothing_is_wider_than_the_page(page):
+    charts = page.locator("div.group .plot")
+    assert charts.count() >= 12
+    for index in range(charts.count()):
+        assert charts.nth(index).locator(".scatterlayer .trace").count() > 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1366
+
+
+def test_a_chart_has_each_seed_a_mean_a_band_and_the_guards_events(page):
+    accuracy = chart(page, "Accuracy")
+    assert lines(page, "Accuracy") == 2 * (2 + 1) + 2  # seeds and mean of each arm, and the bands' outlines
+    assert accuracy.locator(".scatterlayer .fills path.js-fill, .scatterlayer path.js-fill").count() == 2
+    # Held-out points before and after for each arm, and two events on the line of each of two runs.
+    assert accuracy.locator(".scatterlayer .points path").count() == 2 * 2 + 2 * 2
+    assert chart(page, "Truncation").locator(".annotation-text").text_content() == "the teacher itself"
+
+
+def test_an_arm_is_hidden_in_every_chart_by_its_button(page):
+    button = page.locator("#legend button", has_text="plain")
+    drawn = lines(page, "Accuracy"), lines(page, "Length")
+    button.click()
+    page.wait_for_function("!document.querySelectorAll('.plot')[2].data.some((trace) => /plain/.test(trace.name))")
+    assert button.get_attribute("aria-pressed") == "false"
+    assert lines(page, "Accuracy") * 2 == drawn[0] and lines(page, "Length") * 2 == drawn[1]
+    button.click()
+    page.wait_for_function("document.querySelectorAll('.plot')[2].data.some((trace) => /plain/.test(trace.name))")
+    assert (lines(page, "Accuracy"), lines(page, "Length")) == drawn
+
+
+def test_zooming_one_chart_zooms_all(page):
+    plot = chart(page, "Accuracy").locator(".plot")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + 150, box["y"] + 80)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 250, box["y"] + 85, steps=4)
+    page.mouse.up()
+    ranges = "[...document.querySelectorAll('div.group .plot')].map((plot) => plot.layout.xaxis.range.join())"
+    page.wait_for_function(f"new Set({ranges}).size === 1 && !{ranges}[0].startsWith('-')")
+
+
+def test_the_other_charts_are_drawn_once_they_are_opened(page):
+    page.locator("details.group summary").click()
+    page.wait_for_function("[...document.querySelectorAll('details.group .plot')].every((plot) => plot.data)")
+
+
+def test_pointing_at_a_chart_names_the_step_and_the_arms(page):
+    plot = chart(page, "Accuracy").locator(".plot")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 90)
+    hover = plot.locator(".hoverlayer .legend")
+    hover.wait_for()
+    assert "step" in hover.text_content() and "stable" in hover.text_content()
+
+
+def test_filters_change_the_rollouts_that_are_shown(page):
+    page.locator("#pick-run").select_option(label="plain, seed 2")
+    assert len(cards(page)) == 15
+    page.locator("#pick-cut").select_option("1")
+    assert [("truncated" in text, "repetitive" in text) for text in cards(page)] == [(True, True)] * 3
+    page.locator("#pick-step").select_option("30")
+    assert len(cards(page)) == 1 and "step 30" in cards(page)[0]
+    assert "1 of 15 rollouts" in page.locator("#viewer-count").inner_text()
+    page.locator("#pick-cut").select_option("")
+    page.locator("#pick-src").select_option("golden")
+    assert "not scored by the teacher" in cards(page)[0]
+    page.locator("#pick-src").select_option("student")
+    page.locator("#pick-rep").select_option("0")
+    page.locator("#pick-ok").select_option("0")
+    assert len(cards(page)) == 2 and all("wrong" in text for text in cards(page))
+
+
+def test_pointing_at_a_token_tells_both_probabilities_and_the_advantage(page):
+    token = page.locator(".rollout", has_text="wrong").first.locator(".t").nth(4)
+    assert token.inner_text() == EVIL  # shown, not run
+    token.hover()
+    tip = page.locator("#tip")
+    assert tip.is_visible()
+    assert "token 5 of 6" in tip.inner_text()
+    rows = tip.locator("tr").all_inner_texts()
+    assert [row.split("\t")[-1].strip() for row in rows] == ["0.050", "0.607", "−2.50 nats"]
+    page.mouse.move(5, 5)
+    assert tip.is_hidden()
+
+
+def test_a_token_that_the_teacher_rules_out_is_coloured_fully(page):
+    token = page.locator(".rollout", has_text="1+1=4").first.locator(".t").nth(4)
+    assert token.evaluate("(token) => token.style.getPropertyValue('--much')") == "90%"
+    token.hover()
+    assert "−∞" in page.locator("#tip").inner_text()
+
+
+def test_tokens_can_be_read_with_the_keyboard_alone(page):
+    strip = page.locator(".rollout .tokens").first
+    strip.focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert "token 3 of" in page.locator("#tip").inner_text()
+    page.keyboard.press("End")
+    assert '"<eos>"' in page.locator("#tip").inner_text()
+    page.keyboard.press("Escape")
+    assert page.locator("#tip").is_hidden()
+
+
+def test_dark_and_light_are_both_drawn(page):
+    shades = []
+    for scheme in ("light", "dark"):
+        page.locator("#theme").click()
+        page.wait_for_function(f"document.documentElement.dataset.theme === '{scheme}'")
+        shades.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert len(set(shades)) == 2
+
+
+def test_one_unfinished_run_without_rollouts_is_still_a_page(browser, tmp_path):
+    write_report([make_run(tmp_path / "run", finished=False, steps=3)], tmp_path / "report.html")
+    page = browser.new_page()
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto((tmp_path / "report.html").as_uri())
+    page.wait_for_selector("html[data-ready]")
+    assert lines(page, "Accuracy") == 1
+    assert errors == []
+    page.close()

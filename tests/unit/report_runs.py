@@ -1,0 +1,159 @@
+"""Run directories as a training run leaves them, made up: curves, events and rollouts that tests can count."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from checkpoints import CHARACTERS, make_checkpoint
+
+EVIL = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">'
+"""A token that would run, were it ever parsed as HTML."""
+
+_LISTS = {
+    "prompt_tokens": pa.int32(),
+    "response_tokens": pa.int32(),
+    "behaviour_logprobs": pa.float32(),
+    "weight_versions": pa.int32(),
+    "teacher_logprobs": pa.float32(),
+}
+
+
+def make_run(
+    path: Path,
+    *,
+    name: str | None = None,
+    method: str = "opd",
+    seed: int = 1,
+    steps: int = 20,
+    inflates_at: int | None = None,
+    accuracy: tuple[float, float] = (0.3, 0.5),
+    events: Sequence[Mapping[str, Any]] = (),
+    finished: bool = True,
+    logged_steps: Sequence[int] = (),
+    student: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """A run whose accuracy moves in a straight line and whose truncation jumps to .9 at ``inflates_at``."""
+    path.mkdir(parents=True)
+    before, after = (_evaluation(value, 0.0) for value in accuracy)
+    if inflates_at is not None:
+        after = _evaluation(accuracy[1], 0.9)
+    lines = [_line(0, "evaluation", before)]
+    for step in range(1, steps + 1):
+        inflated = inflates_at is not None and step >= inflates_at
+        lines.append(
+            {"step": step} | _measured(step, accuracy[0] + (accuracy[1] - accuracy[0]) * step / steps, inflated)
+        )
+    if finished:
+        lines.append(_line(steps, "evaluation", after))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {
+        "seed": seed,
+        "name": name,
+        "student": {"path": str(student or "nowhere")},
+        "rollout": {"max_response_tokens": 80, "temperature": 1.0, "top_p": 1.0},
+        "metrics": {"repetition_window_chars": 24, "repetition_ratio": 1.5},
+        "learner": {"steps": steps},
+    }
+    (path / "config.yaml").write_text(yaml.safe_dump(settings | dict(config or {})))
+    if finished:
+        summary = {
+            "method": method,
+            "seed": seed,
+            "steps": steps,
+            "wall_s": 61.0,
+            "trained_tokens": 12_345,
+            "eval_before": before,
+            "eval_after": after,
+            "guard_events": list(events),
+        }
+        (path / "summary.json").write_text(json.dumps(summary | ({"name": name} if name else {})))
+    for step in logged_steps:
+        write_rollouts(path, step, make_rollouts(step))
+    return path
+
+
+def make_rollouts(step: int) -> list[dict[str, Any]]:
+    """Four of the student (one truncated and repetitive, one with a token the teacher rules out) and one golden."""
+    right = _rollout(f"{step}-right", "1+1=2", teacher=[-0.1] * 6)
+    wrong = _rollout(f"{step}-wrong", "1+1=3", teacher=[-0.1] * 4 + [-3.0, -0.1], correct=False)
+    ruled_out = _rollout(f"{step}-never", "1+1=4", teacher=[-0.1] * 4 + [float("-inf"), -0.1], correct=False)
+    loop = _rollout(f"{step}-loop", "1+" * 12, teacher=[-0.05] * 24, correct=False, finish_reason="length")
+    golden = _rollout(f"{step}-golden", "1+1=2", teacher=None, source="golden")
+    return [right, wrong, ruled_out, loop, golden | {"behaviour_logprobs": [], "weight_versions": []}]
+
+
+def write_rollouts(run: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """rollouts/step-N.parquet of these rows."""
+    types = {name: pa.list_(_LISTS[name]) if name in _LISTS else None for name in rows[0]}
+    table = pa.table({name: pa.array([row[name] for row in rows], type) for name, type in types.items()})
+    path = run / "rollouts" / f"step-{step:06d}.parquet"
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(table.add_column(0, "step", pa.array([step] * len(rows), pa.int32())), path)
+    return path
+
+
+def make_student(path: Path, tokens: Sequence[str] = CHARACTERS) -> Path:
+    """A checkpoint directory with a tokenizer of one token per character; nothing is generated with it."""
+    return make_checkpoint(path, tokens=tokens)
+
+
+def _rollout(rollout_id: str, text: str, *, teacher: list[float] | None, **changes: Any) -> dict[str, Any]:
+    tokens = [CHARACTERS.index(character) for character in text]
+    if changes.get("finish_reason", "stop") == "stop":
+        tokens.append(CHARACTERS.index("<eos>"))
+    row = {
+        "rollout_id": rollout_id,
+        "prompt_id": "1+1",
+        "source": "student",
+        "prompt_tokens": [CHARACTERS.index(character) for character in "1+1="],
+        "response_tokens": tokens,
+        "behaviour_logprobs": [-0.5] * len(tokens),
+        "weight_versions": [3] * (len(tokens) - 1) + [4],
+        "finish_reason": "stop",
+        "correct": True,
+        "text": text,
+        "teacher_logprobs": teacher,
+    }
+    return row | changes
+
+
+def _evaluation(accuracy: float, truncation: float) -> dict[str, float]:
+    return {
+        "accuracy_greedy": min(1.0, accuracy + 0.1),
+        "accuracy_sampled": accuracy,
+        "truncation_rate": truncation,
+        "repetition_rate": truncation / 2,
+        "mean_length": 20 + 60 * truncation,
+        "num_problems": 500,
+    }
+
+
+def _line(step: int, section: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {"step": step} | {f"{section}/{name}": value for name, value in values.items()}
+
+
+def _measured(step: int, accuracy: float, inflated: bool) -> dict[str, float]:
+    return {
+        "rollouts/accuracy": accuracy,
+        "rollouts/truncation_rate": 0.9 if inflated else 0.02,
+        "rollouts/repetition_rate": 0.5 if inflated else 0.0,
+        "rollouts/truncated_token_share": 0.95 if inflated else 0.03,
+        "rollouts/length": 75.0 if inflated else 20.0,
+        "learner/loss": 1.0 / step,
+        "learner/loss_student": 1.0 / step,
+        "learner/advantage_repetitive": -0.3,
+        "learner/advantage_other": -0.8,
+        "learner/repetitive_share": 0.3 if inflated else 0.01,
+        "throughput/tokens_per_s": 1000.0 + step,
+        "staleness/mean": 1.0,
+        "staleness/max": 2.0,
+        "something/new": float(step),
+    }
