@@ -191,8 +191,8 @@ def _from_tokens(where: str, number: int, row: dict[str, Any], student: ModelFac
             f"{where} row {number}: token {wrong[0]} is outside the vocabulary of {student.name} "
             f"({student.vocab_size} tokens); give rows of its tokenizer, or rows of text"
         )
-    text = student.tokenizer.decode(response, skip_special_tokens=True)
-    if row.get("text", text) != text:
+    text, marked = (student.tokenizer.decode(response, skip_special_tokens=skip) for skip in (True, False))
+    if "text" in row and "".join(row["text"].split()) not in ("".join(each.split()) for each in (text, marked)):
         raise InputError(
             f"{where} row {number}: its response_tokens read {text[:40]!r} with the tokenizer of {student.name}, "
             f"but its text is {row['text'][:40]!r}; give rows of this tokenizer, or rows of text"

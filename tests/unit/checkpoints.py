@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from opd_ray.messages import ROLLOUT_SCHEMA
@@ -36,6 +36,7 @@ def make_checkpoint(
     words = models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<pad>")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<[a-z]+>|."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([token for token in tokens if token.startswith("<")])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", chat_template=chat_template

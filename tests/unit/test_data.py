@@ -70,6 +70,27 @@ def test_a_golden_row_needs_a_response(tmp_path: Path, response: object) -> None
         read_golden(str(file))
 
 
+def test_a_teacher_is_passed_on_and_an_answer_may_be_missing_where_none_is_needed(tmp_path: Path) -> None:
+    rows = [{"prompt": "1", "teacher": "code"}, GOOD]
+    file = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    assert read_prompts(str(file), need_answer=False) == [
+        {"id": "1", "prompt": "1", "answer": "", "teacher": "code"},
+        {"id": "2", "prompt": "1+1=", "answer": "2"},
+    ]
+    with pytest.raises(InputError, match="row 1: has no 'answer'"):
+        read_prompts(str(file))
+    write_jsonl(file, [GOOD | {"teacher": ["code"]}])
+    with pytest.raises(InputError, match="row 1: 'teacher' is a list, expected a string"):
+        read_prompts(str(file))
+
+
+def test_rows_know_whether_they_all_brought_an_id(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "prompts.jsonl", [GOOD | {"id": "a"}, GOOD | {"id": 5}])
+    assert read_prompts(str(file)).has_ids
+    write_jsonl(file, [GOOD | {"id": "a"}, GOOD])
+    assert not read_prompts(str(file)).has_ids
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -28,6 +28,9 @@ class Echo:
     def format_prompt(self, row, tokenizer):
         return [tokenizer[c] for c in row["prompt"]]
 
+    def format_privileged_prompt(self, row, solution, tokenizer):
+        return [tokenizer[c] for c in solution + row["prompt"]]
+
 
 def stream(seed=0, responses=2):
     rows = [{"id": str(i), "prompt": "ab"[i % 2] * 2, "answer": "x"} for i in range(4)]
@@ -45,3 +48,21 @@ def test_no_two_responses_share_a_sampling_seed():
     prompts = stream()
     seeds = [prompts[i].seed + j for i in range(100) for j in range(2)]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_every_response_has_its_seed_even_where_only_the_teacher_writes():
+    prompts = stream(responses=0)
+    assert len({prompts[i].seed for i in range(100)}) == 100
+
+
+def test_a_row_names_its_teacher_or_has_the_first_one():
+    rows = [{"id": "1", "prompt": "a", "answer": "x", "teacher": "code"}, {"id": "2", "prompt": "b", "answer": "x"}]
+    prompts = PromptStream(rows, task=Echo(), tokenizer={"a": 1, "b": 2}, order=None, num_responses=1, seed=0)
+    assert [prompts[0].teacher, prompts[1].teacher] == ["code", "teacher"]
+
+
+def test_solutions_fill_the_privileged_prompt():
+    rows = [{"id": "1", "prompt": "a", "answer": "x"}]
+    options = {"task": Echo(), "tokenizer": {"a": 1, "b": 2}, "order": None, "num_responses": 1, "seed": 0}
+    assert PromptStream(rows, **options)[0].privileged_prompt_tokens == ()
+    assert PromptStream(rows, **options, golden={"1": "bb"})[0].privileged_prompt_tokens == (2, 2, 1)

@@ -1,0 +1,152 @@
+"""Preflight of what a method asks for: routed teachers, answers to judge by, models that only some methods load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import CHARACTERS, make_checkpoint, make_setting, write_jsonl
+from opd_ray import config as configs
+from opd_ray import preflight
+from opd_ray.config import Config
+from opd_ray.errors import InputError
+
+LIVE_TEACHER = {"buffer__teacher_per_prompt": "1", "loss__teacher__coef": "1"}
+GRPO = {
+    "loss__student__divergence": "k1",
+    "loss__advantage__teacher_coef": "0",
+    "loss__advantage__reward_coef": "1",
+    "rollout__responses_per_prompt": "4",
+}
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> dict[str, str]:
+    return make_setting(tmp_path)
+
+
+def configured(setting: dict[str, str], **changes: str) -> Config:
+    merged = setting | {name.replace("__", "."): value for name, value in changes.items()}
+    return configs.load(None, [f"{name}={value}" for name, value in merged.items()])
+
+
+def refused(check: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as caught:
+        check()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def prompts(setting: dict[str, str], *rows: dict[str, Any]) -> None:
+    write_jsonl(Path(setting["data.prompts"]), rows)
+
+
+# ---- several teachers ----
+
+
+def test_a_row_may_ask_for_any_teacher_of_the_run(setting: dict[str, str], tmp_path: Path) -> None:
+    prompts(setting, {"prompt": "1=", "answer": "1", "teacher": "code"}, {"prompt": "2=", "answer": "2"})
+    make_checkpoint(tmp_path / "code", eos=[2])
+    config = configured(setting, more_teachers__code__path=str(tmp_path / "code"))
+    assert preflight.check_files(config).eos_token_ids == (1, 2)
+    resources = {"CPU": 2.0}
+    preflight.check_resources(config, resources)
+    wide = configured(setting, more_teachers__code__path="/code", more_teachers__code__num_actors="90")
+    assert "code 90 x 0.1" in refused(lambda: preflight.check_resources(wide, resources))
+
+
+@pytest.mark.parametrize("file", ["prompts", "golden"])
+def test_a_row_that_asks_for_an_unknown_teacher_is_refused(setting: dict[str, str], tmp_path: Path, file: str) -> None:
+    rows = [{"prompt": "1=", "answer": "1", "response": "1"}, {"prompt": "2=", "answer": "2", "response": "2"}]
+    write_jsonl(tmp_path / f"{file}.jsonl", [rows[0], rows[1] | {"teacher": "cod"}])
+    config = configured(setting, more_teachers__code__path=str(tmp_path / "teacher"))
+    message = refused(lambda: preflight.check_files(config))
+    assert f"{file}.jsonl row 2: asks for the teacher 'cod', which the configuration does not have" in message
+    assert "did you mean 'code'?" in message
+
+
+def test_routes_do_not_matter_where_no_teacher_is_asked(setting: dict[str, str]) -> None:
+    prompts(setting, {"prompt": "1=", "answer": "1", "teacher": "anybody"})
+    sft = {"buffer__prompts_per_step": "0", "buffer__golden_per_step": "4"}
+    preflight.check_files(configured(setting, **sft, loss__student__coef="0", loss__reference__coef="0"))
+
+
+def test_further_teachers_are_checked_like_the_first(setting: dict[str, str], tmp_path: Path) -> None:
+    missing = configured(setting, more_teachers__code__path="/no/where")
+    message = refused(lambda: preflight.check_files(missing))
+    assert message.startswith("more_teachers.code.path=/no/where: no such directory")
+    code = str(make_checkpoint(tmp_path / "code", context=24))
+    message = refused(lambda: preflight.check_files(configured(setting, more_teachers__code__path=code)))
+    assert "more than the context of 24 of more_teachers.code.path=" in message
+    make_checkpoint(tmp_path / "code", tokens=[*CHARACTERS[:-1], "c"])
+    message = refused(lambda: preflight.check_files(configured(setting, more_teachers__code__path=code)))
+    assert "vocabularies differ: token 'b' is absent in more_teachers.code.path=" in message
+    other = configured(
+        setting, more_teachers__code__path=setting["teacher.path"], more_teachers__code__eos_token_ids="[5]"
+    )
+    assert "more_teachers.code.eos_token_ids names token 5" in refused(lambda: preflight.check_files(other))
+
+
+@pytest.mark.parametrize("name", ["reference", "student"])
+def test_a_teacher_cannot_have_the_name_of_another_role(setting: dict[str, str], name: str) -> None:
+    config = configured(setting, **{f"more_teachers__{name}__path": "/code"})
+    assert f"the name '{name}' is that of another role" in refused(lambda: preflight.check_files(config))
+
+
+def test_the_student_may_be_its_own_teacher(setting: dict[str, str]) -> None:
+    preflight.check_files(configured(setting, teacher__path="student"))
+
+
+# ---- a teacher that writes ----
+
+
+def test_a_teacher_that_only_writes_is_checked_but_not_scored_with(setting: dict[str, str], tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "teacher", eos=[2])
+    kd = configured(
+        setting, **LIVE_TEACHER, rollout__responses_per_prompt="0", loss__student__coef="0", loss__reference__coef="0"
+    )
+    assert preflight.check_files(kd).eos_token_ids == (1, 2)
+    preflight.check_resources(kd, {"CPU": 1.5})  # learner and one generator of each kind
+    assert "teacher generators 1 x 0.5" in refused(lambda: preflight.check_resources(kd, {"CPU": 1.4}))
+    make_checkpoint(tmp_path / "teacher", context=24)
+    assert "more than the context of 24 of teacher.path=" in refused(lambda: preflight.check_files(kd))
+
+
+def test_a_task_reward_alone_loads_no_teacher(setting: dict[str, str]) -> None:
+    preflight.check_files(configured(setting, **GRPO, teacher__path="/no/where"))
+
+
+# ---- answers to judge by ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "asking"),
+    [(GRPO, "loss.advantage.reward_coef=1"), (LIVE_TEACHER, "buffer.teacher_filter=correct")],
+)
+def test_what_judges_responses_needs_answers(setting: dict[str, str], changes: dict[str, str], asking: str) -> None:
+    preflight.check_files(configured(setting, **changes))
+    prompts(setting, {"prompt": "1=", "answer": "1"}, {"prompt": "2="}, {"prompt": "3="})
+    message = refused(lambda: preflight.check_files(configured(setting, **changes)))
+    assert f"row 2: has no 'answer' (2 of 3 rows lack it), which {asking} needs" in message
+
+
+def test_prompts_without_answers_do_where_nobody_judges(setting: dict[str, str]) -> None:
+    prompts(setting, {"prompt": "1="})
+    assert preflight.check_files(configured(setting)).num_prompts == 1
+    preflight.check_files(configured(setting, **LIVE_TEACHER, buffer__teacher_filter="finished"))
+
+
+# ---- golden data beside the mixture ----
+
+
+def test_golden_data_is_checked_where_the_guard_may_mix_it_in(setting: dict[str, str]) -> None:
+    write_jsonl(Path(setting["data.golden"]), [{"prompt": "1=", "response": "1<eos>"}])
+    without = {"buffer__golden_per_prompt": "0", "loss__golden__coef": "0"}
+    message = refused(lambda: preflight.check_files(configured(setting, **without, guard__level="act")))
+    assert "1 with an EOS inside (row 1)" in message
+    facts = preflight.check_files(configured(setting, **without, guard__level="warn"))
+    assert (facts.num_golden, facts.golden) == (0, {})
