@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,18 +10,19 @@ from torch import Tensor
 
 from opd_ray.engines import Rollout, Scores
 from opd_ray.engines.torch import load_model
+from opd_ray.errors import InputError
+from opd_ray.heads import transform_of
 from opd_ray.messages import ScoreRequest
 
 _LOGITS_BYTES = 256 * 2**20
 """Float32 logits that are held at once; their exponentials take as much again."""
 
+_PROBE_TOKENS = 4
+
 
 class TorchScoringEngine:
-    """Exact scores; the output layer is applied to a chunk of tokens at a time.
-
-    So a batch of N tokens never has its [N, vocabulary] logits in memory. The exception are models that change their
-    logits behind the output layer (soft caps, scales): theirs exist once, in the model's precision.
-    """
+    """Exact scores; the output layer is applied to a chunk of tokens at a time, so that a batch of N tokens never has
+    its [N, vocabulary] logits in memory."""
 
     def __init__(
         self,
@@ -33,7 +33,10 @@ class TorchScoringEngine:
         max_batch_tokens: int = 8192,
         logits_bytes: int = _LOGITS_BYTES,
     ) -> None:
-        """``max_batch_tokens`` bounds rows × longest row of one pass; ``device`` defaults to a GPU if there is one."""
+        """``max_batch_tokens`` bounds rows × longest row of one pass; ``device`` defaults to a GPU if there is one.
+
+        Raises InputError for a model that does something unknown to its logits behind the output layer.
+        """
         self._dtype, self._device = dtype, device
         self._max_batch_tokens, self._logits_bytes = max_batch_tokens, logits_bytes
         self.load(path)
@@ -43,9 +46,10 @@ class TorchScoringEngine:
         self._model = load_model(path, self._dtype, self._device)
         self._head = self._model.get_output_embeddings()
         self._vocab_size = self._head.weight.shape[0]
+        self._transform = transform_of(self._model.config.get_text_config())
         self._gather: _Gather | None = None
+        self._check_head(path)
         self._head.register_forward_pre_hook(lambda _, inputs: self._gather and self._gather(inputs[0]))
-        self._is_plain = self._logits_are_the_heads()
 
     @property
     def device(self) -> torch.device:
@@ -57,19 +61,14 @@ class TorchScoringEngine:
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Rollout], request: ScoreRequest) -> list[Scores]:
-        self._check(sequences, request)
+        self._check_tokens(sequences, request)
         scores: dict[int, Scores] = {}
         for batch in self._batches(sequences):
             rows = [sequences[index] for index in batch]
             scores.update(zip(batch, self._score_batch(rows, request), strict=True))
         return [scores[index] for index in range(len(sequences))]
 
-    def _check(self, sequences: Sequence[Rollout], request: ScoreRequest) -> None:
-        if request.hidden and not self._is_plain:
-            raise ValueError(
-                f"{type(self._model).__name__} changes its logits behind the output layer, so its hidden states alone "
-                "do not give its distribution; compare on a top-k support instead of the full vocabulary"
-            )
+    def _check_tokens(self, sequences: Sequence[Rollout], request: ScoreRequest) -> None:
         parts = [part for row in sequences for part in (row.prompt_tokens, row.response_tokens)]
         largest = max([*request.stop_token_ids, *(int(part.max()) for part in parts if len(part))], default=0)
         if largest >= self._vocab_size:
@@ -92,18 +91,19 @@ class TorchScoringEngine:
         tokens = _joined([row.response_tokens for row in rows])
         given = np.concatenate([row.given_ids for row in rows]) if request.given else np.empty((len(tokens), 0))
         columns = [torch.from_numpy(ids.astype(np.int64)).to(self.device) for ids in (tokens, given)]
-        forward = self._forward(rows)
+        hidden = self._hidden(rows)
         size = max(1, self._logits_bytes // (4 * self._vocab_size))
         chunks = []
         for start in range(0, max(1, len(tokens)), size):
             chunk = slice(start, start + size)
-            chunks.append(_token_scores(self._logits(forward, chunk), *(ids[chunk] for ids in columns), request))
+            logits = self._transform(self._head(hidden[chunk]))
+            chunks.append(_token_scores(logits, *(ids[chunk] for ids in columns), request))
         whole = {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
-        whole["hidden"] = _portable(forward.hidden if request.hidden else forward.hidden[:, :0])
+        whole["hidden"] = _portable(hidden if request.hidden else hidden[:, :0])
         return _split(whole, lengths)
 
-    def _forward(self, rows: list[Rollout]) -> _Forward:
-        """One pass over the padded rows; what predicts their response tokens, packed in order."""
+    def _hidden(self, rows: list[Rollout]) -> Tensor:
+        """[N, H] in front of the output layer: what predicts the response tokens of the rows, packed in order."""
         sequences = [np.concatenate([row.prompt_tokens, row.response_tokens]).astype(np.int64) for row in rows]
         input_ids, attention_mask = _pad_right(sequences, self.device)
         # Position t predicts token t + 1.
@@ -111,59 +111,51 @@ class TorchScoringEngine:
             index * input_ids.shape[1] + len(row.prompt_tokens) - 1 + np.arange(len(row.response_tokens))
             for index, row in enumerate(rows)
         ]
-        self._gather = _Gather(torch.from_numpy(_joined(where)).to(self.device), pass_on_all=not self._is_plain)
+        self._gather = _Gather(torch.from_numpy(_joined(where)).to(self.device))
         try:
-            logits = self._model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-            return _Forward(self._gather.hidden, None if self._is_plain else logits)
+            self._model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            return self._gather.hidden
         finally:
             self._gather = None
 
-    def _logits(self, forward: _Forward, chunk: slice) -> Tensor:
-        """[chunk, vocabulary] float32, of its own memory."""
-        logits = self._head(forward.hidden[chunk]) if forward.logits is None else forward.logits[chunk]
-        return logits.to(torch.float32, copy=forward.logits is not None)
-
     @torch.inference_mode()
-    def _logits_are_the_heads(self) -> bool:
-        """Is the output layer the last thing that happens to the logits?"""
+    def _check_head(self, path: str) -> None:
+        """The output layer and the known transform must give what the model gives."""
         seen: list[Tensor] = []
         handle = self._head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.clone()))
+        tokens = torch.arange(_PROBE_TOKENS, device=self.device)[None] % self._vocab_size
         try:
-            logits = self._model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=self.device)).logits
+            logits = self._model(input_ids=tokens, use_cache=False).logits.float()
         finally:
             handle.remove()
-        return torch.equal(logits.float(), seen[0].float())
+        expected = logits - logits.amax(-1, keepdim=True)
+        difference = float((self._transform(seen[0]) - expected).abs().max())
+        tolerance = (1e-3 if self._model.dtype == torch.float32 else 0.1) * max(1.0, float(logits.std()))
+        if not difference <= tolerance:
+            raise InputError(
+                f"{path}: {type(self._model).__name__} does something unknown to its logits (they differ by "
+                f"{difference:.2g} from its output layer's); known are logit_scale, logits_scaling and "
+                "final_logit_softcapping in config.json"
+            )
 
 
 class _Gather:
-    """Takes the rows of interest from what enters the output layer, and passes on one of them, or all."""
+    """Takes the rows of interest from what enters the output layer, and passes on only the first of them."""
 
-    def __init__(self, where: Tensor, *, pass_on_all: bool) -> None:
-        self._where, self._pass_on_all = where, pass_on_all
+    def __init__(self, where: Tensor) -> None:
+        self._where = where
         self.hidden: Tensor
 
     def __call__(self, states: Tensor) -> tuple[Tensor]:
         self.hidden = states.flatten(0, 1).index_select(0, self._where)
-        return (self.hidden if self._pass_on_all else self.hidden[:1],)
-
-
-@dataclass(frozen=True)
-class _Forward:
-    """N response tokens of one pass."""
-
-    hidden: Tensor
-    """[N, H] in front of the output layer."""
-    logits: Tensor | None
-    """[N, vocabulary] of a model that changes them behind the output layer; None where the layer gives them."""
+        return (self.hidden[:1],)
 
 
 def _token_scores(logits: Tensor, tokens: Tensor, given: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
     """Scores of N tokens and of N × k' given ones from the logits [N, vocabulary] that predict them, which it changes.
 
-    The largest logit of each row is moved to 0 first: it changes no probability, but lets float32 resolve the small
-    masses outside of a top-k.
+    The largest of each row is 0, so that float32 resolves the small masses outside of a top-k.
     """
-    logits.sub_(logits.amax(1, keepdim=True))
     log_normalizer = logits.logsumexp(1, keepdim=True)
     stops = list(request.stop_token_ids)
     stop_logprobs = logits.new_zeros(0)

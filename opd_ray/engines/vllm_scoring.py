@@ -58,12 +58,13 @@ class VllmScoringEngine:
             kv_cache_memory_bytes=cache_bytes(kv_cache_bytes),
             enable_prefix_caching=False,
             max_logprobs=-1,
+            worker_extension_cls="opd_ray.weights.vllm_worker.WorkerExtension",
         )
         self._vocab_size = vocabulary_size(self._engine)
         self._num_calls = 0
 
     def load(self, path: str) -> None:
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        self._engine.collective_rpc("opd_load", args=(path,))
 
     def score(self, sequences: Sequence[Rollout], request: ScoreRequest) -> list[Scores]:
         if request.given or request.hidden:

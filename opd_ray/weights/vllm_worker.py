@@ -1,4 +1,4 @@
-"""What runs inside vLLM's worker processes: the gloo backend and the update call.
+"""What runs inside vLLM's worker processes: the gloo backend, the update call, and loading another checkpoint.
 
 vLLM imports this module in every worker, because ``WorkerExtension`` is named as the engine's
 ``worker_extension_cls``; the import registers "gloo" beside vLLM's own transfer backends.
@@ -6,11 +6,13 @@ vLLM imports this module in every worker, because ``WorkerExtension`` is named a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from opd_ray.errors import WeightSyncError
@@ -102,6 +104,31 @@ class WorkerExtension:
         self.start_weight_update()
         self.update_weights(update_info)
         self.finish_weight_update()
+
+    def opd_load(self, path: str) -> None:
+        """Takes another checkpoint of the same architecture into the model at hand."""
+        model_config, load_config = self.vllm_config.model_config, self.vllm_config.load_config
+        model_config.model = path
+        weights = get_model_loader(load_config).get_all_weights(model_config, self.get_model())
+        self.reload_weights(weights_iterator=_with_tied_head(weights, model_config.hf_text_config))
+
+
+def _with_tied_head(weights: Iterable[tuple[str, Any]], config: Any) -> Iterator[tuple[str, Any]]:
+    """``weights``, and a tied output layer under its own name as well: on CPUs vLLM keeps a repacked copy of it, which
+    would stay that of the former checkpoint, without an error."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    embedding = head = None
+    if config.tie_word_embeddings:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        names = {id(module): f"{name}.weight" for name, module in skeleton.named_modules()}
+        embedding, head = names[id(skeleton.get_input_embeddings())], names[id(skeleton.get_output_embeddings())]
+    for name, tensor in weights:
+        yield name, tensor
+        if name == embedding:
+            yield head, tensor
 
 
 WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen3ForCausalLM
 
 from engine_host import EngineHost
 from opd_ray.engines import Rollout, Scores, ScoringEngine
 from opd_ray.engines.fake import FakeScoringEngine
 from opd_ray.engines.torch_scoring import TorchScoringEngine
+from opd_ray.errors import InputError
 from opd_ray.messages import ScoreRequest
 
 VOCAB_SIZE = 32
 MAX_CONTEXT_TOKENS = 96
 TOLERANCE = 1e-4
-MODELS = [pytest.param("vllm", marks=pytest.mark.vllm), "torch", "torch-one-row"]
+TORCH = ["torch", "torch-one-row", "torch-three-tokens-a-chunk"]
+MODELS = [pytest.param("vllm", marks=pytest.mark.vllm), *TORCH]
 ANY = [*MODELS, "fake"]
+STOPS = (7, 3, 20)
+"""An EOS set: sampled ones of each id are among the rollouts."""
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +34,12 @@ def engine(request: pytest.FixtureRequest, tiny_model: dict[str, Path], vllm_hos
         return FakeScoringEngine(vocab_size=VOCAB_SIZE)
     if request.param == "vllm":
         return vllm_host.build("opd_ray.engines.vllm_scoring:VllmScoringEngine", path=path, kv_cache_bytes=16 * 2**20)
-    max_batch_tokens = 1 if request.param == "torch-one-row" else 256
-    return TorchScoringEngine(path=path, device="cpu", max_batch_tokens=max_batch_tokens)
+    sizes = {
+        "torch": {},
+        "torch-one-row": {"max_batch_tokens": 1},
+        "torch-three-tokens-a-chunk": {"logits_bytes": 3 * 4 * VOCAB_SIZE},
+    }
+    return TorchScoringEngine(path=path, device="cpu", **({"max_batch_tokens": 256} | sizes[request.param]))
 
 
 def rollouts() -> list[Rollout]:
@@ -68,6 +77,32 @@ def test_shapes_and_dtypes(engine: ScoringEngine, top_k: int) -> None:
         assert (scores.logprobs.shape, scores.logprobs.dtype) == ((tokens,), np.float32)
         assert (scores.topk_ids.shape, scores.topk_ids.dtype) == ((tokens, k), np.int32)
         assert (scores.topk_logprobs.shape, scores.topk_logprobs.dtype) == ((tokens, k), np.float32)
+        assert scores.given_logprobs.shape == scores.hidden.shape == (tokens, 0)
+        assert scores.stop_logprobs.shape == (0,)
+
+
+@pytest.mark.parametrize("engine", ANY, indirect=True)
+@pytest.mark.parametrize("top_k", [0, 4, VOCAB_SIZE])
+def test_shapes_with_an_eos_set(engine: ScoringEngine, top_k: int) -> None:
+    """The set is one token, so the whole distribution has two entries fewer."""
+    for rollout, scores in zip(
+        rollouts(), engine.score(rollouts(), ScoreRequest(top_k, stop_token_ids=STOPS)), strict=True
+    ):
+        tokens, k = len(rollout.response_tokens), min(top_k, VOCAB_SIZE - 2)
+        assert (scores.stop_logprobs.shape, scores.stop_logprobs.dtype) == ((tokens,), np.float32)
+        assert (scores.topk_ids.shape, scores.topk_ids.dtype) == ((tokens, k), np.int32)
+        assert (scores.topk_logprobs.shape, scores.topk_logprobs.dtype) == ((tokens, k), np.float32)
+        assert not np.isin(scores.topk_ids, STOPS[1:]).any()
+
+
+@pytest.mark.parametrize("engine", ANY, indirect=True)
+def test_a_sampled_eos_of_any_id_has_the_probability_of_all(engine: ScoringEngine) -> None:
+    seen = set()
+    for rollout, scores in zip(rollouts(), engine.score(rollouts(), ScoreRequest(stop_token_ids=STOPS)), strict=True):
+        sampled = np.isin(rollout.response_tokens, STOPS)
+        seen |= set(rollout.response_tokens[sampled].tolist())
+        np.testing.assert_array_equal(scores.logprobs[sampled], scores.stop_logprobs[sampled])
+    assert seen == set(STOPS)
 
 
 @pytest.mark.parametrize("engine", ANY, indirect=True)
@@ -96,6 +131,182 @@ def test_alternatives_are_the_most_probable_first(engine: ScoringEngine, expecte
 def test_the_whole_vocabulary_is_the_whole_distribution(engine: ScoringEngine, expected: list[np.ndarray]) -> None:
     for full, scores in zip(expected, engine.score(rollouts(), ScoreRequest(top_k=VOCAB_SIZE)), strict=True):
         _assert_whole(full, scores)
+
+
+def merged(full: np.ndarray) -> np.ndarray:
+    """The distribution in which the first of STOPS stands for all."""
+    probabilities = np.exp(full.astype(np.float64))
+    together = probabilities[:, STOPS].sum(1)
+    probabilities[:, STOPS] = 0.0
+    probabilities[:, STOPS[0]] = together
+    with np.errstate(divide="ignore"):
+        return np.log(probabilities)
+
+
+@pytest.mark.parametrize("engine", MODELS, indirect=True)
+@pytest.mark.parametrize("top_k", [VOCAB_SIZE, VOCAB_SIZE - 8])
+def test_an_eos_set_is_summed_before_the_alternatives_are_chosen(
+    engine: ScoringEngine, expected: list[np.ndarray], top_k: int
+) -> None:
+    scored = engine.score(rollouts(), ScoreRequest(top_k, stop_token_ids=STOPS))
+    for rollout, full, scores in zip(rollouts(), expected, scored, strict=True):
+        whole = merged(full)
+        best = np.sort(whole, axis=1)[:, ::-1][:, : min(top_k, VOCAB_SIZE - 2)]
+        np.testing.assert_allclose(scores.topk_logprobs, best, atol=TOLERANCE)
+        np.testing.assert_allclose(np.take_along_axis(whole, scores.topk_ids, 1), best, atol=TOLERANCE)
+        np.testing.assert_allclose(scores.stop_logprobs, whole[:, STOPS[0]], atol=TOLERANCE)
+        sampled = np.where(np.isin(rollout.response_tokens, STOPS), STOPS[0], rollout.response_tokens)
+        np.testing.assert_allclose(scores.logprobs, whole[np.arange(len(sampled)), sampled], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("engine", MODELS, indirect=True)
+def test_one_eos_changes_no_distribution(engine: ScoringEngine, expected: list[np.ndarray]) -> None:
+    for full, scores in zip(expected, engine.score(rollouts(), ScoreRequest(16, stop_token_ids=(7,))), strict=True):
+        np.testing.assert_allclose(scores.topk_logprobs, np.sort(full, axis=1)[:, ::-1][:, :16], atol=TOLERANCE)
+        np.testing.assert_allclose(scores.stop_logprobs, full[:, 7], atol=TOLERANCE)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("engine", [pytest.param("vllm")], indirect=True)
+def test_an_eos_that_vllm_does_not_name_counts_nothing(engine: ScoringEngine, expected: list[np.ndarray]) -> None:
+    """A third of this vocabulary lies beyond the alternatives that are asked for."""
+    asked = 16 + len(STOPS) - 1
+    for rollout, full, scores in zip(
+        rollouts(), expected, engine.score(rollouts(), ScoreRequest(stop_token_ids=STOPS)), strict=True
+    ):
+        named = np.argsort(np.argsort(-full, axis=1), axis=1) < asked
+        named[np.arange(len(full)), rollout.response_tokens] = True
+        found = np.where(named, np.exp(full), 0.0)[:, STOPS].sum(1)
+        np.testing.assert_allclose(np.exp(scores.stop_logprobs), found, atol=TOLERANCE)
+
+
+def with_given(num_given: int) -> list[Rollout]:
+    random = np.random.default_rng(1)
+    rows = rollouts()
+    ids = [np.argsort(random.random((len(row.response_tokens), VOCAB_SIZE)), axis=1)[:, :num_given] for row in rows]
+    return [replace(row, given_ids=each.astype(np.int32)) for row, each in zip(rows, ids, strict=True)]
+
+
+@pytest.mark.parametrize("engine", TORCH, indirect=True)
+@pytest.mark.parametrize("stops", [(), STOPS])
+def test_given_tokens_are_looked_up(engine: ScoringEngine, expected: list[np.ndarray], stops: tuple[int, ...]) -> None:
+    rows = with_given(9)
+    for row, full, scores in zip(
+        rows, expected, engine.score(rows, ScoreRequest(given=True, stop_token_ids=stops)), strict=True
+    ):
+        whole = merged(full) if stops else full
+        expected_logprobs = np.take_along_axis(whole, row.given_ids, 1)
+        assert scores.given_logprobs.dtype == np.float32
+        np.testing.assert_allclose(scores.given_logprobs, expected_logprobs, atol=TOLERANCE)
+
+
+def test_given_tokens_of_a_larger_output_layer_have_no_probability(tiny_model: dict[str, Path]) -> None:
+    """Models of one family pad their vocabularies to different sizes."""
+    engine = TorchScoringEngine(path=str(tiny_model["untied"]), device="cpu")
+    row = Rollout(
+        np.array([5, 6]), np.array([7, 8], np.int32), np.array([[7, VOCAB_SIZE], [VOCAB_SIZE + 99, 3]], np.int32)
+    )
+    (scores,) = engine.score([row], ScoreRequest(given=True))
+    assert np.isneginf(scores.given_logprobs).tolist() == [[False, True], [True, False]]
+
+
+@pytest.mark.parametrize("engine", TORCH, indirect=True)
+def test_hidden_states_and_the_output_layer_make_the_distribution(
+    engine: ScoringEngine, expected: list[np.ndarray], tiny_model: dict[str, Path]
+) -> None:
+    head = AutoModelForCausalLM.from_pretrained(tiny_model["untied"], dtype=torch.float32).get_output_embeddings()
+    for full, scores in zip(expected, engine.score(rollouts(), ScoreRequest(hidden=True)), strict=True):
+        assert scores.hidden.dtype == np.float32
+        with torch.inference_mode():
+            whole = head(torch.from_numpy(scores.hidden)).log_softmax(-1).numpy()
+        np.testing.assert_allclose(whole, full, atol=TOLERANCE)
+
+
+def test_hidden_states_of_a_bfloat16_model_are_float16(tiny_model: dict[str, Path]) -> None:
+    engine = TorchScoringEngine(path=str(tiny_model["untied"]), device="cpu", dtype="bfloat16")
+    scored = engine.score(rollouts(), ScoreRequest(4, hidden=True, stop_token_ids=STOPS))
+    assert {scores.hidden.dtype for scores in scored} == {np.dtype(np.float16)}
+    assert {scores.logprobs.dtype for scores in scored} == {np.dtype(np.float32)}
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("engine", [pytest.param("vllm")], indirect=True)
+@pytest.mark.parametrize(
+    ("request_", "what"), [(ScoreRequest(given=True), "chosen tokens"), (ScoreRequest(hidden=True), "hidden")]
+)
+def test_vllm_says_what_it_cannot_give(engine: ScoringEngine, request_: ScoreRequest, what: str) -> None:
+    with pytest.raises(ValueError, match=rf"vLLM scorer gives no .*{what}.*use engine=torch"):
+        engine.score(with_given(4), request_)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("vllm", marks=pytest.mark.vllm), "torch"])
+@pytest.mark.parametrize("variant", ["untied", "tied"])
+def test_another_checkpoint_can_be_loaded(
+    kind: str, variant: str, tiny_model: dict[str, Path], vllm_host: EngineHost, tmp_path: Path
+) -> None:
+    """An output layer tied to the embedding must not stay the former one."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model[variant], dtype=torch.float32)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path)
+    path = str(tiny_model[variant])
+    if kind == "vllm":
+        engine = vllm_host.build("opd_ray.engines.vllm_scoring:VllmScoringEngine", path=path, kv_cache_bytes=16 * 2**20)
+    else:
+        engine = TorchScoringEngine(path=path, device="cpu")
+    engine.load(str(tmp_path))
+    for rollout, scores in zip(rollouts(), engine.score(rollouts(), ScoreRequest()), strict=True):
+        tokens = torch.tensor(np.concatenate([rollout.prompt_tokens, rollout.response_tokens]))[None]
+        with torch.inference_mode():
+            full = model(tokens).logits[0, len(rollout.prompt_tokens) - 1 : -1].log_softmax(-1).numpy()
+        np.testing.assert_allclose(scores.logprobs, own(full, rollout), atol=TOLERANCE)
+
+
+def test_logits_that_change_behind_the_output_layer_are_those_of_the_model(tmp_path: Path) -> None:
+    """Gemma 2 caps its logits."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        final_logit_softcapping=2.0,
+        initializer_range=0.5,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    engine = TorchScoringEngine(path=str(tmp_path), device="cpu", logits_bytes=3 * 4 * VOCAB_SIZE)
+    rows = rollouts()[:2]
+    for row, scores in zip(rows, engine.score(rows, ScoreRequest()), strict=True):
+        tokens = torch.tensor(np.concatenate([row.prompt_tokens, row.response_tokens]))[None]
+        with torch.inference_mode():
+            full = model(tokens).logits[0, len(row.prompt_tokens) - 1 : -1].log_softmax(-1).numpy()
+        np.testing.assert_allclose(scores.logprobs, own(full, row), atol=TOLERANCE)
+
+
+def test_logits_that_change_in_an_unknown_way_are_refused(tiny_model: dict[str, Path], monkeypatch) -> None:
+    forward = Qwen3ForCausalLM.forward
+
+    def halved(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", halved)
+    with pytest.raises(InputError, match="Qwen3ForCausalLM does something unknown to its logits"):
+        TorchScoringEngine(path=str(tiny_model["untied"]), device="cpu")
+
+
+def test_a_token_beyond_the_vocabulary_is_named(tiny_model: dict[str, Path]) -> None:
+    engine = TorchScoringEngine(path=str(tiny_model["untied"]), device="cpu")
+    with pytest.raises(ValueError, match="token 32 is not among the 32 of Qwen3ForCausalLM"):
+        engine.score([Rollout(np.array([5]), np.array([VOCAB_SIZE], np.int32))], ScoreRequest())
 
 
 def _assert_whole(full: np.ndarray, scores: Scores) -> None:
