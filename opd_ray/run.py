@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from opd_ray.engines.factory import load_tokenizer
 from opd_ray.errors import InputError, RunError
 from opd_ray.evaluate import Evaluation
 from opd_ray.evaluate import evaluate as run_evaluation
-from opd_ray.golden import pair
+from opd_ray.golden import is_privileged, load_solutions, pair
 from opd_ray.guard import Guard
 from opd_ray.messages import Entry
 from opd_ray.metrics import MetricsWriter
@@ -101,8 +102,10 @@ def resolve(config: Config) -> Config:
             ),
         )
 
+    stand_ins = {configs.STUDENT: config.student.path, configs.EMBEDDED: str(embedded.TEACHER_DIR)}
+
     def scorer(section: Any) -> Any:
-        return dataclasses.replace(section, path=config.student.path) if section.path == configs.STUDENT else section
+        return dataclasses.replace(section, path=stand_ins.get(section.path, section.path))
 
     return dataclasses.replace(
         config,
@@ -209,7 +212,7 @@ class _Run:
         first_step = start.step if start else 0
         if start:
             await checkpoint.load(start, rooms)
-        prompts = read_prompts(config.data.prompts)
+        prompts = read_prompts(config.data.prompts, need_answer=False)
         paired = (
             pair(prompts, [entry.meta for entry in self._golden]) if config.buffer.golden_pairing == "prompt" else None
         )
@@ -221,7 +224,7 @@ class _Run:
             config=config,
             rooms=rooms,
             buffer=ReplayBuffer(config.buffer.prompts_per_step, golden),
-            prompts=_prompt_stream(config, config.data.prompts, config.rollout.responses_per_prompt, shuffled=True),
+            prompts=self._prompts(),
             problems=_prompt_stream(config, config.data.evaluation, 1, shuffled=False),
             stop_token_ids=self._facts.eos_token_ids,
             manifest=self._manifest,
@@ -230,6 +233,12 @@ class _Run:
         )
         await pipeline.broadcast(first_step)
         return pipeline
+
+    def _prompts(self) -> PromptStream:
+        config = self._config
+        shown = load_solutions(config, self._facts.eos_token_ids) if is_privileged(config) else None
+        responses = config.rollout.responses_per_prompt
+        return _prompt_stream(config, config.data.prompts, responses, shuffled=True, golden=shown)
 
     def _watch(self, rooms: Rooms, writer: MetricsWriter, pipeline: Pipeline, first_step: int) -> list[Observer]:
         """What looks at every step besides the summary."""
@@ -270,8 +279,10 @@ async def _evaluate_alone(config: Config, facts: Preflight) -> Evaluation:
         launch.stop(pool)
 
 
-def _prompt_stream(config: Config, path: str, num_responses: int, *, shuffled: bool) -> PromptStream:
-    rows = read_prompts(path)
+def _prompt_stream(
+    config: Config, path: str, num_responses: int, *, shuffled: bool, golden: Mapping[str, str] | None = None
+) -> PromptStream:
+    rows = read_prompts(path, need_answer=False)  # preflight has asked for them where they are needed
     return PromptStream(
         rows,
         task=get_task(config.data.task),
@@ -279,6 +290,7 @@ def _prompt_stream(config: Config, path: str, num_responses: int, *, shuffled: b
         order=Shuffled(len(rows), config.seed, config.data.shuffle) if shuffled else None,
         num_responses=num_responses,
         seed=config.seed if shuffled else 0,
+        golden=golden,
     )
 
 
