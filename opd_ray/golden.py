@@ -10,7 +10,7 @@ where ``data.golden_problems=skip``, left out and counted. Preflight and the loa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def is_privileged(config: Config) -> bool:
 
 
 def needs_pairs(config: Config) -> bool:
-    """Must every prompt have a golden solution?"""
+    """Does it matter which prompt a golden solution belongs to?"""
     return is_privileged(config) or (config.loads_golden and config.buffer.golden_pairing == "prompt")
 
 
@@ -157,7 +157,7 @@ def check_golden(
         raise InputError(_describe(where, len(rows), problems))
     if not used:
         raise InputError(f"{_describe(where, len(rows), problems, skipped=True)}; none is left to train on")
-    if prompts is not None:
+    if prompts is not None and config.buffer.prompts_per_step:
         _check_pairs(config, prompts, pair_solutions(prompts, used), report)
     return used, report
 
@@ -171,7 +171,7 @@ def _tokenise(where: str, rows: Rows, task: Task, student: ModelFacts, eos_token
         for number, row in enumerate(chunk, start=start + 1):
             if "response" in row:
                 prompt = np.asarray(
-                    _render(where, number, lambda row=row: task.format_prompt(row, tokenizer)), np.int32
+                    render_prompt(where, number, lambda row=row: task.format_prompt(row, tokenizer)), np.int32
                 )
                 response = np.asarray([*next(encoded), eos_token_id], np.int32)
                 solutions.append(Solution(number, row, prompt, response, row["response"]))
@@ -232,7 +232,7 @@ def _with_privileged_prompt(where: str, solution: Solution, task: Task, tokenize
             f"{where} row {solution.number}: has tokens only, and its prompt is not in data.prompts; "
             "a privileged teacher is shown text: add the column prompt or remove the row"
         )
-    tokens = _render(
+    tokens = render_prompt(
         where,
         solution.number,
         lambda: task.format_privileged_prompt(solution.row, solution.text, tokenizer),
@@ -240,7 +240,8 @@ def _with_privileged_prompt(where: str, solution: Solution, task: Task, tokenize
     return dataclasses.replace(solution, privileged_prompt_tokens=tokens)
 
 
-def _render(where: str, number: int, render: Any) -> list[int]:
+def render_prompt(where: str, number: int, render: Callable[[], list[int]]) -> list[int]:
+    """``render()``, a call of the task; what it cannot render is refused by file and row (1-based)."""
     try:
         return render()
     except (ValueError, KeyError, TypeError) as error:

@@ -22,7 +22,7 @@ from opd_ray import models as checkpoints
 from opd_ray.config import Config
 from opd_ray.data import Rows, read_prompts
 from opd_ray.errors import InputError, near
-from opd_ray.golden import Solution, check_golden, is_privileged, pair_solutions
+from opd_ray.golden import Solution, check_golden, is_privileged, pair_solutions, render_prompt
 from opd_ray.models import ModelFacts, inspect, inspect_run, scorers
 from opd_ray.prompts import DEFAULT_TEACHER
 from opd_ray.tasks import Task, get_task
@@ -116,7 +116,7 @@ def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
 def check_files(config: Config) -> Preflight:
     """Packages, data files and checkpoints, and that they fit each other."""
     _check_packages(config)
-    _check_names(config)
+    _check_consistency(config)
     data, task = config.data, get_task(config.data.task)
     prompts, problems = read_prompts(data.prompts, need_answer=False), read_prompts(data.evaluation)
     _check_answers(config, prompts)
@@ -134,7 +134,7 @@ def check_files(config: Config) -> Preflight:
     if config.loads_golden or is_privileged(config):
         solutions, report = check_golden(config, models, eos_token_ids)
         _check_routes(f"data.golden {data.golden}", ((each.number, each.row) for each in solutions), config)
-    if is_privileged(config):
+    if is_privileged(config) and config.buffer.prompts_per_step:
         _check_privileged_prompts(config, prompts, solutions, models, task)
     _check_disjoint(config, problems, prompts, solutions, models["student"].tokenizer, task)
     return _facts(
@@ -224,7 +224,13 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
         raise InputError("data.task=math needs math-verify, which is not installed; pip install 'opd_ray[math]'")
 
 
-def _check_names(config: Config) -> None:
+def _check_consistency(config: Config) -> None:
+    """Parts of the configuration that contradict each other."""
+    if config.buffer.golden_pairing == "prompt" and config.uses_golden and not config.buffer.prompts_per_step:
+        raise InputError(
+            "buffer.golden_pairing=prompt takes the solutions of a step's prompts, but buffer.prompts_per_step is 0; "
+            "set buffer.golden_pairing=shuffled"
+        )
     for name in sorted({"student", "reference"} & config.more_teachers.keys()):
         raise InputError(f"more_teachers: the name '{name}' is that of another role; choose another")
 
@@ -268,7 +274,7 @@ def _check_markup(
 ) -> None:
     """The markup around a prompt, which is that of its first row, must mean the same to student and scorers."""
     student = models["student"]
-    prompt = _render(where, 0, lambda: task.format_prompt(rows[0], student.tokenizer))
+    prompt = render_prompt(where, 1, lambda: task.format_prompt(rows[0], student.tokenizer))
     for role, ids in renamed.items():
         if shared := sorted(ids.intersection(prompt)):
             ours = student.tokenizer.convert_ids_to_tokens(shared[0])
@@ -315,11 +321,8 @@ def _check_privileged_prompts(
     config: Config, prompts: Rows, solutions: Sequence[Solution], models: Mapping[str, ModelFacts], task: Task
 ) -> None:
     """The prompt with its golden solution in it must leave a teacher that is shown it room for a response."""
-    where, tokenizer, pairs = (
-        f"data.prompts {config.data.prompts}",
-        models["student"].tokenizer,
-        pair_solutions(prompts, solutions),
-    )
+    where, tokenizer = f"data.prompts {config.data.prompts}", models["student"].tokenizer
+    pairs = pair_solutions(prompts, solutions)
     texts = [(row["prompt"], solutions[pairs[row["id"]]].text) for row in prompts]
     longest, number = _longest_prompt(
         where, texts, lambda i: task.format_privileged_prompt(prompts[i], texts[i][1], tokenizer), tokenizer
@@ -351,23 +354,15 @@ def _longest_prompt(
     order = sorted(range(len(texts)), key=sizes.__getitem__, reverse=True)
     shortest = order[-1]
     bare = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts[shortest])
-    around = len(_render(where, shortest, lambda: render(shortest))) - bare
+    around = len(render_prompt(where, shortest + 1, lambda: render(shortest))) - bare
     longest, number = 0, 0
     for index in order:
         if sizes[index] + around <= longest:
             break
-        tokens = len(_render(where, index, lambda index=index: render(index)))
+        tokens = len(render_prompt(where, index + 1, lambda index=index: render(index)))
         if tokens > longest:
             longest, number = tokens, index + 1
     return longest, number
-
-
-def _render(where: str, index: int, render: Callable[[], list[int]]) -> list[int]:
-    try:
-        return render()
-    except (ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{where} row {index + 1}: the task cannot render the prompt ({reason})") from None
 
 
 def _limits(models: Sequence[ModelFacts], config: Config) -> list[tuple[str, int]]:

@@ -295,6 +295,12 @@ def test_prompts_without_their_solution_are_refused_with_counts(setting: dict[st
     preflight.check_files(configured(setting, data__golden_problems="skip"))
 
 
+def test_pairing_without_prompts_is_refused(setting: dict[str, str]) -> None:
+    sft = {"buffer__prompts_per_step": "0", "buffer__golden_per_step": "4", "loss__student__coef": "0"}
+    config = configured(setting, **PAIRED, **sft, loss__reference__coef="0")
+    assert "but buffer.prompts_per_step is 0" in refused(lambda: preflight.check_files(config))
+
+
 # ---- a teacher that is shown the solution ----
 
 
@@ -328,6 +334,13 @@ def test_a_privileged_teacher_needs_every_prompts_solution(setting: dict[str, st
     message = refused(lambda: preflight.check_files(self_distillation(setting)))
     assert "2 of 2 prompts have no golden solution" in message
     assert "but a privileged teacher is shown each prompt's own" in message
+
+
+def test_without_on_policy_prompts_only_golden_rows_are_shown(setting: dict[str, str]) -> None:
+    sft = {"buffer__prompts_per_step": "0", "buffer__golden_per_step": "4", "loss__student__coef": "0"}
+    config = self_distillation(setting, **sft, loss__reference__coef="0", loss__golden__divergence="forward_kl")
+    preflight.check_files(config)
+    assert golden.load_golden(config, EOS)[1]["privileged_prompt_tokens"].to_pylist() == [encode("42+2=")]
 
 
 def test_a_privileged_prompt_must_leave_room_for_a_response(setting: dict[str, str]) -> None:
