@@ -179,9 +179,9 @@ def _num_events(run: Run) -> float | None:
 
 MEASURES = (
     Measure("sampled accuracy before", evaluated("before", "accuracy_sampled"), share, "held out, at temperature"),
-    Measure("after", evaluated("after", "accuracy_sampled"), share, "held out, at temperature"),
+    Measure("sampled accuracy after", evaluated("after", "accuracy_sampled"), share, "held out, at temperature"),
     Measure("greedy accuracy before", evaluated("before", "accuracy_greedy"), share, "held out, temperature 0"),
-    Measure("after", evaluated("after", "accuracy_greedy"), share, "held out, temperature 0"),
+    Measure("greedy accuracy after", evaluated("after", "accuracy_greedy"), share, "held out, temperature 0"),
     Measure("truncated after", evaluated("after", "truncation_rate"), share, "held-out sampled answers without EOS"),
     Measure("mean length after", evaluated("after", "mean_length"), lambda value: f"{value:.1f}", "tokens, held out"),
     Measure("highest truncation in training", highest_truncation, share, "largest share of one step's rollouts"),

@@ -111,24 +111,20 @@ def _expand(chart: Chart, names: Sequence[str], drawn: set[str]) -> Iterator[Cha
     metrics: list[tuple[str, str]] = []
     for pattern, label in chart.metrics:
         found = [name for name in fnmatch.filter(names, pattern) if name not in drawn]
-        metrics += [(name, label or _words(name)) for name in found]
+        metrics += [(name, label or _words(name.rpartition("/")[2])) for name in found]
     if chart.title == "{}":
-        for name, label in metrics:
-            yield Chart(label[0].upper() + label[1:], ((name, ""),), chart.help or name, chart.evaluation, chart.share)
+        for name, _ in metrics:
+            title = _words(name.removeprefix("learner/").replace("/", " "))
+            yield Chart(title[0].upper() + title[1:], ((name, ""),), chart.help or name, chart.evaluation, chart.share)
     elif metrics or chart.evaluation in names:
         for start in range(0, max(len(metrics), 1), _MAX_SERIES):
             part = tuple(metrics[start : start + _MAX_SERIES])
             yield Chart(chart.title, part, chart.help, chart.evaluation, chart.share)
 
 
-def _words(metric: str) -> str:
-    return (
-        metric.rpartition("/")[2]
-        .replace("_", " ")
-        .replace(" kl", " KL")
-        .replace("eos", "EOS")
-        .replace("lr", "learning rate")
-    )
+def _words(name: str) -> str:
+    return " ".join({"kl": "KL", "eos": "EOS", "lr": "learning rate", "opd": "OPD", "sft": "SFT"}.get(word, word)
+                    for word in name.replace("_", " ").split())  # fmt: skip
 
 
 def _panel(chart: Chart, runs: Sequence[Run], lines: Mapping[str, ReferenceLine]) -> dict[str, Any]:

@@ -48,9 +48,9 @@ def render(runs: Sequence[Run], title: str | None, lines: Mapping[str, Reference
         notes=notes,
         facts=_facts(ordered),
         measures=[(measure, [measure.cell(arm) for arm in arms]) for measure in MEASURES],
-        events=[(arm, run, event) for arm in arms for run in arm.runs for event in run.events],
+        events=[(arm, run, event) for arm in arms for run in arm.runs for event in sorted(run.events, key=_step)],
         differences=_differences(arms),
-        settings=[(run.path.name, run.config) for run in ordered if run.config],
+        settings=[(f"{arm.title}, {_run_name(arm.runs[0])}", arm.runs[0].config) for arm in arms if arm.runs[0].config],
         viewer=_viewer_facts(ordered, samples),
         style=_asset("page.css"),
         scripts=[_asset(name) for name in ("unpack.js", "charts.js", "viewer.js")],
@@ -106,11 +106,17 @@ def _event(event: Mapping[str, Any]) -> dict[str, Any]:
     return {name: event[name] for name in names if event.get(name) is not None}
 
 
+def _step(event: Mapping[str, Any]) -> int:
+    return event.get("step", 0)
+
+
 def _run_name(run: Run) -> str:
     return run.path.name if run.seed is None else f"seed {run.seed}"
 
 
 def _title(arms: Sequence[Arm]) -> str:
+    if len(arms) > 3:
+        return f"{len(arms)} arms, {sum(len(arm.runs) for arm in arms)} runs"
     if len(arms) > 1:
         return " · ".join(arm.title for arm in arms)
     (arm,) = arms

@@ -66,7 +66,8 @@ def _mean(spread: Spread) -> str:
 
 def _seeds(arm: Arm) -> str:
     if len(arm.runs) > 1:
-        return f" ({len(arm.runs)} seeds)"
+        done = len(final_accuracy(arm).known)
+        return f" ({done or len(arm.runs)}{f' of {len(arm.runs)}' if 0 < done < len(arm.runs) else ''} seeds)"
     return f" (seed {arm.runs[0].seed})" if arm.runs[0].seed is not None else " (one run)"
 
 

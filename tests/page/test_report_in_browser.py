@@ -173,6 +173,8 @@ def test_pointing_at_a_token_tells_both_probabilities_and_the_advantage(page):
 def test_a_token_that_the_teacher_rules_out_is_coloured_fully(page):
     token = page.locator(".rollout", has_text="1+1=4").first.locator(".t").nth(4)
     assert token.evaluate("(token) => token.style.getPropertyValue('--much')") == "90%"
+    page.locator("#pick-scale").select_option("8")
+    assert page.locator("#scale-low").inner_text() == "−8"
     token.hover()
     assert "−∞" in page.locator("#tip").inner_text()
 

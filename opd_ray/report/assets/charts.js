@@ -181,7 +181,7 @@ class Charts {
     if (!lines.length) return [];
     const all = combine(lines);
     const error = { type: "data", symmetric: false, array: all.high.map((v, i) => v - all.mean[i]),
-      arrayminus: all.mean.map((v, i) => v - all.low[i]), thickness: 1.2, width: 3, color: this.colours[arm] };
+      arrayminus: all.mean.map((v, i) => v - all.low[i]), thickness: 1, width: 3, color: faded(this.colours[arm], 0.45) };
     return [{ x: all.steps, y: all.mean, mode: "markers", name: `${this.data.arms[arm]}, held out`, hovertemplate: "%{y:.3~g}",
       cliponaxis: false, error_y: lines.length > 1 ? error : undefined,
       marker: { symbol: "diamond", size: 9, color: this.ink.card, line: { color: this.colours[arm], width: 1.8 } } }];

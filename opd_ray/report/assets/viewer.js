@@ -3,6 +3,7 @@
 
 const NATS = 100; // log-probs come in hundredths of a nat
 const SCALES = [0.25, 0.5, 1, 2, 4, 8];
+const USUAL_SCALE = 2; // a factor of 7 between teacher and student
 const AT_ONCE = 20;
 
 function advantage(rollout, t) {
@@ -23,20 +24,9 @@ function probability(hundredths) {
   return p >= 0.001 ? p.toFixed(3) : p.toExponential(1);
 }
 
-// The width of the colour scale to begin with, one for all runs so that they compare: most tokens lie within it.
-function scaleOf(runs) {
-  const sizes = [];
-  for (const rollout of runs.flatMap((run) => run.rollouts)) {
-    for (let t = 0; t < rollout.ids.length; t++) sizes.push(Math.abs(advantage(rollout, t) ?? 0));
-  }
-  sizes.sort((a, b) => a - b);
-  const typical = sizes[Math.floor(sizes.length * 0.85)] || 0;
-  return SCALES.find((scale) => scale >= typical) || SCALES.at(-1);
-}
-
 function startViewer(data) {
   const picks = Object.fromEntries(["run", "step", "src", "cut", "rep", "ok"].map((name) => [name, byId(`pick-${name}`)]));
-  let scale = scaleOf(data.runs);
+  let scale = USUAL_SCALE;
   let run, matching, shown, pointed;
 
   function fill(select, values) {
