@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,26 @@ import torch
 
 from opd_ray.errors import RunError
 from opd_ray.losses import ScoredTokens
-from opd_ray.messages import Denominators, Entry, StepPlan
+from opd_ray.messages import Coefficients, Count, Denominators, Entry, Source, StepPlan
 
 REPETITIVE_NGRAM = 6
 """Tokens that must recur for the last of them to count as repetitive."""
 _HASH_FACTOR = 6_364_136_223_846_793_005
 
 
+REFERENCE = "reference"
+"""Role of the reference's scores; every other role is a teacher's name."""
+_SOURCES: tuple[Source, ...] = ("student", "golden", "teacher")
+
+
 def plan_step(
-    entries: Sequence[Entry], *, step: int, num_ranks: int, micro_batch_tokens: int, packing: bool
+    entries: Sequence[Entry],
+    *,
+    step: int,
+    num_ranks: int,
+    micro_batch_tokens: int,
+    packing: bool,
+    coefficients: Coefficients,
 ) -> list[StepPlan]:
     """One plan per rank: every entry exactly once, the same number of micro-batches everywhere.
 
@@ -51,16 +63,40 @@ def plan_step(
     most = max(map(len, micro_batches))
     denominators = count(entries)
     return [
-        StepPlan(step, tuple(map(tuple, batches)) + ((),) * (most - len(batches)), denominators)
+        StepPlan(step, tuple(map(tuple, batches)) + ((),) * (most - len(batches)), denominators, coefficients)
         for batches in micro_batches
     ]
 
 
 def count(entries: Sequence[Entry]) -> Denominators:
     """Rollouts and response tokens of each source."""
-    student = [entry.meta.num_response_tokens for entry in entries if entry.meta.source == "student"]
-    golden = [entry.meta.num_response_tokens for entry in entries if entry.meta.source == "golden"]
-    return Denominators(len(student), sum(student), len(golden), sum(golden))
+    lengths: dict[Source, list[int]] = {source: [] for source in _SOURCES}
+    for entry in entries:
+        lengths[entry.meta.source].append(entry.meta.num_response_tokens)
+    return Denominators(**{source: Count(len(rows), sum(rows)) for source, rows in lengths.items()})
+
+
+def group_advantages(entries: Sequence[Entry], std: bool) -> list[Entry]:
+    """The entries with ``reward_advantage`` set on the student's: (r − mean)/std over the responses of one slot.
+
+    The reward r is 1 where the response is correct, else 0; without ``std`` it is only centred. The standard
+    deviation is the population's (GRPO, arXiv 2402.03300); equal rewards give 0.
+    """
+    rewards: dict[int, list[float]] = {}
+    for entry in entries:
+        if entry.meta.source == "student":
+            rewards.setdefault(entry.meta.slot, []).append(float(entry.meta.correct))
+    centre = {slot: float(np.mean(group)) for slot, group in rewards.items()}
+    spread = {slot: float(np.std(group)) if std else 1.0 for slot, group in rewards.items()}
+
+    def advantage(entry: Entry) -> float:
+        slot, reward = entry.meta.slot, float(entry.meta.correct)
+        return (reward - centre[slot]) / spread[slot] if spread[slot] > 0 else 0.0
+
+    return [
+        replace(entry, reward_advantage=advantage(entry)) if entry.meta.source == "student" else entry
+        for entry in entries
+    ]
 
 
 def _split_padded(longest_first: Sequence[Entry], max_tokens: int) -> list[list[Entry]]:
@@ -107,10 +143,26 @@ class Payload:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """One forward pass: B rollouts, student rows before golden rows, with N response tokens in all.
+class Segment:
+    """Neighbouring rows of a micro-batch that are of one source and have been scored by the same models."""
 
-    Everything per token is in the order of the rows, so the first ``num_student_tokens`` are the student's.
+    source: Source
+    rollouts: slice
+    """Its rows."""
+    tokens: slice
+    """Its response tokens."""
+    teachers: dict[str, ScoredTokens]
+    """By name; empty where no teacher scored these rows."""
+    reference: ScoredTokens | None
+    given_ids: torch.Tensor | None
+    """[tokens, k'] int64: the sampler's own most probable tokens; None where the payload has none."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass: B rollouts, student rows before golden and teacher rows, with N response tokens in all.
+
+    Everything per token is in the order of the rows; ``segments`` cover them without a gap.
     """
 
     input_ids: torch.Tensor
@@ -125,27 +177,33 @@ class MicroBatch:
     """[N] float32: 1 where the n-gram that ends here occurred before in the same response."""
     response_lengths: torch.Tensor
     """[B] int64."""
+    truncated: torch.Tensor
+    """[B] bool: ended by exhausting the length budget."""
+    reward_advantages: torch.Tensor
+    """[B] float32, 0 unless the loss uses the task's reward."""
     behaviour_logprobs: torch.Tensor
-    """[student tokens] float32."""
-    teacher: ScoredTokens | None
-    """Of the student tokens; None when no entry carries teacher scores."""
-    reference: ScoredTokens | None
-    num_student_rollouts: int
-    num_student_tokens: int
+    """[N] float32; nan where no student sampled."""
+    segments: tuple[Segment, ...]
     rollout_ids: tuple[str, ...]
     """[B]"""
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
-                moved[field.name] = value.to(device, non_blocking=True)
-            elif isinstance(value, ScoredTokens):
-                moved[field.name] = ScoredTokens(
-                    value.logprobs.to(device), value.topk_ids.to(device), value.topk_logprobs.to(device)
-                )
-        return replace(self, **moved)
+        return _moved(self, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The same on ``device``, through the dataclasses of this module."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, ScoredTokens):
+        return value.map(lambda tensor: tensor.to(device, non_blocking=True))
+    if isinstance(value, MicroBatch | Segment):
+        return replace(value, **{item.name: _moved(getattr(value, item.name), device) for item in fields(value)})
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {name: _moved(item, device) for name, item in value.items()}
+    return value
 
 
 def collate(entries: Sequence[Entry], payloads: Mapping[int, Payload], *, packing: bool) -> MicroBatch:
@@ -155,17 +213,14 @@ def collate(entries: Sequence[Entry], payloads: Mapping[int, Payload], *, packin
     still run forward and backward, because ZeRO's collectives count them. Raises RunError when a
     payload contradicts its meta or its scores do not cover the response.
     """
-    ordered = sorted(entries, key=lambda entry: entry.meta.source != "student")
-    students = [entry for entry in ordered if entry.meta.source == "student"]
+    ordered = sorted(entries, key=_segment_key)
     prompts = [payloads[id(entry.rollouts)].row("prompt_tokens", entry.row) for entry in ordered]
     responses = [payloads[id(entry.rollouts)].row("response_tokens", entry.row) for entry in ordered]
     for entry, prompt, response in zip(ordered, prompts, responses, strict=True):
         _check_lengths(entry, len(prompt), len(response))
-    behaviour = [payloads[id(entry.rollouts)].row("behaviour_logprobs", entry.row) for entry in students]
     response_lengths = np.fromiter(map(len, responses), np.int64, len(responses))
     tokens = _concatenate(responses, np.int64)
     input_ids, position_ids, logit_index = _layout(prompts, responses, response_lengths, packing)
-    num_student_tokens = int(response_lengths[: len(students)].sum())
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=None if position_ids is None else torch.from_numpy(position_ids),
@@ -173,13 +228,51 @@ def collate(entries: Sequence[Entry], payloads: Mapping[int, Payload], *, packin
         tokens=torch.from_numpy(tokens),
         repetitive=torch.from_numpy(repeated_ngrams(tokens, response_lengths)),
         response_lengths=torch.from_numpy(response_lengths),
-        behaviour_logprobs=torch.from_numpy(_concatenate(behaviour, np.float32)),
-        teacher=_scored(students, payloads, "teacher"),
-        reference=_scored(students, payloads, "reference"),
-        num_student_rollouts=len(students),
-        num_student_tokens=num_student_tokens,
+        truncated=torch.tensor([entry.meta.truncated for entry in ordered], dtype=torch.bool),
+        reward_advantages=torch.tensor([entry.reward_advantage for entry in ordered], dtype=torch.float32),
+        behaviour_logprobs=torch.from_numpy(_concatenate([_behaviour(e, payloads) for e in ordered], np.float32)),
+        segments=_segments(ordered, payloads),
         rollout_ids=tuple(entry.meta.rollout_id for entry in ordered),
     )
+
+
+def _segment_key(entry: Entry) -> tuple[int, tuple[str, ...]]:
+    return _SOURCES.index(entry.meta.source), tuple(sorted(entry.scores))
+
+
+def _segments(ordered: Sequence[Entry], payloads: Mapping[int, Payload]) -> tuple[Segment, ...]:
+    segments, row, token = [], 0, 0
+    for (_, roles), members in groupby(ordered, _segment_key):
+        group = list(members)
+        num_tokens = sum(entry.meta.num_response_tokens for entry in group)
+        scores = {role: _scored(group, payloads, role) for role in roles}
+        segments.append(
+            Segment(
+                source=group[0].meta.source,
+                rollouts=slice(row, row + len(group)),
+                tokens=slice(token, token + num_tokens),
+                teachers={role: scored for role, scored in scores.items() if role != REFERENCE},
+                reference=scores.get(REFERENCE),
+                given_ids=_column(
+                    group, [payloads[id(e.rollouts)] for e in group], "topk_ids", np.int64, "ids of its own", None
+                ),
+            )
+        )
+        row, token = row + len(group), token + num_tokens
+    return tuple(segments)
+
+
+def _behaviour(entry: Entry, payloads: Mapping[int, Payload]) -> np.ndarray:
+    """[tokens] float32: what the student that sampled gave each token; nan for the other sources."""
+    num_tokens = entry.meta.num_response_tokens
+    if entry.meta.source != "student":
+        return np.full(num_tokens, np.nan, np.float32)
+    logprobs = payloads[id(entry.rollouts)].row("behaviour_logprobs", entry.row)
+    if len(logprobs) != num_tokens:
+        raise RunError(
+            f"rollout {entry.meta.rollout_id} has {num_tokens} response tokens but {len(logprobs)} behaviour log-probs"
+        )
+    return logprobs
 
 
 def repeated_ngrams(tokens: np.ndarray, lengths: np.ndarray, n: int = REPETITIVE_NGRAM) -> np.ndarray:
@@ -229,33 +322,55 @@ def _concatenate(pieces: Sequence[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate(pieces).astype(dtype, copy=False) if pieces else np.zeros(0, dtype)
 
 
-def _scored(students: Sequence[Entry], payloads: Mapping[int, Payload], role: str) -> ScoredTokens | None:
-    """One role's scores of the student rows; an empty micro-batch has them empty, with k = 1."""
-    if not students:
-        empty = torch.zeros(0)
-        return ScoredTokens(empty, torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1))
-    if not any(role in entry.scores for entry in students):
+def _scored(group: Sequence[Entry], payloads: Mapping[int, Payload], role: str) -> ScoredTokens:
+    """One role's scores of the rows of a segment; what the scorer was not asked for is None (or has k = 0)."""
+    score = [payloads[id(entry.scores[role])] for entry in group]
+
+    def column(name: str, dtype: Any, width: int | None = None) -> torch.Tensor | None:
+        return _column(group, score, name, dtype, f"{role} {name}", width)
+
+    logprobs = column("logprobs", np.float32, 1)
+    ids, alternatives = column("topk_ids", np.int64), column("topk_logprobs", np.float32)
+    if logprobs is None:
+        raise RunError(f"rollout {group[0].meta.rollout_id} has no {role} log-probs; a scorer answers with them always")
+    if (ids is None) != (alternatives is None) or (ids is not None and ids.shape != alternatives.shape):
+        raise RunError(f"rollout {group[0].meta.rollout_id}: the {role}'s topk_ids and topk_logprobs differ in number")
+    stop = column("stop_logprobs", np.float32, 1)
+    none = logprobs.new_zeros(len(logprobs), 0)
+    return ScoredTokens(
+        logprobs=logprobs[:, 0],
+        topk_ids=none.long() if ids is None else ids,
+        topk_logprobs=none if alternatives is None else alternatives,
+        given_logprobs=column("given_logprobs", np.float32),
+        stop_logprobs=None if stop is None else stop[:, 0],
+        hidden=column("hidden", None),
+    )
+
+
+def _column(
+    group: Sequence[Entry],
+    payloads: Sequence[Payload],
+    name: str,
+    dtype: Any,
+    what: str,
+    width: int | None,
+) -> torch.Tensor | None:
+    """[tokens, width] of a column with as many values for every token; None where it is empty.
+
+    ``dtype`` None keeps the payload's. Raises RunError where the values do not cover the response.
+    """
+    rows = [payload.row(name, entry.row) for entry, payload in zip(group, payloads, strict=True)]
+    if not any(map(len, rows)):
         return None
-    logprobs, ids, alternatives = [], [], []
-    for entry in students:
-        if role not in entry.scores:
-            raise RunError(f"rollout {entry.meta.rollout_id} carries no {role} scores while others of its batch do")
-        payload = payloads[id(entry.scores[role])]
-        logprobs.append(payload.row("logprobs", entry.row))
-        ids.append(payload.row("topk_ids", entry.row))
-        alternatives.append(payload.row("topk_logprobs", entry.row))
-        if len(logprobs[-1]) != entry.meta.num_response_tokens:
+    found = len(rows[0]) // max(group[0].meta.num_response_tokens, 1)
+    width = found if width is None else width
+    for entry, values in zip(group, rows, strict=True):
+        if len(values) != entry.meta.num_response_tokens * width:
             raise RunError(
                 f"rollout {entry.meta.rollout_id} has {entry.meta.num_response_tokens} response tokens "
-                f"but {len(logprobs[-1])} {role} log-probs"
+                f"but {len(values)} {what}, expected {width} for each token"
             )
-    flat = _concatenate(logprobs, np.float32)
-    shape = (len(flat), sum(map(len, ids)) // max(len(flat), 1))
-    return ScoredTokens(
-        torch.from_numpy(flat),
-        torch.from_numpy(_concatenate(ids, np.int64).reshape(shape)),
-        torch.from_numpy(_concatenate(alternatives, np.float32).reshape(shape)),
-    )
+    return torch.from_numpy(_concatenate(rows, rows[0].dtype if dtype is None else dtype).reshape(-1, width))
 
 
 def _check_lengths(entry: Entry, num_prompt_tokens: int, num_response_tokens: int) -> None:

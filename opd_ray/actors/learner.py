@@ -9,12 +9,13 @@ generators. It is a plain class; :mod:`opd_ray.launch` makes it an actor.
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,14 @@ import torch
 
 from opd_ray.batching import Payload, collate
 from opd_ray.config import Config
-from opd_ray.errors import RunError
+from opd_ray.errors import InputError, RunError
+from opd_ray.heads import ResponseModel, load_heads
+from opd_ray.losses.diagnostics import finish
 from opd_ray.messages import StepPlan, TransferGroup, WeightManifest
 from opd_ray.models import load_causal_lm, local_directory
 from opd_ray.node import free_port, node_ip, this_node
-from opd_ray.training import Objective, ResponseLogits, disable_dropout, fetch_payloads, finish, lr_factor
+from opd_ray.objective import MicroBatchLoss, Objective
+from opd_ray.training import StepOutcome, disable_dropout, fetch_payloads, lr_factor
 from opd_ray.weights import make_transport
 from opd_ray.weights.manifest import manifest_of, weights_of
 
@@ -37,25 +41,25 @@ _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.
 
 
 class Learner:
-    """Trains the student on the plans of one rank, and hands its weights out."""
+    """Trains the student on the plans of one rank, and hands its weights out.
 
-    def __init__(self, config: Config, student_path: str, rank: int) -> None:
+    The process joins the other ranks once, by ``setup``; ``begin`` starts a run and may be called again for the
+    next one.
+    """
+
+    def __init__(self, config: Config, rank: int) -> None:
+        """``config`` says where and with how many others this process trains; later runs keep to that."""
         self._config = config
-        self._student_path = local_directory(student_path)
         self._rank = rank
+        self._num_ranks = config.learner.num_ranks
         self._cuda = config.learner.gpus_per_rank > 0
-        self._zero_stage = config.learner.zero_stage
-        if self._zero_stage == 0 and config.learner.dtype == "bfloat16":
-            # DeepSpeed 0.19 without ZeRO accumulates bfloat16 gradients in bfloat16, and allocates AdamW's state
-            # by an empty step that its bias correction counts: the first update is 0.74 of what it should be.
-            self._zero_stage = 1
         # DeepSpeed guesses its accelerator from the machine; a CPU run on a GPU node must say so.
         os.environ["DS_ACCELERATOR"] = "cuda" if self._cuda else "cpu"
         if not self._cuda:
             torch.set_num_threads(max(1, int(config.learner.cpus_per_rank)))
         self._device = torch.device("cuda", 0) if self._cuda else torch.device("cpu")
-        self._objective = Objective(config.loss)
         self._transport = make_transport(config.weight_backend)
+        self._engine: Any = None
 
     def node(self) -> str:
         return this_node()
@@ -65,33 +69,58 @@ class Learner:
         return node_ip(), free_port()
 
     def setup(self, master_host: str, master_port: int) -> None:
-        """Joins the other ranks, loads the student and builds the DeepSpeed engine; blocks for all ranks."""
-        world_size = self._config.learner.num_ranks
+        """Joins the other ranks; once in a process, blocks for all of them."""
         os.environ |= {
             "MASTER_ADDR": master_host,
             "MASTER_PORT": str(master_port),
             "RANK": str(self._rank),
             "LOCAL_RANK": "0",  # Ray shows each actor only its own GPU
-            "WORLD_SIZE": str(world_size),
+            "WORLD_SIZE": str(self._num_ranks),
         }
-        deepspeed = _import_deepspeed()
         timeout = timedelta(seconds=max(self._config.deadlines.start_s, self._config.deadlines.train_s))
         backend = "nccl" if self._cuda else "gloo"
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
-        torch.manual_seed(self._config.seed)
+        _import_deepspeed().init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+    def begin(self, config: Config, student_path: str, stop_token_ids: Sequence[int]) -> None:
+        """Loads the student and builds engine, optimizer and objective of a run; blocks for all ranks.
+
+        ``stop_token_ids`` is the EOS set, the first id standing for all. What an earlier run left is freed. Raises
+        InputError when the run needs other ranks than the process has, or a model cannot be used.
+        """
+        asked = (config.learner.num_ranks, config.learner.gpus_per_rank > 0)
+        if asked != (self._num_ranks, self._cuda):
+            raise InputError(
+                f"learner: a run on {asked[0]} ranks (GPU: {asked[1]}) was begun on {self._num_ranks} (GPU: "
+                f"{self._cuda}); start new learner actors for it"
+            )
+        self._end()
+        self._config = config
+        self._student_path = local_directory(student_path)
+        self._zero_stage = config.learner.zero_stage
+        if self._zero_stage == 0 and config.learner.dtype == "bfloat16":
+            # DeepSpeed 0.19 without ZeRO accumulates bfloat16 gradients in bfloat16, and allocates AdamW's state
+            # by an empty step that its bias correction counts: the first update is 0.74 of what it should be.
+            self._zero_stage = 1
+        torch.manual_seed(config.seed)
         self._model = self._load_student()
         self._num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        module = ResponseLogits(self._model)
-        learner = self._config.learner
+        self._module = ResponseModel(self._model)
+        self._objective = Objective(
+            config,
+            vocab_size=self._module.vocab_size,
+            stop_token_ids=tuple(stop_token_ids),
+            heads=load_heads(config, str(self._student_path), self._device),
+        )
+        learner = config.learner
         optimizer = torch.optim.AdamW(
-            module.parameters(),
+            self._module.parameters(),
             lr=learner.lr,
             betas=learner.adam_betas,
             weight_decay=learner.weight_decay,
             fused=True,
         )
-        self._engine, *_ = deepspeed.initialize(
-            model=module,
+        self._engine, *_ = _import_deepspeed().initialize(
+            model=self._module,
             optimizer=optimizer,
             lr_scheduler=lambda basic: torch.optim.lr_scheduler.LambdaLR(basic, functools.partial(lr_factor, learner)),
             config=self._engine_config(),
@@ -101,11 +130,12 @@ class Learner:
         """Parameters of the student; tied ones count once."""
         return self._num_parameters
 
-    def train_step(self, plan: StepPlan, fetch: Callable[[list[Any]], list[Any]] | None = None) -> dict[str, float]:
-        """One optimizer step; the same metrics on every rank, in nats, averaged over all ranks' tokens.
+    def train_step(self, plan: StepPlan, fetch: Callable[[list[Any]], list[Any]] | None = None) -> StepOutcome:
+        """One optimizer step; the same outcome on every rank.
 
-        ``fetch`` turns refs into RecordBatches (``ray.get`` unless told). Raises RunError when a loss or the
-        gradient is not finite, before the weights change.
+        ``fetch`` turns refs into RecordBatches (``ray.get`` unless told). Where a loss or the gradient is not finite on
+        any rank, no rank takes the step, and the outcome says which rollouts are to blame. Raises RunError when a
+        payload does not fit its plan.
         """
         if fetch is None:
             import ray
@@ -114,20 +144,23 @@ class Learner:
         payloads = fetch_payloads(plan, fetch)
         last = len(plan.micro_batches) - 1
         names: tuple[str, ...] = ()
+        problems: list[str] = []
         totals = torch.zeros((), dtype=torch.float64, device=self._device)
         for index in range(len(plan.micro_batches)):
             self._engine.set_gradient_accumulation_boundary(index == last)
-            metrics = self._backward(plan, index, payloads)
-            names = tuple(metrics)
-            totals = totals + torch.stack(list(metrics.values())).double()
+            loss = self._backward(plan, index, payloads)
+            problems += [loss.problem] if loss.problem else []
+            names = tuple(sorted(loss.metrics))
+            totals = totals + torch.stack([loss.metrics[name] for name in names]).double()
         lr = self._engine.get_lr()[0]
-        grad_norm = self._optimizer_step(plan.step)
-        if self._config.learner.num_ranks > 1:
+        grad_norm = self._optimizer_step()
+        if self._num_ranks > 1:
             torch.distributed.all_reduce(totals)
-        counts = plan.denominators
-        trained_tokens = float(counts.student_tokens + counts.golden_tokens)
-        means = finish(dict(zip(names, totals.tolist(), strict=True)))
-        return means | {"grad_norm": grad_norm, "lr": lr, "trained_tokens": trained_tokens}
+        metrics = finish(dict(zip(names, totals.tolist(), strict=True)))
+        metrics |= {"grad_norm": grad_norm, "lr": lr, "trained_tokens": float(plan.denominators.tokens)}
+        if math.isfinite(grad_norm):
+            return StepOutcome(metrics)
+        return StepOutcome(metrics | {"loss": math.nan}, self._explain(problems, grad_norm))
 
     def manifest(self, version: int) -> WeightManifest:
         """What ``send_weights`` will send."""
@@ -151,7 +184,7 @@ class Learner:
         self._engine.save_checkpoint(directory, tag=_CHECKPOINT_TAG, save_latest=False)
 
     def load_checkpoint(self, directory: str) -> None:
-        """Continues from ``save_checkpoint``; collective, right after ``setup``.
+        """Continues from ``save_checkpoint``; collective, after ``begin`` or in the middle of a run.
 
         Needs the number of ranks and the ZeRO stage that saved it. Raises RunError when it does not load.
         """
@@ -234,38 +267,56 @@ class Learner:
         """Without ZeRO, DeepSpeed steps the plain optimizer and reports no gradient norm."""
         return self._zero_stage == 0
 
-    def _backward(self, plan: StepPlan, index: int, payloads: dict[int, Payload]) -> dict[str, torch.Tensor]:
-        """Accumulates the gradient of one micro-batch; its share of the step's metrics."""
+    def _backward(self, plan: StepPlan, index: int, payloads: dict[int, Payload]) -> MicroBatchLoss:
+        """Accumulates the gradient of one micro-batch."""
         batch = collate(plan.micro_batches[index], payloads, packing=self._config.learner.packing).to(self._device)
-        logits = self._engine(batch.input_ids, batch.position_ids, batch.logit_index)
         try:
-            loss, metrics = self._objective(logits, batch, plan.denominators)
+            loss = self._objective.of(batch, plan.denominators, plan.coefficients)
         except RunError as error:
             raise RunError(f"learner rank {self._rank}, step {plan.step}: {error}") from None
+        self._module.consume(loss)
+        value = self._engine(batch.input_ids, batch.position_ids, batch.logit_index)
         # DeepSpeed averages gradients over ranks, but the loss is already divided by global counts.
-        self._engine.backward(loss * self._config.learner.num_ranks, scale_wrt_gas=False)
-        return metrics
+        self._engine.backward(value * self._num_ranks, scale_wrt_gas=False)
+        return loss
 
-    def _optimizer_step(self, step: int) -> float:
-        """Clips, steps optimizer and schedule; the global gradient norm before clipping."""
-        if self._clips_here:
-            clip = self._config.learner.gradient_clip
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), clip))
-            self._check_norm(grad_norm, step)
+    def _optimizer_step(self) -> float:
+        """Clips, steps optimizer and schedule; the global gradient norm before clipping.
+
+        A norm that is not finite means that nothing was stepped and the gradients are gone, on every rank.
+        """
+        if not self._clips_here:
             self._engine.step()
-            return grad_norm
-        self._engine.step()
-        # ZeRO skips a step whose gradient is not finite, with a warning, and keeps the norm of the step before.
-        grad_norm = float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
-        self._check_norm(grad_norm, step)
+            # ZeRO skips a step whose gradient is not finite, and keeps the norm of the step before.
+            return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
+        clip = self._config.learner.gradient_clip
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), clip))
+        if math.isfinite(grad_norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
         return grad_norm
 
-    def _check_norm(self, grad_norm: float, step: int) -> None:
-        if not math.isfinite(grad_norm):
-            raise RunError(
-                f"learner rank {self._rank}, step {step}: the gradient norm is {grad_norm} although the loss is "
-                "finite; lower learner.lr, or train in float32"
-            )
+    def _explain(self, problems: list[str], grad_norm: float) -> str:
+        """One text for all ranks from what each of them saw."""
+        everyone: list[list[str]] = [problems]
+        if self._num_ranks > 1:
+            everyone = [[] for _ in range(self._num_ranks)]
+            torch.distributed.all_gather_object(everyone, problems)
+        texts = [f"rank {rank}: {text}" for rank, found in enumerate(everyone) for text in found]
+        if texts:
+            return "; ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
+        return f"the gradient norm is {grad_norm} although the loss is finite; lower learner.lr, or train in float32"
+
+    def _end(self) -> None:
+        """Frees what the last run held."""
+        if self._engine is None:
+            return
+        self._engine.destroy()
+        self._engine = self._module = self._model = self._objective = None
+        gc.collect()
+        if self._cuda:
+            torch.cuda.empty_cache()
 
     def _full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter whole, valid until the next is asked for; every rank must ask under ZeRO-3."""

@@ -1,27 +1,35 @@
-"""Per-token losses: pure functions of tensors, and the Protocol they share.
+"""Per-token losses: pure functions of tensors.
 
 A loss returns one value per response token and knows nothing of rollouts, ranks or reductions;
 :mod:`opd_ray.losses.reduction` weighs the values with the step's global denominators.
-A new loss is a new small file and one line in :func:`make_loss`.
+
+    support       which outcomes two models are compared on, and what becomes of the rest
+    divergences   reverse KL, forward KL, JSD on these outcomes
+    estimators    k2 and k3 on the sampled token
+    advantage     k1, task reward and importance weights: the policy gradient
+    terms         the loss of one source, and the anchor, as the configuration asks for them
+    diagnostics   what is logged beside them
+    reduction     from one value per token to one number per step
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from opd_ray.errors import InputError, near
+MAX_LOG_RATIO = 20.0
+"""Bound on the logarithm of a probability ratio, whose exponential would overflow float32 beyond 88."""
 
-if TYPE_CHECKING:
-    from opd_ray.config import LossConfig
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""A frozen model's output layer: hidden states [n, H] to logits [n, V] float32."""
 
 
 @dataclass(frozen=True)
 class ScoredTokens:
-    """A frozen model's opinion on N tokens; nats, float32, no gradient."""
+    """A frozen model's opinion on N tokens; nats, float32, no gradient. See SCORE_SCHEMA."""
 
     logprobs: torch.Tensor
     """[N] log-prob of the token that was sampled."""
@@ -29,25 +37,62 @@ class ScoredTokens:
     """[N, k] int64; k may be 0."""
     topk_logprobs: torch.Tensor
     """[N, k] under the full softmax."""
+    given_logprobs: torch.Tensor | None = None
+    """[N, k'] of the rollout's own topk_ids; None unless asked for."""
+    stop_logprobs: torch.Tensor | None = None
+    """[N] log P(stop); None unless asked for."""
+    hidden: torch.Tensor | None = None
+    """[N, H] in front of the output layer; None unless asked for."""
 
-    def select(self, mask: torch.Tensor) -> ScoredTokens:
-        return ScoredTokens(self.logprobs[mask], self.topk_ids[mask], self.topk_logprobs[mask])
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ScoredTokens:
+        """The same change to every tensor."""
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+    def rows(self, rows: slice) -> ScoredTokens:
+        return self.map(lambda tensor: tensor[rows])
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """N response tokens of one micro-batch, of one source."""
+    """N response tokens of one source, scored by the same models.
+
+    Tokens of the EOS set count as one outcome, the first of the set: :attr:`logprobs` and :meth:`logprobs_of`
+    give it the probability of them all (METHOD §3). ``plain_logprobs`` are those of the tokens as they are.
+    """
 
     logits: torch.Tensor
     """[N, V] float32: the student's logits that predict each token; carries the gradient."""
     tokens: torch.Tensor
     """[N] int64: the tokens that were sampled (or, for golden rollouts, given)."""
     behaviour_logprobs: torch.Tensor
-    """[N] float32: log μ(y_t|s_t) of the policy that sampled; nan for golden rollouts."""
-    teacher: ScoredTokens | None
-    """None for golden rollouts."""
-    reference: ScoredTokens | None
-    """None for golden rollouts and where no reference is configured."""
+    """[N] float32: log μ(y_t|s_t) of the student that sampled; nan for golden and teacher rollouts."""
+    teachers: Mapping[str, ScoredTokens] = field(default_factory=dict)
+    """By name; empty where the loss compares with none."""
+    reference: ScoredTokens | None = None
+    """None where no reference is asked for."""
+    given_ids: torch.Tensor | None = None
+    """[N, k'] int64: the student's most probable tokens when it sampled; None unless asked for."""
+    reward_advantages: torch.Tensor | None = None
+    """[N] float32: Entry.reward_advantage of each token's rollout; None counts as 0."""
+    teacher_advantages: torch.Tensor | None = None
+    """[N] float32: the teacher's part of the advantage where all of it is data (policy=behaviour)."""
+    stop_token_ids: tuple[int, ...] = ()
+    """The EOS set, as it is merged; empty or one id for nothing to merge."""
+    recording: bool = True
+    """False where a forward pass is repeated for its backward pass: what would be logged was logged."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.logits.shape[-1]
+
+    @property
+    def merges_stops(self) -> bool:
+        return len(self.stop_token_ids) > 1
 
     @cached_property
     def log_normalizer(self) -> torch.Tensor:
@@ -55,9 +100,28 @@ class TokenBatch:
         return self.logits.logsumexp(-1)
 
     @cached_property
-    def logprobs(self) -> torch.Tensor:
-        """[N] log π_θ(y_t|s_t) of the tokens, with gradient."""
+    def plain_logprobs(self) -> torch.Tensor:
+        """[N] log π_θ(y_t|s_t) of the tokens as they are, with gradient."""
         return self.logits.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1) - self.log_normalizer
+
+    @cached_property
+    def logprobs(self) -> torch.Tensor:
+        """[N] log π_θ(y_t|s_t) with the EOS set as one outcome, with gradient."""
+        if not self.merges_stops:
+            return self.plain_logprobs
+        return torch.where(is_any_of(self.tokens, self.stop_token_ids), self.stop_logprobs, self.plain_logprobs)
+
+    @cached_property
+    def stop_logprobs(self) -> torch.Tensor:
+        """[N] log P(stop), with gradient; raises IndexError without an EOS set."""
+        return self.logits[:, list(self.stop_token_ids)].logsumexp(-1) - self.log_normalizer
+
+    def logprobs_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """[N, k] log-probs of ``ids`` [N, k], with gradient; the first stop id stands for the whole set."""
+        logprobs = self.logits.gather(-1, ids) - self.log_normalizer.unsqueeze(-1)
+        if not self.merges_stops:
+            return logprobs
+        return torch.where(ids == self.stop_token_ids[0], self.stop_logprobs.unsqueeze(-1), logprobs)
 
 
 @dataclass(frozen=True)
@@ -66,56 +130,13 @@ class TokenLoss:
 
     values: torch.Tensor
     """[N] float32."""
-    metrics: dict[str, torch.Tensor]
-    """Name to [N]; averaged over all tokens of the step before they are logged."""
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Name to [N]; averaged over all tokens of the source before they are logged."""
 
 
-class Loss(Protocol):
-    """L_OPD: how far the student is from the teacher on the tokens it sampled."""
-
-    def __call__(self, batch: TokenBatch) -> TokenLoss:
-        """The loss of each token; raises ValueError when ``batch.teacher`` lacks what it needs."""
-
-
-def make_loss(config: LossConfig) -> Loss:
-    """The L_OPD that ``loss.opd`` names."""
-    if config.opd == "reverse_kl":
-        from opd_ray.losses.reverse_kl import ReverseKL
-
-        return ReverseKL()
-    if config.opd == "policy_gradient":
-        from opd_ray.losses.policy_gradient import PolicyGradient
-
-        return PolicyGradient(config.clip_ratio)
-    raise InputError(f"loss.opd '{config.opd}' is unknown{near(config.opd, ['reverse_kl', 'policy_gradient'])}")
-
-
-_ENTROPY_ROWS = 1024
-"""Tokens whose [rows, V] probabilities are held at once for the entropy, which needs no gradient."""
-
-
-def student_metrics(batch: TokenBatch) -> dict[str, torch.Tensor]:
-    """What every L_OPD logs per token, [N] each, detached; ``batch.teacher`` must be there.
-
-    advantage is log π_T − log π_θ of the sampled token, the negative k1 estimate of the reverse KL;
-    importance_ratio is π_θ/μ, and off_policy_kl its k3 estimate of KL(μ‖π_θ) (how far the weights moved,
-    plus what temperature, top-p and the generator's precision add).
-    """
-    assert batch.teacher is not None
-    # Not under no_grad: that would cache the batch's log-probs without their gradient for the terms that follow.
-    logprobs = batch.logprobs.detach()
-    log_ratio = (logprobs - batch.behaviour_logprobs).clamp(-20.0, 20.0)
-    return {
-        "advantage": batch.teacher.logprobs - logprobs,
-        "student_logprob": logprobs,
-        "teacher_logprob": batch.teacher.logprobs,
-        "entropy": _entropy(batch),
-        "importance_ratio": log_ratio.exp(),
-        "off_policy_kl": torch.expm1(log_ratio) - log_ratio,
-    }
-
-
-def _entropy(batch: TokenBatch) -> torch.Tensor:
-    """[N] −Σ p log p of the student, nats: log Z − Σ p · logit."""
-    expected = [(logits.softmax(-1) * logits).sum(-1) for logits in batch.logits.detach().split(_ENTROPY_ROWS)]
-    return batch.log_normalizer.detach() - torch.cat(expected)
+def is_any_of(ids: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
+    """bool, in the shape of ``ids``; faster than torch.isin for the handful of ids of an EOS set."""
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for id_ in wanted:
+        found |= ids == id_
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,15 +24,19 @@ from opd_ray.actors.learner import Learner
 from opd_ray.batching import collate, count, plan_step
 from opd_ray.config import Config, from_dict
 from opd_ray.errors import RunError
-from opd_ray.messages import SCORE_SCHEMA, Entry, StepPlan, TransferGroup, WeightManifest
-from opd_ray.training import Objective, ResponseLogits, fetch_payloads, finish, lr_factor
-from scored_rollouts import scored_entries
+from opd_ray.heads import ResponseModel, load_heads
+from opd_ray.losses.diagnostics import finish
+from opd_ray.messages import SCORE_SCHEMA, Coefficients, Entry, StepPlan, TransferGroup, WeightManifest
+from opd_ray.objective import Objective
+from opd_ray.training import StepOutcome, fetch_payloads, lr_factor
+from scored_rollouts import Scoring, scored_entries
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
 STAGES_AND_RANKS = [(stage, ranks) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
 SIZES = [(3, 9), (8, 2), (5, 14), (1, 1), (6, 6)], [(4, 12), (2, 5)]
 NUM_STEPS = 5
+COEFFICIENTS = Coefficients(student=1.0, golden=0.5, teacher=0.25, reference=0.1)
 
 
 class RecordingTransport:
@@ -65,18 +70,15 @@ class Overflow(torch.autograd.Function):
 
 
 class Host:
-    """A process that builds one learner after another: imports and the process group are paid for once."""
+    """A learner's process, which trains one run after another."""
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-
-    def build(self, config: Config, student_path: str) -> None:
-        self._learner = Learner(config, student_path, self._rank)
+    def __init__(self, rank: int, config: Config) -> None:
+        self._learner = Learner(config, rank)
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._learner, method)(*args)
 
-    def train(self, plans: Sequence[StepPlan]) -> list[dict[str, float]]:
+    def train(self, plans: Sequence[StepPlan]) -> list[StepOutcome]:
         return [self._learner.train_step(plan) for plan in plans]
 
     def overflow_in_backward(self) -> None:
@@ -92,29 +94,33 @@ class Host:
 class Ranks:
     """All ranks of one learner; every call goes to all of them at once."""
 
-    def __init__(self, hosts: Sequence[Any], config: Config, student_path: Path) -> None:
+    def __init__(self, hosts: Sequence[Any], config: Config, student_path: Path, stop_token_ids: Sequence[int]) -> None:
         self._hosts = hosts
         self._config = config.learner
-        ray.get([host.build.remote(config, str(student_path)) for host in hosts])
-        address = ray.get(hosts[0].call.remote("node_address"))
-        self.call("setup", *address)
+        self.call("begin", config, str(student_path), tuple(stop_token_ids))
 
     def call(self, method: str, *args: Any) -> list[Any]:
         return ray.get([host.call.remote(method, *args) for host in self._hosts])
 
-    def train(self, entries: Sequence[Entry], steps: range) -> list[dict[str, float]]:
+    def outcomes(self, entries: Sequence[Entry], steps: range) -> list[StepOutcome]:
         plan = functools.partial(
             plan_step,
             num_ranks=len(self._hosts),
             micro_batch_tokens=self._config.micro_batch_tokens,
             packing=self._config.packing,
+            coefficients=COEFFICIENTS,
         )
         per_step = [plan(entries, step=step) for step in steps]
         results = ray.get(
             [host.train.remote([plans[rank] for plans in per_step]) for rank, host in enumerate(self._hosts)]
         )
-        assert all(result == results[0] for result in results), "ranks disagree on the step's metrics"
+        assert all(repr(result) == repr(results[0]) for result in results), "ranks disagree on the step's outcome"
         return results[0]
+
+    def train(self, entries: Sequence[Entry], steps: range) -> list[dict[str, float]]:
+        outcomes = self.outcomes(entries, steps)
+        assert [outcome.problem for outcome in outcomes] == [None] * len(steps)
+        return [outcome.metrics for outcome in outcomes]
 
     def sent_weights(self) -> dict[str, torch.Tensor]:
         return ray.get([host.sent_weights.remote() for host in self._hosts])[0]
@@ -127,7 +133,11 @@ def hosts(ray_here: None) -> dict[int, list[Any]]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     environment = {"OMP_NUM_THREADS": "1"}
     actor = ray.remote(num_cpus=0.1, runtime_env={"env_vars": environment})(Host)
-    return {size: [actor.remote(rank) for rank in range(size)] for size in (1, 2)}
+    groups = {size: [actor.remote(rank, config_with(size)) for rank in range(size)] for size in (1, 2)}
+    for group in groups.values():
+        address = ray.get(group[0].call.remote("node_address"))
+        ray.get([host.call.remote("setup", *address) for host in group])
+    return groups
 
 
 @pytest.fixture(scope="module")
@@ -138,34 +148,53 @@ def entries(ray_here: None) -> list[Entry]:
 def config_with(num_ranks: int = 1, loss: dict[str, Any] | None = None, **learner: Any) -> Config:
     defaults = {"steps": NUM_STEPS, "lr": 5e-3, "lr_schedule": "cosine", "warmup_steps": 2, "gradient_clip": 0.5}
     settings = defaults | {"num_ranks": num_ranks} | learner
-    return from_dict({"learner": settings, "loss": {"reference_kl_coef": 0.1} | (loss or {})})
+    defaults_of_loss = {"reduction": "token", "reference": {"coef": 0.1}}
+    return from_dict(
+        {"learner": settings, "loss": defaults_of_loss | (loss or {}), "rollout": {"responses_per_prompt": 2}}
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher_checkpoint(tiny_model: dict[str, Path]) -> Path:
+    """A model whose output layer is not the student's."""
+    return tiny_model["untied"]
 
 
 @pytest.fixture
 def start(hosts: dict[int, list[Any]], tiny_model: dict[str, Path]) -> Callable[..., Ranks]:
-    def build(config: Config, student_path: Path = tiny_model["tied"]) -> Ranks:
-        return Ranks(hosts[config.learner.num_ranks], config, student_path)
+    def build(config: Config, student_path: Path = tiny_model["tied"], stop_token_ids: Sequence[int] = (1,)) -> Ranks:
+        return Ranks(hosts[config.learner.num_ranks], config, student_path, stop_token_ids)
 
     return build
 
 
-def plain_training(config: Config, student_path: Path) -> list[dict[str, float]]:
-    """Losses, gradient norms and learning rates of NUM_STEPS steps without DeepSpeed."""
-    entries = scored_entries(*SIZES, seed=3)
-    plan = StepPlan(0, (tuple(entries),), count(entries))
+def plain_training(
+    config: Config, student_path: Path, entries: Sequence[Entry] | None = None, stop_token_ids: tuple[int, ...] = (1,)
+) -> list[dict[str, float]]:
+    """Losses, gradient norms and learning rates of NUM_STEPS steps without DeepSpeed, and without cutting them up."""
+    entries = scored_entries(*SIZES, seed=3) if entries is None else entries
+    plan = StepPlan(0, (tuple(entries),), count(entries), COEFFICIENTS)
     batch = collate(entries, fetch_payloads(plan, lambda refs: refs), packing=False)
-    module = ResponseLogits(AutoModelForCausalLM.from_pretrained(student_path, dtype="float32"))
+    module = ResponseModel(AutoModelForCausalLM.from_pretrained(student_path, dtype="float32"))
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.learner.lr, weight_decay=0.0)
-    objective, curve = Objective(config.loss), []
+    objective = Objective(
+        config,
+        vocab_size=module.vocab_size,
+        stop_token_ids=stop_token_ids,
+        heads=load_heads(config, str(student_path), torch.device("cpu")),
+    )
+    curve = []
     for step in range(NUM_STEPS):
         optimizer.param_groups[0]["lr"] = config.learner.lr * lr_factor(config.learner, step)
         optimizer.zero_grad()
-        loss, metrics = objective(module(batch.input_ids, None, batch.logit_index), batch, plan.denominators)
-        loss.backward()
+        loss = objective.of(batch, plan.denominators, plan.coefficients)
+        module.consume(loss)
+        module(batch.input_ids, None, batch.logit_index).backward()
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), config.learner.gradient_clip)
         optimizer.step()
-        values = finish({name: value.item() for name, value in metrics.items()})
-        curve.append(values | {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"], "trained_tokens": 49.0})
+        values = finish({name: value.item() for name, value in loss.metrics.items()})
+        tokens = {"trained_tokens": float(plan.denominators.tokens)}
+        curve.append(values | {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]} | tokens)
     return curve
 
 
@@ -290,36 +319,44 @@ def test_export_loads_in_transformers_and_equals_what_is_sent(
     assert torch.equal(exported(torch.arange(8)[None]).logits, after)
 
 
-def test_a_loss_that_is_not_finite_names_step_and_rollout_and_leaves_the_weights(
-    start: Callable[..., Ranks], entries: list[Entry]
-) -> None:
-    learner = start(config_with())
-    before = learner.sent_weights()
-    [sound] = ray.get([entries[1].scores["teacher"]])
-    rows = sound.to_pylist()
-    rows[entries[1].row]["topk_logprobs"][0] = float("nan")
+def poison(entry: Entry) -> Entry:
+    """The entry with a teacher that says nan about one token."""
+    rows = ray.get(entry.scores["teacher"]).to_pylist()
+    rows[entry.row]["topk_logprobs"][0] = float("nan")
     broken = ray.put(pa.RecordBatch.from_pylist(rows, schema=SCORE_SCHEMA))
-    poisoned = dataclasses.replace(entries[1], scores=entries[1].scores | {"teacher": broken})
-    culprit = rf"step 4: the loss is not finite for {poisoned.meta.rollout_id} \(loss_opd\)"
-    with pytest.raises(RunError, match=culprit):
-        learner.train([entries[0], poisoned, *entries[2:]], range(4, 5))
+    return dataclasses.replace(entry, scores=entry.scores | {"teacher": broken})
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 2)])
+def test_a_loss_that_is_not_finite_skips_the_step_on_every_rank_and_leaves_no_trace(
+    start: Callable[..., Ranks], entries: list[Entry], stage: int, ranks: int
+) -> None:
+    """Weights, Adam's moments, gradients and learning rate: the steps after it equal those of a run without it."""
+    config = config_with(ranks, zero_stage=stage, micro_batch_tokens=20)
+    expected = start(config).train(entries, range(3))
+    learner = start(config)
+    sound = learner.train(entries, range(1))
+    before = learner.sent_weights()
+    [outcome] = learner.outcomes([entries[0], poison(entries[1]), *entries[2:]], range(1, 2))
+    assert math.isnan(outcome.metrics["loss"])
+    assert outcome.problem.endswith(f"the loss is not finite for {entries[1].meta.rollout_id} (loss_student)")
     after = learner.sent_weights()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_curve(sound + learner.train(entries, range(1, 3)), expected, 1e-6)
 
 
 @pytest.mark.parametrize(
     ("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "float32"), (3, "float32"), (3, "bfloat16")]
 )
-def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_weights(
+def test_a_gradient_that_is_not_finite_skips_the_step(
     start: Callable[..., Ranks], hosts: dict[int, list[Any]], entries: list[Entry], stage: int, dtype: str
 ) -> None:
-    """DeepSpeed alone would skip the step with a warning and go on."""
     learner = start(config_with(zero_stage=stage, dtype=dtype))
     learner.train(entries, range(1))
     before = learner.sent_weights()
     ray.get(hosts[1][0].overflow_in_backward.remote())
-    with pytest.raises(RunError, match="step 1: the gradient norm is (nan|inf)"):
-        learner.train(entries, range(1, 2))
+    [outcome] = learner.outcomes(entries, range(1, 2))
+    assert "although the loss is finite" in outcome.problem and math.isnan(outcome.metrics["loss"])
     after = learner.sent_weights()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -333,13 +370,42 @@ def test_a_payload_that_many_rollouts_share_is_fetched_once(ray_here: None, entr
         fetch_payloads(plan, lambda refs: sizes.append(len(refs)) or ray.get(refs))
         return sizes[0]
 
-    [plan] = plan_step(entries, step=0, num_ranks=1, micro_batch_tokens=20, packing=False)
+    [plan] = plan_step(entries, step=0, num_ranks=1, micro_batch_tokens=20, packing=False, coefficients=COEFFICIENTS)
     assert ray.get(fetched.remote(plan)) == 7  # two payloads with two scores each, and the golden one
 
 
-def test_policy_gradient_trains(start: Callable[..., Ranks], entries: list[Entry], tiny_model: dict[str, Path]) -> None:
-    loss = {"opd": "policy_gradient", "reduction": "sequence", "reference_estimator": "k3"}
-    config = config_with(2, loss, zero_stage=1, micro_batch_tokens=20)
-    expected = plain_training(config, tiny_model["tied"])
-    assert "clip_fraction" in expected[0]
-    assert_same_curve(start(config).train(entries, range(NUM_STEPS)), expected, 1e-4)
+LOSSES = {
+    "clipped policy gradient, k3 anchor": {
+        "student": {"divergence": "k1"},
+        "importance": {"correction": "clip"},
+        "reduction": "sequence",
+        "reference": {"coef": 0.1, "estimator": "k3"},
+    },
+    "full vocabulary": {
+        "student": {"divergence": "jsd", "support": "full"},
+        "reference": {"coef": 0.1, "estimator": "full", "on_golden": True},
+    },
+    "student's top-k": {"student": {"divergence": "forward_kl", "support": "student_top_k", "tail": "stop_gradient"}},
+}
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_kind_of_loss_trains_like_plain_torch(
+    start: Callable[..., Ranks],
+    teacher_checkpoint: Path,
+    tiny_model: dict[str, Path],
+    loss: str,
+    stage: int,
+    ranks: int,
+) -> None:
+    config = config_with(ranks, LOSSES[loss], zero_stage=stage, micro_batch_tokens=20)
+    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, path=str(teacher_checkpoint)))
+    roles = ("teacher", "reference")
+    scoring = Scoring(
+        given=6, hidden=True, stop_token_ids=(1, 2), hidden_size=64, roles={"student": roles, "golden": roles}
+    )
+    expected = plain_training(config, tiny_model["tied"], scored_entries(*SIZES, seed=3, scoring=scoring), (1, 2))
+    entries = scored_entries(*SIZES, seed=3, scoring=scoring, put=ray.put)
+    curve = start(config, stop_token_ids=(1, 2)).train(entries, range(NUM_STEPS))
+    assert_same_curve(curve, expected, 1e-4)

@@ -1,0 +1,87 @@
+"""The loss of one source of rollouts and the anchor, as the configuration asks for them.
+
+:func:`source_loss` is what TermConfig, AdvantageConfig and ImportanceConfig together mean for one batch of tokens;
+:func:`reference_loss` is AnchorConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from opd_ray.config import AnchorConfig, LossConfig, TermConfig
+from opd_ray.errors import RunError
+from opd_ray.losses import Head, ScoredTokens, TokenBatch, TokenLoss
+from opd_ray.losses.advantage import importance_weights, policy_gradient
+from opd_ray.losses.divergences import diverge, entropy, forward_kl
+from opd_ray.losses.estimators import k2, k3
+from opd_ray.losses.support import Outcomes, compare
+from opd_ray.messages import Source
+
+
+def source_loss(
+    batch: TokenBatch, source: Source, config: LossConfig, weights: Mapping[str, float], heads: Mapping[str, Head]
+) -> TokenLoss:
+    """The loss of each token of one source, without its coefficient.
+
+    ``weights`` are the shares of the teachers that scored the batch, which add up to 1: with several the loss is
+    Σ w_i D_i. ``heads`` holds the output layers of scorers whose full vocabulary is compared.
+    """
+    term = config.terms[source]
+    if term.divergence == "cross_entropy":
+        loss = TokenLoss(-batch.plain_logprobs)
+    elif term.divergence == "k1":
+        loss = policy_gradient(batch, weights, config.advantage, config.importance)
+    else:
+        losses = [_divergence(batch, scored, term, heads.get(name)) for name, scored in batch.teachers.items()]
+        loss = _weighted(losses, [weights[name] for name in batch.teachers])
+    if source != "student":
+        return loss
+    ratio, metrics = importance_weights(batch, config.importance)
+    return TokenLoss(loss.values if ratio is None else loss.values * ratio, loss.metrics | metrics)
+
+
+def reference_loss(batch: TokenBatch, config: AnchorConfig, head: Head | None = None) -> torch.Tensor:
+    """KL(π_θ‖π_ref) of each token's distribution or its k3 estimate, [N] nats. RunError without reference scores."""
+    scored = batch.reference
+    if scored is None:
+        raise RunError("the KL to the reference needs the reference's scores, but the batch has none")
+    if config.estimator == "k3":
+        return k3(batch.logprobs, scored.logprobs)
+    support = "full" if config.estimator == "full" else "teacher_top_k"
+    return diverge("reverse_kl", compare(batch, scored, support, config.tail, head))
+
+
+def _divergence(batch: TokenBatch, scored: ScoredTokens, term: TermConfig, head: Head | None) -> TokenLoss:
+    if term.divergence == "k2":
+        return TokenLoss(k2(batch.logprobs, scored.logprobs))
+    if term.divergence == "k3":
+        return TokenLoss(k3(batch.logprobs, scored.logprobs))
+    outcomes = compare(batch, scored, term.support, term.tail, head)
+    values = diverge(term.divergence, outcomes, term.beta)
+    metrics: dict[str, torch.Tensor] = {}
+    if term.entropy_gate is not None:
+        # EOPD, arXiv 2603.07079: cover the teacher's alternatives where it has several.
+        metrics["entropy_gate_share"] = (entropy(outcomes, outcomes.log_q) > term.entropy_gate).float()
+        values = values + term.entropy_gate_coef * metrics["entropy_gate_share"] * forward_kl(outcomes)
+    if batch.recording:
+        metrics["entropy_gap"] = _entropy_gap(outcomes)
+    return TokenLoss(values, metrics)
+
+
+@torch.no_grad()
+def _entropy_gap(outcomes: Outcomes) -> torch.Tensor:
+    """H(student) − H(teacher) on the outcomes, [N] nats (Rethinking OPD, arXiv 2604.13016)."""
+    return entropy(outcomes, outcomes.log_p) - entropy(outcomes, outcomes.log_q)
+
+
+def _weighted(losses: list[TokenLoss], weights: list[float]) -> TokenLoss:
+    if len(losses) == 1:
+        return losses[0]
+    values = sum(weight * loss.values for weight, loss in zip(weights, losses, strict=True))
+    metrics = {
+        name: sum(weight * loss.metrics[name] for weight, loss in zip(weights, losses, strict=True))
+        for name in losses[0].metrics
+    }
+    return TokenLoss(values, metrics)
