@@ -27,6 +27,7 @@ from opd_ray.messages import Finished, GenerationRequest, SamplingSettings, Tran
 from opd_ray.weights.gloo import GlooTransport
 from opd_ray.weights.manifest import manifest_of, weights_of
 
+VOCAB_SIZE = 32
 MAX_NUM_SEQS = 8
 MAX_CONTEXT_TOKENS = 96
 SAMPLED = SamplingSettings(temperature=1.0, top_p=1.0, max_response_tokens=24, stop_token_ids=())
@@ -209,6 +210,74 @@ def test_more_requests_than_seats_all_finish(subject: Subject) -> None:
     for request in later:  # while others run
         subject.engine.submit(request)
     assert finished | subject.finish(len(requests) - len(finished)).keys() == {each.request_id for each in requests}
+
+
+@pytest.mark.parametrize("subject", ANY, indirect=True)
+def test_aborted_requests_never_end_and_leave_the_others_alone(subject: Subject) -> None:
+    requests = requests_for(SAMPLED, count=MAX_NUM_SEQS + 4)  # four of them wait for a seat
+    alone = {request.request_id: each for request, each in zip(requests, subject.run(requests), strict=True)}
+    for request in requests:
+        subject.engine.submit(request)
+    for _ in range(3):
+        subject.engine.step()
+    subject.engine.abort(["r0", "r3", f"r{MAX_NUM_SEQS + 1}", "never submitted"])
+    left = subject.finish(len(requests) - 3)
+    assert left.keys() == alone.keys() - {"r0", "r3", f"r{MAX_NUM_SEQS + 1}"}
+    for request_id, finished in left.items():
+        assert finished.tokens.tolist() == alone[request_id].tokens.tolist()
+
+
+@pytest.mark.parametrize("subject", ANY, indirect=True)
+def test_aborting_everything_leaves_an_engine_that_works(subject: Subject) -> None:
+    requests = requests_for(SAMPLED, count=MAX_NUM_SEQS + 2)
+    for request in requests:
+        subject.engine.submit(request)
+    subject.engine.step()
+    subject.engine.abort([request.request_id for request in requests])
+    assert subject.engine.step() == []
+    assert len(subject.run(requests)) == len(requests)  # the same ids are free again
+
+
+@pytest.mark.parametrize("subject", ANY, indirect=True)
+@pytest.mark.parametrize("top_k", [0, 5, 1000])
+def test_top_k_ids_come_with_every_token_only_when_asked_for(subject: Subject, top_k: int) -> None:
+    for each in subject.run(requests_for(replace(WITH_EOS, top_k=top_k))):
+        if top_k == 0:
+            assert each.topk_ids is None
+            continue
+        assert each.topk_ids.dtype == np.int32
+        assert each.topk_ids.shape == (len(each.tokens), min(top_k, VOCAB_SIZE))
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_top_k_ids_are_the_most_probable_tokens(subject: Subject, temperature: float) -> None:
+    requests = requests_for(replace(SAMPLED, temperature=temperature, top_k=5))
+    for request, finished in zip(requests, subject.run(requests), strict=True):
+        logits = reference_logits(subject.model, request.prompt_tokens, finished.tokens)
+        expected = logits.topk(5).values.numpy()
+        np.testing.assert_allclose(np.take_along_axis(logits.numpy(), finished.topk_ids, 1), expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_top_k_ids_after_an_update_are_those_of_the_new_weights(subject: Subject) -> None:
+    subject.connect()
+    requests = requests_for(replace(SAMPLED, top_k=3))
+    for request in requests:
+        subject.engine.submit(request)
+    for _ in range(10):
+        subject.engine.step()
+    model = perturbed(subject.model)
+    subject.update(model, 1)
+    responses = subject.finish(len(requests))
+    for request in requests:
+        finished = responses[request.request_id]
+        before, after = (
+            reference_logits(each, request.prompt_tokens, finished.tokens) for each in (subject.model, model)
+        )
+        logits = torch.where(torch.from_numpy(finished.weight_versions == 0)[:, None], before, after)
+        expected = logits.topk(3).values.numpy()
+        np.testing.assert_allclose(np.take_along_axis(logits.numpy(), finished.topk_ids, 1), expected, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("subject", ANY, indirect=True)
