@@ -18,9 +18,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -32,11 +32,16 @@ _RANK = {"off": 0, "warn": 1, "act": 2, "rollback": 3, "stop": 4}
 _SHARES = ("truncated_token_share", "truncation_rate", "repetition_rate")
 
 
+def _yaml_off(level: Any) -> Any:
+    """YAML reads a bare ``off`` as false."""
+    return "off" if level is False else level
+
+
 @checked_dataclass(frozen=True, kw_only=True, config=_STRICT)
 class GuardConfig:
     """What raises an alarm, and how far the guard may go; thresholds of three are (warn, act, roll back)."""
 
-    level: Literal["off", "warn", "act", "rollback", "stop"] = "act"
+    level: Annotated[Literal["off", "warn", "act", "rollback", "stop"], BeforeValidator(_yaml_off)] = "act"
     """The most the guard may do; each level includes those before it."""
     truncated_token_share: tuple[float, float, float] = (0.1, 0.25, 0.7)
     """Share of the tokens that stand in truncated rollouts; the earliest sign of inflation."""

@@ -82,6 +82,7 @@ def train(
 
 def resolve(config: Config) -> Config:
     """Replaces what stands for the embedded models and data by their paths, building them where needed."""
+    config = _without_foreign_golden(config)
     data = config.data
     golden = str(data.golden).partition(":")[0]
     if configs.EMBEDDED in (config.student.path, config.teacher.path, data.prompts, golden, data.evaluation):
@@ -113,6 +114,19 @@ def resolve(config: Config) -> Config:
         more_teachers={name: scorer(teacher) for name, teacher in config.more_teachers.items()},
         reference=scorer(config.reference),
     )
+
+
+def _without_foreign_golden(config: Config) -> Config:
+    """The embedded golden solutions answer the embedded prompts: never mixed into other data."""
+    data = config.data
+    if data.prompts == configs.EMBEDDED or not str(data.golden).startswith(configs.EMBEDDED):
+        return config
+    if config.uses_golden or is_privileged(config):
+        raise InputError(
+            f"data.prompts is {data.prompts}, but data.golden is the embedded one, of another task; "
+            "give data.golden=FILE, or leave golden rollouts out: loss.golden.coef=0 buffer.golden_per_prompt=0"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(data, golden=None))
 
 
 def _golden(value: str | None, built: Path, seed: int) -> str | None:

@@ -65,7 +65,7 @@ async def _sample(config: Config, facts: Preflight, path: Path, count: int) -> N
         max_response_tokens=config.rollout.longest_response,
         stop_token_ids=facts.eos_token_ids,
     )
-    rows = read_prompts(config.data.prompts)[:count]
+    rows = read_prompts(config.data.prompts, need_answer=False)[:count]
     tokenizer = load_tokenizer(config.teacher.path)
     task = get_task(config.data.task)
     prompts = PromptStream(rows, task=task, tokenizer=tokenizer, order=None, num_responses=1, seed=config.seed + 2)

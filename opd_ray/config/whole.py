@@ -80,6 +80,13 @@ class Config:
                 raise ValueError(
                     f"loss.{source}.coef is above 0 but there are no {source} rollouts; set it to 0 or raise {how}"
                 )
+        if self.loads_golden and not self.uses_golden and self.loss.golden.divergence != "cross_entropy":
+            raise ValueError(
+                f"loss.golden.divergence={self.loss.golden.divergence}, but only the guard mixes golden rollouts in, "
+                "and that takes cross_entropy; raise buffer.golden_per_prompt or set guard.max_golden_per_prompt=0"
+            )
+        if self.buffer.golden_pairing == "prompt" and self.buffer.prompts_per_step == 0:
+            raise ValueError("buffer.golden_pairing=prompt pairs with a step's prompts, but prompts_per_step is 0")
         if self.loss.reference.used and not (self.uses_student or self.loss.reference.on_golden):
             raise ValueError(
                 "loss.reference.coef is above 0 but there are no student rollouts; set it to 0, or "
@@ -107,8 +114,9 @@ class Config:
             )
 
     def _check_teachers(self) -> None:
-        if "teacher" in self.more_teachers:
-            raise ValueError("more_teachers: the name 'teacher' is that of the first one; choose another")
+        for name in ("teacher", "student", "reference"):
+            if name in self.more_teachers:
+                raise ValueError(f"more_teachers: the name '{name}' is taken; choose another")
         for name, teacher in self.teachers.items():
             for field, term in self.loss.terms.items():
                 exact = term.used and term.on_distributions and term.support != "teacher_top_k"

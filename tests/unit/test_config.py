@@ -85,7 +85,11 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
         (["reference.update=average", "reference.engine=vllm"], "needs engine=torch"),
         (["buffer.golden_pairing=prompt", "buffer.golden_per_prompt=2"], "golden_per_prompt is at most 1"),
         (["rollout.max_response_tokens=[[0,0],[5,80]]"], "1 or more at every step"),
-        (["more_teachers.teacher.path=x"], "the name 'teacher'"),
+        (["more_teachers.teacher.path=x"], "the name 'teacher' is taken"),
+        (
+            ["buffer.golden_per_prompt=0", "loss.golden.coef=0", "loss.golden.divergence=forward_kl"],
+            "only the guard mixes golden rollouts in",
+        ),
         (["guard.truncation_rate=[0.5,0.2,0.9]"], "guard"),
         (["buffer.prompts_per_step=0", "buffer.golden_per_prompt=0"], "train on nothing"),
         (["weights.backend=nccl"], "needs GPUs"),
@@ -132,6 +136,11 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, text: str | None, mes
 )
 def test_the_method_is_named_after_what_the_coefficients_amount_to(overrides: list[str], method: str) -> None:
     assert configs.load(None, overrides).method == method
+
+
+def test_a_bare_off_in_yaml_is_the_guards_off() -> None:
+    """The bug: YAML reads it as false, and false was refused."""
+    assert configs.load(None, ["guard.level=off"]).guard.level == "off"
 
 
 def test_setting_another_field_of_the_reference_leaves_it_the_student() -> None:
