@@ -15,14 +15,23 @@ function smoothed(values, window) {
   });
 }
 
-// Mean, lowest, highest and deviation over the runs that have a step.
+// A line at steps, straight across steps that it lacks (not every step has repetitive tokens); undefined outside it.
+function filled([own, values], steps) {
+  let next = 0;
+  return steps.map((step) => {
+    while (next < own.length && own[next] < step) next += 1;
+    if (own[next] === step) return values[next];
+    if (next === 0 || next === own.length) return undefined;
+    const part = (step - own[next - 1]) / (own[next] - own[next - 1]);
+    return values[next - 1] + part * (values[next] - values[next - 1]);
+  });
+}
+
+// Mean, lowest, highest and deviation over the runs that reach a step.
 function combine(lines) {
-  const at = new Map();
-  for (const [steps, values] of lines) {
-    steps.forEach((step, i) => (at.has(step) ? at.get(step).push(values[i]) : at.set(step, [values[i]])));
-  }
-  const steps = [...at.keys()].sort((a, b) => a - b);
-  const all = steps.map((step) => at.get(step));
+  const steps = [...new Set(lines.flatMap(([own]) => own))].sort((a, b) => a - b);
+  const each = lines.map((line) => filled(line, steps));
+  const all = steps.map((_, i) => each.map((values) => values[i]).filter((value) => value !== undefined));
   const mean = all.map((values) => values.reduce((a, b) => a + b, 0) / values.length);
   const deviation = all.map((values, i) =>
     values.length < 2 ? 0 : Math.sqrt(values.reduce((sum, v) => sum + (v - mean[i]) ** 2, 0) / (values.length - 1)),
