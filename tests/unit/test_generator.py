@@ -1,14 +1,16 @@
 """The generator around a fake engine: commands between steps, what an update does to unfinished responses, failures."""
 
 import asyncio
+import math
 import threading
+from dataclasses import replace
 
 import pytest
 
-from opd_ray.actors.generator import EngineThread, GeneratorSettings, StudentGenerator
+from opd_ray.actors.generator import EngineThread, GeneratorSettings, StudentGenerator, TeacherGenerator
 from opd_ray.engines.fake import FakeGenerationEngine
 from opd_ray.errors import RunError
-from opd_ray.messages import GenerationRequest, PromptGroup, SamplingSettings, WeightManifest
+from opd_ray.messages import ROLLOUT_SCHEMA, GenerationRequest, PromptGroup, SamplingSettings, WeightManifest
 
 NEVER_STOP = SamplingSettings(temperature=1.0, top_p=1.0, max_response_tokens=6, stop_token_ids=())
 
@@ -193,3 +195,126 @@ def test_one_bad_request_does_not_end_the_engine():
     with pytest.raises(ValueError, match="prompt too long"):
         bad.result(timeout=5)
     assert len(good.result(timeout=5).tokens) == 6
+
+
+def test_rows_carry_teacher_privileged_prompt_and_top_k():
+    async def scenario():
+        generator, engine = make()
+        engine.may_step.release(100)
+        asking = replace(group(3, num_responses=2), teacher="algebra", privileged_prompt_tokens=(9, 9, 9, 9))
+        metas, payload = await generator.generate([asking], replace(NEVER_STOP, top_k=4))
+        assert {meta.teacher for meta in metas} == {"algebra"}
+        assert payload["privileged_prompt_tokens"].to_pylist() == [[9, 9, 9, 9]] * 2
+        assert payload["topk_ids"].to_pylist() == [[0, 1, 2, 3] * 6] * 2
+
+    asyncio.run(scenario())
+
+
+def test_what_was_not_asked_for_is_empty():
+    async def scenario():
+        generator, engine = make()
+        engine.may_step.release(100)
+        _, payload = await generator.generate([group(3)], NEVER_STOP)
+        assert payload["privileged_prompt_tokens"].to_pylist() == [[]]
+        assert payload["topk_ids"].to_pylist() == [[]]
+
+    asyncio.run(scenario())
+
+
+def test_a_group_without_responses_gives_no_rows():
+    async def scenario():
+        generator, engine = make()
+        engine.may_step.release(100)
+        metas, payload = await generator.generate([group(0, 0), group(1, 2), group(2, 0)], NEVER_STOP)
+        assert [meta.slot for meta in metas] == payload["slot"].to_pylist() == [1, 1]
+        metas, payload = await generator.generate([group(0, 0)], NEVER_STOP)
+        assert (metas, len(payload), payload.schema) == ((), 0, ROLLOUT_SCHEMA)
+
+    asyncio.run(scenario())
+
+
+def test_the_period_of_the_tail_is_in_the_meta():
+    class Looping(SteppedEngine):
+        def _token(self, request, position):
+            return position % 3
+
+    async def scenario():
+        generator, engine = make(engine=Looping())
+        engine.may_step.release(100)
+        (meta,), _ = await generator.generate([group(0)], replace(NEVER_STOP, max_response_tokens=20))
+        assert meta.tail_period == 3
+        (meta,), _ = await generator.generate([group(0)], NEVER_STOP)
+        assert meta.tail_period == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_teachers_rollouts_have_no_behaviour_policy_and_ids_of_their_own():
+    async def scenario():
+        generator, engine = make(kind=TeacherGenerator)
+        engine.may_step.release(100)
+        metas, payload = await generator.generate([group(3, num_responses=2)], NEVER_STOP)
+        assert [meta.rollout_id for meta in metas] == payload["rollout_id"].to_pylist() == ["3-t0", "3-t1"]
+        for meta in metas:
+            assert (meta.source, meta.oldest_version, meta.newest_version, meta.mean_version) == ("teacher", -1, -1, -1)
+            assert math.isnan(meta.mean_behaviour_logprob)
+        assert payload["source"].to_pylist() == ["teacher"] * 2
+        for column in ("behaviour_logprobs", "weight_versions"):
+            assert payload[column].to_pylist() == [[], []]
+
+    asyncio.run(scenario())
+
+
+async def failures_of(*tasks):
+    async with asyncio.timeout(10):
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("in_flight", ["keep", "drain"])
+def test_abandoned_responses_fail_at_once_and_the_engine_goes_on(in_flight):
+    """Running ones, and those that wait behind a drain; the drain itself then has nothing to wait for."""
+
+    async def scenario():
+        generator, engine = make(in_flight)
+        running = asyncio.create_task(generator.generate([group(0, 2)], NEVER_STOP))
+        engine.may_step.release(2)
+        await until(lambda: engine.events.count("step") == 2)
+        update = asyncio.create_task(generator.update_weights(manifest(1)))
+        await asyncio.sleep(0)
+        late = asyncio.create_task(generator.generate([group(1)], NEVER_STOP))
+        await asyncio.sleep(0)
+        abandoned = asyncio.create_task(generator.abandon())
+        await asyncio.sleep(0)
+        engine.may_step.release(1)  # the step that was under way
+        failures = await failures_of(running, late)
+        assert all(isinstance(failure, RunError) and "abandoned" in str(failure) for failure in failures)
+        assert await abandoned == 3
+        await update
+        engine.may_step.release(100)
+        (meta,), _ = await generator.generate([group(2)], NEVER_STOP)
+        assert meta.oldest_version == 1
+
+    asyncio.run(scenario())
+
+
+def test_another_run_abandons_the_last_one_and_brings_its_settings():
+    async def scenario():
+        generator, engine = make("keep")
+        running = asyncio.create_task(generator.generate([group(0)], NEVER_STOP))
+        engine.may_step.release(1)
+        await until(lambda: engine.events.count("step") == 1)
+        begun = asyncio.create_task(generator.begin(settings("abort")))
+        await asyncio.sleep(0)
+        engine.may_step.release(1)
+        assert isinstance((await failures_of(running))[0], RunError)
+        await begun
+        await generator.update_weights(manifest(1))
+        assert "update 1 restart" in engine.events
+
+    asyncio.run(scenario())
+
+
+def test_a_teachers_generator_keeps_its_teacher():
+    generator, _ = make(kind=TeacherGenerator)
+    with pytest.raises(RunError, match="started on teacher, but this run asks for another"):
+        asyncio.run(generator.begin(settings(teacher_path="another")))

@@ -1,0 +1,201 @@
+"""Scorers that follow the student, over a real gloo broadcast: what N versions leave behind."""
+
+from __future__ import annotations
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from opd_ray.engines import Rollout
+from opd_ray.engines.torch_scoring import TorchScoringEngine
+from opd_ray.errors import RunError, WeightSyncError
+from opd_ray.messages import ScoreRequest, TransferGroup
+from opd_ray.weights.follower import Follower
+from opd_ray.weights.gloo import GlooTransport
+from opd_ray.weights.manifest import manifest_of, weights_of
+from opd_ray.weights.receivers import GlooReceiver
+
+DECAY = 0.9
+ROLLOUT = Rollout(np.array([5, 6, 7]), np.array([8, 9, 10, 1], np.int32))
+Weights = dict[str, np.ndarray]
+
+
+@dataclass
+class Followed:
+    """A student whose weights wander, and a scorer that follows it."""
+
+    student: PreTrainedModel
+    engine: TorchScoringEngine
+    follower: Follower
+    transport: GlooTransport
+
+    def broadcast(self, version: int) -> None:
+        weights = weights_of(self.student)
+        manifest = manifest_of(weights, version)
+        with ThreadPoolExecutor(1) as thread:
+            received = thread.submit(self.follower.update, manifest)
+            self.transport.send(manifest, weights)
+            received.result()
+
+    def train(self, version: int) -> Weights:
+        """Moves the student, broadcasts it, and returns its weights in float64."""
+        generator = torch.Generator().manual_seed(version)
+        with torch.no_grad():
+            for parameter in self.student.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        self.broadcast(version)
+        return numbers(self.student)
+
+    def held(self) -> Weights:
+        return {name: parameter.detach().double().numpy() for name, parameter in self.engine.parameters().items()}
+
+
+def numbers(model: PreTrainedModel) -> Weights:
+    return {name: parameter.detach().double().numpy().copy() for name, parameter in weights_of(model)}
+
+
+def assert_same(held: Weights, expected: Weights, **tolerance: float) -> None:
+    assert held.keys() == expected.keys()
+    for name, values in held.items():
+        np.testing.assert_allclose(values, expected[name], err_msg=name, **tolerance)
+
+
+def follow(path: Path, update: str, *, every_steps: int = 3, dtype: str = "float32") -> Followed:
+    engine = TorchScoringEngine(path=str(path), device="cpu", dtype=dtype)
+    rule = {"update": update, "every_steps": every_steps, "decay": DECAY}
+    follower, transport = Follower(engine.parameters(), GlooReceiver(), **rule), GlooTransport()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = TransferGroup("gloo", "127.0.0.1", port, 0, 2, timeout_s=20.0, bucket_bytes=2**12)
+    with ThreadPoolExecutor(1) as thread:
+        joined = thread.submit(follower.connect, replace(group, rank=1))
+        transport.open(group)
+        joined.result()
+    return Followed(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), engine, follower, transport)
+
+
+@pytest.fixture(params=["untied", "tied"])
+def path(request: pytest.FixtureRequest, tiny_model: dict[str, Path]) -> Path:
+    """Tied: the broadcast has the embedding under two names, and averaging must count it once."""
+    return tiny_model[request.param]
+
+
+def test_the_average_equals_a_float64_loop(path: Path) -> None:
+    followed = follow(path, "average")
+    expected = numbers(followed.student)
+    followed.broadcast(0)
+    assert_same(followed.held(), expected, atol=0)
+    for version in range(1, 13):
+        student = followed.train(version)
+        expected = {name: DECAY * expected[name] + (1 - DECAY) * student[name] for name in expected}
+    assert_same(followed.held(), expected, atol=1e-6)
+
+
+def test_the_average_of_a_bfloat16_model_is_kept_in_float32(path: Path) -> None:
+    """A hundredth of a small change is lost in bfloat16's eight bits."""
+    followed = follow(path, "average", dtype="bfloat16")
+    expected = followed.held()
+    for version in range(1, 13):
+        student = followed.train(version)
+        expected = {name: DECAY * expected[name] + (1 - DECAY) * student[name] for name in expected}
+    assert_same(followed.held(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_a_periodic_one_is_renewed_exactly_at_multiples(path: Path) -> None:
+    followed = follow(path, "periodic", every_steps=3)
+    expected = numbers(followed.student)
+    for version in range(1, 8):
+        student = followed.train(version)
+        expected = student if version % 3 == 0 else expected
+        assert_same(followed.held(), expected, atol=0)
+
+
+def test_a_fixed_member_of_the_group_stays_as_it_is(path: Path) -> None:
+    followed = follow(path, "fixed")
+    expected = numbers(followed.student)
+    for version in range(1, 4):
+        followed.train(version)
+    assert_same(followed.held(), expected, atol=0)
+
+
+def test_scores_are_those_of_the_weights_that_it_holds(path: Path) -> None:
+    followed = follow(path, "periodic", every_steps=1)
+    (before,) = followed.engine.score([ROLLOUT], ScoreRequest())
+    followed.train(1)
+    (after,) = followed.engine.score([ROLLOUT], ScoreRequest())
+    tokens = torch.from_numpy(np.concatenate([ROLLOUT.prompt_tokens, ROLLOUT.response_tokens]))[None]
+    with torch.inference_mode():
+        logprobs = followed.student(tokens).logits[0, 2:-1].log_softmax(-1)
+    expected = logprobs[torch.arange(4), tokens[0, 3:]].numpy()
+    np.testing.assert_allclose(after.logprobs, expected, atol=1e-5)
+    assert np.abs(after.logprobs - before.logprobs).max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("update", ["average", "periodic"])
+def test_a_run_that_resumes_goes_on_as_if_it_had_not_stopped(
+    path: Path, tmp_path: Path, update: str, dtype: str
+) -> None:
+    through, stopped = follow(path, update, dtype=dtype), follow(path, update, dtype=dtype)
+    for version in range(1, 5):
+        through.train(version)
+        stopped.train(version)
+    stopped.follower.save(str(tmp_path))
+    resumed = follow(path, update, dtype=dtype)
+    resumed.student.load_state_dict(stopped.student.state_dict())
+    resumed.follower.load(str(tmp_path))
+    resumed.broadcast(4)  # a run begins with the version it goes on from
+    for version in range(5, 9):
+        through.train(version)
+        resumed.train(version)
+    assert_same(resumed.held(), through.held(), atol=0)
+
+
+def test_without_what_was_saved_it_takes_the_first_weights_as_they_are(path: Path) -> None:
+    followed = follow(path, "average")
+    student = followed.train(40)
+    assert_same(followed.held(), student, atol=0)
+    after = followed.train(41)
+    expected = {name: DECAY * student[name] + (1 - DECAY) * after[name] for name in student}
+    assert_same(followed.held(), expected, atol=1e-6)
+
+
+def test_going_back_needs_the_weights_of_then(path: Path, tmp_path: Path) -> None:
+    followed = follow(path, "average")
+    followed.train(1)
+    followed.follower.save(str(tmp_path))
+    followed.train(2)
+    with pytest.raises(WeightSyncError, match="holds version 2, but version 1 was sent; restore its weights"):
+        followed.follower.update(manifest_of(weights_of(followed.student), 1))
+    followed.follower.load(str(tmp_path))
+    assert followed.follower.version == 1
+    followed.train(2)
+
+
+def test_another_architecture_is_refused(path: Path) -> None:
+    followed = follow(path, "average")
+    weights = weights_of(followed.student)
+    with pytest.raises(WeightSyncError, match=r"leaves out 1 parameters .*model\.embed_tokens\.weight"):
+        followed.follower.update(manifest_of(weights[1:], 1))
+    wider = [(name, torch.zeros(3, 3) if name == "model.norm.weight" else weight) for name, weight in weights]
+    with pytest.raises(WeightSyncError, match=r"model\.norm\.weight has shape \[3, 3\] in the student but \[64\]"):
+        followed.follower.update(manifest_of(wider, 1))
+
+
+def test_files_that_do_not_fit_are_refused(path: Path, tmp_path: Path) -> None:
+    followed = follow(path, "average")
+    with pytest.raises(RunError, match=r"weights\.safetensors does not load"):
+        followed.follower.load(str(tmp_path))
+    follower = Follower(
+        {"other": torch.nn.Parameter(torch.zeros(2))}, GlooReceiver(), update="average", every_steps=1, decay=DECAY
+    )
+    follower.save(str(tmp_path))
+    with pytest.raises(RunError, match="its parameters are not this model's"):
+        followed.follower.load(str(tmp_path))

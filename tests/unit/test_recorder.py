@@ -1,0 +1,81 @@
+"""The recorder: which columns a row of the rollout log has, and payloads cut to size."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from factories import meta
+from opd_ray.actors import recorder as module
+from opd_ray.actors.recorder import Recorder
+from opd_ray.messages import ROLLOUT_SCHEMA, SCORE_SCHEMA, Entry
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """One whose refs are the payloads themselves."""
+    monkeypatch.setattr(module.ray, "get", lambda ref: ref)
+    return Recorder()
+
+
+def rollouts(num_rows=3, source="student"):
+    rows = [
+        {
+            "rollout_id": f"{index}-0",
+            "slot": index,
+            "prompt_id": str(index),
+            "source": source,
+            "prompt_tokens": [1, 2],
+            "response_tokens": [3] * (index + 1),
+            "behaviour_logprobs": [-1.0] * (index + 1),
+            "weight_versions": [0] * (index + 1),
+            "topk_ids": [],
+            "privileged_prompt_tokens": [],
+            "finish_reason": "stop",
+            "correct": True,
+            "text": "a",
+        }
+        for index in range(num_rows)
+    ]
+    return pa.RecordBatch.from_pylist(rows, schema=ROLLOUT_SCHEMA)
+
+
+def scores(value, num_rows=3):
+    rows = [
+        {name: [] for name in SCORE_SCHEMA.names} | {"rollout_id": f"{index}-0", "logprobs": [value] * (index + 1)}
+        for index in range(num_rows)
+    ]
+    return pa.RecordBatch.from_pylist(rows, schema=SCORE_SCHEMA)
+
+
+def test_a_row_has_the_teacher_that_scored_it_and_the_reference(recorder, tmp_path):
+    payload = rollouts()
+    entries = [
+        Entry(meta(0, teacher="algebra", tail_period=3), 2, payload, {"algebra": scores(-2), "reference": scores(-3)}),
+        Entry(meta(1, repetitive=True), 0, payload, {"first": scores(-4), "second": scores(-5)}),
+        Entry(meta(2), 1, payload, {}),
+    ]
+    assert recorder.write(str(tmp_path / "rollouts"), 7, entries) == 3
+    (file,) = (tmp_path / "rollouts").iterdir()
+    assert file.name == "step-000007.parquet"
+    table = pq.read_table(file).to_pydict()
+    assert set(ROLLOUT_SCHEMA.names) < table.keys()
+    assert table["step"] == [7] * 3
+    assert table["rollout_id"] == ["2-0", "0-0", "1-0"]
+    assert table["teacher"] == ["algebra", "first", None]
+    assert table["teacher_logprobs"] == [[-2.0] * 3, [-4.0], None]
+    assert table["reference_logprobs"] == [[-3.0] * 3, None, None]
+    assert (table["tail_period"], table["repetitive"]) == ([3, 0, 0], [False, True, False])
+
+
+def test_selected_rows_are_a_payload_of_their_own(recorder):
+    number, selected = recorder.select(rollouts(5), [3, 0, 3])
+    assert number == 3
+    assert isinstance(selected, pa.RecordBatch)
+    assert selected.schema == ROLLOUT_SCHEMA
+    assert selected["response_tokens"].to_pylist() == [[3] * 4, [3], [3] * 4]
+
+
+def test_it_measures_what_it_is_given(recorder):
+    sums = recorder.measure(rollouts(), scores(-2.0))
+    assert (sums["tokens"], sums["advantage"]) == (6, -6.0)
+    assert recorder.measure(rollouts())["tokens"] == 6
