@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 import threading
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +24,10 @@ from rich.table import Table
 
 from opd_ray import config as configs
 from opd_ray import run
+from opd_ray.pipeline import StepReport
+
+_ROOMS_OF_SOURCE = {"student": ["generate"], "golden": [], "teacher": ["teacher_generate"]}
+"""Who makes the rollouts of a source."""
 
 
 class PeakMemory:
@@ -61,6 +66,21 @@ def _pss_bytes(process: psutil.Process) -> int:
         return 0
 
 
+class Tokens:
+    """Observer that counts the response tokens that each room had to do with, step by step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Counter[str]] = []
+
+    async def on_step(self, report: StepReport) -> None:
+        """Adds a step: by room, and all that were trained on as "learn"."""
+        counts: Counter[str] = Counter()
+        for entry in report.entries:
+            rooms = [*_ROOMS_OF_SOURCE[entry.meta.source], *entry.scores, "learn"]
+            counts.update(dict.fromkeys(rooms, entry.meta.num_response_tokens))
+        self.steps.append(counts)
+
+
 @click.command()
 @click.option("--warmup", default=20, show_default=True, help="Steps that are not measured.")
 @click.option("--steps", default=100, show_default=True, help="Steps that are measured.")
@@ -72,38 +92,39 @@ def main(warmup: int, steps: int, config_file: Path | None, overrides: tuple[str
     """Measures the rooms and the loop."""
     fixed = [
         f"learner.steps={warmup + steps}",
+        "guard.level=off",
         "evaluation.num_problems=0",
         "evaluation.every_steps=0",
         "checkpoint.every_steps=0",
         "metrics.rollout_log_every_steps=0",
     ]
     config = configs.load(config_file, [*overrides, *fixed])
+    tokens = Tokens()
     with tempfile.TemporaryDirectory() as directory, PeakMemory() as memory:
-        run.train(config, Path(directory) / "bench")
+        run.train(config, Path(directory) / "bench", observers=(tokens,))
         lines = (Path(directory) / "bench" / "metrics.jsonl").read_text().splitlines()
     measured = [json.loads(line) for line in lines][warmup:]
-    _show(measured, config, memory.peak_bytes)
+    _show(measured, sum(tokens.steps[warmup:], Counter()), memory.peak_bytes)
 
 
-def _show(measured: list[dict[str, Any]], config: configs.Config, peak_bytes: int) -> None:
+def _show(measured: list[dict[str, Any]], tokens: Counter[str], peak_bytes: int) -> None:
     wall = sum(row["throughput/step_s"] for row in measured)
-    student = sum(row["throughput/tokens_per_s"] * row["throughput/step_s"] for row in measured)
-    trained = sum(row["learner/trained_tokens"] for row in measured)
-    tokens = {"generate": student, "teacher": student, "reference": student, "learn": trained}
     table = Table("room", "tokens/s of its own work", "idle share", title="rooms", title_justify="left")
-    for room, amount in tokens.items():
-        if f"idle/{room}" not in measured[0]:
-            continue
+    for room in sorted(name.removeprefix("idle/") for name in measured[0] if name.startswith("idle/")):
         busy = sum((1 - row[f"idle/{room}"]) * row["throughput/step_s"] for row in measured)
-        table.add_row(room, f"{amount / busy:,.0f}", f"{1 - busy / wall:.2f}")
+        rate = f"{tokens[room] / busy:,.0f}" if tokens[room] else "-"
+        table.add_row(room, rate, f"{1 - busy / wall:.2f}")
     console = Console()
     console.print(table)
     sync = median(row["learner/weight_sync_s"] for row in measured)
+    rollouts = {
+        source: sum(row.get(f"mixture/{source}_rollouts", 0) for row in measured) for source in _ROOMS_OF_SOURCE
+    }
+    composition = " + ".join(f"{count / len(measured):.0f} {source}" for source, count in rollouts.items() if count)
     console.print(
-        f"loop: {student / wall:,.0f} student tokens trained per second "
-        f"({trained / wall:,.0f} with golden ones), {wall / len(measured) * 1000:.0f} ms a step "
-        f"of {config.buffer.prompts_per_step} prompts x {config.rollout.responses_per_prompt} + "
-        f"{config.buffer.num_golden} golden, over {len(measured)} steps"
+        f"loop: {tokens['generate'] / wall:,.0f} student tokens trained per second "
+        f"({tokens['learn'] / wall:,.0f} of all sources), {wall / len(measured) * 1000:.0f} ms a step "
+        f"of {composition} rollouts, over {len(measured)} steps"
     )
     console.print(f"weight sync: {sync * 1000:.0f} ms (median); peak memory {peak_bytes / 2**30:.1f} GiB (PSS)")
 

@@ -15,9 +15,19 @@ import torch
 from opd_ray.batching import plan_step
 from opd_ray.config import from_dict
 from opd_ray.engines import Rollout
-from opd_ray.engines.torch import TorchGenerationEngine, TorchScoringEngine
-from opd_ray.messages import GenerationRequest, SamplingSettings, TransferGroup, WeightManifest
+from opd_ray.engines.torch import TorchGenerationEngine
+from opd_ray.engines.torch_scoring import TorchScoringEngine
+from opd_ray.messages import (
+    Coefficients,
+    GenerationRequest,
+    SamplingSettings,
+    ScoreRequest,
+    TransferGroup,
+    WeightManifest,
+)
 from opd_ray.node import free_port
+from opd_ray.weights.follower import Follower
+from opd_ray.weights.receivers import make_receiver
 from scored_rollouts import scored_entries
 
 pytestmark = [
@@ -26,6 +36,8 @@ pytestmark = [
 ]
 
 ENTRIES = scored_entries([(3, 9), (8, 2), (5, 14), (6, 6)], [(4, 12), (2, 5)])
+COEFFICIENTS = Coefficients(student=1.0, golden=0.5, teacher=0.0, reference=0.1)
+AVERAGE = {"update": "average", "every_steps": 1, "decay": 0.5}
 GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=12, stop_token_ids=(1,))
 
 
@@ -38,8 +50,9 @@ def make_learner(path: Path, dtype: str, gpus: float):
             "weights": {"backend": "gloo"},
         }
     )
-    learner = Learner(config, str(path), 0)
+    learner = Learner(config, 0)
     learner.setup("127.0.0.1", free_port())
+    learner.begin(config, str(path), (1,))
     return learner
 
 
@@ -49,26 +62,34 @@ def learner(tiny_model):
 
 
 def plan(step: int):
-    return plan_step(ENTRIES, step=step, num_ranks=1, micro_batch_tokens=64, packing=False)[0]
+    return plan_step(ENTRIES, step=step, num_ranks=1, micro_batch_tokens=64, packing=False, coefficients=COEFFICIENTS)[
+        0
+    ]
 
 
 def test_the_bf16_learner_under_deepspeed_lowers_its_loss(learner):
-    losses = [learner.train_step(plan(step), fetch=lambda refs: refs)["loss"] for step in range(10)]
+    losses = [learner.train_step(plan(step), fetch=lambda refs: refs).metrics["loss"] for step in range(10)]
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
+
+
+def broadcast(learner, connect, update, version: int) -> WeightManifest:
+    """Joins one receiver to the learner and sends it the learner's weights."""
+    port = free_port()
+    groups = [TransferGroup("gloo", "127.0.0.1", port, rank, 2, 60.0, 2**20) for rank in (0, 1)]
+    manifest = learner.manifest(version)
+    sender = threading.Thread(target=lambda: (learner.open_transport(groups[0]), learner.send_weights(manifest)))
+    sender.start()
+    connect(groups[1])
+    update(manifest)
+    sender.join(60)
+    return manifest
 
 
 def test_weights_on_the_device_reach_an_engine_on_the_device(learner, tiny_model):
     """After a broadcast from the CUDA learner the CUDA engine scores as the learner's own weights do."""
     engine = TorchGenerationEngine(path=str(tiny_model["tied"]), dtype="bfloat16", device="cuda")
-    port = free_port()
-    groups = [TransferGroup("gloo", "127.0.0.1", port, rank, 2, 60.0, 2**20) for rank in (0, 1)]
-    manifest: WeightManifest = learner.manifest(1)
-    sender = threading.Thread(target=lambda: (learner.open_transport(groups[0]), learner.send_weights(manifest)))
-    sender.start()
-    engine.connect(groups[1])
-    engine.update_weights(manifest, "keep")
-    sender.join(60)
+    broadcast(learner, engine.connect, lambda manifest: engine.update_weights(manifest, "keep"), 1)
     assert engine.weight_version == 1
     sent = dict(learner._full_weights())
     loaded = dict(engine._model.named_parameters())
@@ -79,10 +100,32 @@ def test_weights_on_the_device_reach_an_engine_on_the_device(learner, tiny_model
 def test_the_torch_engines_agree_between_devices(tiny_model):
     path = str(tiny_model["untied"])
     random = np.random.default_rng(0)
-    rollouts = [Rollout(random.integers(2, 32, 5), random.integers(2, 32, size)) for size in (3, 20, 9)]
-    scores = {device: TorchScoringEngine(path=path, device=device).score(rollouts, 8) for device in ("cpu", "cuda")}
+    rollouts = [
+        Rollout(
+            random.integers(2, 32, 5), random.integers(2, 32, size), np.tile(np.arange(6, dtype=np.int32), (size, 1))
+        )
+        for size in (3, 20, 9)
+    ]
+    request = ScoreRequest(top_k=8, given=True, hidden=True, stop_token_ids=(1, 3))
+    scores = {
+        device: TorchScoringEngine(path=path, device=device).score(rollouts, request) for device in ("cpu", "cuda")
+    }
     for ours, theirs in zip(scores["cpu"], scores["cuda"], strict=True):
-        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-3)
+        for name in ("logprobs", "topk_logprobs", "given_logprobs", "stop_logprobs", "hidden"):
+            np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-3, err_msg=name)
+
+
+def test_a_scorer_on_the_device_follows_the_learner(learner, tiny_model):
+    """The average of a bfloat16 model is kept in float32, on the device."""
+    engine = TorchScoringEngine(path=str(tiny_model["tied"]), dtype="bfloat16", device="cuda")
+    before = {name: parameter.detach().double().cpu() for name, parameter in engine.parameters().items()}
+    follower = Follower(engine.parameters(), make_receiver("gloo", engine.device), **AVERAGE)
+    manifest = broadcast(learner, follower.connect, follower.update, 1)
+    sent = dict(learner._full_weights())
+    for name, parameter in engine.parameters().items():
+        expected = 0.5 * before[name] + 0.5 * sent[name].double().cpu()
+        np.testing.assert_allclose(parameter.detach().double().cpu(), expected, rtol=2**-8, atol=1e-6, err_msg=name)
+    assert follower.version == manifest.version
 
 
 def test_vllm_on_the_device_agrees_with_the_torch_engine(tiny_model):
