@@ -1,5 +1,6 @@
 # make demo    the whole system on this machine, from nothing (a few minutes)
-# make test    unit, contract, Ray and (with a CUDA device) GPU tests
+# make study   which part of StableOPD does what: 14 arms on 5 seeds, one report (runs/study); ARGS="--seeds 1" for one
+# make test    unit, contract, Ray, page and (with a CUDA device) GPU tests
 # make setup   only install, into .venv; DEVICE=gpu for a CUDA machine, PYTHON=... for another interpreter
 # make lint    ruff; make clean removes caches and .venv, but no runs
 #
@@ -15,10 +16,10 @@ export OMP_NUM_THREADS ?= 1
 # Named after what decides the installation, so that an unchanged checkout never installs twice.
 STAMP := .venv/.ready-$(DEVICE)-$(firstword $(shell cat pyproject.toml .ci/setup .ci/cpu-overrides.txt | cksum))
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo study test lint clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -7
 
 setup: $(STAMP)
 
@@ -27,6 +28,9 @@ $(STAMP):
 
 demo: $(STAMP)
 	@$(RUN) jobs/demo.py $(ARGS)
+
+study: $(STAMP)
+	@$(RUN) jobs/ablation.py $(ARGS)
 
 test: $(STAMP)
 	@$(RUN) -m pytest $(ARGS)

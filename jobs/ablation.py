@@ -22,7 +22,7 @@ _HERE = Path(__file__).resolve().parent
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--seeds", default="5", metavar="N|A,B,...", help="How many seeds, 0 and up, or which.  [default: 5]")
+@click.option("--seeds", default="5", metavar="N|A,B,...", help="How many seeds, from 0 on, or which.  [default: 5]")
 @click.option("--arms", default="", metavar="NAME,...", help="Only these arms, by name or directory.")
 @click.option("--study", type=click.Path(path_type=Path), default=_HERE / "ablation.yaml", help="YAML of the arms.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path), default=Path("runs/study"), show_default=True)
@@ -30,7 +30,7 @@ _HERE = Path(__file__).resolve().parent
 def main(seeds: str, arms: str, study: Path, directory: Path, overrides: tuple[str, ...]) -> None:
     """Run the arms of a study on several seeds, and compare them in one report."""
     from opd_ray import study as studies
-    from opd_ray.report import write_report
+    from opd_ray.report import ReferenceLine, write_report
     from opd_ray.teacher_data import Rollouts
 
     chosen = studies.read_study(study, overrides, [name.strip() for name in arms.split(",") if name.strip()])
@@ -50,18 +50,21 @@ def main(seeds: str, arms: str, study: Path, directory: Path, overrides: tuple[s
     lines = {}
     for path in sorted(directory.glob("teacher-rollouts-*[0-9].parquet"))[-1:]:
         teacher = Rollouts(path)
-        lines["rollouts/truncation_rate"] = teacher.truncation_rate
-        say(f"the teacher's own rollouts: {teacher.accuracy:.3f} right, {teacher.truncation_rate:.3f} truncated")
+        truncated = teacher.truncation_rate
+        lines["rollouts/truncation_rate"] = ReferenceLine(truncated, f"the teacher's own at T = 1: {truncated:.3f}")
+        say(f"the teacher's own rollouts: {teacher.accuracy:.3f} right, {truncated:.3f} truncated")
     write_report([directory], directory / "report.html", reference_lines=lines)
     click.echo("\n" + studies.table(rows) + "\n")
     say(f"report: {directory / 'report.html'}")
 
 
 def _seeds(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts) or (len(parts) == 1 and int(text) == 0):
+    """A number of seeds from 0 on, or the ones listed; "7," is the one seed 7."""
+    parts = [part.strip() for part in text.split(",")]
+    listed = [part for part in parts if part]
+    if not listed or not all(part.isdigit() for part in listed) or text.strip() == "0":
         raise InputError(f"--seeds {text}: expected a number of seeds, or seeds as 0,3,7")
-    return [int(part) for part in parts] if len(parts) > 1 else list(range(int(text)))
+    return [int(part) for part in listed] if len(parts) > 1 else list(range(int(text)))
 
 
 if __name__ == "__main__":

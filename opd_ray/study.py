@@ -94,7 +94,7 @@ def run_study(
         teacher = _teacher_data(directory, arms, rooms_for, say)
         for seed in dict.fromkeys(seed for seed, _ in todo):
             run.resolve(dataclasses.replace(rooms_for, seed=seed))  # builds its student, if it is an embedded one
-        session = Session(rooms_for)
+        session = Session(run.resolve(rooms_for))
         began = time.monotonic()
         try:
             for done, (seed, arm) in enumerate(todo):

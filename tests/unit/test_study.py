@@ -1,0 +1,91 @@
+"""Studies: which arms and runs there are, what is left to do, and the table."""
+
+import json
+
+import pytest
+
+from opd_ray.errors import InputError
+from opd_ray.study import Row, outcomes, read_study, run_directory, run_study, table
+
+STUDY = """
+common: {learner: {steps: 7}}
+arms:
+  StableOPD: {}
+  "OPD, full": {loss: {student: {coef: 1}, golden: {coef: 0}, reference: {coef: 0}}, buffer: {golden_per_prompt: 0}}
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+def test_an_arm_is_the_common_settings_and_its_own_and_overrides_win(study):
+    stable, opd = read_study(study, ["learner.steps=3", "rollout.engine=torch"])
+    assert (stable.config(4).method, opd.config(4).method) == ("stableopd", "opd")
+    assert (opd.config(4).seed, opd.config(4).name, opd.config(4).learner.steps) == (4, "OPD, full", 3)
+    assert stable.config(0).rollout.engine == "torch"
+    assert opd.directory == "opd-full"
+
+
+def test_arms_are_picked_by_name_or_directory(study):
+    assert [arm.name for arm in read_study(study, only=["opd-full"])] == ["OPD, full"]
+    with pytest.raises(InputError, match="no arm 'opd'; it has stableopd, opd-full"):
+        read_study(study, only=["opd"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arms: {a: {loss: {golden: {coef: 0}}}}", "arm 'a': config: golden rollouts are made"),
+        ("arms: {a: {los: {}}}", "arm 'a': config: unknown field 'los'"),
+        ("common: {}", "expected a mapping 'arms'"),
+        ("arms: {a: {}}\nseeds: 3", "expected a mapping 'arms'"),
+        ("arms: [", "study"),
+    ],
+)
+def test_a_bad_study_is_refused_in_one_line_before_anything_starts(tmp_path, text, message):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        read_study(path)
+    assert "\n" not in str(caught.value)
+
+
+def finish(directory, arm, seed, sampled, most_truncated=0.0):
+    run_dir = run_directory(directory, arm, seed)
+    run_dir.mkdir(parents=True)
+    after = {"accuracy_sampled": sampled, "accuracy_greedy": 1.0, "truncation_rate": 0.0}
+    summary = {
+        "eval_before": after,
+        "eval_after": after,
+        "max_truncation_rate": most_truncated,
+        "trained_tokens": 2000,
+        "wall_s": 3.0,
+    }
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+
+
+def test_a_finished_study_has_nothing_left_to_do_and_starts_nothing(study, tmp_path):
+    arms, said = read_study(study), []
+    for arm in arms:
+        finish(tmp_path, arm, 0, 0.5)
+    run_study(arms, [0], tmp_path, arms[0].config(0), said.append)
+    assert said == ["2 arms x 1 seeds: 2 runs are done, 0 to go"]
+
+
+def test_the_table_has_mean_deviation_and_every_seed(study, tmp_path):
+    stable, opd = read_study(study)
+    finish(tmp_path, stable, 0, 0.8, 0.25)
+    finish(tmp_path, stable, 1, 0.9)
+    rows = outcomes(tmp_path, [stable, opd], [0, 1, 2])
+    assert [(row.arm, row.seeds, row.sampled) for row in rows] == [("StableOPD", (0, 1), (0.8, 0.9))]
+    line = table(rows).splitlines()[2]
+    assert "0.850 ± 0.071 [.80 .90]" in line and "1.000 ± 0.000 [1 1]" in line and "2 k" in line
+
+
+def test_one_seed_has_no_deviation():
+    row = Row("a", (3,), (0.5,), (0.5,), (0.0,), (1.0,), (1e3,), (1.0,))
+    assert "| a | 0.500 [.50] |" in table([row])
