@@ -127,6 +127,17 @@ class Config:
                     )
             if teacher.privileged and self.data.golden is None:
                 raise ValueError(f"{name}.privileged shows golden solutions, but data.golden is null")
+            full = any(self.loss.terms[source].support == "full" for source in self.sources)
+            if self.uses_teacher and teacher.follows_student and full:
+                raise ValueError(
+                    f"{name}.update={teacher.update} cannot be compared with support=full: the learner keeps the "
+                    "output layer that the run began with; take a top-k support"
+                )
+        if self.loss.reference.estimator == "full" and self.reference.follows_student:
+            raise ValueError(
+                f"reference.update={self.reference.update} cannot be compared with loss.reference.estimator=full: the "
+                "learner keeps the output layer that the run began with; take top_k or k3"
+            )
         if self.loss.reference.used and self.loss.reference.estimator == "full" and self.reference.engine != "torch":
             raise ValueError("loss.reference.estimator=full needs reference.engine=torch: vLLM gives no hidden states")
 

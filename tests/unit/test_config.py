@@ -83,6 +83,8 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
         (["loss.student.support=full", "teacher.engine=vllm"], "teacher.engine=torch"),
         (["loss.reference.estimator=full", "reference.engine=vllm"], "reference.engine=torch"),
         (["reference.update=average", "reference.engine=vllm"], "needs engine=torch"),
+        (["reference.update=average", "loss.reference.estimator=full"], "cannot be compared with"),
+        (["teacher.update=average", "loss.student.support=full"], "cannot be compared with support=full"),
         (["buffer.golden_pairing=prompt", "buffer.golden_per_prompt=2"], "golden_per_prompt is at most 1"),
         (["rollout.max_response_tokens=[[0,0],[5,80]]"], "1 or more at every step"),
         (["more_teachers.teacher.path=x"], "the name 'teacher' is taken"),
