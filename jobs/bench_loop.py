@@ -103,7 +103,7 @@ def main(warmup: int, steps: int, config_file: Path | None, overrides: tuple[str
     with tempfile.TemporaryDirectory() as directory, PeakMemory() as memory:
         run.train(config, Path(directory) / "bench", observers=(tokens,))
         lines = (Path(directory) / "bench" / "metrics.jsonl").read_text().splitlines()
-    measured = [json.loads(line) for line in lines][warmup:]
+    measured = [row for row in map(json.loads, lines) if "throughput/step_s" in row][warmup:]
     _show(measured, sum(tokens.steps[warmup:], Counter()), memory.peak_bytes)
 
 

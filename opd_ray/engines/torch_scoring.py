@@ -130,7 +130,7 @@ class TorchScoringEngine:
             handle.remove()
         expected = logits - logits.amax(-1, keepdim=True)
         difference = float((self._transform(seen[0]) - expected).abs().max())
-        tolerance = (1e-3 if self._model.dtype == torch.float32 else 0.1) * max(1.0, float(logits.std()))
+        tolerance = (1e-3 if self._model.dtype == torch.float32 else 0.3) * max(1.0, float(logits.std()))
         if not difference <= tolerance:
             raise InputError(
                 f"{path}: {type(self._model).__name__} does something unknown to its logits (they differ by "

@@ -303,6 +303,17 @@ def test_logits_that_change_in_an_unknown_way_are_refused(tiny_model: dict[str, 
         TorchScoringEngine(path=str(tiny_model["untied"]), device="cpu")
 
 
+def test_logits_of_a_batch_are_never_all_held(tiny_model: dict[str, Path]) -> None:
+    """The output layer sees a chunk of tokens at a time, whatever is asked."""
+    engine = TorchScoringEngine(path=str(tiny_model["untied"]), device="cpu", logits_bytes=7 * 4 * VOCAB_SIZE)
+    rows: list[int] = []
+    engine._head.register_forward_hook(lambda _module, _inputs, output: rows.append(output.numel() // VOCAB_SIZE))
+    scored = engine.score(with_given(4), ScoreRequest(top_k=8, given=True, hidden=True, stop_token_ids=STOPS))
+    num_tokens = sum(len(scores.logprobs) for scores in scored)
+    assert max(rows) == 7
+    assert num_tokens <= sum(rows) <= num_tokens + 1
+
+
 def test_a_token_beyond_the_vocabulary_is_named(tiny_model: dict[str, Path]) -> None:
     engine = TorchScoringEngine(path=str(tiny_model["untied"]), device="cpu")
     with pytest.raises(ValueError, match="token 32 is not among the 32 of Qwen3ForCausalLM"):
