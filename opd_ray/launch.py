@@ -16,7 +16,7 @@ from opd_ray.actors.generator import GeneratorSettings, StudentGenerator, Teache
 from opd_ray.actors.learner import Learner
 from opd_ray.actors.recorder import Recorder
 from opd_ray.actors.scorer import Scorer
-from opd_ray.config import Config, RolloutConfig, ScorerConfig
+from opd_ray.config import Config, RolloutConfig, ScorerConfig, TeacherConfig
 from opd_ray.engines.factory import load_tokenizer, make_generation_engine, make_scoring_engine
 from opd_ray.errors import DeadlineError, OpdError, RunError
 from opd_ray.golden import load_golden
@@ -94,9 +94,12 @@ def _generators(room: str, role: str, make: partial[Any], config: Config, namesp
 
 def _scorers(role: str, config: Config, namespace: str, max_context_tokens: int) -> Pool:
     scorer = scorer_configs(config)[role]
+    # A golden solution in the prompt makes sequences longer than any that the student sees.
+    privileged = isinstance(scorer, TeacherConfig) and scorer.privileged
+    longest = config.student.max_context_tokens if privileged else max_context_tokens
     make = partial(
         Scorer,
-        make_engine=partial(make_scoring_engine, scorer, max_context_tokens),
+        make_engine=partial(make_scoring_engine, scorer, longest),
         scorer=scorer,
         weight_backend=config.weight_backend,
         member=scorer.follows_student,

@@ -33,8 +33,8 @@ def make_generation_engine(
     )
 
 
-def make_scoring_engine(scorer: ScorerConfig, max_context_tokens: int) -> ScoringEngine:
-    """The configured engine on a scorer's checkpoint. Runs inside the actor."""
+def make_scoring_engine(scorer: ScorerConfig, max_context_tokens: int | None) -> ScoringEngine:
+    """The configured engine on a scorer's checkpoint, which sets the longest sequence where that is None."""
     if scorer.engine == "torch":
         from opd_ray.engines.torch_scoring import TorchScoringEngine
 
