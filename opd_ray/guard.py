@@ -101,6 +101,9 @@ class GuardEvent:
     action: str
     """What was done, in one sentence that begins with the kind of failure where the metrics tell it."""
 
+    def __str__(self) -> str:
+        return f"guard, step {self.step}, {self.level}: {self.signal} {self.value:.3g} ({self.threshold:.3g}): {self.action}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Strength:

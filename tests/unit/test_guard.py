@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from opd_ray.guard import Guard, GuardConfig, Strength
+from opd_ray.guard import Guard, GuardConfig, GuardEvent, Strength
 
 LEVELS = ("off", "warn", "act", "rollback", "stop")
 NAMES = (
@@ -353,3 +353,8 @@ def test_whatever_it_sees_it_stays_within_its_limits(config, steps, has_golden, 
             rollbacks += 1
             guard.rolled_back(step)
     assert rollbacks <= config.max_rollbacks
+
+
+def test_an_event_reads_as_one_line() -> None:
+    event = GuardEvent(75, "truncated_token_share", 0.3323144, 0.25, "act", "tails are masked")
+    assert str(event) == "guard, step 75, act: truncated_token_share 0.332 (0.25): tails are masked"
