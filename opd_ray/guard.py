@@ -102,7 +102,8 @@ class GuardEvent:
     """What was done, in one sentence that begins with the kind of failure where the metrics tell it."""
 
     def __str__(self) -> str:
-        return f"guard, step {self.step}, {self.level}: {self.signal} {self.value:.3g} ({self.threshold:.3g}): {self.action}"
+        seen = f"{self.signal} {self.value:.3g} ({self.threshold:.3g})"
+        return f"guard, step {self.step}, {self.level}: {seen}: {self.action}"
 
 
 @dataclasses.dataclass(frozen=True)
