@@ -162,7 +162,9 @@ class Summary:
         return [metrics[name] for metrics in self._steps if name in metrics]
 
 
-def say_evaluation(when: str, evaluation: Evaluation) -> None:
+def say_evaluation(when: str, evaluation: Evaluation | None) -> None:
+    if evaluation is None:
+        return
     print(
         f"evaluation {when}: greedy {evaluation.accuracy_greedy:.3f}, sampled {evaluation.accuracy_sampled:.3f}, "
         f"truncated {evaluation.truncation_rate:.3f}, repetitive {evaluation.repetition_rate:.3f}, "

@@ -61,6 +61,12 @@ class Config:
         gpus = (self.learner.gpus_per_rank > 0, self.rollout.gpus_per_generator > 0)
         if self.weights.backend == "nccl" and not all(gpus):
             raise ValueError("weights.backend=nccl needs GPUs for the learner and for the generators")
+        for name, scorer in {**self.teachers, "reference": self.reference}.items():
+            if scorer.follows_student and self.weight_backend == "nccl" and scorer.gpus_per_actor == 0:
+                raise ValueError(
+                    f"{name}.update={scorer.update} joins the broadcast, which is nccl here and needs a GPU: "
+                    f"set {name}.gpus_per_actor, or weights.backend=gloo"
+                )
 
     def _check_sources(self) -> None:
         """Every source that is mixed in has a loss, every loss a source."""

@@ -95,6 +95,10 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
         (["guard.truncation_rate=[0.5,0.2,0.9]"], "guard"),
         (["buffer.prompts_per_step=0", "buffer.golden_per_prompt=0"], "train on nothing"),
         (["weights.backend=nccl"], "needs GPUs"),
+        (
+            ["learner.gpus_per_rank=1", "rollout.gpus_per_generator=1", "reference.update=average"],
+            "reference.update=average joins the broadcast",
+        ),
     ],
 )
 def test_impossible_values_are_refused_in_one_line(overrides: list[str], message: str) -> None:
