@@ -113,11 +113,22 @@ def _bad_settings() -> dict[str, tuple[Callable[[Path], Any], dict[str, str], li
             {},
             ["vocabularies differ", "token '@'"],
         ),
-        "other EOS": (
-            lambda root: make_checkpoint(root / "teacher", eos=2),
-            {},
-            ["EOS sets differ", "teacher.eos_map"],
+        "EOS that is text": (
+            nothing,
+            {"teacher__eos_token_ids": "[5]"},
+            ["teacher.eos_token_ids names token 5", "ordinary text"],
         ),
+        "golden without EOS": (
+            lambda root: write_jsonl(
+                root / "golden.jsonl",
+                [{"prompt": "1", "response": "2", "finish_reason": reason} for reason in ("stop", "length", "length")],
+            ),
+            {},
+            ["golden.jsonl", "2 of 3 rows", "2 without EOS (rows 2, 3)", "data.golden_problems=skip"],
+        ),
+        "golden loss without golden data": (nothing, {"data__golden": "null"}, ["data.golden is null"]),
+        "β out of range": (nothing, {"loss__student__beta": "1.5"}, ["loss.student.beta", "got 1.5"]),
+        "k out of range": (nothing, {"loss__student__top_k": "1"}, ["loss.student.top_k", "got 1"]),
         "too long": (nothing, {"rollout__max_response_tokens": "60"}, ["prompts.jsonl row 2", "context of 64"]),
         "too many ranks": (nothing, {"learner__num_ranks": "9"}, ["CPUs asked", "learner 9 x 0.5", "2 there"]),
         "too many GPUs": (nothing, {"learner__gpus_per_rank": "1"}, ["1 GPUs asked", "0 there"]),
