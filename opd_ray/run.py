@@ -55,8 +55,8 @@ def train(
 ) -> dict[str, Any]:
     """Trains as configured and returns the summary, which is also ``run_dir/summary.json``.
 
-    With a ``session`` the run takes place in its rooms, which stay up; ``before`` is the student's evaluation where
-    it is known already. Raises InputError before a model loads or a file is written, RunError for a failure while
+    With a ``session`` the run takes place in its rooms, which stay up, and leaves the report to whoever compares the
+    session's runs; ``before`` is the student's evaluation where it is known already. Raises InputError before a model loads or a file is written, RunError for a failure while
     running and, once everything is written, where the guard stopped the run.
     """
     preflight.check_run_dir(run_dir, config, resume)
@@ -74,10 +74,15 @@ def train(
         print(f"run directory: {run_dir}\nmethod: {config.method}, seed {config.seed}", flush=True)
         own = session or Session()
         try:
-            return asyncio.run(_Run(config, facts, run_dir, own, observers).train(start, before))
+            result, stopped = asyncio.run(_Run(config, facts, run_dir, own, observers).train(start, before))
         finally:
             if session is None:
                 own.close()
+    if session is None:
+        write_run_report(run_dir)
+    if stopped:
+        raise RunError(stopped)
+    return result
 
 
 def resolve(config: Config) -> Config:
@@ -156,7 +161,10 @@ class _Run:
             configured=config.strength_at(0),
         )
 
-    async def train(self, start: checkpoint.Checkpoint | None, before: Evaluation | None) -> dict[str, Any]:
+    async def train(
+        self, start: checkpoint.Checkpoint | None, before: Evaluation | None
+    ) -> tuple[dict[str, Any], str | None]:
+        """The summary, and why the guard stopped the run if it did."""
         config, steps = self._config, self._config.learner.steps
         first_step = start.step if start else 0
         rooms = await self._session.begin(config, self._facts)
@@ -201,14 +209,13 @@ class _Run:
         result |= {"golden": self._golden_report, "stopped_at": stopped.step if stopped else None}
         result |= {"versions": _versions()}
         (self._run_dir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-        write_run_report(self._run_dir)
-        if stopped:
-            event = stopped.events[-1]
-            raise RunError(
-                f"the guard stopped the run at step {stopped.step} of {config.learner.steps}: {event.signal} was "
-                f"{event.value:.3g}, threshold {event.threshold:.3g}; results so far are in {self._run_dir}"
-            )
-        return result
+        if stopped is None:
+            return result, None
+        event = stopped.events[-1]
+        return result, (
+            f"the guard stopped the run at step {stopped.step} of {config.learner.steps}: {event.signal} was "
+            f"{event.value:.3g}, threshold {event.threshold:.3g}; results so far are in {self._run_dir}"
+        )
 
     async def _load_golden(self) -> tuple[list[Entry], dict[str, int]]:
         if not self._config.loads_golden:
