@@ -56,8 +56,9 @@ def train(
     """Trains as configured and returns the summary, which is also ``run_dir/summary.json``.
 
     With a ``session`` the run takes place in its rooms, which stay up, and leaves the report to whoever compares the
-    session's runs; ``before`` is the student's evaluation where it is known already. Raises InputError before a model loads or a file is written, RunError for a failure while
-    running and, once everything is written, where the guard stopped the run.
+    session's runs; ``before`` is the student's evaluation where it is known already. Raises InputError before a model
+    loads or a file is written, RunError for a failure while running and, once everything is written, where the
+    guard stopped the run.
     """
     preflight.check_run_dir(run_dir, config, resume)
     config = resolve(config)
