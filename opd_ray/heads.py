@@ -8,6 +8,7 @@ small (H numbers a token), the logits are not (V), so the student's body hands o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,6 @@ import torch
 
 from opd_ray.config import STUDENT, Config, ScorerConfig
 from opd_ray.errors import InputError
-from opd_ray.losses import Head
 from opd_ray.models import local_directory
 
 _PROBE_TOKENS = 4
@@ -24,11 +24,15 @@ _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.0
 """Largest difference of two ways to the same logits, relative to their size, by precision."""
 
 
+LossOfRows = Callable[[int, torch.Tensor], torch.Tensor]
+"""(number of a piece, its logits [n, V]) to that piece's share of the loss."""
+
+
 class Consumer(Protocol):
     """What the loss of one micro-batch is to the student's head."""
 
-    def __call__(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
-        """The loss from states [N, H]; ``head`` gives the student's logits of any rows of them, with gradient."""
+    def __call__(self, hidden: torch.Tensor, head: ResponseHead) -> torch.Tensor:
+        """The loss, from states [N, H] and the layer that makes logits of them."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +66,64 @@ class ResponseHead(torch.nn.Linear):
     """An output layer whose forward pass can hold a whole loss.
 
     DeepSpeed's ZeRO-3 gathers a module's parameters around its forward and its backward pass. With the loss inside
-    they are gathered once each, however many pieces the loss cuts its tokens into and recomputes, so ranks whose
-    numbers of pieces differ still take part in the same collectives.
+    they are gathered once each, however many pieces the loss cuts its tokens into, so ranks whose numbers of pieces
+    differ still take part in the same collectives.
     """
 
     consumer: Consumer | None = None
     transform: LogitTransform = LogitTransform()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.consumer is None:
-            return super().forward(hidden)
-        return self.consumer(hidden, self._logits)
+        return super().forward(hidden) if self.consumer is None else self.consumer(hidden, self)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def sum_losses(self, hidden: torch.Tensor, sizes: Sequence[int], loss: LossOfRows) -> torch.Tensor:
+        """Σ loss(i, logits of the i-th piece of ``hidden``), pieces of ``sizes`` rows that make up all of it.
+
+        Logits and whatever a loss computes from them live for one piece only: its gradient is taken at once, and what
+        stays for the backward pass is the gradient of ``hidden`` and that of the layer.
+        """
+        return _SumOfPieces.apply(hidden, self.weight, self.bias, self.transform, tuple(sizes), loss)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, V] float32, with gradient; they stay for the backward pass."""
         return self.transform(torch.nn.functional.linear(hidden, self.weight, self.bias))
+
+
+class _SumOfPieces(torch.autograd.Function):
+    """ResponseHead.sum_losses."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        transform: LogitTransform,
+        sizes: tuple[int, ...],
+        loss: LossOfRows,
+    ) -> torch.Tensor:
+        layer = [tensor.detach().requires_grad_() for tensor in (weight, bias) if tensor is not None]
+        of_hidden = torch.empty_like(hidden)
+        of_layer = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in layer]
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for index, (rows, target) in enumerate(zip(hidden.split(sizes), of_hidden.split(sizes), strict=True)):
+            states = rows.detach().requires_grad_()
+            with torch.enable_grad():
+                value = loss(index, transform(torch.nn.functional.linear(states, *layer)))
+            of_states, *of_piece = torch.autograd.grad(value, [states, *layer])
+            target.copy_(of_states)
+            for gradient, part in zip(of_layer, of_piece, strict=True):
+                gradient.add_(part)
+            total += value.detach()
+        context.save_for_backward(of_hidden, *of_layer)
+        context.dtype = weight.dtype
+        return total.float()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_hidden, *of_layer = context.saved_tensors
+        scaled = [(part * gradient).to(context.dtype) for part in of_layer]
+        return of_hidden * gradient.to(of_hidden.dtype), *(scaled + [None])[:2], None, None, None
 
 
 class ResponseModel(torch.nn.Module):
@@ -175,22 +223,14 @@ def load_head(path: str | Path, dtype: torch.dtype, device: torch.device) -> Fro
 
 
 def load_heads(config: Config, student_path: str, device: torch.device) -> dict[str, FrozenHead]:
-    """The output layers of the scorers that the loss compares on the whole vocabulary, by role.
-
-    Raises InputError for a scorer that follows the student: its output layer changes, these do not.
-    """
+    """The output layers of the scorers that the loss compares on the whole vocabulary, by role. None of them follows
+    the student, which the configuration refuses: its output layer would change and these do not."""
     scorers: dict[str, ScorerConfig] = {}
     terms = [config.loss.terms[source] for source in config.sources if config.needs_teacher(source)]
     if any(term.on_distributions and term.support == "full" for term in terms):
         scorers |= config.teachers
     if config.loss.reference.estimator == "full" and any(map(config.needs_reference, config.sources)):
         scorers["reference"] = config.reference
-    for role, scorer in scorers.items():
-        if scorer.follows_student:
-            raise InputError(
-                f"{role}.update={scorer.update} cannot be compared on the full vocabulary: the learner keeps the output "
-                f"layer that the run began with; set {role}.update=fixed, or compare on top_k"
-            )
     return {
         role: load_head(student_path if scorer.path == STUDENT else scorer.path, getattr(torch, scorer.dtype), device)
         for role, scorer in scorers.items()

@@ -5,15 +5,16 @@
 The coefficients and the counts that the means divide by come with the step's plan. The anchor's mean is over the
 student's tokens, or over those of all sources with ``loss.reference.on_golden``.
 
-**Memory.** The loss asks the student's head for the logits of ``c`` tokens at a time, 4·c·V ≤ ``learner.logits_mb``
-MiB. A micro-batch that fits is one such piece and keeps its logits for the backward pass. A larger one recomputes each
-piece in the backward pass, so that besides the model's own activations it holds, for N response tokens,
+**Memory.** The loss makes the logits of ``c`` tokens at a time, 4·c·V ≤ ``learner.logits_mb`` MiB. A micro-batch that
+fits is one piece and keeps its logits for the backward pass. Of a larger one each piece's gradient is taken before the
+next one begins, so that besides the model's own activations it holds, for N response tokens,
 
-    4·N·(2·H_s + H_t)  bytes   states of the student, their gradient and the states of full-vocabulary scorers
-    ≈ 12 · logits_mb   MiB     one piece: logits, log-probs of both models, their products, and gradients of these
+    4·N·(2·H_s + H_t)  bytes   states of the student, their gradient, and the states of full-vocabulary scorers
+    12 · logits_mb     MiB     one piece: logits, log-probs of both models, their products, and gradients of these
     8·V·H_s            bytes   the gradient of the output layer, and one piece's share of it
+    60·N               bytes   tokens, weights and masks
 
-and never anything of size N·V. (2 bytes instead of 4 where states are 16-bit; top-k supports need about half a piece.)
+(2 instead of 4 bytes where states are 16-bit), and never anything of size N·V.
 """
 
 from __future__ import annotations
@@ -23,13 +24,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from opd_ray.batching import REFERENCE, MicroBatch, Segment
 from opd_ray.config import Config
 from opd_ray.errors import RunError
-from opd_ray.heads import FrozenHead, chunk_rows
-from opd_ray.losses import Head, ScoredTokens, TokenBatch
+from opd_ray.heads import FrozenHead, ResponseHead, chunk_rows
+from opd_ray.losses import ScoredTokens, TokenBatch
 from opd_ray.losses.advantage import combined_logprobs, discounted, log_ratios, uses_teacher
 from opd_ray.losses.diagnostics import student_metrics, topk_overlap
 from opd_ray.losses.reduction import before_repetition, token_weights
@@ -179,7 +179,7 @@ class Piece:
     anchor_weights: torch.Tensor | None
     lengths: torch.Tensor
 
-    def batch(self, logits: torch.Tensor, rows: slice, stop_token_ids: tuple[int, ...], recording: bool) -> TokenBatch:
+    def batch(self, logits: torch.Tensor, rows: slice, stop_token_ids: tuple[int, ...]) -> TokenBatch:
         """The tokens of ``rows`` with their logits."""
         segment = self.segment
         return TokenBatch(
@@ -192,7 +192,6 @@ class Piece:
             reward_advantages=self.rewards[rows],
             teacher_advantages=None if self.teacher_advantages is None else self.teacher_advantages[rows],
             stop_token_ids=stop_token_ids,
-            recording=recording,
         )
 
 
@@ -213,32 +212,30 @@ class MicroBatchLoss:
     ) -> None:
         self._objective, self._pieces, self._rollout_ids = objective, pieces, rollout_ids
         self._denominators, self._coefficients = denominators, coefficients
-        self._recording = True
-        self._values: dict[tuple[int, str], list[torch.Tensor]] = {}
+        self._culprits: dict[str, None] = {}
         self.metrics: dict[str, torch.Tensor] = {}
         """After the call: name to a number."""
         self.problem: str | None = None
         """After the call: which rollouts' loss is not finite, if any. The gradient is then nan on purpose."""
 
-    def __call__(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, head: ResponseHead) -> torch.Tensor:
         """The loss, from states [N, H] of the response tokens; see :class:`opd_ray.heads.Consumer`."""
         rows = self._objective.chunk_rows
-        in_pieces = hidden.shape[0] > rows
-        parts = self._parts(rows if in_pieces else max(1, hidden.shape[0]))
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for (index, span), states in zip(parts, hidden.split([s.stop - s.start for _, s in parts]), strict=True):
-            run = partial(self._loss, index, span, head)
-            if in_pieces:
-                total = total + checkpoint(run, states, use_reentrant=False, preserve_rng_state=False)
-            else:
-                total = total + run(states)
-        self._recording = False
+        if hidden.shape[0] > rows:
+            parts = self._parts(rows)
+            sizes = [span.stop - span.start for _, span in parts]
+            total = head.sum_losses(hidden, sizes, lambda index, logits: self._loss(*parts[index], logits))
+        else:
+            parts = self._parts(max(1, hidden.shape[0]))
+            states = hidden.split([span.stop - span.start for _, span in parts])
+            total = sum(self._loss(*part, head.logits(own)) for part, own in zip(parts, states, strict=True))
         self.metrics["loss"] = total.detach()
-        if not torch.isfinite(total):
-            self.problem = self._describe()
+        if self._culprits or not torch.isfinite(total):
+            shown = list(self._culprits)[:8] or ["the sum of this micro-batch"]
+            more = len(self._culprits) - len(shown)
+            self.problem = f"the loss is not finite for {', '.join(shown)}" + (f" and {more} more" if more > 0 else "")
             # Whatever made it so, no rank may take this step: the gradient says it to all of them.
             total = total + hidden.sum() * torch.nan
-        self._values.clear()
         return total
 
     def _parts(self, rows: int) -> list[tuple[int, slice]]:
@@ -249,28 +246,33 @@ class MicroBatchLoss:
             parts += [(index, slice(start, min(start + rows, size))) for start in range(0, max(size, 1), rows)]
         return parts
 
-    def _loss(self, index: int, rows: slice, head: Head, states: torch.Tensor) -> torch.Tensor:
+    def _loss(self, index: int, rows: slice, logits: torch.Tensor) -> torch.Tensor:
         piece, config, coefficients = self._pieces[index], self._objective.config.loss, self._coefficients
         source, heads = piece.segment.source, self._objective.heads
-        batch = piece.batch(head(states), rows, self._objective.stop_token_ids, self._recording)
+        batch = piece.batch(logits, rows, self._objective.stop_token_ids)
         loss = source_loss(batch, source, config, piece.shares, heads)
-        reduced = (loss.values * piece.weights[rows]).sum()
-        total = getattr(coefficients, source) * reduced
-        anchor = None
+        terms = {source: (loss.values, piece.weights[rows])}
         if piece.anchor_weights is not None:
             anchor = reference_loss(batch, config.reference, heads.get(REFERENCE))
-            anchored = (anchor * piece.anchor_weights[rows]).sum()
-            total = total + coefficients.reference * anchored
-        if self._recording:
-            self._add(f"loss_{source}", reduced.detach())
-            self._values.setdefault((index, f"loss_{source}"), []).append(loss.values.detach())
-            if anchor is not None:
-                self._add("loss_reference", anchored.detach())
-                self._values.setdefault((index, "loss_reference"), []).append(anchor.detach())
-                count = self._objective.anchor_count(self._denominators).tokens
-                self._add("reference_logprob", batch.reference.logprobs.sum() / max(count, 1))
-            self._record(piece, rows, batch, loss.metrics)
+            terms[REFERENCE] = (anchor, piece.anchor_weights[rows])
+        total = torch.zeros((), device=logits.device)
+        for name, (values, weights) in terms.items():
+            reduced = (values * weights).sum()
+            total = total + getattr(coefficients, name) * reduced
+            self._add(f"loss_{name}", reduced.detach())
+        if not torch.isfinite(total):
+            self._blame(piece, rows, {name: values.detach() for name, (values, _) in terms.items()})
+        self._record(piece, rows, batch.detached(), loss.metrics)
         return total
+
+    def _blame(self, piece: Piece, rows: slice, terms: dict[str, torch.Tensor]) -> None:
+        """Notes the rollouts and terms whose loss is not finite."""
+        ids = self._rollout_ids[piece.segment.rollouts]
+        ends = piece.lengths.cumsum(0)
+        for name, values in terms.items():
+            tokens = torch.nonzero(~torch.isfinite(values)).flatten() + rows.start
+            rollouts = torch.searchsorted(ends, tokens, right=True).unique()
+            self._culprits |= dict.fromkeys(f"{ids[rollout]} (loss_{name})" for rollout in rollouts.tolist())
 
     def _record(self, piece: Piece, rows: slice, batch: TokenBatch, metrics: dict[str, torch.Tensor]) -> None:
         source = piece.segment.source
@@ -288,24 +290,15 @@ class MicroBatchLoss:
             logged = {f"{source}_{name}": values for name, values in metrics.items()}
             name = "golden_logprob" if source == "golden" else "teacher_rollout_logprob"
             logged[name] = batch.plain_logprobs.detach()
+        if piece.anchor_weights is not None:
+            count = self._objective.anchor_count(self._denominators)
+            self._add("reference_logprob", batch.reference.logprobs.sum() / max(count.tokens, 1))
         tokens = max(self._denominators.of(source).tokens, 1)
         for name, values in logged.items():
             self._add(name, values.detach().sum() / tokens)
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
-
-    def _describe(self) -> str:
-        """Names the terms and rollouts whose loss is not finite."""
-        culprits = []
-        for (index, term), values in self._values.items():
-            piece = self._pieces[index]
-            ids = self._rollout_ids[piece.segment.rollouts]
-            for rollout_id, tokens in zip(ids, torch.cat(values).split(piece.lengths.tolist()), strict=True):
-                if not torch.isfinite(tokens).all():
-                    culprits.append(f"{rollout_id} ({term})")
-        shown = ", ".join(culprits[:8]) + (f" and {len(culprits) - 8} more" if len(culprits) > 8 else "")
-        return f"the loss is not finite for {shown or 'the sum of this micro-batch'}"
 
 
 def _missing(what: str, source: Source, batch: MicroBatch, segment: Segment) -> str:

@@ -79,8 +79,12 @@ class TokenBatch:
     """[N] float32: the teacher's part of the advantage where all of it is data (policy=behaviour)."""
     stop_token_ids: tuple[int, ...] = ()
     """The EOS set, as it is merged; empty or one id for nothing to merge."""
-    recording: bool = True
-    """False where a forward pass is repeated for its backward pass: what would be logged was logged."""
+
+    def detached(self) -> TokenBatch:
+        """The same without gradient, for what is logged; the pass over the vocabulary is not made again."""
+        copy = replace(self, logits=self.logits.detach())
+        copy.__dict__["log_normalizer"] = self.log_normalizer.detach()
+        return copy
 
     @property
     def num_tokens(self) -> int:

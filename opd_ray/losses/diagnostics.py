@@ -1,4 +1,4 @@
-"""What is logged per token beside the loss (METHOD §2); [N] each, detached.
+"""What is logged per token beside the loss (METHOD §2); [N] each, of a batch without gradient.
 
 Names in :data:`RATIOS` are summed over the tokens that they concern and divided by how many these are, which
 :func:`finish` does once a step is summed up. A name that begins with an underscore is such a count and is not reported.
@@ -37,10 +37,9 @@ def student_metrics(
     teachers their weighted mean); importance_ratio is π_θ/μ, and off_policy_kl its k3 estimate of KL(μ‖π_θ) (how far
     the weights moved, plus what temperature, top-p and the generator's precision add). ``ends`` and ``cuts`` [N] are 1
     at the last token of a rollout that stopped, or ran out of its budget. Teacher metrics are there when teachers are.
+    ``batch`` is a detached one: what is logged must not become part of the graph.
     """
-    # Not under no_grad: that would cache the batch's log-probs without their gradient for the terms that follow.
-    logprobs = batch.logprobs.detach()
-    log_ratio = log_importance_ratio(batch).detach()
+    logprobs, log_ratio = batch.logprobs, log_importance_ratio(batch)
     metrics = {
         "student_logprob": logprobs,
         "entropy": _entropy(batch),
@@ -49,7 +48,7 @@ def student_metrics(
         "repetitive_share": repetitive,
     }
     if batch.stop_token_ids:
-        stop = batch.stop_logprobs.detach().exp()
+        stop = batch.stop_logprobs.exp()
         metrics |= {"eos_student_end": stop * ends, "eos_student_cut": stop * cuts, "_stopped": ends, "_cut": cuts}
     if batch.teachers:
         teacher = combined_logprobs(batch.teachers, weights)
@@ -84,7 +83,6 @@ def _teacher_stops(
     }
 
 
-@torch.no_grad()
 def topk_overlap(batch: TokenBatch, weights: Mapping[str, float]) -> torch.Tensor:
     """|S_p ∩ S_q| / k of the student's and each teacher's k most probable tokens, [N] (Rethinking OPD, 2604.13016)."""
     logits = batch.logits
@@ -126,5 +124,5 @@ def finish(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _entropy(batch: TokenBatch) -> torch.Tensor:
     """[N] −Σ p log p of the student, nats: log Z − Σ p · logit."""
-    expected = [(logits.softmax(-1) * logits).sum(-1) for logits in batch.logits.detach().split(_ENTROPY_ROWS)]
-    return batch.log_normalizer.detach() - torch.cat(expected)
+    expected = [(logits.softmax(-1) * logits).sum(-1) for logits in batch.logits.split(_ENTROPY_ROWS)]
+    return batch.log_normalizer - torch.cat(expected)

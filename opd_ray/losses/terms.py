@@ -65,8 +65,7 @@ def _divergence(batch: TokenBatch, scored: ScoredTokens, term: TermConfig, head:
         # EOPD, arXiv 2603.07079: cover the teacher's alternatives where it has several.
         metrics["entropy_gate_share"] = (entropy(outcomes, outcomes.log_q) > term.entropy_gate).float()
         values = values + term.entropy_gate_coef * metrics["entropy_gate_share"] * forward_kl(outcomes)
-    if batch.recording:
-        metrics["entropy_gap"] = _entropy_gap(outcomes)
+    metrics["entropy_gap"] = _entropy_gap(outcomes)
     return TokenLoss(values, metrics)
 
 

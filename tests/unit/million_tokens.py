@@ -1,0 +1,88 @@
+"""One million tokens through the loss, run in a process of its own: prints memory (MiB) and CPU time as JSON.
+
+The states are given, as there is no body: what is measured is everything behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from opd_ray.batching import MicroBatch, Segment
+from opd_ray.config import from_dict
+from opd_ray.heads import FrozenHead, ResponseHead
+from opd_ray.losses import ScoredTokens
+from opd_ray.messages import Coefficients, Count, Denominators
+from opd_ray.objective import Objective
+
+ROLLOUTS, LENGTH = 1000, 1000
+TOKENS, VOCABULARY, HIDDEN = ROLLOUTS * LENGTH, 256, 8
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def main(logits_mb: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    config = from_dict(
+        {
+            "learner": {"logits_mb": logits_mb},
+            "loss": {"student": {"divergence": "reverse_kl", "support": "full"}, "reference": {"coef": 0.0}},
+        }
+    )
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator).requires_grad_()
+    scores = torch.full((TOKENS,), -5.0)
+    none = torch.zeros(TOKENS, 0)
+    states = torch.randn(TOKENS, HIDDEN, generator=generator)
+    teacher = ScoredTokens(scores, none.long(), none, stop_logprobs=scores, hidden=states)
+    batch = MicroBatch(
+        input_ids=torch.zeros(1, 1, dtype=torch.int64),
+        position_ids=None,
+        logit_index=torch.zeros(0, dtype=torch.int64),
+        tokens=torch.randint(0, VOCABULARY, (TOKENS,), generator=generator),
+        repetitive=torch.zeros(TOKENS),
+        response_lengths=torch.full((ROLLOUTS,), LENGTH),
+        truncated=torch.zeros(ROLLOUTS, dtype=torch.bool),
+        reward_advantages=torch.zeros(ROLLOUTS),
+        behaviour_logprobs=scores,
+        segments=(Segment("student", slice(0, ROLLOUTS), slice(0, TOKENS), {"teacher": teacher}, None, None),),
+        rollout_ids=tuple(map(str, range(ROLLOUTS))),
+    )
+    head = ResponseHead(HIDDEN, VOCABULARY, bias=False)
+    other = FrozenHead(torch.randn(VOCABULARY, HIDDEN, generator=generator), None)
+    objective = Objective(config, vocab_size=VOCABULARY, stop_token_ids=(1,), heads={"teacher": other})
+    before, began = resident_mb(), time.process_time()
+    head.consumer = objective.of(batch, Denominators(student=Count(ROLLOUTS, TOKENS)), Coefficients(1.0, 0.0, 0.0, 0.0))
+    loss = head(hidden)
+    loss.backward()
+    finite = bool(torch.isfinite(hidden.grad).all() and torch.isfinite(head.weight.grad).all())
+    print(
+        json.dumps(
+            {
+                "loss": loss.item(),
+                "finite": finite and head.weight.grad.abs().max().item() > 0,
+                "seconds": time.process_time() - began,
+                "grown_mb": peak_mb() - before,
+                "matrix_mb": TOKENS * VOCABULARY * 4 / 2**20,
+                "tokens": TOKENS,
+                "hidden": HIDDEN,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,87 @@
+"""One step of the objective on a small model, without a learner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from opd_ray.batching import collate, count, plan_step
+from opd_ray.config import Config, from_dict
+from opd_ray.heads import FrozenHead, ResponseModel
+from opd_ray.losses.diagnostics import finish
+from opd_ray.messages import Coefficients, Entry, StepPlan
+from opd_ray.objective import Objective
+from opd_ray.training import fetch_payloads
+from scored_rollouts import head_of
+
+COEFFICIENTS = Coefficients(student=0.7, golden=0.4, teacher=0.2, reference=0.3)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step came to."""
+
+    loss: float
+    gradients: list[torch.Tensor]
+    """Of every parameter."""
+    sums: dict[str, float]
+    """Metrics as ranks add them up."""
+    problems: list[str]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return finish(self.sums)
+
+
+def config_with(loss: Mapping[str, Any] = {}, **sections: Any) -> Config:
+    """The default configuration with teacher rollouts mixed in, and changes."""
+    base = {"buffer": {"teacher_per_prompt": 0.5}, "rollout": {"responses_per_prompt": 2}}
+    return from_dict(base | sections | {"loss": {"teacher": {"coef": 0.2}} | dict(loss)})
+
+
+def whole(entries: Sequence[Entry], coefficients: Coefficients = COEFFICIENTS) -> StepPlan:
+    """All in one micro-batch on one rank."""
+    return StepPlan(0, (tuple(entries),), count(entries), coefficients)
+
+
+def cut(
+    entries: Sequence[Entry], num_ranks: int, budget: int, packing: bool, coefficients: Coefficients = COEFFICIENTS
+) -> list[StepPlan]:
+    """Over ranks and micro-batches."""
+    return plan_step(
+        entries, step=0, num_ranks=num_ranks, micro_batch_tokens=budget, packing=packing, coefficients=coefficients
+    )
+
+
+def take(
+    module: ResponseModel,
+    plans: Sequence[StepPlan],
+    config: Config,
+    *,
+    packing: bool = False,
+    chunk_rows: int | None = None,
+    stop_token_ids: tuple[int, ...] = (1,),
+    heads: Mapping[str, FrozenHead] | None = None,
+) -> Step:
+    """Loss, gradient and metrics of one step, summed over ranks and micro-batches."""
+    module.zero_grad()
+    if heads is None:
+        heads = {role: head_of(role) for role in (*config.teachers, "reference")}
+    objective = Objective(config, vocab_size=module.vocab_size, stop_token_ids=stop_token_ids, heads=heads)
+    objective.chunk_rows = chunk_rows or objective.chunk_rows
+    sums: dict[str, float] = {}
+    problems = []
+    for plan in plans:
+        payloads = fetch_payloads(plan, lambda refs: refs)
+        for entries in plan.micro_batches:
+            batch = collate(entries, payloads, packing=packing)
+            loss = objective.of(batch, plan.denominators, plan.coefficients)
+            module.consume(loss)
+            module(batch.input_ids, batch.position_ids, batch.logit_index).backward()
+            assert not sums or sums.keys() == loss.metrics.keys(), "the names depend on the micro-batch"
+            sums = {name: sums.get(name, 0.0) + value.item() for name, value in loss.metrics.items()}
+            problems += [loss.problem] if loss.problem else []
+    return Step(sums["loss"], [parameter.grad.clone() for parameter in module.parameters()], sums, problems)
