@@ -15,7 +15,6 @@ from pathlib import Path
 
 import click
 
-from opd_ray import config as configs
 from opd_ray.errors import InputError, OpdError
 
 _HERE = Path(__file__).resolve().parent
@@ -42,8 +41,7 @@ def main(seeds: str, arms: str, study: Path, directory: Path, overrides: tuple[s
         click.echo(f"[{minutes:3d}:{rest:02d}] {line}")
 
     directory = directory.absolute()
-    rooms_for = dataclasses.replace(configs.load(None, list(overrides)), seed=numbers[0])
-    studies.run_study(chosen, numbers, directory, rooms_for, say)
+    studies.run_study(chosen, numbers, directory, say)
     rows = studies.outcomes(directory, chosen, numbers)
     (directory / "table.md").write_text(studies.table(rows) + "\n")
     (directory / "results.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")

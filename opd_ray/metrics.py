@@ -42,11 +42,25 @@ def rollout_metrics(metas: Sequence[RolloutMeta], version: int, budget: int) -> 
     }
 
 
+def teacher_rollout_metrics(metas: Sequence[RolloutMeta]) -> dict[str, float]:
+    """The same of the teacher's own rollouts that a step trains on, after the filter."""
+    if not metas:
+        return {}
+    return {
+        "teacher_rollouts/accuracy": float(np.mean([meta.correct for meta in metas])),
+        "teacher_rollouts/truncation_rate": float(np.mean([meta.truncated for meta in metas])),
+        "teacher_rollouts/repetition_rate": float(np.mean([meta.repetitive for meta in metas])),
+        "teacher_rollouts/length": float(np.mean([meta.num_response_tokens for meta in metas])),
+    }
+
+
 class MetricsWriter:
     """Writes one step's metrics to TensorBoard, to Ray's metrics port and to metrics.jsonl."""
 
-    def __init__(self, run_dir: Path, first_step: int = 0) -> None:
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
+    def __init__(self, run_dir: Path, first_step: int = 0, *, continued: bool = False) -> None:
+        """``continued``: the run went on from ``first_step``, and TensorBoard forgets what came after that before."""
+        purge_step = first_step + 1 if continued else None
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
         self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._gauges: dict[str, Gauge] = {}
 

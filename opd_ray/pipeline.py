@@ -35,7 +35,7 @@ from opd_ray.errors import RunError
 from opd_ray.evaluate import Evaluation, evaluate
 from opd_ray.guard import Guard, GuardEvent
 from opd_ray.messages import Entry, PromptGroup, RolloutMeta, SamplingSettings, Source, WeightManifest
-from opd_ray.metrics import rollout_metrics
+from opd_ray.metrics import rollout_metrics, teacher_rollout_metrics
 from opd_ray.mixture import Mixture
 from opd_ray.pool import Pool
 from opd_ray.prompts import PromptStream
@@ -275,6 +275,7 @@ class Pipeline:
         budget = self._config.rollout.budget(step)
         metrics = {f"learner/{name}": value for name, value in (trained | times).items()}
         metrics |= rollout_metrics(student, version=step, budget=budget)
+        metrics |= teacher_rollout_metrics([entry.meta for entry in entries if entry.meta.source == "teacher"])
         metrics |= {f"mixture/{name}": value for name, value in self._composition(step, entries).items()}
         metrics |= {
             "queue/slots_taken": self._slots.num_taken,
@@ -291,8 +292,12 @@ class Pipeline:
     def _composition(self, step: int, entries: Sequence[Entry]) -> dict[str, float]:
         """What the step was made of, and with which weights."""
         counts = dict.fromkeys(self._config.sources, 0) | Counter(entry.meta.source for entry in entries)
+        left_out = self._mixture.at(step).num_teacher - counts.get("teacher", 0)
         coefficients = dataclasses.asdict(self._mixture.coefficients(step, self._guard.strength))
-        return {f"{source}_rollouts": float(number) for source, number in counts.items()} | {
+        numbers = {f"{source}_rollouts": float(number) for source, number in counts.items()}
+        if "teacher" in self._config.sources:
+            numbers["teacher_left_out"] = float(left_out)
+        return numbers | {
             f"{name}_coef": float(value) for name, value in coefficients.items() if name != "mask_truncated_tails"
         }
 

@@ -171,7 +171,7 @@ class _Run:
         rooms = await self._session.begin(config, self._facts)
         self._golden, self._golden_report = await self._load_golden()
         self._manifest = (await rooms.learner.call_all("manifest", 0))[0]
-        writer = MetricsWriter(self._run_dir, first_step)
+        writer = MetricsWriter(self._run_dir, first_step, continued=start is not None)
         try:
             if start:
                 self._guard.restore(start.state["guard"])
@@ -199,6 +199,8 @@ class _Run:
                     else:
                         await self._session.begin(config, self._facts)
                     pipeline = await self._pipeline(rooms, start)
+                    writer.close()
+                    writer = MetricsWriter(self._run_dir, first_step, continued=True)
                     continue
                 break
             after = await self._evaluate(pipeline, writer, steps)

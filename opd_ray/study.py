@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from opd_ray import config as configs
-from opd_ray import preflight, run, teacher_data
+from opd_ray import launch, preflight, run, teacher_data
 from opd_ray.config import Config
 from opd_ray.errors import InputError, RunError
 from opd_ray.evaluate import Evaluation
@@ -77,15 +77,63 @@ def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
     return chosen
 
 
-def run_study(
-    arms: Sequence[Arm], seeds: Sequence[int], directory: Path, rooms_for: Config, say: Callable[[str], None]
-) -> None:
+def shared_rooms(arms: Sequence[Arm], seed: int) -> Config:
+    """The configuration of an arm that needs every room that any of them needs; its rooms serve all.
+
+    Raises InputError where no arm does, or where arms differ in what rooms are started with.
+    """
+    configured = {arm.name: arm.config(seed) for arm in arms}
+    rooms = {name: _rooms(config) for name, config in configured.items()}
+    everything = set().union(*rooms.values())
+    widest = next((name for name in configured if rooms[name] == everything), None)
+    if widest is None:
+        raise InputError(
+            f"study: the arms need {', '.join(sorted(everything))}, but no single arm needs all of them; "
+            "arms run in the same rooms, so add one that does, or split the study"
+        )
+    for name, config in configured.items():
+        for field in _STARTED_WITH:
+            ours, theirs = _value(config, field), _value(configured[widest], field)
+            if ours != theirs:
+                raise InputError(
+                    f"study: {field} is {ours} in arm '{name}' and {theirs} in '{widest}', but arms run in the same "
+                    "rooms; set it under common"
+                )
+    return configured[widest]
+
+
+_STARTED_WITH = (
+    *(f"rollout.{name}" for name in ("engine", "num_generators", "tensor_parallel_size", "dtype", "max_num_seqs")),
+    *(f"rollout.{name}" for name in ("kv_cache_bytes", "gpus_per_generator", "cpus_per_generator")),
+    *(f"learner.{name}" for name in ("num_ranks", "cpus_per_rank", "gpus_per_rank")),
+    *(f"{role}.{name}" for role in ("teacher", "reference") for name in ("engine", "dtype", "num_actors", "update")),
+    "weights",
+    "evaluation.num_problems",  # each seed's student is evaluated once, for all arms
+    "evaluation.temperature",
+)
+
+
+def _rooms(config: Config) -> set[str]:
+    teacher_writes = {"teacher_generate"} if config.buffer.uses_teacher_rollouts else set()
+    return teacher_writes | set(launch.scorer_configs(config))
+
+
+def _value(config: Config, field: str) -> Any:
+    for part in field.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: Callable[[str], None]) -> None:
     """Runs every arm on every seed that has no summary in ``directory`` yet.
 
-    ``rooms_for`` is a configuration that needs all the rooms of all arms. An arm whose run fails is reported and
-    ends the study: its log.txt says why.
+    An arm whose run fails is reported and ends the study: its log.txt says why.
     """
+    rooms_for = shared_rooms(arms, seeds[0])
     directory.mkdir(parents=True, exist_ok=True)
+    for arm in arms:
+        for seed in seeds:
+            _check_same(directory, arm, seed)
     todo = [(seed, arm) for seed in seeds for arm in arms if _summary(directory, arm, seed) is None]
     say(f"{len(arms)} arms x {len(seeds)} seeds: {len(arms) * len(seeds) - len(todo)} runs are done, {len(todo)} to go")
     if not todo:
@@ -112,6 +160,7 @@ def _run_arm(directory: Path, arm: Arm, seed: int, teacher: teacher_data.Rollout
     run_dir = run_directory(directory, arm, seed)
     shutil.rmtree(run_dir, ignore_errors=True)  # what an interrupted study left there has no summary
     run_dir.mkdir(parents=True)
+    (run_dir / "arm.json").write_text(json.dumps(arm.raw) + "\n")
     config = arm.config(seed)
     if teacher and str(config.data.golden).startswith(TEACHER_ROLLOUTS):
         _, _, count = config.data.golden.partition(":")
@@ -126,17 +175,28 @@ def _run_arm(directory: Path, arm: Arm, seed: int, teacher: teacher_data.Rollout
                 raise RunError(f"study: arm '{arm.name}', seed {seed}: {error} (see {run_dir / 'log.txt'})") from None
 
 
+def _check_same(directory: Path, arm: Arm, seed: int) -> None:
+    """Refuses a finished run that was made with other settings: a table must not mix the two."""
+    saved = run_directory(directory, arm, seed) / "arm.json"
+    if (
+        _summary(directory, arm, seed)
+        and saved.exists()
+        and json.loads(saved.read_text()) != json.loads(json.dumps(arm.raw))
+    ):
+        raise InputError(
+            f"study: {saved.parent} was made with other settings of arm '{arm.name}' (see its arm.json); "
+            "give another --dir, or delete it"
+        )
+
+
 def run_directory(directory: Path, arm: Arm, seed: int) -> Path:
     return directory / arm.directory / f"seed-{seed}"
 
 
 def _summary(directory: Path, arm: Arm, seed: int) -> dict[str, Any] | None:
-    """The summary of a finished run; refuses one that was made with other settings."""
-    run_dir = run_directory(directory, arm, seed)
-    path = run_dir / "summary.json"
-    if not path.exists():
-        return None
-    return json.loads(path.read_text())
+    """The summary of a finished run."""
+    path = run_directory(directory, arm, seed) / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _before(directory: Path, seed: int) -> Evaluation | None:

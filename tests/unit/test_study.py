@@ -5,7 +5,7 @@ import json
 import pytest
 
 from opd_ray.errors import InputError
-from opd_ray.study import Row, outcomes, read_study, run_directory, run_study, table
+from opd_ray.study import Row, outcomes, read_study, run_directory, run_study, shared_rooms, table
 
 STUDY = """
 common: {learner: {steps: 7}}
@@ -54,6 +54,27 @@ def test_a_bad_study_is_refused_in_one_line_before_anything_starts(tmp_path, tex
     assert "\n" not in str(caught.value)
 
 
+def arms_of(tmp_path, text):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    return read_study(path)
+
+
+def test_the_rooms_are_those_of_the_arm_that_needs_all_of_them(study, tmp_path):
+    stable, opd = read_study(study)
+    assert shared_rooms([opd, stable], 3) == stable.config(3)
+    seq = """{buffer: {golden_per_prompt: 0, teacher_per_prompt: 1}, rollout: {responses_per_prompt: 0},
+              loss: {student: {coef: 0}, golden: {coef: 0}, teacher: {coef: 1}, reference: {coef: 0}}}"""
+    with pytest.raises(InputError, match="no single arm needs all of them"):
+        shared_rooms(arms_of(tmp_path, f"arms: {{stable: {{}}, kd: {seq}}}"), 0)
+
+
+def test_arms_that_would_need_other_engines_are_refused(tmp_path):
+    arms = arms_of(tmp_path, "arms: {a: {}, b: {rollout: {max_num_seqs: 8}}}")
+    with pytest.raises(InputError, match="rollout.max_num_seqs is 8 in arm 'b' and 64 in 'a'"):
+        shared_rooms(arms, 0)
+
+
 def finish(directory, arm, seed, sampled, most_truncated=0.0):
     run_dir = run_directory(directory, arm, seed)
     run_dir.mkdir(parents=True)
@@ -72,8 +93,16 @@ def test_a_finished_study_has_nothing_left_to_do_and_starts_nothing(study, tmp_p
     arms, said = read_study(study), []
     for arm in arms:
         finish(tmp_path, arm, 0, 0.5)
-    run_study(arms, [0], tmp_path, arms[0].config(0), said.append)
+    run_study(arms, [0], tmp_path, said.append)
     assert said == ["2 arms x 1 seeds: 2 runs are done, 0 to go"]
+
+
+def test_a_finished_run_with_other_settings_is_refused(study, tmp_path):
+    arm, _ = read_study(study)
+    finish(tmp_path, arm, 0, 0.5)
+    (run_directory(tmp_path, arm, 0) / "arm.json").write_text(json.dumps({"learner": {"steps": 8}}))
+    with pytest.raises(InputError, match="was made with other settings of arm 'StableOPD'"):
+        run_study([arm], [0], tmp_path, print)
 
 
 def test_the_table_has_mean_deviation_and_every_seed(study, tmp_path):
