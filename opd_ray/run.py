@@ -34,7 +34,7 @@ from opd_ray.observers import (
     Summary,
     say_evaluation,
 )
-from opd_ray.pipeline import GuardOrder, Observer, Pipeline, Rooms
+from opd_ray.pipeline import GuardOrder, Observer, Pipeline, Rooms, StepReport
 from opd_ray.preflight import Preflight
 from opd_ray.prompts import PromptStream, Shuffled
 from opd_ray.report import write_run_report
@@ -166,59 +166,59 @@ class _Run:
         self, start: checkpoint.Checkpoint | None, before: Evaluation | None
     ) -> tuple[dict[str, Any], str | None]:
         """The summary, and why the guard stopped the run if it did."""
-        config, steps = self._config, self._config.learner.steps
-        first_step = start.step if start else 0
-        rooms = await self._session.begin(config, self._facts)
+        config, rooms = self._config, await self._session.begin(self._config, self._facts)
         self._golden, self._golden_report = await self._load_golden()
         self._manifest = (await rooms.learner.call_all("manifest", 0))[0]
-        writer = MetricsWriter(self._run_dir, first_step, continued=start is not None)
+        self._writer = MetricsWriter(self._run_dir, start.step if start else 0, continued=start is not None)
         try:
             if start:
                 self._guard.restore(start.state["guard"])
             pipeline = await self._pipeline(rooms, start)
-            before = before or await self._evaluate(pipeline, writer, first_step)
+            before = before or await self._evaluate(pipeline, start.step if start else 0)
             say_evaluation("before", before)
             summary = Summary()
-            stopped = None
-            while True:
-                watching = [summary, *self._watch(rooms, writer, pipeline, first_step), *self._observers]
-                try:
-                    await pipeline.run(watching)
-                except GuardOrder as end:
-                    await self._session.abandon()
-                    if end.order == "stop":
-                        stopped, steps = end.report, end.report.step
-                        break
-                    start = checkpoint.latest(self._run_dir, healthy=True)
-                    first_step = start.step if start else 0
-                    self._guard.rolled_back(first_step)
-                    checkpoint.discard_after(self._run_dir, first_step)
-                    print(f"guard: going on from step {first_step} with the stronger setting", flush=True)
-                    if start:  # a run that is killed from here on resumes with the stronger setting, too
-                        checkpoint.amend(start, {"guard": self._guard.state()})
-                    else:
-                        await self._session.begin(config, self._facts)
-                    pipeline = await self._pipeline(rooms, start)
-                    writer.close()
-                    writer = MetricsWriter(self._run_dir, first_step, continued=True)
-                    continue
-                break
-            after = await self._evaluate(pipeline, writer, steps)
+            pipeline, stopped = await self._steps(pipeline, summary, rooms, start)
+            after = await self._evaluate(pipeline, stopped.step if stopped else config.learner.steps)
             say_evaluation("after", after)
             await rooms.learner.call_all("export", str(self._run_dir / "student"))
         finally:
-            writer.close()
+            self._writer.close()
         result = summary.result(config, before, after)
         result |= {"golden": self._golden_report, "stopped_at": stopped.step if stopped else None}
         result |= {"versions": _versions()}
         (self._run_dir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-        if stopped is None:
-            return result, None
-        event = stopped.events[-1]
-        return result, (
-            f"the guard stopped the run at step {stopped.step} of {config.learner.steps}: {event.signal} was "
-            f"{event.value:.3g}, threshold {event.threshold:.3g}; results so far are in {self._run_dir}"
-        )
+        return result, f"{stopped.events[-1]}; results so far are in {self._run_dir}" if stopped else None
+
+    async def _steps(
+        self, pipeline: Pipeline, summary: Summary, rooms: Rooms, start: checkpoint.Checkpoint | None
+    ) -> tuple[Pipeline, StepReport | None]:
+        """Runs the pipeline to its end, over the guard's rollbacks; the report at which the guard stopped it, if so."""
+        while True:
+            watching = self._watch(rooms, pipeline, start.step if start else 0)
+            try:
+                await pipeline.run([summary, *watching, *self._observers])
+            except GuardOrder as end:
+                await self._session.abandon()
+                if end.order == "stop":
+                    return pipeline, end.report
+                start = checkpoint.latest(self._run_dir, healthy=True)
+                pipeline = await self._roll_back(rooms, start)
+            else:
+                return pipeline, None
+
+    async def _roll_back(self, rooms: Rooms, start: checkpoint.Checkpoint | None) -> Pipeline:
+        """Back to a healthy checkpoint, or to the beginning, with the stronger setting."""
+        step = start.step if start else 0
+        print(f"guard: going back to step {step}, with the stronger setting", flush=True)
+        self._guard.rolled_back(step)
+        checkpoint.discard_after(self._run_dir, step)
+        if start:  # a run that is killed from here on resumes with the stronger setting, too
+            checkpoint.amend(start, {"guard": self._guard.state()})
+        else:
+            await self._session.begin(self._config, self._facts)
+        self._writer.close()
+        self._writer = MetricsWriter(self._run_dir, step, continued=True)
+        return await self._pipeline(rooms, start)
 
     async def _load_golden(self) -> tuple[list[Entry], dict[str, int]]:
         if not self._config.loads_golden:
@@ -264,21 +264,21 @@ class _Run:
         responses = config.rollout.responses_per_prompt
         return _prompt_stream(config, config.data.prompts, responses, shuffled=True, golden=shown)
 
-    def _watch(self, rooms: Rooms, writer: MetricsWriter, pipeline: Pipeline, first_step: int) -> list[Observer]:
+    def _watch(self, rooms: Rooms, pipeline: Pipeline, first_step: int) -> list[Observer]:
         """What looks at every step besides the summary."""
         config, run_dir = self._config, self._run_dir
         return [
-            Metrics(writer, rooms),
+            Metrics(self._writer, rooms),
             RolloutLog(rooms.recorder, run_dir / "rollouts", config.metrics.rollout_log_every_steps),
             Checkpoints(run_dir, rooms, config.checkpoint, pipeline.state, self._guard),
             Progress(run_dir, config.learner.steps, first_step),
         ]
 
-    async def _evaluate(self, pipeline: Pipeline, writer: MetricsWriter, step: int) -> Evaluation | None:
+    async def _evaluate(self, pipeline: Pipeline, step: int) -> Evaluation | None:
         if self._config.evaluation.num_problems == 0:
             return None
         evaluation = await pipeline.evaluate(self._config.evaluation.num_problems)
-        writer.write(step, evaluation.metrics())
+        self._writer.write(step, evaluation.metrics())
         return evaluation
 
 
