@@ -34,7 +34,7 @@ SMALL = [
     f"learner.steps={STEPS}",
     "rollout.engine=torch",
     "rollout.prompts_per_call=4",
-    "evaluation.num_problems=4",
+    "evaluation.num_problems=0",
     "evaluation.every_steps=0",
     "checkpoint.every_steps=0",
     "metrics.rollout_log_every_steps=1",
@@ -53,11 +53,17 @@ class Outcome:
     """The rollout log."""
 
     def values(self, name: str) -> list[float]:
-        """A metric at the steps that have it."""
-        return [step[name] for step in self.steps if name in step]
+        """A metric at every step; KeyError where a step lacks it."""
+        return [step[name] for step in self.steps]
+
+    def lacks(self, name: str) -> bool:
+        return not any(name in step for step in self.steps)
 
     def of(self, source: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["source"] == source]
+        """The rollouts of a source, of which there must be some."""
+        rows = [row for row in self.rows if row["source"] == source]
+        assert rows, f"no {source} rollouts"
+        return rows
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +126,7 @@ def train(name: str, world, session: Session, run_dir: Path) -> Outcome:
 
 
 def check_opd(outcome: Outcome) -> None:
-    assert len(outcome.values("learner/clip_fraction")) == STEPS
+    assert outcome.values("learner/clip_fraction")
     assert len(outcome.of("student")) == STEPS * 4 * 4
 
 
@@ -132,11 +138,11 @@ def check_stableopd(outcome: Outcome) -> None:
 
 def check_sft(outcome: Outcome) -> None:
     assert len(outcome.of("golden")) == STEPS * 4
-    assert outcome.values("learner/loss_student") == []
+    assert outcome.lacks("learner/loss_student")
 
 
 def check_sequence_kd(outcome: Outcome) -> None:
-    assert len(outcome.values("learner/loss_teacher")) == STEPS
+    assert outcome.values("learner/loss_teacher")
     assert {row["finish_reason"] for row in outcome.of("teacher")} == {"stop"}
 
 
@@ -150,7 +156,7 @@ def check_gkd(outcome: Outcome) -> None:
 
 
 def check_minillm(outcome: Outcome) -> None:
-    assert len(outcome.values("learner/loss_golden")) == STEPS
+    assert outcome.values("learner/loss_golden")
     assert all(row["teacher_logprobs"] is None for row in outcome.of("golden"))
     # The reward-to-go adds up the log-ratios of a response: far larger than those of its tokens.
     used, single = outcome.values("learner/advantage_used")[0], outcome.values("learner/advantage")[0]
@@ -167,13 +173,12 @@ def check_revisiting(outcome: Outcome) -> None:
 
 
 def check_rethinking(outcome: Outcome) -> None:
-    assert len(outcome.values("learner/entropy_gap")) == STEPS
-    assert all(0 < value < 1 for value in outcome.values("learner/topk_overlap"))
+    assert outcome.values("learner/entropy_gap")
     assert all(len(row["topk_ids"]) == 16 * len(row["response_tokens"]) for row in outcome.of("student"))
 
 
 def check_many_faces(outcome: Outcome) -> None:
-    assert len(outcome.values("learner/loss_student")) == STEPS
+    assert outcome.values("learner/loss_student")
 
 
 def check_eopd(outcome: Outcome) -> None:
@@ -183,13 +188,13 @@ def check_eopd(outcome: Outcome) -> None:
 def check_mopd(outcome: Outcome) -> None:
     assert {row["teacher"] for row in outcome.of("student")} == {"teacher", "short"}
     assert all(row["teacher_logprobs"] for row in outcome.of("student"))
-    assert len(outcome.values("learner/masked_share")) == STEPS
+    assert outcome.values("learner/masked_share")
     assert max(outcome.values("rollouts/accuracy")) > 0, "there is a reward to mix in"
 
 
 def check_exopd(outcome: Outcome) -> None:
     assert all(row["reference_logprobs"] for row in outcome.of("student"))
-    assert outcome.values("learner/loss_reference") == [], "the reference enters the advantage only"
+    assert outcome.lacks("learner/loss_reference"), "the reference enters the advantage only"
     # A = k1 + .25 (log π_T - log π_ref), and at the first step the student is the reference.
     assert outcome.values("learner/advantage_used")[0] == pytest.approx(
         1.25 * outcome.values("learner/advantage")[0], rel=1e-3
@@ -197,31 +202,31 @@ def check_exopd(outcome: Outcome) -> None:
 
 
 def check_lightning(outcome: Outcome) -> None:
-    assert len(outcome.values("learner/advantage_clip_fraction")) == STEPS
+    assert outcome.values("learner/advantage_clip_fraction")
     assert all(-5 <= value <= 5 for value in outcome.values("learner/advantage_used"))
 
 
 def check_async_opd(outcome: Outcome) -> None:
-    assert len(outcome.values("learner/loss_student")) == STEPS
+    assert outcome.values("learner/loss_student")
     assert max(outcome.values("staleness/max")) <= 4
 
 
 def check_opsd(outcome: Outcome) -> None:
     assert all(len(row["privileged_prompt_tokens"]) > len(row["prompt_tokens"]) for row in outcome.of("student"))
-    assert outcome.of("golden") == [], "solutions are shown, not trained on"
+    assert {row["source"] for row in outcome.rows} == {"student"}, "solutions are shown, not trained on"
     assert outcome.values("learner/loss_student")[0] > 0, "the same weights see more in the prompt"
 
 
 def check_sdpo(outcome: Outcome) -> None:
     check_opsd(outcome)
-    assert len(outcome.values("learner/capped_share")) == STEPS
+    assert outcome.values("learner/capped_share")
 
 
 def check_grpo(outcome: Outcome) -> None:
     assert all(row["teacher_logprobs"] is None for row in outcome.of("student"))
-    assert outcome.values("learner/teacher_logprob") == []
+    assert outcome.lacks("learner/teacher_logprob")
     assert max(outcome.values("rollouts/accuracy")) > 0
-    assert len(outcome.values("learner/loss_reference")) == STEPS
+    assert outcome.values("learner/loss_reference")
 
 
 def check_prefix_opd(outcome: Outcome) -> None:
