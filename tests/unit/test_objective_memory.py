@@ -12,7 +12,7 @@ PIECE_MB = 4
 
 
 def test_a_million_tokens_fit_where_their_logits_would_not() -> None:
-    """Exact KL over the vocabulary, one million tokens: a sixth of one [tokens, vocabulary] matrix, 10 s of one core."""
+    """Exact KL of a million tokens: a sixth of one [tokens, vocabulary] matrix, 10 s of one core."""
     script = Path(__file__).with_name("million_tokens.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, str(script), str(PIECE_MB)]
