@@ -207,7 +207,12 @@ async def begin(config: Config, rooms: Rooms, stop_token_ids: Sequence[int]) -> 
     _check_rooms(config, rooms)
     limit = config.deadlines.start_s
     scorers = scorer_configs(config)
-    generators = [pool for pool in (rooms.generators, rooms.teacher_generators) if pool is not None]
+    # Those that follow the student receive every broadcast, whether this run asks them anything or not.
+    known = {**config.teachers, REFERENCE: config.reference}
+    scorers |= {pool.room: known[pool.room] for pool in rooms.followers if pool.room in known}
+    generators = [rooms.generators]
+    if rooms.teacher_generators is not None and config.buffer.uses_teacher_rollouts:
+        generators.append(rooms.teacher_generators)
     await asyncio.gather(
         _begin_learner(config, rooms, stop_token_ids),
         *(rooms.scorers[role].call_all("begin", scorer, deadline_s=limit) for role, scorer in scorers.items()),

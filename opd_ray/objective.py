@@ -282,7 +282,7 @@ class MicroBatchLoss:
                 batch, piece.shares, piece.repetitive[rows], last * (1 - cut), last * cut
             )
             term = self._objective.config.loss.student
-            if term.on_distributions and term.support == "teacher_top_k":
+            if term.on_distributions and term.support != "full":
                 logged["topk_overlap"] = topk_overlap(batch, piece.shares)
             weights = piece.weights[rows]
             logged |= {"_weight": weights, "truncated_weight_share": weights * cut}

@@ -64,11 +64,19 @@ class Session:
             print(f"starting {', '.join(f'{len(pool)} {room}' for room, pool in rooms.items())} actors", flush=True)
             await launch.connect(self._rooms_for or config, self._rooms, facts.eos_token_ids)
             if self._rooms_for is not None:
-                await launch.begin(config, self._rooms, facts.eos_token_ids)
+                await self._begin_again(config, facts)
         else:
-            await launch.begin(config, self._rooms, facts.eos_token_ids)
+            await self._begin_again(config, facts)
         print(f"all rooms are up after {time.monotonic() - began:.0f} s", flush=True)
         return self._rooms
+
+    async def _begin_again(self, config: Config, facts: Preflight) -> None:
+        """Rooms of which only some began are of no use to any run."""
+        try:
+            await launch.begin(config, self._rooms, facts.eos_token_ids)
+        except BaseException:
+            self.close()
+            raise
 
     async def abandon(self) -> None:
         """Drops what the generators still work on for a run that ended or went back."""

@@ -44,7 +44,7 @@ class TermConfig:
     beta: float = Field(0.5, gt=0, lt=1)
     """β of jsd: towards 0 like the forward KL, towards 1 like the reverse KL."""
     entropy_gate: float | None = Field(None, ge=0)
-    """Adds the forward KL to reverse_kl where the teacher's entropy exceeds this many nats (EOPD); null for never."""
+    """Adds the forward KL to reverse_kl or k1 where the teacher's entropy exceeds this many nats (EOPD)."""
     entropy_gate_coef: float = Field(1.0, gt=0)
     """Weight of the forward KL that the entropy gate adds."""
 
@@ -55,7 +55,8 @@ class TermConfig:
 
     @property
     def on_distributions(self) -> bool:
-        return self.divergence in _ON_DISTRIBUTIONS
+        """Does it compare distributions on a support, and not the sampled token alone?"""
+        return self.divergence in _ON_DISTRIBUTIONS or self.entropy_gate is not None
 
     @property
     def needs_teacher(self) -> bool:
@@ -66,8 +67,8 @@ class TermConfig:
         return self.divergence in _ON_STUDENT_SAMPLES or (self.on_distributions and self.support == "student_top_k")
 
     def __post_init__(self) -> None:
-        if self.entropy_gate is not None and self.divergence != "reverse_kl":
-            raise ValueError(f"entropy_gate adds to divergence=reverse_kl, but it is {self.divergence}")
+        if self.entropy_gate is not None and self.divergence not in ("reverse_kl", "k1"):
+            raise ValueError(f"entropy_gate adds to divergence=reverse_kl or k1, but it is {self.divergence}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -33,6 +33,13 @@ def source_loss(
         loss = TokenLoss(-batch.plain_logprobs)
     elif term.divergence == "k1":
         loss = policy_gradient(batch, weights, config.advantage, config.importance)
+        if term.entropy_gate is not None:
+            gates = [
+                _gated(compare(batch, scored, term.support, term.tail, heads.get(name)), term)
+                for name, scored in batch.teachers.items()
+            ]
+            gate = _weighted(gates, [weights[name] for name in batch.teachers])
+            loss = TokenLoss(loss.values + gate.values, loss.metrics | gate.metrics)
     else:
         losses = [_divergence(batch, scored, term, heads.get(name)) for name, scored in batch.teachers.items()]
         loss = _weighted(losses, [weights[name] for name in batch.teachers])
@@ -60,13 +67,17 @@ def _divergence(batch: TokenBatch, scored: ScoredTokens, term: TermConfig, head:
         return TokenLoss(k3(batch.logprobs, scored.logprobs))
     outcomes = compare(batch, scored, term.support, term.tail, head)
     values = diverge(term.divergence, outcomes, term.beta)
-    metrics: dict[str, torch.Tensor] = {}
-    if term.entropy_gate is not None:
-        # EOPD, arXiv 2603.07079: cover the teacher's alternatives where it has several.
-        metrics["entropy_gate_share"] = (entropy(outcomes, outcomes.log_q) > term.entropy_gate).float()
-        values = values + term.entropy_gate_coef * metrics["entropy_gate_share"] * forward_kl(outcomes)
-    metrics["entropy_gap"] = _entropy_gap(outcomes)
-    return TokenLoss(values, metrics)
+    metrics = {"entropy_gap": _entropy_gap(outcomes)}
+    if term.entropy_gate is None:
+        return TokenLoss(values, metrics)
+    gate = _gated(outcomes, term)
+    return TokenLoss(values + gate.values, metrics | gate.metrics)
+
+
+def _gated(outcomes: Outcomes, term: TermConfig) -> TokenLoss:
+    """The forward KL where the teacher hesitates, to cover its alternatives (EOPD, arXiv 2603.07079)."""
+    is_open = (entropy(outcomes, outcomes.log_q) > term.entropy_gate).float()
+    return TokenLoss(term.entropy_gate_coef * is_open * forward_kl(outcomes), {"entropy_gate_share": is_open})
 
 
 @torch.no_grad()

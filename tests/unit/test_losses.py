@@ -283,6 +283,14 @@ def test_the_entropy_gate_adds_the_forward_kl_where_the_teacher_hesitates() -> N
     torch.testing.assert_close(gated.metrics["entropy_gate_share"], hesitates)
 
 
+def test_the_gate_adds_to_the_sampled_token_what_it_adds_to_the_reverse_kl() -> None:
+    tokens = batch(k=4)
+    terms = [{"divergence": name, "entropy_gate": gate} for name in ("k1", "reverse_kl") for gate in (None, 1.0)]
+    k1, gated_k1, reverse, gated = (source_loss(tokens, "student", LossConfig(student=t), ONE, {}) for t in terms)
+    assert (gated.values - reverse.values).abs().sum() > 0
+    torch.testing.assert_close(gated_k1.values - k1.values, gated.values - reverse.values)
+
+
 @pytest.mark.parametrize("name", ["k2", "k3"])
 def test_sampled_estimators_match_their_definitions(name: str) -> None:
     tokens = batch(scale=1.0)
