@@ -1,8 +1,9 @@
 """One self-contained HTML page about a run, or about a study of many: ``opd-ray report``.
 
-:mod:`~opd_ray.report.runs` reads directories, :mod:`~opd_ray.report.arms` and :mod:`~opd_ray.report.verdict`
-count, :mod:`~opd_ray.report.curves` and :mod:`~opd_ray.report.rollouts` choose what is shown, and
-:mod:`~opd_ray.report.page` writes it. Nothing here needs Ray, a GPU, or a run that has finished.
+:mod:`~opd_ray.report.runs` reads directories; :mod:`~opd_ray.report.arms`, :mod:`~opd_ray.report.verdict`,
+:mod:`~opd_ray.report.crossing` and :mod:`~opd_ray.report.golden` count; :mod:`~opd_ray.report.curves` and
+:mod:`~opd_ray.report.rollouts` choose what is shown, and :mod:`~opd_ray.report.page` writes it. Nothing here
+needs Ray, a GPU, or a run that has finished.
 """
 
 from __future__ import annotations
@@ -22,18 +23,29 @@ def write_report(
     title: str | None = None,
     reference_lines: Mapping[str, ReferenceLine] | None = None,
     notes: Sequence[str] = (),
+    order: Sequence[str] = (),
+    headline: str | None = None,
 ) -> None:
     """Writes the page about the runs among and below ``run_dirs`` to ``output``, whole or not at all.
 
     ``reference_lines`` maps a metric to a level drawn across its chart; ``notes`` are paragraphs under the
-    verdict. Raises InputError where there is nothing to report or ``output`` cannot be written.
+    verdict. ``order`` lists arms by the names of their runs, as they are to be listed; without it the arms of a
+    study stand as in its results.json, and others by accuracy. ``headline`` takes the place of the sentence that
+    is computed. Raises InputError where there is nothing to report or ``output`` cannot be written.
     """
     from opd_ray.errors import InputError
     from opd_ray.report import page
-    from opd_ray.report.runs import read_runs
+    from opd_ray.report.runs import read_runs, study_order
 
     runs, left_out = read_runs(run_dirs)
-    content = page.render(runs, title, reference_lines or {}, [*notes, *left_out])
+    content = page.render(
+        runs,
+        title=title,
+        lines=reference_lines or {},
+        notes=[*notes, *left_out],
+        order=order or study_order(run_dirs),
+        headline=headline,
+    )
     partial = output.with_name(f".{output.name}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

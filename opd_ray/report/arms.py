@@ -9,10 +9,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from opd_ray.report.runs import Run
+from opd_ray.report.runs import Metrics, Run
 
 HALF = 0.5
 """An arm has inflated when more than this share of one step's rollouts is truncated."""
+
+TRUNCATION = "rollouts/truncation_rate"
+MANY = 6
+"""More arms than this are rows of a table instead of columns."""
 
 _TITLES = {
     "stableopd": "StableOPD",
@@ -56,10 +60,26 @@ class Spread:
     def deviation(self) -> float | None:
         return statistics.stdev(self.known) if len(self.known) > 1 else None
 
+    def text(self, show: Callable[[float], str]) -> str:
+        """ ".74 ± .12", without the deviation for one value, "–" for none."""
+        if self.mean is None:
+            return "–"
+        return show(self.mean) + ("" if self.deviation is None else f" ± {show(self.deviation)}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measure of one arm, as text: over all seeds, and of each (empty where they are the same)."""
+
+    text: str
+    each: tuple[str, ...]
+    value: float | None
+    """What the table is sorted by."""
+
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of the table of arms."""
+    """What the table of arms says of each."""
 
     title: str
     of: Callable[[Run], float | None]
@@ -68,26 +88,35 @@ class Measure:
     summary: Callable[[Spread], str] | None = None
     """What stands in the cell instead of mean ± deviation."""
 
-    def cell(self, arm: Arm) -> tuple[str, str]:
-        """The summary over seeds, and each seed's value in brackets (empty for one run)."""
-        spread = Spread(tuple(self.of(run) for run in arm.runs))
-        each = f"[{' '.join('–' if value is None else self.show(value) for value in spread.values)}]"
-        return (self.summary or self._mean)(spread), each if len(arm.runs) > 1 else ""
+    def spread(self, arm: Arm) -> Spread:
+        return Spread(tuple(self.of(run) for run in arm.runs))
 
-    def _mean(self, spread: Spread) -> str:
-        if spread.mean is None:
-            return "–"
-        deviation = "" if spread.deviation is None else f" ± {self.show(spread.deviation)}"
-        return self.show(spread.mean) + deviation
+    def cell(self, arm: Arm) -> Cell:
+        spread = self.spread(arm)
+        each = tuple("–" if value is None else self.show(value) for value in spread.values)
+        text = self.summary(spread) if self.summary else spread.text(self.show)
+        return Cell(text, each if len(set(each)) > 1 else (), spread.mean)
 
 
-def group(runs: Sequence[Run]) -> list[Arm]:
-    """Arms, the highest held-out sampled accuracy first and those without one last; runs by seed."""
+def group(runs: Sequence[Run], order: Sequence[str] = ()) -> list[Arm]:
+    """Arms in the ``order`` of their labels, then the others: the highest held-out sampled accuracy first and
+    those without one last. Runs of an arm by seed. A label in ``order`` that no run has is passed over."""
     by_label: dict[str, list[Run]] = {}
     for run in runs:
         by_label.setdefault(run.arm, []).append(run)
     arms = [Arm(label, tuple(sorted(members, key=_seed))) for label, members in by_label.items()]
-    return sorted(arms, key=lambda arm: (-(final_accuracy(arm).mean or -1.0), arm.label))
+    places = {label: place for place, label in reversed([*enumerate(order)])}
+    return sorted(arms, key=lambda arm: (places.get(arm.label, len(places)), -_reached(arm), arm.label))
+
+
+def most_accurate(arms: Sequence[Arm]) -> list[Arm]:
+    """The arms by held-out sampled accuracy after training, the highest first and those without one last."""
+    return sorted(arms, key=lambda arm: -_reached(arm))
+
+
+def _reached(arm: Arm) -> float:
+    mean = final_accuracy(arm).mean
+    return -1.0 if mean is None else mean
 
 
 def _seed(run: Run) -> tuple[int, str]:
@@ -105,14 +134,23 @@ def final_accuracy(arm: Arm) -> Spread:
 
 
 def highest_truncation(run: Run) -> float | None:
-    """Of any step's rollouts; from the measurements, which an unfinished run has too."""
-    return max(run.metrics.get("rollouts/truncation_rate", {}).values(), default=None)
+    """Of any step's rollouts, abandoned ones included; from the measurements, which an unfinished run has too."""
+    return max((rate for metrics in run.attempts for rate in metrics.get(TRUNCATION, {}).values()), default=None)
 
 
 def inflated_at(run: Run) -> int | None:
-    """The first step with more than half of its rollouts truncated."""
-    rates = run.metrics.get("rollouts/truncation_rate", {})
-    return next((step for step, rate in rates.items() if rate > HALF), None)
+    """The step at which, for the first time, more than half of the rollouts were truncated."""
+    first = crossing(run)
+    return first and first[1]
+
+
+def crossing(run: Run) -> tuple[Metrics, int] | None:
+    """The attempt in which a run first passed half truncated, and the step; None if it never did."""
+    for metrics in run.attempts:
+        for step, rate in metrics.get(TRUNCATION, {}).items():
+            if rate > HALF:
+                return metrics, step
+    return None
 
 
 def recovered(run: Run) -> bool:
@@ -120,7 +158,7 @@ def recovered(run: Run) -> bool:
     if inflated_at(run) is None:
         return False
     last = evaluated("after", "truncation_rate")(run)
-    return (tail_mean(run, "rollouts/truncation_rate") if last is None else last) <= HALF
+    return (tail_mean(run, TRUNCATION) if last is None else last) <= HALF
 
 
 def tail_mean(run: Run, metric: str, steps: int = 10) -> float | None:

@@ -6,6 +6,8 @@ A metric that no chart names still gets one, in the last group: what a run measu
 from __future__ import annotations
 
 import fnmatch
+import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,11 +86,36 @@ _GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
 )  # fmt: skip
 _REST = "Everything else that was measured"
 _MAX_SERIES = 4
+_MAX_VALUES = 1_200_000
+"""Of all curves of the page together; a curve keeps between the two numbers below."""
+_POINTS = (150, 2000)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the panels are made of."""
+
+    runs: Sequence[Run]
+    lines: Mapping[str, ReferenceLine]
+    most: int
+    """Points of a curve."""
+
+
+def adjacent(runs: Sequence[Run]) -> int:
+    """How many adjacent measurements the longest curve has one point for, so that the page stays small."""
+    longest = max(len(values) for run in runs for values in run.metrics.values())
+    return math.ceil(longest / _most_points(runs))
+
+
+def _most_points(runs: Sequence[Run]) -> int:
+    num_curves = sum(len(run.metrics) for run in runs)
+    return min(_POINTS[1], max(_POINTS[0], _MAX_VALUES // num_curves))
 
 
 def groups(runs: Sequence[Run], lines: Mapping[str, ReferenceLine]) -> list[dict[str, Any]]:
     """Groups of charts, in order, each chart with its runs' values; charts without any values are left out."""
     names = sorted({name for run in runs for name in run.metrics})
+    source = _Source(runs, lines, _most_points(runs))
     drawn: set[str] = set()
     result = []
     for title, charts in _GROUPS:
@@ -96,12 +123,12 @@ def groups(runs: Sequence[Run], lines: Mapping[str, ReferenceLine]) -> list[dict
         for chart in charts:
             for found in _expand(chart, names, drawn):
                 drawn |= {metric for metric, _ in found.metrics} | {found.evaluation}
-                panels.append(_panel(found, runs, lines))
+                panels.append(_panel(found, source))
         if panels:
             result.append({"title": title, "open": True, "panels": panels})
     rest = [_one("{}", name) for name in names if name not in drawn and name != "evaluation/num_problems"]
     if rest:
-        panels = [_panel(found, runs, lines) for chart in rest for found in _expand(chart, names, drawn)]
+        panels = [_panel(found, source) for chart in rest for found in _expand(chart, names, drawn)]
         result.append({"title": _REST, "open": False, "panels": panels})
     return result
 
@@ -127,17 +154,22 @@ def _words(name: str) -> str:
                     for word in name.replace("_", " ").split())  # fmt: skip
 
 
-def _panel(chart: Chart, runs: Sequence[Run], lines: Mapping[str, ReferenceLine]) -> dict[str, Any]:
+def _panel(chart: Chart, source: _Source) -> dict[str, Any]:
+    runs, lines = source.runs, source.lines
     return {
         "title": chart.title,
         "help": chart.help,
         "share": chart.share,
         "metrics": [metric for metric, _ in chart.metrics],
         "series": [
-            {"name": label if len(chart.metrics) > 1 else "", "runs": _values(runs, metric)}
+            {
+                "name": label if len(chart.metrics) > 1 else "",
+                "runs": _values(source, metric),
+                "abandoned": _abandoned(runs, metric),
+            }
             for metric, label in chart.metrics
         ],
-        "points": _values(runs, chart.evaluation),
+        "points": _values(source, chart.evaluation),
         "lines": [
             {"y": lines[metric].value, "text": lines[metric].label}
             for metric in (*(name for name, _ in chart.metrics), chart.evaluation)
@@ -146,9 +178,30 @@ def _panel(chart: Chart, runs: Sequence[Run], lines: Mapping[str, ReferenceLine]
     }
 
 
-def _values(runs: Sequence[Run], metric: str) -> list[list[list[float]] | None]:
-    """Per run its steps and values, five digits of each; None where a run lacks the metric."""
-    series = [run.metrics.get(metric) for run in runs]
-    return [
-        [list(values), [float(f"{value:.5g}") for value in values.values()]] if values else None for values in series
-    ]
+def _values(source: _Source, metric: str) -> list[list[list[float]] | None]:
+    """Per run its steps and values; None where a run lacks the metric."""
+    series = [run.metrics.get(metric) for run in source.runs]
+    return [_thinned(values, source.most) if values else None for values in series]
+
+
+def _thinned(values: Mapping[int, float], most: int) -> list[list[float]]:
+    """At most ``most`` points: means of as many adjacent measurements as that takes, at the last step of each."""
+    steps, numbers = list(values), list(values.values())
+    width = math.ceil(len(steps) / most)
+    means = [statistics.fmean(numbers[i : i + width]) for i in range(0, len(numbers), width)]
+    return [[steps[min(i + width, len(steps)) - 1] for i in range(0, len(steps), width)], [*map(_short, means)]]
+
+
+def _abandoned(runs: Sequence[Run], metric: str) -> list[list[Any]]:
+    """Run, number of the attempt, steps and values of each part that a run took back, from the step before it on."""
+    parts = []
+    for index, run in enumerate(runs):
+        for number, attempt in enumerate(run.abandoned):
+            values = attempt.metrics.get(metric, {})
+            if steps := [step for step in values if attempt.first - 1 <= step]:
+                parts.append([index, number, steps, [_short(values[step]) for step in steps]])
+    return parts
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -19,43 +19,71 @@ from markupsafe import Markup
 
 from opd_ray import __version__
 from opd_ray.report import arms as arm_table
-from opd_ray.report import curves, rollouts
+from opd_ray.report import crossing, curves, golden, rollouts
 from opd_ray.report.arms import MEASURES, Arm, steps_between
 from opd_ray.report.curves import ReferenceLine
 from opd_ray.report.runs import Run
 from opd_ray.report.verdict import judge
 
 _ASSETS = Path(__file__).parent / "assets"
-_MAX_ROLLOUTS = 2000
-_ROLLOUTS_PER_RUN = (40, 240)
-"""Fewest and most that one run may embed; between them all runs share _MAX_ROLLOUTS."""
+_MAX_ROLLOUTS, _MAX_TOKENS = 3000, 400_000
+"""Of the rollouts that all runs embed together, prompts included; the runs share them alike."""
+_ROLLOUTS_PER_RUN = 240
+_SHOWN_AT_FIRST = 7
+"""Arms whose curves are drawn at first where there are more than eight."""
+_MANY_EVENTS = 12
+"""With more events than this, warnings are folded away."""
 _SIZE = "@@SIZE@@"
 
 
-def render(runs: Sequence[Run], title: str | None, lines: Mapping[str, ReferenceLine], notes: Sequence[str]) -> bytes:
-    """The whole page as UTF-8."""
-    arms = arm_table.group(runs)
+def render(
+    runs: Sequence[Run],
+    *,
+    title: str | None = None,
+    lines: Mapping[str, ReferenceLine] | None = None,
+    notes: Sequence[str] = (),
+    order: Sequence[str] = (),
+    headline: str | None = None,
+) -> bytes:
+    """The whole page as UTF-8; see :func:`opd_ray.report.write_report`."""
+    arms = arm_table.group(runs, order)
     ordered = [run for arm in arms for run in arm.runs]
-    least, most = _ROLLOUTS_PER_RUN
-    samples = [rollouts.sample(run, min(most, max(least, _MAX_ROLLOUTS // len(runs)))) for run in ordered]
+    most = min(_ROLLOUTS_PER_RUN, max(1, _MAX_ROLLOUTS // len(runs)))
+    samples = [rollouts.sample(run, most, _MAX_TOKENS // len(runs)) for run in ordered]
+    kinds = golden.kinds(arms)
+    events = [(arm, run, event) for arm in arms for run in arm.runs for event in sorted(run.events, key=_step)]
+    passed = crossing.crossings(arms)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    environment.filters |= {"nats": _nats, "share": lambda value: "–" if value is None else arm_table.share(value)}
     page = environment.get_template("page.html.j2").render(
         title=title or _title(arms),
-        verdict=judge(arms),
+        verdict=judge(arms, headline),
         arms=arms,
+        index={arm.label: index for index, arm in enumerate(arms)},
+        many=len(arms) > arm_table.MANY,
         notes=notes,
         facts=_facts(ordered),
-        measures=[(measure, [measure.cell(arm) for arm in arms]) for measure in MEASURES],
-        events=[(arm, run, event) for arm in arms for run in arm.runs for event in sorted(run.events, key=_step)],
+        table=_table(arms),
+        crossings=passed,
+        signature=crossing.signature(passed),
+        window=crossing.WINDOW,
+        alarm=arm_table.share(crossing.ALARM),
+        kinds=kinds,
+        sizes=_sizes(kinds),
+        has_abandoned=any(run.abandoned for run in runs),
+        adjacent=curves.adjacent(runs),
+        events=events,
+        actions=[row for row in events if row[2].get("level") != "warn"],
+        folded=[row for row in events if row[2].get("level") == "warn"] if len(events) > _MANY_EVENTS else [],
         differences=_differences(arms),
         settings=[(f"{arm.title}, {_run_name(arm.runs[0])}", arm.runs[0].config) for arm in arms if arm.runs[0].config],
-        viewer=_viewer_facts(ordered, samples),
+        viewer=_viewer_facts(ordered, samples) | {"most": most},
         style=_asset("page.css"),
-        scripts=[_asset(name) for name in ("unpack.js", "charts.js", "viewer.js")],
+        scripts=[_asset(name) for name in ("unpack.js", "table.js", "charts.js", "golden.js", "viewer.js")],
         plotly=_pack(_plotly()),
-        data=_pack(json.dumps(_data(arms, ordered, samples, lines), separators=(",", ":")).encode()),
+        data=_pack(json.dumps(_data(arms, ordered, samples, lines or {}, kinds), separators=(",", ":")).encode()),
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M"),
         size=_SIZE,
@@ -79,17 +107,23 @@ def _pack(content: bytes) -> Markup:
 
 
 def _data(
-    arms: Sequence[Arm], runs: Sequence[Run], samples: Sequence[rollouts.Sample], lines: Mapping[str, ReferenceLine]
+    arms: Sequence[Arm],
+    runs: Sequence[Run],
+    samples: Sequence[rollouts.Sample],
+    lines: Mapping[str, ReferenceLine],
+    kinds: Sequence[golden.Kind],
 ) -> dict[str, Any]:
     """What the scripts draw."""
     labels = [arm.label for arm in arms]
     return {
         "arms": [arm.title for arm in arms],
+        "shown": _SHOWN_AT_FIRST if len(arms) > _SHOWN_AT_FIRST + 1 else len(arms),
         "runs": [
             {
                 "arm": labels.index(run.arm),
                 "name": _run_name(run),
-                "events": [_event(event) for event in run.events],
+                "events": _events(run),
+                "abandoned": [[attempt.first, attempt.last, attempt.rolled_back] for attempt in run.abandoned],
                 "rollouts": part.rollouts,
                 "vocab": part.vocab,
                 "logged": part.num_logged,
@@ -97,13 +131,26 @@ def _data(
             }
             for run, part in zip(runs, samples, strict=True)
         ],
+        "golden": [
+            {"name": kind.label, "arm": labels.index(kind.arms[0].label), "points": kind.points} for kind in kinds
+        ],
         "groups": curves.groups(runs, lines),
     }
 
 
-def _event(event: Mapping[str, Any]) -> dict[str, Any]:
+def _events(run: Run) -> list[dict[str, Any]]:
+    """The guard's events, each with the abandoned attempt that it belongs to, if it does."""
     names = ("step", "signal", "value", "threshold", "level", "action")
-    return {name: event[name] for name in names if event.get(name) is not None}
+    ended = [index for index, attempt in enumerate(run.abandoned) if attempt.rolled_back]
+    shown = []
+    for event in run.events:
+        known = {name: event[name] for name in names if event.get(name) is not None}
+        if ended and _step(event) >= run.abandoned[ended[0]].first:
+            known["attempt"] = ended[0]
+        if ended and event.get("level") == "rollback":
+            del ended[0]
+        shown.append(known)
+    return shown
 
 
 def _step(event: Mapping[str, Any]) -> int:
@@ -140,8 +187,17 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _common(runs: Sequence[Run], field: str, unit: str = "") -> str:
-    values = sorted({str(run.config[field]) for run in runs if run.config.get(field) is not None})
+    values = sorted({_plain(run.config[field]) for run in runs if run.config.get(field) is not None})
     return " / ".join(values) + unit if values else ""
+
+
+def _plain(value: Any) -> str:
+    """80.0 is written 80."""
+    return f"{value:,.0f}" if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _nats(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}".replace("-", "−")
 
 
 def _model(runs: Sequence[Run], field: str) -> str:
@@ -152,15 +208,41 @@ def _model(runs: Sequence[Run], field: str) -> str:
 
 def _differences(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
     """Settings in which arms differ, and each arm's value; what differs within an arm goes with the seed."""
-    fields = sorted({name for arm in arms for run in arm.runs for name in run.config})
+    fields = sorted({name for arm in arms for run in arm.runs for name in run.config if name != "name"})
     rows = []
-    for name in fields:
-        values = [{json.dumps(run.config.get(name), default=str) for run in arm.runs} for arm in arms]
+    for name in ["golden rollouts used", *fields]:
+        values = [{json.dumps(_setting(run, name), default=str) for run in arm.runs} for arm in arms]
         if all(len(value) == 1 for value in values):
             cells = [value.pop() for value in values]
             if len(set(cells)) > 1:
                 rows.append((name, cells))
     return rows
+
+
+def _setting(run: Run, name: str) -> Any:
+    """A seed has its own golden file, so that arms differ in the size of theirs is known from the summary only."""
+    if name == "golden rollouts used":
+        return ((run.summary or {}).get("golden") or {}).get("used")
+    return run.config.get(name)
+
+
+def _table(arms: Sequence[Arm]) -> dict[str, Any]:
+    """Measures with a cell for each arm. With many arms, those that are the same for all are said once instead."""
+    rows = [(measure, [measure.cell(arm) for arm in arms]) for measure in MEASURES]
+    same = []
+    if len(arms) > arm_table.MANY:
+        same = [row for row in rows if len({(cell.text, cell.each) for cell in row[1]}) == 1]
+    return {
+        "measures": [row for row in rows if row not in same],
+        "same": [(measure.title, cells[0].text) for measure, cells in same],
+        "seeds": max(len(arm.runs) for arm in arms) > 1,
+    }
+
+
+def _sizes(kinds: Sequence[golden.Kind]) -> list[tuple[int, list[str]]]:
+    """Sizes of golden sets, and the accuracy of each kind: its mean and spread, or "–"."""
+    sizes = sorted({size for kind in kinds for size, _ in kind.points})
+    return [(size, [kind.at(size).text(arm_table.share) for kind in kinds]) for size in sizes]
 
 
 def _viewer_facts(runs: Sequence[Run], samples: Sequence[rollouts.Sample]) -> dict[str, Any]:

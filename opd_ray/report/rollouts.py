@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from opd_ray.report.runs import Run
@@ -45,8 +46,11 @@ class Sample:
     """What a reader must know besides; empty if nothing."""
 
 
-def sample(run: Run, most: int) -> Sample:
-    """At most ``most`` rollouts of the run, by step. Files that cannot be read are named in the note."""
+def sample(run: Run, most: int, most_tokens: int = 200_000) -> Sample:
+    """At most ``most`` rollouts of the run, of about ``most_tokens`` tokens, by step; prompts count as well.
+
+    Every step that is shown has one rollout at least. Files that cannot be read are named in the note.
+    """
     files = sorted((run.path / "rollouts").glob("step-*.parquet"))
     if not files:
         return Sample([], [], 0, "this run logged no rollouts")
@@ -56,7 +60,7 @@ def sample(run: Run, most: int) -> Sample:
         try:
             num_logged += pq.read_metadata(file).num_rows
             if file in chosen:
-                rows += _choose(file, run, max(1, most // len(chosen)))
+                rows += _choose(file, run, max(1, most // len(chosen)), most_tokens // len(chosen))
         except (pa.ArrowException, OSError, KeyError) as error:
             notes.append(f"{file.name} cannot be read ({type(error).__name__})")
     if len(chosen) < len(files):
@@ -73,23 +77,38 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
-def _choose(file: Path, run: Run, most: int) -> Iterator[dict[str, Any]]:
+def _choose(file: Path, run: Run, most: int, most_tokens: int) -> Iterator[dict[str, Any]]:
     """Rows of one step: truncated, repetitive and ordinary student rollouts in turn, and a few of other sources."""
     table = pq.read_table(file, columns=[name for name in _COLUMNS if name in pq.read_schema(file).names])
     facts = table.select(
         [name for name in ("source", "finish_reason", "text", "repetitive") if name in table.schema.names]
-    )
-    repetitive = [_is_repetitive(row, run) for row in facts.to_pylist()]
+    ).to_pylist()
+    repetitive = [_is_repetitive(row, run) for row in facts]
     strata: dict[tuple[str, bool, bool], list[int]] = {}
-    for index, row in enumerate(facts.to_pylist()):
+    for index, row in enumerate(facts):
         kind = (row["source"], row["finish_reason"] == "length", repetitive[index])
         strata.setdefault(kind, []).append(index)
-    students = {kind: rows for kind, rows in strata.items() if kind[0] == "student"}
-    others = {kind: rows for kind, rows in strata.items() if kind[0] != "student"}
-    few = list(_in_turn(others, max(1, most // 8) if students else most))
-    for index in sorted([*_in_turn(students, most - len(few)), *few]):
+    tokens = _tokens(table)
+    taken = _of_each(strata, most)
+    while len(taken) > 1 and (cost := sum(tokens[index] for index in taken)) > most_tokens:
+        most = max(1, min(len(taken) - 1, len(taken) * most_tokens // cost))
+        taken = _of_each(strata, most)
+    for index in taken:
         row = table.slice(index, 1).to_pylist()[0]
         yield row | {"step": int(file.stem.removeprefix("step-")), "repetitive": repetitive[index]}
+
+
+def _of_each(strata: dict[tuple[str, bool, bool], list[int]], most: int) -> list[int]:
+    students = {kind: rows for kind, rows in strata.items() if kind[0] == "student"}
+    others = {kind: rows for kind, rows in strata.items() if kind[0] != "student"}
+    few = list(_in_turn(others, min(most // 2, max(1, most // 8)) if students else most))
+    return sorted([*_in_turn(students, most - len(few)), *few])
+
+
+def _tokens(table: pa.Table) -> list[int]:
+    """Of each row, as many as the viewer embeds."""
+    lengths = (pc.list_value_length(table[name]).to_pylist() for name in ("prompt_tokens", "response_tokens"))
+    return [sum(min(length or 0, MAX_TOKENS) for length in both) for both in zip(*lengths, strict=True)]
 
 
 def _in_turn(strata: dict[Any, list[int]], most: int) -> Iterator[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,24 @@ import yaml
 from opd_ray.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
+_EVALUATION = "evaluation/"
+
+
+Metrics = dict[str, dict[int, float]]
+"""Metric name to step to value, steps in order."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A way that a run went before it went back to an earlier step and on from there."""
+
+    metrics: Metrics = field(repr=False)
+    """All that had been measured on the way, from the first step on."""
+    first: int
+    """First of the steps that were abandoned."""
+    last: int
+    rolled_back: bool = False
+    """By the guard, as its events say; otherwise the run was cut off and resumed."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +50,17 @@ class Run:
     """config.yaml, flattened to dotted names; empty where there is none."""
     summary: dict[str, Any] | None
     """summary.json; None while the run is unfinished, or if it was cut off."""
-    metrics: dict[str, dict[int, float]] = field(repr=False)
-    """Metric name to step to value, steps in order; the last line of a repeated step wins."""
+    metrics: Metrics = field(repr=False)
+    """Of the steps that led to where the run is now; a step that was repeated has its last values."""
     damaged_lines: int = 0
     """Lines of metrics.jsonl that could not be read: a crash cuts one off, and a resumed run writes on behind it."""
+    abandoned: tuple[Attempt, ...] = ()
+    """In the order of time."""
+
+    @property
+    def attempts(self) -> list[Metrics]:
+        """All ways that the run went, in the order of time; the last one is the one that counts."""
+        return [*(attempt.metrics for attempt in self.abandoned), self.metrics]
 
     @property
     def finished(self) -> bool:
@@ -62,7 +87,7 @@ class Run:
         if when == "after":
             return {}
         first = {name: values[0] for name, values in self.metrics.items() if 0 in values}
-        return {name.removeprefix("evaluation/"): value for name, value in first.items() if "evaluation/" in name}
+        return {name.removeprefix(_EVALUATION): value for name, value in first.items() if name.startswith(_EVALUATION)}
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -102,15 +127,30 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     return runs, [f"Left out: {error}." for error in errors]
 
 
+def study_order(paths: Sequence[Path]) -> tuple[str, ...]:
+    """The arms as results.json of a study lists them, in the directories that have one."""
+    arms: list[str] = []
+    for path in paths:
+        try:
+            rows = json.loads((path / "results.json").read_text(encoding="utf-8"))
+            arms += [str(row["arm"]) for row in rows]
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # not a study's, so it orders nothing
+    return tuple(arms)
+
+
 def read_run(path: Path) -> Run:
     """Reads one run directory. Raises InputError if it has no metrics, or a file that cannot be read."""
-    metrics, damaged = _read_metrics(path / METRICS_FILE)
-    if not any(metrics.values()):
+    lines, damaged = _read_lines(path / METRICS_FILE)
+    if not any(numbers for _, numbers in lines):
         raise InputError(f"{path / METRICS_FILE}: holds no measurements yet; wait for the first step")
     config = _read_config(path / "config.yaml")
     summary = _read_summary(path / "summary.json")
     seed = (summary or {}).get("seed", config.get("seed"))
-    return Run(path, _arm(path, config, summary or {}), seed, config, summary, metrics, damaged)
+    metrics, abandoned = _attempts(lines)
+    _add_first_evaluation(metrics, summary or {})
+    abandoned = _rolled_back(abandoned, (summary or {}).get("guard_events") or [])
+    return Run(path, _arm(path, config, summary or {}), seed, config, summary, metrics, damaged, abandoned)
 
 
 def _arm(path: Path, config: dict[str, Any], summary: dict[str, Any]) -> str:
@@ -127,31 +167,66 @@ def _arm(path: Path, config: dict[str, Any], summary: dict[str, Any]) -> str:
     return path.name
 
 
-def _read_metrics(path: Path) -> tuple[dict[str, dict[int, float]], int]:
-    """Values by metric and step, and the number of damaged lines; the last line may still be in writing.
-
-    A run that was rolled back or resumed repeats steps, and evaluations stand on lines of their own.
-    """
+def _read_lines(path: Path) -> tuple[list[tuple[int, dict[str, float]]], int]:
+    """Step and numbers of every line, and the number of damaged lines; the last line may still be in writing."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    by_step: dict[int, dict[str, float]] = {}
+    lines = []
     damaged = 0
-    for number, line in enumerate(lines, start=1):
+    for number, text in enumerate(texts, start=1):
         try:
-            values = json.loads(line)
+            values = json.loads(text)
             step = int(values["step"])
         except (ValueError, KeyError, TypeError):
-            damaged += number < len(lines)
+            damaged += number < len(texts)
             continue
-        numbers = {name: float(value) for name, value in values.items() if name != "step" and _is_number(value)}
+        lines.append((step, {name: float(v) for name, v in values.items() if name != "step" and _is_number(v)}))
+    return lines, damaged
+
+
+def _attempts(lines: Sequence[tuple[int, dict[str, float]]]) -> tuple[Metrics, tuple[Attempt, ...]]:
+    """The way that counts, and those abandoned: a training step that is not later than the one before marks one.
+
+    Evaluations stand on lines of their own, behind the step they belong to, and mark nothing.
+    """
+    by_step: dict[int, dict[str, float]] = {}
+    abandoned: list[Attempt] = []
+    last = -1
+    for step, numbers in lines:
+        if not all(name.startswith(_EVALUATION) for name in numbers):
+            if step <= last:
+                abandoned.append(Attempt(_by_metric(by_step), step, last))
+                by_step = {known: values for known, values in by_step.items() if known < step}
+            last = step
         by_step.setdefault(step, {}).update(numbers)
-    metrics: dict[str, dict[int, float]] = {}
+    return _by_metric(by_step), tuple(abandoned)
+
+
+def _by_metric(by_step: dict[int, dict[str, float]]) -> Metrics:
+    metrics: Metrics = {}
     for step in sorted(by_step):
         for name, value in by_step[step].items():
             metrics.setdefault(name, {})[step] = value
-    return metrics, damaged
+    return metrics
+
+
+def _add_first_evaluation(metrics: Metrics, summary: dict[str, Any]) -> None:
+    """Arms of a study share the evaluation of a seed's student: it is in every summary, measured in one arm only."""
+    before = summary.get("eval_before")
+    if not isinstance(before, dict) or any(0 in metrics.get(_EVALUATION + name, {}) for name in before):
+        return
+    of_teacher = before.get("teacher")
+    for name, value in {**before, **(of_teacher if isinstance(of_teacher, dict) else {})}.items():
+        if _is_number(value):
+            metrics[_EVALUATION + name] = {0: float(value), **metrics.get(_EVALUATION + name, {})}
+
+
+def _rolled_back(abandoned: Sequence[Attempt], events: Sequence[dict[str, Any]]) -> tuple[Attempt, ...]:
+    """The attempts, those marked which the guard ended: it does so at the last step that was measured."""
+    steps = {event.get("step") for event in events if event.get("level") == "rollback"}
+    return tuple(replace(attempt, rolled_back=attempt.last in steps) for attempt in abandoned)
 
 
 def _is_number(value: Any) -> bool:

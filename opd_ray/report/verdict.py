@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opd_ray.report.arms import (
+    MANY,
     Arm,
     Spread,
     evaluated,
     final_accuracy,
     highest_truncation,
     inflated_at,
+    most_accurate,
     recovered,
     share,
     steps_between,
@@ -26,22 +28,69 @@ _NOTICEABLE = 0.02
 
 @dataclass(frozen=True)
 class Verdict:
-    """The headline is about the first arm, the rest has a sentence for each other arm, by label."""
-
     headline: str
+    about: str | None
+    """Label of the one arm that the headline is about, if it is about one."""
     others: tuple[tuple[str, str], ...]
+    """Label and sentence of each arm that the headline says no more of."""
     caveats: tuple[str, ...]
 
 
-def judge(arms: Sequence[Arm]) -> Verdict:
-    """``arms`` as :func:`~opd_ray.report.arms.group` orders them: the most accurate first."""
-    leader, *rest = arms
+def judge(arms: Sequence[Arm], headline: str | None = None) -> Verdict:
+    """Sentences about the arms, in their order; ``headline`` takes the place of the one that is computed."""
+    leader = most_accurate(arms)[0]
+    alone = headline is None and len(arms) <= MANY
+    others = [arm for arm in arms if not (alone and arm is leader)]
     return Verdict(
-        f"{leader.title} {_course(leader)}{_seeds(leader)}; {_inflation(leader)}{_guard(leader)}.",
-        tuple((arm.label, f"{arm.title} {_course(arm)}{_comparison(arm, leader)}; "
-               f"{_inflation(arm)}{_guard(arm)}.") for arm in rest),
+        headline or (_about(leader, leader) if alone else _overview(arms)),
+        leader.label if alone else None,
+        tuple((arm.label, _about(arm, leader)) for arm in others),
         tuple(_caveats(arms)),
-    )  # fmt: skip
+    )
+
+
+def _about(arm: Arm, leader: Arm) -> str:
+    against = _seeds(arm) if arm is leader else _comparison(arm, leader)
+    return f"{arm.title} {_course(arm)}{against}; {_inflation(arm)}{_guard(arm)}."
+
+
+def _overview(arms: Sequence[Arm]) -> str:
+    """Who ended highest, who level with it, and which arms inflated how often."""
+    ranked = [arm for arm in most_accurate(arms) if final_accuracy(arm).known]
+    if not ranked:
+        return f"No arm has a final evaluation yet; {_who_inflated(arms)}."
+    first, *rest = ranked
+    mean = final_accuracy(first).mean
+    level = [arm for arm in rest if mean - final_accuracy(arm).mean < _NOTICEABLE]
+    level_with = f", level with {_listed([_quoted(arm) for arm in level])}" if level else ""
+    if not level and rest:
+        level_with = f", before {_quoted(rest[0])} at {share(final_accuracy(rest[0]).mean)}"
+    reached = f"{final_accuracy(first).text(share)} held-out sampled accuracy{_seeds(first)}"
+    return f"{_quoted(first)} ended highest, at {reached}{level_with}; {_who_inflated(arms)}."
+
+
+def _who_inflated(arms: Sequence[Arm]) -> str:
+    counts = [(sum(inflated_at(run) is not None for run in arm.runs), arm) for arm in arms]
+    inflated = [(count, arm) for count, arm in counts if count]
+    if not inflated:
+        return "no arm truncated more than half of a step's rollouts"
+    inflated.sort(key=lambda pair: -pair[0])
+    if all(len(arm.runs) == 1 for arm in arms):
+        return f"{_listed([_quoted(arm) for _, arm in inflated])} inflated, past half truncated"
+    parts = [f"{_quoted(arm)} in {count} of {len(arm.runs)} seeds" for count, arm in inflated]
+    return f"{_listed(parts)} inflated, past half truncated"
+
+
+def _listed(parts: Sequence[str], most: int = 3) -> str:
+    """ "a", "a and b", "a, b and 3 others"."""
+    if len(parts) > most + 1:
+        parts = [*parts[:most], f"{len(parts) - most} others"]
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def _quoted(arm: Arm) -> str:
+    """A name with a comma in it would come apart in a list."""
+    return f"“{arm.title}”" if "," in arm.title else arm.title
 
 
 def _course(arm: Arm) -> str:
@@ -49,19 +98,14 @@ def _course(arm: Arm) -> str:
     before, after = Spread(tuple(map(evaluated("before", "accuracy_sampled"), arm.runs))), final_accuracy(arm)
     if after.mean is None:
         tails = Spread(tuple(tail_mean(run, "rollouts/accuracy") for run in arm.runs))
-        seen = f", training accuracy {_mean(tails)} over the last steps" if tails.known else ""
+        seen = f", training accuracy {tails.text(share)} over the last steps" if tails.known else ""
         return f"has no final evaluation{seen}"
-    to = f"{_mean(after)} held-out sampled accuracy"
+    to = f"{after.text(share)} held-out sampled accuracy"
     if before.mean is None:
         return f"ended at {to}"
     if abs(after.mean - before.mean) < _NOTICEABLE:
         return f"stayed at {to} (from {share(before.mean)})"
     return f"{'rose' if after.mean > before.mean else 'fell'} from {share(before.mean)} to {to}"
-
-
-def _mean(spread: Spread) -> str:
-    deviation = "" if spread.deviation is None else f" ± {share(spread.deviation)}"
-    return share(spread.mean) + deviation
 
 
 def _seeds(arm: Arm) -> str:
@@ -134,6 +178,8 @@ def _caveats(arms: Sequence[Arm]) -> list[str]:
     unfinished = [run for arm in arms for run in arm.runs if not run.finished]
     if unfinished:
         said.append(f"Unfinished: {', '.join(map(_progress, unfinished))}.")
+    if back := [run for arm in arms for run in arm.runs if run.abandoned]:
+        said.append(f"Went back and on from there: {'; '.join(map(_returns, back))}.")
     if all(len(arm.runs) == 1 for arm in arms):
         said.append("One seed an arm: no spread is known, and another seed may come out differently.")
     for run in (run for arm in arms for run in arm.runs if run.damaged_lines):
@@ -156,6 +202,16 @@ def _mixed(arm: Arm) -> list[str]:
         if not (name in ("seed", "name") or name.startswith("data.") or name.endswith("path"))
         and len({repr(run.config.get(name)) for run in arm.runs}) > 1
     ]
+
+
+def _returns(run: Run) -> str:
+    """The steps at which a run turned back; maxima over a run count what it abandoned, its curves do not."""
+    who = run.arm if run.seed is None else f"{run.arm}, seed {run.seed}"
+    turns = [
+        f"{'rolled back' if attempt.rolled_back else 'cut off'} at step {attempt.last}, to {attempt.first - 1}"
+        for attempt in run.abandoned
+    ]
+    return f"{who} ({', '.join(turns)})"
 
 
 def _progress(run: Run) -> str:

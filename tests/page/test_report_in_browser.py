@@ -15,7 +15,7 @@ import pytest
 
 from checkpoints import CHARACTERS
 from opd_ray.report import ReferenceLine, write_report
-from report_runs import EVIL, make_run, make_student
+from report_runs import EVIL, STUDY_ARMS, make_run, make_student, make_study
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the dev extra")
 pytestmark = pytest.mark.timeout(120)
@@ -55,8 +55,26 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "report.html"
 
 
+@pytest.fixture(scope="module")
+def study_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fourteen arms of three seeds; the guard of one rolls one of them back."""
+    root = tmp_path_factory.mktemp("arms")
+    make_study(root, range(3), logged_steps=[1], steps=40)
+    write_report([root], root / "report.html", order=list(STUDY_ARMS))
+    return root / "report.html"
+
+
 @pytest.fixture
 def page(browser: Any, report: Path) -> Iterator[Any]:
+    yield from opened(browser, report)
+
+
+@pytest.fixture
+def study(browser: Any, study_report: Path) -> Iterator[Any]:
+    yield from opened(browser, study_report)
+
+
+def opened(browser: Any, report: Path) -> Iterator[Any]:
     """The opened page; at the end it must have complained of nothing and fetched nothing."""
     page = browser.new_page(viewport={"width": 1366, "height": 900})
     complaints, requests = [], []
@@ -98,7 +116,8 @@ def test_a_chart_has_each_seed_a_mean_a_band_and_the_guards_events(page):
     assert accuracy.locator(".scatterlayer .fills path.js-fill, .scatterlayer path.js-fill").count() == 2
     # Held-out points before and after for each arm, and two events on the line of each of two runs.
     assert accuracy.locator(".scatterlayer .points path").count() == 2 * 2 + 2 * 2
-    assert chart(page, "Truncation").locator(".annotation-text").text_content() == "the teacher itself"
+    assert chart(page, "Truncation").locator(".key").inner_text() == "the teacher itself"
+    assert chart(page, "Truncation").locator(".shapelayer path").count() == 1
 
 
 def test_an_arm_is_hidden_in_every_chart_by_its_button(page):
@@ -141,7 +160,9 @@ def test_pointing_at_a_chart_names_the_step_and_the_arms(page):
 
 
 def test_filters_change_the_rollouts_that_are_shown(page):
-    page.locator("#pick-run").select_option(label="plain, seed 2")
+    page.locator("#pick-arm").select_option(label="plain")
+    assert page.locator("#pick-seed option").all_inner_texts() == ["1", "2"]
+    page.locator("#pick-seed").select_option(label="2")
     assert len(cards(page)) == 15
     page.locator("#pick-cut").select_option("1")
     assert [("truncated" in text, "repetitive" in text) for text in cards(page)] == [(True, True)] * 3
@@ -189,6 +210,95 @@ def test_tokens_can_be_read_with_the_keyboard_alone(page):
     assert '"<eos>"' in page.locator("#tip").inner_text()
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()
+
+
+def pressed(page: Any) -> list[bool]:
+    return [button.get_attribute("aria-pressed") == "true" for button in page.locator("#legend button").all()]
+
+
+def drawn_arms(page: Any) -> set[str]:
+    names = page.evaluate("document.querySelector('div.group .plot').data.map((trace) => trace.name)")
+    return {name for name in names if name in STUDY_ARMS}
+
+
+def test_many_arms_begin_with_the_first_of_the_study_and_the_others_are_a_click_away(study):
+    assert study.locator("#legend button").all_inner_texts() == list(STUDY_ARMS)
+    assert pressed(study) == [True] * 7 + [False] * 7
+    assert drawn_arms(study) == set(list(STUDY_ARMS)[:7])
+    everything = study.get_by_role("button", name="Show all 14")
+    everything.click()
+    study.wait_for_function("[...document.querySelectorAll('div.group .plot')].at(-1).data.length > 14")
+    assert drawn_arms(study) == set(STUDY_ARMS) and all(pressed(study))
+    study.get_by_role("button", name="The first 7 only").click()
+    assert pressed(study) == [True] * 7 + [False] * 7
+    study.locator("#legend button", has_text="SFT, 32 golden").dblclick()
+    study.wait_for_function(
+        "document.querySelector('div.group .plot').data.some((trace) => /^SFT, 32/.test(trace.name))"
+    )
+    assert sum(pressed(study)) == 1 and drawn_arms(study) == {"SFT, 32 golden"}
+
+
+def test_no_two_arms_look_alike_in_the_legend(study):
+    looks = study.evaluate(
+        """[...document.querySelectorAll('#legend button')].map((button) =>
+          getComputedStyle(button.querySelector('.swatch'), '::before').backgroundColor + button.dataset.mark)"""
+    )
+    assert len(set(looks)) == 14
+    assert [look.endswith("circle") for look in looks] == [False] * 8 + [True] * 6
+
+
+def column(page: Any, number: int) -> list[str]:
+    return page.locator(f"#arm-table tbody tr > :nth-child({number + 1})").all_inner_texts()
+
+
+def test_the_table_of_many_arms_fits_and_is_sorted_by_its_heads(study):
+    table = study.locator("#arm-table")
+    assert table.bounding_box()["width"] <= 1366 - 2 * 28
+    assert column(study, 0) == list(STUDY_ARMS)
+    head = table.get_by_role("button", name="sampled accuracy after")
+    head.click()
+    values = [text.split()[0] for text in column(study, 1)]
+    assert values == sorted(values, reverse=True) and column(study, 0)[-1] == "OPD, full vocabulary"
+    head.click()
+    assert [text.split()[0] for text in column(study, 1)] == values[::-1]
+    assert table.locator("th[aria-sort=ascending]").inner_text() == "sampled accuracy after"
+    head.click()
+    assert column(study, 0) == list(STUDY_ARMS)
+
+
+def test_rows_without_a_value_are_sorted_last_either_way(study):
+    head = study.locator("#arm-table").get_by_role("button", name="truncation passes ½ at step")
+    index = study.locator("#arm-table thead button").all_inner_texts().index("truncation passes ½ at step")
+    for _ in range(2):
+        head.click()
+        assert column(study, index)[-1] == "never" and column(study, index)[0] != "never"
+
+
+def test_the_golden_sets_sizes_are_the_ticks_of_their_chart(study):
+    plot = study.locator("#golden-plot")
+    assert plot.locator(".xtick").all_text_contents() == ["32", "128", "512"]
+    assert plot.locator(".scatterlayer path.js-line").count() == 2
+    assert plot.locator(".scatterlayer .points path").count() == 2 * (3 * 3 + 3)
+
+
+def test_what_was_rolled_back_is_drawn_beside_the_curve_and_marked(study):
+    found = study.evaluate(
+        """[...document.querySelectorAll('div.group .plot')[1].data].filter((trace) => /guard, /.test(trace.name))
+          .map(({ name, mode, line, marker }) => [name, mode, line?.dash, marker?.symbol])"""
+    )
+    assert ["OPD + guard, abandoned", "lines", "dot", None] in found
+    assert ["OPD + guard, guard", "markers", None, ["triangle-left"]] in found
+
+
+def test_the_page_of_many_arms_is_no_wider_than_a_phone(study):
+    study.set_viewport_size({"width": 390, "height": 800})
+    study.wait_for_function("document.documentElement.scrollWidth <= 390")
+
+
+def test_one_seed_of_another_arm_stays_chosen(study):
+    study.locator("#pick-seed").select_option(label="2")
+    study.locator("#pick-arm").select_option(label="SFT, 512 golden")
+    assert study.locator("#pick-seed option:checked").inner_text() == "2"
 
 
 def test_dark_and_light_are_both_drawn(page):

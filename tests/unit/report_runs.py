@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,13 +42,18 @@ def make_run(
     logged_steps: Sequence[int] = (),
     student: Path | None = None,
     config: Mapping[str, Any] | None = None,
+    golden_used: int | None = None,
+    evaluates_before: bool = True,
 ) -> Path:
-    """A run whose accuracy moves in a straight line and whose truncation jumps to .9 at ``inflates_at``."""
+    """A run whose accuracy moves in a straight line and whose truncation jumps to .9 at ``inflates_at``.
+
+    ``evaluates_before=False``: the student's evaluation is in the summary alone, as where an arm before made it.
+    """
     path.mkdir(parents=True)
     before, after = (_evaluation(value, 0.0) for value in accuracy)
     if inflates_at is not None:
         after = _evaluation(accuracy[1], 0.9)
-    lines = [_line(0, "evaluation", before)]
+    lines = [_line(0, "evaluation", before)] if evaluates_before else []
     for step in range(1, steps + 1):
         inflated = inflates_at is not None and step >= inflates_at
         lines.append(
@@ -74,10 +82,95 @@ def make_run(
             "eval_after": after,
             "guard_events": list(events),
         }
+        if golden_used is not None:
+            summary["golden"] = {"rows": golden_used, "used": golden_used}
         (path / "summary.json").write_text(json.dumps(summary | ({"name": name} if name else {})))
     for step in logged_steps:
         write_rollouts(path, step, make_rollouts(step))
     return path
+
+
+STUDY_ARMS: Mapping[str, Mapping[str, Any]] = {
+    "StableOPD": {"method": "stableopd", "accuracy": (0.3, 0.93), "golden_used": 128},
+    "Mixture only": {"method": "opd+mixture", "accuracy": (0.3, 0.92), "golden_used": 128},
+    "OPD + reference KL": {"method": "opd+reference_kl", "accuracy": (0.3, 0.7)},
+    "OPD, full vocabulary": {"accuracy": (0.3, 0.2), "inflates_at": 70},
+    "OPD, sampled token": {"accuracy": (0.3, 0.4), "inflates_at": 90},
+    "OPD, forward KL top-8": {"accuracy": (0.3, 0.33)},
+    "OPD + guard": {"accuracy": (0.3, 0.9), "inflates_at": 70, "golden_used": 128},
+    "SFT, 128 golden": {"method": "sft", "accuracy": (0.3, 0.7), "golden_used": 128},
+    "SFT, 4800 teacher rollouts": {"method": "sft", "accuracy": (0.3, 0.75), "golden_used": 4647},
+    "SFT, 128 teacher rollouts": {"method": "sft", "accuracy": (0.3, 0.45), "golden_used": 121},
+    "StableOPD, 32 golden": {"method": "stableopd", "accuracy": (0.3, 0.84), "golden_used": 32},
+    "SFT, 32 golden": {"method": "sft", "accuracy": (0.3, 0.41), "golden_used": 32},
+    "StableOPD, 512 golden": {"method": "stableopd", "accuracy": (0.3, 0.94), "golden_used": 512},
+    "SFT, 512 golden": {"method": "sft", "accuracy": (0.3, 0.93), "golden_used": 512},
+}
+"""Names as in jobs/ablation.yaml; the outcomes are made up."""
+
+
+def make_study(root: Path, seeds: Sequence[int] = range(5), *, steps: int = 150, **common: Any) -> Path:
+    """Fourteen arms on several seeds, with noise, collapses and recoveries, and a guard that rolls back on odd seeds.
+
+    ``common`` goes to :func:`make_run`.
+    """
+    for number, (name, arm) in enumerate(STUDY_ARMS.items()):
+        teacher = "teacher rollouts" in name
+        for seed in seeds:
+            rng = random.Random(100 * seed + number)
+            inflates = arm.get("inflates_at")
+            if inflates is not None:
+                inflates = round(inflates * steps / 150) + rng.randint(-8, 8) * steps // 150
+            changes: dict[str, Any] = {"inflates_at": inflates}
+            if inflates is not None and seed % 3 == 2:
+                changes["inflates_at"] = None
+            rolls_back = name == "OPD + guard" and changes["inflates_at"] and seed % 2
+            if rolls_back:
+                event = {"signal": "truncation_rate", "value": 0.9, "threshold": 0.5, "level": "rollback"}
+                changes["events"] = [event | {"step": inflates + 3, "action": "back to the last healthy checkpoint"}]
+            path = root / re.sub(r"[^a-z0-9]+", "-", name.lower()) / f"seed-{seed}"
+            accuracy = (0.3, min(1.0, max(0.0, arm["accuracy"][1] + rng.gauss(0, 0.04))))
+            size = f"{root}/{'teacher-rollouts-' if teacher else 'golden-'}{arm.get('golden_used')}-{seed}"
+            settings = {
+                "data": {"golden": size, "golden_problems": "skip" if teacher else "refuse"},
+                "loss": {"golden": {"coef": {"stableopd": 0.75, "sft": 1.0}.get(arm.get("method", ""), 0.0)}},
+                "guard": {"level": "rollback" if "guard" in name else "off"},
+            }
+            fixed = {"name": name, "seed": seed, "steps": steps, "evaluates_before": number == 0, "config": settings}
+            make_run(path, **{**arm, **fixed, **changes, "accuracy": accuracy, **common})
+            _roughen(path, rng, back_to=inflates - 12 if rolls_back else None)
+    return root
+
+
+def _roughen(run: Path, rng: random.Random, back_to: int | None) -> None:
+    """Noise on every number, inflation that comes slowly and goes, and a rollback three steps after its height."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    crossed = next((line["step"] for line in lines if line.get("rollouts/truncation_rate", 0) > 0.5), None)
+    rough, abandoned = [], []
+    for line in lines:
+        height = 0.0
+        if crossed is not None and "rollouts/length" in line:
+            distance = line["step"] - crossed
+            height = math.exp(-((distance / (12 if distance < 0 else 30)) ** 2))
+        for name in [name for name in line if name != "step" and not name.startswith("evaluation/")]:
+            line[name] *= 1 + rng.gauss(0, 0.08)
+        if "rollouts/length" in line:
+            calm = line | {"rollouts/truncation_rate": max(0.0, rng.gauss(0.02, 0.015)), "rollouts/length": 20.0}
+            line |= {
+                "rollouts/truncation_rate": min(1.0, 0.02 + 0.75 * height * rng.uniform(0.9, 1.1)),
+                "rollouts/truncated_token_share": min(1.0, 0.03 + 0.85 * height),
+                "rollouts/length": 20 + 45 * height,
+                "rollouts/accuracy": min(1.0, line["rollouts/accuracy"] * (1 - 0.6 * height)),
+                "learner/repetitive_share": 0.01 + 0.3 * height,
+            }
+            if back_to is not None and back_to < line["step"] <= crossed + 3:
+                abandoned.append(line)
+            if back_to is not None and line["step"] > back_to:
+                line = calm | {"rollouts/truncated_token_share": 0.03, "learner/repetitive_share": 0.01}
+        rough.append(line)
+    at = next((i for i, line in enumerate(rough) if abandoned and line["step"] > back_to), 0)
+    rough[at:at] = abandoned
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rough))
 
 
 def make_rollouts(step: int) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from opd_ray.errors import InputError
-from opd_ray.report.arms import MEASURES, clock, count, group, inflated_at, share
-from opd_ray.report.runs import find_runs, read_run, read_runs
+from opd_ray.report.arms import MEASURES, Cell, clock, count, group, highest_truncation, inflated_at, share
+from opd_ray.report.runs import find_runs, read_run, read_runs, study_order
 from opd_ray.report.verdict import judge
 from report_runs import make_run
 
@@ -59,13 +59,40 @@ def test_a_run_without_measurements_is_refused_alone_and_left_out_of_a_study(tmp
     assert len(left_out) == 1 and "empty" in left_out[0]
 
 
-def test_the_last_line_of_a_repeated_step_wins_and_evaluations_join_their_step(tmp_path):
+def test_evaluations_join_their_step_and_are_no_step_back(tmp_path):
     run = make_run(tmp_path / "run", steps=3)
-    append(run, {"step": 2, "rollouts/length": 33.0})  # rolled back
-    found = read_run(run).metrics
-    assert found["rollouts/length"] == {1: 20.0, 2: 33.0, 3: 20.0}
-    assert found["rollouts/accuracy"][2] == pytest.approx(0.3 + 0.2 * 2 / 3)
-    assert list(found["evaluation/accuracy_sampled"]) == [0, 3]
+    append(run, {"step": 2, "evaluation/accuracy_sampled": 0.4})  # a slow one
+    append(run, {"step": 4, "rollouts/length": 20.0})
+    found = read_run(run)
+    assert found.metrics["evaluation/accuracy_sampled"] == {0: 0.3, 2: 0.4, 3: 0.5}
+    assert found.abandoned == ()
+
+
+def test_a_repeated_step_ends_an_attempt_and_what_follows_takes_the_place_of_all_of_it(tmp_path):
+    run = make_run(tmp_path / "run", steps=6, inflates_at=5, events=[{**ROLLBACK, "step": 6}])
+    for step in (4, 5):
+        append(run, {"step": step, "rollouts/truncation_rate": 0.1})
+    append(run, {"step": 5, "rollouts/truncation_rate": 0.2})  # cut off and resumed
+    found = read_run(run)
+    assert found.metrics["rollouts/truncation_rate"] == {1: 0.02, 2: 0.02, 3: 0.02, 4: 0.1, 5: 0.2}
+    assert [(each.first, each.last, each.rolled_back) for each in found.abandoned] == [(4, 6, True), (5, 5, False)]
+    first, second = (each.metrics["rollouts/truncation_rate"] for each in found.abandoned)
+    assert list(first.values()) == [0.02] * 4 + [0.9] * 2 and list(second.values()) == [0.02] * 3 + [0.1] * 2
+    assert found.steps == 5
+    assert (inflated_at(found), highest_truncation(found)) == (5, 0.9)  # what was abandoned did happen
+    assert "Plain OPD" not in judge(arms_of(run)).caveats[0]
+    assert "opd, seed 1 (rolled back at step 6, to 3, cut off at step 5, to 4)" in judge(arms_of(run)).caveats[0]
+
+
+def test_an_arm_that_shares_the_first_evaluation_has_it_from_its_summary(tmp_path):
+    run = make_run(tmp_path / "run", steps=3, evaluates_before=False)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["eval_before"]["teacher"] = {"advantage": -0.7, "eos_teacher_end": None}
+    (run / "summary.json").write_text(json.dumps(summary))
+    metrics = read_run(run).metrics
+    assert metrics["evaluation/accuracy_sampled"] == {0: 0.3, 3: 0.5}
+    assert metrics["evaluation/advantage"] == {0: -0.7}
+    assert list(metrics["evaluation/accuracy_sampled"]) == [0, 3] and 0 not in metrics["rollouts/length"]
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out_and_counted_once_the_run_went_on(tmp_path):
@@ -97,16 +124,31 @@ def test_the_table_has_mean_spread_and_every_seed(tmp_path):
     runs = [make_run(tmp_path / f"{seed}", seed=seed, accuracy=(0.3, last)) for seed, last in ((2, 0.5), (1, 0.7))]
     (arm,) = arms_of(*runs)
     cells = [measure.cell(arm) for measure in MEASURES]
-    assert cells[1] == (".60 ± .14", "[.70 .50]")  # by seed
-    assert cells[7] == ("never", "[– –]")
+    assert cells[1] == Cell(".60 ± .14", (".70", ".50"), pytest.approx(0.6))  # by seed
+    assert cells[7] == Cell("never", (), None)
+    assert cells[0].text == ".30 ± .00" and cells[0].each == ()  # the same for each
     single = arms_of(runs[0])[0]
-    assert MEASURES[1].cell(single) == (".50", "")
+    assert MEASURES[1].cell(single) == Cell(".50", (), 0.5)
 
 
 def test_arms_are_ordered_by_what_they_reached(tmp_path):
     low, high = make_run(tmp_path / "a", name="low"), make_run(tmp_path / "b", name="high", accuracy=(0.3, 0.9))
     unfinished = make_run(tmp_path / "c", name="a", finished=False)
     assert [arm.label for arm in arms_of(low, unfinished, high)] == ["high", "low", "a"]
+
+
+def test_arms_are_listed_in_the_order_that_is_given_and_others_behind(tmp_path):
+    reached = {"a": 0.0, "b": 0.4, "c": 0.9}
+    runs = [read_run(make_run(tmp_path / name, name=name, accuracy=(0.3, at))) for name, at in reached.items()]
+    assert [arm.label for arm in group(runs, ["b", "nobody", "a", "b"])] == ["b", "a", "c"]
+
+
+def test_a_study_says_its_order_in_results_json(tmp_path):
+    assert study_order([tmp_path]) == ()
+    (tmp_path / "results.json").write_text(json.dumps([{"arm": "z"}, {"arm": "a"}]))
+    assert study_order([tmp_path / "elsewhere", tmp_path]) == ("z", "a")
+    (tmp_path / "results.json").write_text('{"not": "a study"}')
+    assert study_order([tmp_path]) == ()
 
 
 def test_the_verdict_counts_inflation_over_seeds(tmp_path):
@@ -117,6 +159,7 @@ def test_the_verdict_counts_inflation_over_seeds(tmp_path):
         "StableOPD rose from .30 to .90 ± .00 held-out sampled accuracy (2 seeds); "
         "it never truncated more than .02 of a step's rollouts."
     )
+    assert verdict.about == "stableopd"
     assert verdict.others == (
         (
             "opd",
@@ -131,6 +174,41 @@ def test_the_verdict_claims_no_lead_that_the_spread_allows_for(tmp_path):
     other = [make_run(tmp_path / f"b{n}", name="b", seed=n, accuracy=(0.3, last)) for n, last in ((1, 0.5), (2, 0.7))]
     ((_, sentence),) = judge(arms_of(*first, *other)).others
     assert ".10 behind a (1 of 2 seeds, which the spread allows for)" in sentence
+
+
+def study_of(tmp_path: Path, *inflated: str) -> list[Path]:
+    """Seven arms of two seeds, "a" the most accurate and "b" level with it."""
+    runs = []
+    for place, name in enumerate(["g, far", *"fedcba"]):
+        for seed in (1, 2):
+            end = {"a": 0.9, "b": 0.89}.get(name, 0.2 + 0.1 * place)
+            at = 10 if name in inflated and (seed == 1 or name == inflated[0]) else None
+            path = tmp_path / f"{name[0]}{seed}"
+            runs.append(make_run(path, name=name, seed=seed, accuracy=(0.3, end), inflates_at=at))
+    return runs
+
+
+def test_of_many_arms_the_headline_says_who_ended_highest_and_who_inflated(tmp_path):
+    verdict = judge(arms_of(*study_of(tmp_path, "g, far", "d")))
+    assert verdict.headline == (
+        "a ended highest, at .90 ± .00 held-out sampled accuracy (2 seeds), level with b; "
+        "“g, far” in 2 of 2 seeds and d in 1 of 2 seeds inflated, past half truncated."
+    )
+    assert verdict.about is None
+    assert len(verdict.others) == 7 and dict(verdict.others)["a"].startswith("a rose from .30 to .90")
+    assert "behind a" in dict(verdict.others)["d"]
+
+
+def test_of_many_calm_arms_none_is_said_to_have_inflated(tmp_path):
+    verdict = judge(arms_of(*study_of(tmp_path)))
+    assert verdict.headline.endswith("; no arm truncated more than half of a step's rollouts.")
+
+
+def test_a_headline_that_is_given_takes_the_place_of_the_computed_one(tmp_path):
+    runs = [make_run(tmp_path / name, name=name) for name in "ab"]
+    verdict = judge(arms_of(*runs), "What we found.")
+    assert (verdict.headline, verdict.about) == ("What we found.", None)
+    assert [label for label, _ in verdict.others] == ["a", "b"]
 
 
 def test_the_verdict_tells_recovery_the_guard_and_what_is_missing(tmp_path):

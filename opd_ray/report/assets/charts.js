@@ -1,11 +1,13 @@
 "use strict";
-// Small multiples: one colour per arm, one dash per series of a chart, one line per run and their mean.
+// Small multiples: a colour and a mark per arm, a dash per series of a chart, a thin line per run and their mean.
 
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 const DASH_ARRAYS = ["", "6 4", "2 3", "6 3 2 3"];
 const SYMBOLS = { warn: "triangle-up", act: "star", rollback: "triangle-left", stop: "x" };
 const WINDOWS = [1, 5, 11, 25];
 const FEW_POINTS = 12;
+const FEW_ARMS = 4; // with more, thin lines of single seeds would hide the means
+const MARKED_POINTS = 7;
 
 function smoothed(values, window) {
   const half = (window - 1) / 2;
@@ -43,10 +45,14 @@ function faded(rgb, opacity) {
   return rgb.replace(/^rgb\((.*)\)$/, `rgba($1, ${opacity})`);
 }
 
+function inks() {
+  return Object.fromEntries(["soft", "grid", "card", "ink"].map((name) => [name, resolved(`var(--${name})`)]));
+}
+
 class Charts {
   constructor(data) {
     this.data = data;
-    this.hidden = new Set();
+    this.hidden = new Set(data.arms.keys().filter((arm) => arm >= data.shown));
     this.panels = [];
     const lines = data.groups.flatMap((group) => group.panels).flatMap((panel) => panel.series)
       .flatMap((series) => series.runs).filter(Boolean);
@@ -60,21 +66,37 @@ class Charts {
   }
 
   makeLegend() {
-    this.data.arms.forEach((title, arm) => {
-      const button = make("button", "", title);
-      const swatch = make("i", "swatch");
-      swatch.style.setProperty("--arm", armColour(arm));
-      button.prepend(swatch);
+    this.buttons = this.data.arms.map((title, arm) => {
+      const button = dress(make("button", "", title), arm);
+      button.prepend(make("i", "swatch"));
       button.type = "button";
-      button.title = "Show or hide this arm in every chart";
-      button.setAttribute("aria-pressed", "true");
-      button.addEventListener("click", () => {
-        if (!this.hidden.delete(arm)) this.hidden.add(arm);
-        button.setAttribute("aria-pressed", String(!this.hidden.has(arm)));
-        this.drawAll();
-      });
+      button.title = "Show or hide this arm in every chart; double-click to see it alone";
+      button.addEventListener("click", () => this.show((other) => this.hidden.has(other) === (other === arm)));
+      button.addEventListener("dblclick", () => this.show((other) => other === arm));
       byId("legend").append(button);
+      return button;
     });
+    byId("legend").classList.toggle("compact", this.data.arms.length > this.data.shown);
+    const all = byId("show-all");
+    all.hidden = this.data.arms.length < 3;
+    all.addEventListener("click", () => {
+      const first = this.hidden.size === 0 ? this.data.shown : this.data.arms.length;
+      this.show((arm) => arm < first);
+    });
+    this.sayShown();
+  }
+
+  show(wanted) {
+    this.hidden = new Set(this.data.arms.keys().filter((arm) => !wanted(arm)));
+    this.sayShown();
+    this.drawAll();
+  }
+
+  sayShown() {
+    this.buttons.forEach((button, arm) => button.setAttribute("aria-pressed", String(!this.hidden.has(arm))));
+    const { arms, shown } = this.data;
+    byId("show-all").disabled = this.hidden.size === 0 && shown === arms.length;
+    byId("show-all").textContent = this.hidden.size || shown === arms.length ? `Show all ${arms.length}` : `The first ${shown} only`;
   }
 
   makeControls() {
@@ -107,7 +129,8 @@ class Charts {
       const caption = make("figcaption");
       caption.append(make("b", "", panel.title), make("span", "", panel.help));
       const keys = make("span", "keys");
-      panel.series.forEach((series, i) => series.name && keys.append(this.dashKey(series.name, i)));
+      panel.series.forEach((series, i) => series.name && keys.append(this.dashKey(series.name, DASH_ARRAYS[i])));
+      for (const line of panel.lines) keys.append(this.dashKey(line.text, "1 3"));
       caption.append(keys);
       const plot = make("div", "plot");
       plot.setAttribute("role", "img");
@@ -119,11 +142,11 @@ class Charts {
     if (!group.open) box.addEventListener("toggle", () => this.drawAll());
   }
 
-  dashKey(name, index) {
+  dashKey(name, dashes) {
     const key = make("span", "key");
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     const line = document.createElementNS("http://www.w3.org/2000/svg", "line");
-    const attributes = { x1: 0, x2: 26, y1: 4, y2: 4, "stroke-width": 2, "stroke-dasharray": DASH_ARRAYS[index] };
+    const attributes = { x1: 0, x2: 26, y1: 4, y2: 4, "stroke-width": 2, "stroke-dasharray": dashes };
     for (const [name, value] of Object.entries(attributes)) line.setAttribute(name, value);
     svg.append(line);
     key.append(svg, name);
@@ -134,7 +157,7 @@ class Charts {
   async drawAll() {
     const turn = (this.turn = (this.turn || 0) + 1);
     this.colours = this.data.arms.map((_, arm) => resolved(armColour(arm)));
-    this.ink = { soft: resolved("var(--soft)"), grid: resolved("var(--grid)"), card: resolved("var(--card)"), ink: resolved("var(--ink)") };
+    this.ink = inks();
     for (const { panel, plot, visible } of this.panels) {
       if (!visible()) continue;
       this.draw(panel, plot);
@@ -148,7 +171,7 @@ class Charts {
     this.data.arms.forEach((_, arm) => {
       if (this.hidden.has(arm)) return;
       panel.series.forEach((series, i) => traces.push(...this.lines(series, arm, i)));
-      traces.push(...this.points(panel.points, arm), ...this.events(panel, arm));
+      traces.push(...this.abandoned(panel, arm), ...this.points(panel.points, arm), ...this.events(panel, arm));
     });
     const first = !plot.data;
     Plotly.react(plot, traces, this.layout(panel), { displayModeBar: false, responsive: true, doubleClick: "autosize" });
@@ -171,18 +194,55 @@ class Charts {
       const [low, high] = this.band === "deviation"
         ? [all.mean.map((m, i) => m - all.deviation[i]), all.mean.map((m, i) => m + all.deviation[i])]
         : [all.low, all.high];
-      if (this.band !== "none") {
+      const crowded = this.numShown() > FEW_ARMS;
+      if (this.band !== "none" && this.band !== "seeds") {
         traces.push({ x: [...all.steps, ...all.steps.toReversed()], y: [...high, ...low.toReversed()], fill: "toself",
-          fillcolor: faded(colour, 0.13), line: { width: 0 }, mode: "lines", hoverinfo: "skip" });
+          fillcolor: faded(colour, crowded ? 0.1 : 0.13), line: { width: 0 }, mode: "lines", hoverinfo: "skip" });
       }
-      for (const [x, y] of lines) {
+      if (this.band === "seeds" || !crowded) {
+        const x = lines.flatMap(([steps]) => [...steps, null]); // one path with gaps is drawn faster than many
+        const y = lines.flatMap(([, values]) => [...values, null]);
         traces.push({ x, y, mode: "lines", line: { color: faded(colour, 0.4), width: 0.8, dash }, hoverinfo: "skip" });
       }
     }
-    const name = this.data.arms[arm] + (series.name ? `, ${series.name}` : "");
-    traces.push({ x: all.steps, y: all.mean, name, mode: few([all.steps]) ? "lines+markers" : "lines",
-      line: { color: colour, width: 2.2, dash }, marker: { size: 5 }, hovertemplate: "%{y:.3~g}" });
+    const mark = armMark(arm);
+    const name = plain(this.data.arms[arm] + (series.name ? `, ${series.name}` : ""));
+    traces.push({ x: all.steps, y: all.mean, name, mode: mark || few([all.steps]) ? "lines+markers" : "lines",
+      line: { color: colour, width: 2.2, dash }, hovertemplate: this.hover(),
+      marker: { size: mark ? 7 : 5, symbol: mark || "circle", maxdisplayed: few([all.steps]) ? 0 : MARKED_POINTS } });
     return traces;
+  }
+
+  numShown() {
+    return this.data.arms.length - this.hidden.size;
+  }
+
+  // With many lines, a box that names them all would cover the chart.
+  hover() {
+    return this.numShown() > FEW_ARMS ? "%{fullData.name}<br>step %{x}: %{y:.3~g}<extra></extra>" : "%{y:.3~g}";
+  }
+
+  // What runs took back is beside the curves, not in them; ◁ is where a run went back without the guard saying so.
+  abandoned(panel, arm) {
+    return panel.series.flatMap((series) => {
+      const parts = series.abandoned.filter(([run]) => this.data.runs[run].arm === arm)
+        .map(([run, attempt, steps, values]) => [run, attempt, steps, smoothed(values, this.window)]);
+      if (!parts.length) return [];
+      const line = { color: faded(this.colours[arm], 0.55), width: 1.2, dash: "dot" };
+      const x = parts.flatMap(([, , steps]) => [...steps, null]);
+      const y = parts.flatMap(([, , , values]) => [...values, null]);
+      const ends = parts.filter(([run, attempt]) => !this.data.runs[run].abandoned[attempt][2]);
+      const text = ends.map(([run, attempt]) => {
+        const [first, last] = this.data.runs[run].abandoned[attempt];
+        return plain(`${this.data.runs[run].name}: cut off at step ${last}, resumed at ${first}`);
+      });
+      return [
+        { x, y, mode: "lines", line, hoverinfo: "skip", name: plain(`${this.data.arms[arm]}, abandoned`) },
+        { x: ends.map(([, , steps]) => steps.at(-1)), y: ends.map(([, , , values]) => values.at(-1)), text, mode: "markers",
+          hovertemplate: "%{text}<extra></extra>", name: plain(`${this.data.arms[arm]}, cut off`), cliponaxis: false,
+          marker: { symbol: "triangle-left-open", size: 8, color: this.colours[arm] } },
+      ];
+    });
   }
 
   points(values, arm) {
@@ -191,7 +251,7 @@ class Charts {
     const all = combine(lines);
     const error = { type: "data", symmetric: false, array: all.high.map((v, i) => v - all.mean[i]),
       arrayminus: all.mean.map((v, i) => v - all.low[i]), thickness: 1, width: 3, color: faded(this.colours[arm], 0.45) };
-    return [{ x: all.steps, y: all.mean, mode: "markers", name: `${this.data.arms[arm]}, held out`, hovertemplate: "%{y:.3~g}",
+    return [{ x: all.steps, y: all.mean, mode: "markers", name: plain(`${this.data.arms[arm]}, held out`), hovertemplate: this.hover(),
       cliponaxis: false, error_y: lines.length > 1 ? error : undefined,
       marker: { symbol: "diamond", size: 9, color: this.ink.card, line: { color: this.colours[arm], width: 1.8 } } }];
   }
@@ -199,37 +259,37 @@ class Charts {
   // The guard's events sit on the line of their run.
   events(panel, arm) {
     const x = [], y = [], text = [], symbol = [];
+    const series = panel.series[0];
     this.data.runs.forEach((run, index) => {
-      const line = panel.series[0]?.runs[index];
+      const line = series?.runs[index];
       if (run.arm !== arm || !line || line[0].length <= FEW_POINTS) return;
-      const values = smoothed(line[1], this.window);
+      const whole = [line[0], smoothed(line[1], this.window)];
       for (const event of run.events) {
-        let at = line[0].findIndex((step) => step >= event.step);
-        if (at < 0) at = line[0].length - 1;
+        const part = series.abandoned.find(([of, attempt]) => of === index && attempt === event.attempt);
+        const [steps, values] = part ? [part[2], smoothed(part[3], this.window)] : whole;
+        const at = steps.findIndex((step) => step >= event.step);
         x.push(event.step);
-        y.push(values[at]);
+        y.push(values.at(at));
         symbol.push(SYMBOLS[event.level] || "circle");
         text.push(eventText(run, event));
       }
     });
     if (!x.length) return [];
-    return [{ x, y, text, mode: "markers", name: `${this.data.arms[arm]}, guard`, hovertemplate: "%{text}", cliponaxis: false,
-      marker: { symbol, size: 10, color: this.colours[arm], line: { color: this.ink.card, width: 1.2 } } }];
+    return [{ x, y, text, mode: "markers", name: plain(`${this.data.arms[arm]}, guard`), hovertemplate: "%{text}<extra></extra>",
+      cliponaxis: false, marker: { symbol, size: 10, color: this.colours[arm], line: { color: this.ink.card, width: 1.2 } } }];
   }
 
   layout(panel) {
     const axis = { gridcolor: this.ink.grid, zeroline: false, linecolor: this.ink.grid, tickfont: { size: 11 }, nticks: 6 };
     return {
-      margin: { l: 44, r: 8, t: 6, b: 26 }, showlegend: false, hovermode: "x unified", dragmode: "zoom",
+      margin: { l: 44, r: 8, t: 6, b: 26 }, showlegend: false, hovermode: this.numShown() > FEW_ARMS ? "closest" : "x unified", dragmode: "zoom",
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, color: this.ink.soft, size: 12 },
-      hoverlabel: { bgcolor: this.ink.card, bordercolor: this.ink.grid, font: { color: this.ink.ink, size: 12 } },
+      hoverlabel: { bgcolor: this.ink.card, bordercolor: this.ink.grid, namelength: -1, font: { color: this.ink.ink, size: 12 } },
       xaxis: { ...axis, range: this.range || this.whole, showgrid: false, ticks: "outside", tickcolor: this.ink.grid, hoverformat: "d", unifiedhovertitle: { text: "step %{x}" } },
       yaxis: { ...axis, fixedrange: true, rangemode: panel.share ? "tozero" : "normal", tickformat: "~g" },
       shapes: panel.lines.map((line) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: line.y, y1: line.y,
         line: { color: this.ink.soft, width: 1.2, dash: "dot" } })),
-      annotations: panel.lines.map((line) => ({ xref: "paper", x: 1, xanchor: "right", y: line.y, yanchor: "bottom",
-        text: plain(line.text), showarrow: false, font: { size: 11, color: this.ink.soft } })),
     };
   }
 

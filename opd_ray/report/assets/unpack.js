@@ -17,8 +17,23 @@ async function unpack(id) {
   return new Response(stream).text();
 }
 
+// An arm has a colour and a mark on its lines: sixteen colours in two eights, each eight told apart by any eye, and
+// a mark that tells the eights apart.
+const NUM_COLOURS = 16;
+const MARKS = ["", "circle", "square", "cross"];
+
 function armColour(arm) {
-  return `var(--arm${arm % 8})`;
+  return `var(--arm${arm % NUM_COLOURS})`;
+}
+
+function armMark(arm) {
+  return MARKS[Math.floor(arm / 8) % MARKS.length];
+}
+
+function dress(element, arm) {
+  element.style.setProperty("--arm", armColour(arm));
+  element.dataset.mark = armMark(arm);
+  return element;
 }
 
 // Browsers resolve light-dark() only where a colour is used, so a colour for plotly is read off an element.
@@ -45,17 +60,22 @@ function themeButton(changed) {
 
 async function start() {
   for (const element of document.querySelectorAll("[data-arm]")) {
-    element.style.setProperty("--arm", armColour(Number(element.dataset.arm)));
+    dress(element, Number(element.dataset.arm));
   }
   try {
     const data = JSON.parse(await unpack("data"));
+    if (byId("arm-table")) makeSortable(byId("arm-table"));
     if (byId("list")) startViewer(data);
     const library = make("script");
     library.textContent = await unpack("plotly-js");
     document.head.append(library);
     const charts = new Charts(data);
-    themeButton(() => charts.drawAll());
-    await charts.drawAll();
+    const draw = () => {
+      if (data.golden.length) drawGolden(data.golden, byId("golden-plot"));
+      return charts.drawAll();
+    };
+    themeButton(draw);
+    await draw();
     document.documentElement.dataset.ready = "yes";
   } catch (error) {
     byId("failure").hidden = false;

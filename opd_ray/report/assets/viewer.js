@@ -25,7 +25,7 @@ function probability(hundredths) {
 }
 
 function startViewer(data) {
-  const picks = Object.fromEntries(["run", "step", "src", "cut", "rep", "ok"].map((name) => [name, byId(`pick-${name}`)]));
+  const picks = Object.fromEntries(["arm", "seed", "step", "src", "cut", "rep", "ok"].map((name) => [name, byId(`pick-${name}`)]));
   let scale = USUAL_SCALE;
   let run, matching, shown, pointed;
 
@@ -40,8 +40,26 @@ function startViewer(data) {
     if (values.some(([value]) => String(value) === before)) select.value = before;
   }
 
+  function offer(select, values) {
+    select.replaceChildren(...values.map(([value, text]) => {
+      const option = make("option", "", text);
+      option.value = value;
+      return option;
+    }));
+  }
+
+  // The same seed of another arm, where it has that.
+  function pickArm() {
+    const before = run?.name;
+    const own = [...data.runs.entries()].filter(([, each]) => each.arm === Number(picks.arm.value));
+    offer(picks.seed, own.map(([index, each]) => [index, each.name.replace(/^seed /, "")]));
+    const same = own.find(([, each]) => each.name === before) || own.find(([, each]) => each.rollouts.length) || own[0];
+    picks.seed.value = same[0];
+    pickRun();
+  }
+
   function pickRun() {
-    run = data.runs[Number(picks.run.value)];
+    run = data.runs[Number(picks.seed.value)];
     fill(picks.step, [...new Set(run.rollouts.map((r) => r.step))].sort((a, b) => a - b).map((step) => [step, step]));
     fill(picks.src, [...new Set(run.rollouts.map((r) => r.src))].sort().map((source) => [source, source]));
     filter();
@@ -165,13 +183,10 @@ function startViewer(data) {
     scale = Number(event.target.value);
     filter();
   });
-  data.runs.forEach((each, index) => {
-    const option = make("option", "", `${data.arms[each.arm]}, ${each.name}`);
-    option.value = index;
-    picks.run.append(option);
-  });
-  picks.run.value = Math.max(0, data.runs.findIndex((each) => each.rollouts.length));
-  picks.run.addEventListener("change", pickRun);
+  offer(picks.arm, data.arms.map((title, arm) => [arm, title]));
+  picks.arm.value = (data.runs.find((each) => each.rollouts.length) || data.runs[0]).arm;
+  picks.arm.addEventListener("change", pickArm);
+  picks.seed.addEventListener("change", pickRun);
   for (const name of ["step", "src", "cut", "rep", "ok"]) picks[name].addEventListener("change", filter);
   byId("more").addEventListener("click", showMore);
   const list = byId("list");
@@ -188,5 +203,5 @@ function startViewer(data) {
   });
   const scrolledAway = () => pointed && Math.abs(pointed.token.getBoundingClientRect().top - pointed.top) > 2;
   addEventListener("scroll", () => scrolledAway() && hideTip(), { passive: true });
-  pickRun();
+  pickArm();
 }

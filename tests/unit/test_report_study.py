@@ -1,0 +1,155 @@
+"""What the report says of a study of many arms: what precedes a collapse, what the golden set's size does, the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from opd_ray.report import curves
+from opd_ray.report.arms import group
+from opd_ray.report.crossing import crossings, signature
+from opd_ray.report.golden import kinds
+from opd_ray.report.runs import Run, read_run, read_runs
+from report_runs import STUDY_ARMS, make_run, make_student, make_study
+from test_report_page import panels, report
+
+
+def run_of(path: Path, metrics: dict[str, dict[int, float]], **changes) -> Run:
+    return Run(path, **{"arm": "a", "seed": 1, "config": {}, "summary": None, "metrics": metrics} | changes)
+
+
+def rates(crossed: int, **others: dict[int, float]) -> dict[str, dict[int, float]]:
+    """Truncation that passes half at a step, beside metrics of the learner."""
+    rate = {step: 0.6 if step >= crossed else 0.1 for step in range(1, crossed + 3)}
+    return {"rollouts/truncation_rate": rate} | {f"learner/{name}": values for name, values in others.items()}
+
+
+def test_advantages_before_the_crossing_are_means_over_tokens(tmp_path):
+    metrics = rates(
+        20,
+        repetitive_share={9: 0.9, 12: 0.5, 13: 0.0, 14: 0.25, 20: 0.9},
+        advantage_repetitive={9: 5.0, 12: -0.4, 14: -0.1, 20: 5.0},
+        advantage_other={9: 5.0, 12: -1.0, 13: -2.0, 14: -1.0, 20: 5.0},
+    )
+    metrics["rollouts/length"] = {9: 1.0, 12: 10.0, 13: 20.0, 14: 40.0, 20: 1.0}
+    metrics["rollouts/truncated_token_share"] = {3: 0.25, 17: 0.26, 20: 0.9}
+    (found,) = crossings(group([run_of(tmp_path, metrics)]))
+    assert (found.step, found.alarm_lead) == (20, 3)
+    assert found.repetitive == pytest.approx((5 * -0.4 + 10 * -0.1) / 15)  # steps 9 and 20 are outside
+    assert found.other == pytest.approx((5 * -1 + 20 * -2 + 30 * -1) / 55)
+    assert found.share == pytest.approx(15 / 70)
+    assert found.gap == pytest.approx(found.repetitive - found.other)
+
+
+def test_a_crossing_on_an_abandoned_attempt_counts(tmp_path):
+    run = make_run(tmp_path / "run", steps=20, inflates_at=15)
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.write(json.dumps({"step": 11, "rollouts/truncation_rate": 0.1}) + "\n")
+    (found,) = crossings(group([read_run(run)]))
+    assert (found.step, found.alarm_lead) == (15, 0)
+    assert (found.repetitive, found.other) == (pytest.approx(-0.3), pytest.approx(-0.8))
+
+
+def test_runs_without_repetitive_tokens_are_listed_but_not_counted(tmp_path):
+    higher = rates(9, repetitive_share={8: 0.1}, advantage_repetitive={8: -0.1}, advantage_other={8: -0.9})
+    lower = rates(9, repetitive_share={8: 0.1}, advantage_repetitive={8: -2.0}, advantage_other={8: -0.9})
+    none = rates(9, repetitive_share={8: 0.0}, advantage_other={8: -0.9})
+    found = crossings(group([run_of(tmp_path, metrics, seed=i) for i, metrics in enumerate((higher, lower, none))]))
+    assert [each.gap for each in found] == [pytest.approx(0.8), pytest.approx(-1.1), None]
+    assert signature(found).startswith("In 1 of 2 runs that passed half truncated, repetitive tokens had the higher")
+    assert signature(found[2:]).startswith("No advantages")
+    assert "did not have" in signature(found[1:2])
+    assert crossings(group([run_of(tmp_path, {"rollouts/truncation_rate": {1: 0.5}})])) == []
+
+
+def kinds_of(*runs: Path):
+    return kinds(group([read_run(run) for run in runs], ["small", "large"]))
+
+
+def golden_run(path: Path, name: str, used: int | None, *, file: str = "", **changes):
+    settings = {"data": {"golden": f"{path.parent}/{file or 'golden'}-{used}.parquet"}}
+    settings |= changes.pop("config", {})
+    return make_run(path, name=name, golden_used=used, config=settings, **changes)
+
+
+def test_arms_that_differ_in_their_golden_set_only_are_one_line(tmp_path):
+    small = [golden_run(tmp_path / f"s{n}", "small", 32, seed=n, accuracy=(0.3, n / 4)) for n in (1, 2)]
+    large = [golden_run(tmp_path / f"l{n}", "large", 512, seed=n, accuracy=(0.3, 0.9)) for n in (1, 2)]
+    (kind,) = kinds_of(*small, *large)
+    assert kind.points == [(32, 0.25), (32, 0.5), (512, 0.9), (512, 0.9)]
+    assert kind.at(32).mean == pytest.approx(0.375)
+    assert kind.label == "small"  # the names have nothing in common
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"config": {"learner": {"steps": 20, "lr": 1.0}}},
+        {"file": "teacher-rollouts-4800"},
+        {"used": None},
+        {"used": 32},
+        {"seed": 2},
+        {"finished": False},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_arms_that_differ_in_more_or_not_in_size_are_no_line(tmp_path, other):
+    small = golden_run(tmp_path / "s", "small", 32)
+    assert kinds_of(small, golden_run(tmp_path / "l", "large", **{"used": 512} | other)) == []
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("study")
+    return make_study(root, logged_steps=[1, 40], steps=60, student=make_student(root.parent / "student"))
+
+
+def test_the_page_of_fourteen_arms_has_them_in_the_order_of_the_study(study):
+    page, data = report(study, order=list(STUDY_ARMS), headline="It was cured.")
+    assert data["arms"] == list(STUDY_ARMS) and data["shown"] == 7
+    assert "It was cured." in page and "ended highest" not in page
+    assert [kind["name"] for kind in data["golden"]] == ["StableOPD", "SFT"]
+    assert [data["arms"][kind["arm"]] for kind in data["golden"]] == ["StableOPD", "SFT, 128 golden"]
+    assert [sorted({size for size, _ in kind["points"]}) for kind in data["golden"]] == [[32, 128, 512]] * 2
+    points = panels(data)["Accuracy"]["points"]
+    assert len(points) == 70 and {line[0][0] for line in points} == {0}
+    assert "The same for every arm: sampled accuracy before <b>.30 ± .00</b>" in page
+
+
+def test_the_page_of_a_study_stays_small_and_its_runs_share_the_rollouts_alike(study):
+    page, data = report(study)
+    numbers = [len(run["rollouts"]) for run in data["runs"]]
+    assert len(numbers) == 70 and set(numbers) == {10}
+    assert len(page) < 6e6
+
+
+def test_what_a_guarded_run_took_back_is_beside_its_curve_with_the_events_that_belong_there(study):
+    _, data = report(study, order=list(STUDY_ARMS))
+    guard = data["arms"].index("OPD + guard")
+    back = [index for index, run in enumerate(data["runs"]) if run["abandoned"]]
+    assert [data["runs"][index]["arm"] for index in back] == [guard, guard]
+    series = panels(data)["Truncation"]["series"][0]
+    for index, part in zip(back, series["abandoned"], strict=True):
+        (first, last, rolled_back), (event,) = *data["runs"][index]["abandoned"], data["runs"][index]["events"]
+        assert rolled_back and event["attempt"] == 0 and event["step"] == last
+        assert part[:3] == [index, 0, list(range(first - 1, last + 1))] and max(part[3]) > 0.5
+        steps, values = series["runs"][index]
+        assert steps == list(range(1, 61)) and max(values) < 0.5
+
+
+def test_long_curves_are_thinned_to_means_and_the_page_says_so(tmp_path):
+    steps = 5000
+    run = run_of(tmp_path, {"rollouts/length": {step: float(step % 2) for step in range(1, steps + 1)}})
+    assert curves.adjacent([run]) == 3
+    (panel,) = curves.groups([run], {})[0]["panels"]
+    ((at, values),) = panel["series"][0]["runs"]
+    assert (at[0], at[-1], len(at)) == (3, steps, 1667) and values[:2] == [0.6667, 0.3333]
+
+
+def test_a_study_of_some_arms_is_a_page_without_the_sections_that_need_more(tmp_path):
+    runs, _ = read_runs([make_run(tmp_path / "a", name="a"), make_run(tmp_path / "b", name="b")])
+    assert (crossings(group(runs)), kinds(group(runs))) == ([], [])
+    page, data = report(tmp_path / "a", tmp_path / "b")
+    assert 'id="golden"' not in page and 'id="crossing"' not in page and data["shown"] == 2
