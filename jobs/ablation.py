@@ -29,10 +29,11 @@ _HERE = Path(__file__).resolve().parent
 def main(seeds: str, arms: str, study: Path, directory: Path, overrides: tuple[str, ...]) -> None:
     """Run the arms of a study on several seeds, and compare them in one report."""
     from opd_ray import study as studies
+    from opd_ray.claims import judge
     from opd_ray.report import ReferenceLine, write_report
     from opd_ray.teacher_data import Rollouts
 
-    chosen = studies.read_study(study, overrides, [name.strip() for name in arms.split(",") if name.strip()])
+    read = studies.read_study(study, overrides, [name.strip() for name in arms.split(",") if name.strip()])
     numbers = _seeds(seeds)
     began = time.monotonic()
 
@@ -41,8 +42,9 @@ def main(seeds: str, arms: str, study: Path, directory: Path, overrides: tuple[s
         click.echo(f"[{minutes:3d}:{rest:02d}] {line}")
 
     directory = directory.absolute()
-    studies.run_study(chosen, numbers, directory, say)
-    rows = studies.outcomes(directory, chosen, numbers)
+    studies.run_study(read.arms, numbers, directory, say)
+    rows = studies.outcomes(directory, read.arms, numbers)
+    verdicts = judge(read.claims, rows)
     (directory / "table.md").write_text(studies.table(rows) + "\n")
     (directory / "results.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
     lines = {}
@@ -51,8 +53,11 @@ def main(seeds: str, arms: str, study: Path, directory: Path, overrides: tuple[s
         truncated = teacher.truncation_rate
         lines["rollouts/truncation_rate"] = ReferenceLine(truncated, f"the teacher's own at T = 1: {truncated:.3f}")
         say(f"the teacher's own rollouts: {teacher.accuracy:.3f} right, {truncated:.3f} truncated")
-    write_report([directory], directory / "report.html", reference_lines=lines)
+    names = [arm.name for arm in read.arms]
+    write_report([directory], directory / "report.html", reference_lines=lines, notes=verdicts, order=names)
     click.echo("\n" + studies.table(rows) + "\n")
+    for verdict in verdicts:
+        say(verdict)
     say(f"report: {directory / 'report.html'}")
 
 

@@ -1,6 +1,7 @@
 """A study: the same students under several arms and seeds, one run after another in the same rooms.
 
-A study is a YAML file: ``common`` settings, and ``arms`` by name with what each changes (see jobs/ablation.yaml).
+A study is a YAML file: ``common`` settings, ``arms`` by name with what each changes, and ``claims`` about what they
+are expected to show (see jobs/ablation.yaml and :mod:`opd_ray.claims`).
 Every run is an ordinary run directory, ``STUDY/ARM/seed-N``; a study that was interrupted goes on with the runs
 that have no summary yet. Each seed's student is evaluated once, before its first arm.
 """
@@ -23,8 +24,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from opd_ray import claims, launch, preflight, run, teacher_data
 from opd_ray import config as configs
-from opd_ray import launch, preflight, run, teacher_data
 from opd_ray.config import Config
 from opd_ray.errors import InputError, RunError
 from opd_ray.evaluate import Evaluation
@@ -53,8 +54,16 @@ class Arm:
             raise InputError(f"arm '{self.name}': {error}") from None
 
 
-def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> list[Arm]:
-    """The arms of a study file; ``overrides`` hold for all of them, ``only`` picks some by name or directory."""
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What a study file says."""
+
+    arms: list[Arm]
+    claims: list[Mapping[str, Any]]
+
+
+def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Study:
+    """A study file; ``overrides`` hold for all arms, ``only`` picks some by name or directory."""
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         changes = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
@@ -62,8 +71,10 @@ def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         raise InputError(f"study {path}: {error.strerror}; give an existing YAML file") from None
     except (YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"study {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("arms"), dict) or set(raw) - {"common", "arms"}:
-        raise InputError(f"study {path}: expected a mapping 'arms' of names to settings, and optionally 'common'")
+    if not isinstance(raw, dict) or not isinstance(raw.get("arms"), dict) or set(raw) - {"common", "arms", "claims"}:
+        raise InputError(
+            f"study {path}: expected a mapping 'arms' of names to settings, 'common' and 'claims' beside it"
+        )
     arms = []
     for name, own in raw["arms"].items():
         merged = OmegaConf.merge(raw.get("common") or {}, own or {}, changes)
@@ -74,7 +85,9 @@ def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
     chosen = [arm for arm in arms if not only or arm in [known[name] for name in only]]
     for arm in chosen:
         arm.config(0)  # refuses a contradiction before anything starts
-    return chosen
+    stated = raw.get("claims") or []
+    claims.check(stated, [arm.name for arm in arms])
+    return Study(chosen, stated)
 
 
 def shared_rooms(arms: Sequence[Arm], seed: int) -> Config:

@@ -1,9 +1,11 @@
 """Studies: which arms and runs there are, what is left to do, and the table."""
 
 import json
+import re
 
 import pytest
 
+from opd_ray.claims import judge
 from opd_ray.errors import InputError
 from opd_ray.study import Row, outcomes, read_study, run_directory, run_study, shared_rooms, table
 
@@ -23,7 +25,7 @@ def study(tmp_path):
 
 
 def test_an_arm_is_the_common_settings_and_its_own_and_overrides_win(study):
-    stable, opd = read_study(study, ["learner.steps=3", "rollout.engine=torch"])
+    stable, opd = read_study(study, ["learner.steps=3", "rollout.engine=torch"]).arms
     assert (stable.config(4).method, opd.config(4).method) == ("stableopd", "opd")
     assert (opd.config(4).seed, opd.config(4).name, opd.config(4).learner.steps) == (4, "OPD, full", 3)
     assert stable.config(0).rollout.engine == "torch"
@@ -31,7 +33,7 @@ def test_an_arm_is_the_common_settings_and_its_own_and_overrides_win(study):
 
 
 def test_arms_are_picked_by_name_or_directory(study):
-    assert [arm.name for arm in read_study(study, only=["opd-full"])] == ["OPD, full"]
+    assert [arm.name for arm in read_study(study, only=["opd-full"]).arms] == ["OPD, full"]
     with pytest.raises(InputError, match="no arm 'opd'; it has stableopd, opd-full"):
         read_study(study, only=["opd"])
 
@@ -57,11 +59,11 @@ def test_a_bad_study_is_refused_in_one_line_before_anything_starts(tmp_path, tex
 def arms_of(tmp_path, text):
     path = tmp_path / "study.yaml"
     path.write_text(text)
-    return read_study(path)
+    return read_study(path).arms
 
 
 def test_the_rooms_are_those_of_the_arm_that_needs_all_of_them(study, tmp_path):
-    stable, opd = read_study(study)
+    stable, opd = read_study(study).arms
     assert shared_rooms([opd, stable], 3) == stable.config(3)
     seq = """{buffer: {golden_per_prompt: 0, teacher_per_prompt: 1}, rollout: {responses_per_prompt: 0},
               loss: {student: {coef: 0}, golden: {coef: 0}, teacher: {coef: 1}, reference: {coef: 0}}}"""
@@ -98,7 +100,7 @@ def test_a_finished_study_has_nothing_left_to_do_and_starts_nothing(study, tmp_p
 
 
 def test_a_finished_run_with_other_settings_is_refused(study, tmp_path):
-    arm, _ = read_study(study)
+    arm, _ = read_study(study).arms
     finish(tmp_path, arm, 0, 0.5)
     (run_directory(tmp_path, arm, 0) / "arm.json").write_text(json.dumps({"learner": {"steps": 8}}))
     with pytest.raises(InputError, match="was made with other settings of arm 'StableOPD'"):
@@ -106,13 +108,59 @@ def test_a_finished_run_with_other_settings_is_refused(study, tmp_path):
 
 
 def test_the_table_has_mean_deviation_and_every_seed(study, tmp_path):
-    stable, opd = read_study(study)
+    stable, opd = read_study(study).arms
     finish(tmp_path, stable, 0, 0.8, 0.25)
     finish(tmp_path, stable, 1, 0.9)
     rows = outcomes(tmp_path, [stable, opd], [0, 1, 2])
     assert [(row.arm, row.seeds, row.sampled) for row in rows] == [("StableOPD", (0, 1), (0.8, 0.9))]
     line = table(rows).splitlines()[2]
     assert "0.850 ± 0.071 [.80 .90]" in line and "1.000 ± 0.000 [1 1]" in line and "2 k" in line
+
+
+def row(arm, sampled, most_truncated=(0.0, 0.0, 0.0)):
+    zeros = (0.0,) * 3
+    return Row(arm, (0, 1, 2), sampled, zeros, zeros, most_truncated, zeros, zeros)
+
+
+ROWS = [
+    row("stable", (0.9, 0.8, 0.7), (0.0, 0.3, 0.0)),
+    row("opd", (0.7, 0.6, 0.5), (1.0, 0.2, 0.6)),
+    row("guarded", (0.85, 0.1, 0.55)),
+]
+
+
+@pytest.mark.parametrize(
+    ("claim", "sentence"),
+    [
+        ({"arm": "stable", "above": "opd", "by": 0.1}, "holds: .* by 0.1: \\+0.200 in the mean"),
+        ({"arm": "stable", "above": "opd", "by": 0.3}, "does not hold: "),
+        ({"arm": "stable", "highest_truncation_below": 0.2}, "holds: .* below 0.2: 0.100"),
+        ({"arm": "stable", "highest_truncation_below": 0.05}, "does not hold: "),
+        ({"arm": "opd", "passes_half_truncated_in_most": True}, "holds: .* in 2 of 3"),
+        ({"arm": "stable", "passes_half_truncated_in_most": True}, "does not hold: .* in 0 of 3"),
+        # Seed 1 does not collapse, so that the guarded run's .1 there does not count.
+        ({"arm": "guarded", "within": 0.2, "of": "stable", "where_collapses": "opd"}, "holds: .* in the 2 seeds"),
+        ({"arm": "guarded", "within": 0.1, "of": "stable", "where_collapses": "opd"}, "does not .* \\+0.150 short"),
+        ({"arm": "stable", "above": "sft", "by": 0.1}, "not judged, sft has not been run"),
+    ],
+)
+def test_claims_are_judged_on_the_outcomes(claim, sentence):
+    (verdict,) = judge([claim], ROWS)
+    assert re.match(sentence, verdict)
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        ("{arm: StableOPD, above: other, by: 1}", "claim 1 is about 'other'; the arms are StableOPD"),
+        ("{arm: StableOPD, by: 1}", "claim 1 has the keys arm, by; expected one of"),
+    ],
+)
+def test_a_claim_about_nothing_is_refused(tmp_path, claim, message):
+    path = tmp_path / "study.yaml"
+    path.write_text(f"arms: {{StableOPD: {{}}}}\nclaims: [{claim}]")
+    with pytest.raises(InputError, match=message):
+        read_study(path)
 
 
 def test_one_seed_has_no_deviation():
