@@ -72,9 +72,7 @@ def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
     except (YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"study {path}: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("arms"), dict) or set(raw) - {"common", "arms", "claims"}:
-        raise InputError(
-            f"study {path}: expected a mapping 'arms' of names to settings, 'common' and 'claims' beside it"
-        )
+        raise InputError(f"study {path}: expected 'arms', a mapping of names to settings; beside it common, claims")
     arms = []
     for name, own in raw["arms"].items():
         merged = OmegaConf.merge(raw.get("common") or {}, own or {}, changes)

@@ -43,8 +43,8 @@ def test_arms_are_picked_by_name_or_directory(study):
     [
         ("arms: {a: {loss: {golden: {coef: 0}}}}", "arm 'a': config: golden rollouts are made"),
         ("arms: {a: {los: {}}}", "arm 'a': config: unknown field 'los'"),
-        ("common: {}", "expected a mapping 'arms'"),
-        ("arms: {a: {}}\nseeds: 3", "expected a mapping 'arms'"),
+        ("common: {}", "expected 'arms', a mapping"),
+        ("arms: {a: {}}\nseeds: 3", "expected 'arms', a mapping"),
         ("arms: [", "study"),
     ],
 )
@@ -92,7 +92,7 @@ def finish(directory, arm, seed, sampled, most_truncated=0.0):
 
 
 def test_a_finished_study_has_nothing_left_to_do_and_starts_nothing(study, tmp_path):
-    arms, said = read_study(study), []
+    arms, said = read_study(study).arms, []
     for arm in arms:
         finish(tmp_path, arm, 0, 0.5)
     run_study(arms, [0], tmp_path, said.append)
