@@ -29,12 +29,15 @@ from opd_ray.batching import REFERENCE, MicroBatch, Segment
 from opd_ray.config import Config
 from opd_ray.errors import RunError
 from opd_ray.heads import FrozenHead, ResponseHead, chunk_rows
-from opd_ray.losses import ScoredTokens, TokenBatch
+from opd_ray.losses import ScoredTokens, TokenBatch, is_any_of
 from opd_ray.losses.advantage import combined_logprobs, discounted, log_ratios, uses_teacher
 from opd_ray.losses.diagnostics import student_metrics, topk_overlap
 from opd_ray.losses.reduction import before_repetition, token_weights
 from opd_ray.losses.terms import reference_loss, source_loss
 from opd_ray.messages import Coefficients, Count, Denominators, Source
+
+_PROBE_TOKENS = 16
+"""Tokens on which a scorer's output layer is compared with what the scorer said."""
 
 
 class Objective:
@@ -59,6 +62,7 @@ class Objective:
         self.chunk_rows = chunk_rows(widest, config.learner.logits_mb)
         teachers = config.teachers
         total = sum(teacher.weight for teacher in teachers.values())
+        self._unchecked = set(self.heads)
         self._shares = {name: teacher.weight / total for name, teacher in teachers.items()}
 
     def of(self, batch: MicroBatch, denominators: Denominators, coefficients: Coefficients) -> MicroBatchLoss:
@@ -92,6 +96,8 @@ class Objective:
         teachers = {name: segment.teachers[name] for name in shares}
         if self.config.needs_reference(source) and segment.reference is None:
             raise RunError(_missing("reference", source, batch, segment))
+        for role, scored in (*teachers.items(), (REFERENCE, segment.reference)):
+            self._check_head(role, scored, batch.tokens[segment.tokens])
         lengths = batch.response_lengths[segment.rollouts]
         truncated = batch.truncated[segment.rollouts]
         repetitive, behaviour = batch.repetitive[segment.tokens], batch.behaviour_logprobs[segment.tokens]
@@ -125,6 +131,25 @@ class Objective:
             anchor_weights=anchor_weights,
             lengths=lengths,
         )
+
+    def _check_head(self, role: str, scored: ScoredTokens | None, tokens: torch.Tensor) -> None:
+        """Once for each output layer: it must give its model's states the log-probs that the model itself gave."""
+        if role not in self._unchecked or scored is None or scored.hidden is None or not tokens.numel():
+            return
+        head, tokens = self.heads[role], tokens[:_PROBE_TOKENS]
+        logprobs = head(scored.hidden[:_PROBE_TOKENS]).log_softmax(-1)
+        own = logprobs.gather(-1, tokens[:, None].clamp(max=logprobs.shape[-1] - 1)).squeeze(-1)
+        if len(self.stop_token_ids) > 1:
+            stops = logprobs[:, list(self.stop_token_ids)].logsumexp(-1)
+            own = torch.where(is_any_of(tokens, self.stop_token_ids), stops, own)
+        difference = float((own - scored.logprobs[:_PROBE_TOKENS]).abs().median())
+        if difference > (0.01 if head.weight.dtype == torch.float32 else 0.25):
+            raise RunError(
+                f"{role}: its output layer does not make its log-probs of its hidden states (they differ by "
+                f"{difference:.2g} nats); its architecture changes logits in an unknown way, or the scorer is another "
+                "model: compare on a top-k support"
+            )
+        self._unchecked.discard(role)
 
     def _shares_of(self, segment: Segment, batch: MicroBatch) -> dict[str, float]:
         """Weight of each teacher in the segment's loss; empty where it compares with none."""

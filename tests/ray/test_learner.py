@@ -7,161 +7,42 @@ AdamW and clipping, no DeepSpeed and no Ray.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd_ray.actors.learner import Learner
-from opd_ray.batching import collate, count, plan_step
-from opd_ray.config import Config, from_dict
+import learner_ranks
+from learner_ranks import NUM_STEPS, SIZES, Ranks, assert_same_curve, config_with, make_hosts, plain_training, poison
+from opd_ray.batching import count
+from opd_ray.config import Config
 from opd_ray.errors import InputError, RunError
-from opd_ray.heads import ResponseModel, load_heads
-from opd_ray.losses.diagnostics import finish
-from opd_ray.messages import SCORE_SCHEMA, Coefficients, Entry, StepPlan, TransferGroup, WeightManifest
-from opd_ray.objective import Objective
-from opd_ray.training import StepOutcome, fetch_payloads, lr_factor
+from opd_ray.heads import load_head
+from opd_ray.messages import Entry, StepPlan
+from opd_ray.training import fetch_payloads
 from scored_rollouts import Scoring, scored_entries
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
 STAGES_AND_RANKS = [(stage, ranks) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
-SIZES = [(3, 9), (8, 2), (5, 14), (1, 1), (6, 6)], [(4, 12), (2, 5)]
-NUM_STEPS = 5
-COEFFICIENTS = Coefficients(student=1.0, golden=0.5, teacher=0.25, reference=0.1)
-
-
-class RecordingTransport:
-    """WeightTransport that keeps what it was told to send."""
-
-    def __init__(self) -> None:
-        self.sent: dict[str, torch.Tensor] = {}
-
-    def open(self, group: TransferGroup) -> None:
-        raise AssertionError("no group in this test")
-
-    def send(self, manifest: WeightManifest, parameters: Any) -> None:
-        for name, shape, dtype, (got, tensor) in zip(
-            manifest.names, manifest.shapes, manifest.dtypes, parameters, strict=True
-        ):
-            assert (name, shape, f"torch.{dtype}") == (got, tuple(tensor.shape), str(tensor.dtype))
-            self.sent[name] = tensor.clone()
-
-    def close(self) -> None:
-        pass
-
-
-class Overflow(torch.autograd.Function):
-    @staticmethod
-    def forward(_context: Any, value: torch.Tensor) -> torch.Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(_context: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * torch.inf
-
-
-class Host:
-    """A learner's process, which trains one run after another."""
-
-    def __init__(self, rank: int, config: Config) -> None:
-        self._learner = Learner(config, rank)
-
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self._learner, method)(*args)
-
-    def train(self, plans: Sequence[StepPlan]) -> list[StepOutcome]:
-        return [self._learner.train_step(plan) for plan in plans]
-
-    def cut(self, chunk_rows: int) -> None:
-        """From now on a micro-batch of more tokens than this passes the output layer in pieces."""
-        self._learner._objective.chunk_rows = chunk_rows
-
-    def overflow_in_backward(self) -> None:
-        """From now on a finite loss has an infinite gradient."""
-        self._learner._model.model.norm.register_forward_hook(lambda _module, _inputs, output: Overflow.apply(output))
-
-    def sent_weights(self) -> dict[str, torch.Tensor]:
-        self._learner._transport = RecordingTransport()
-        self._learner.send_weights(self._learner.manifest(1))
-        return self._learner._transport.sent
-
-
-class Ranks:
-    """All ranks of one learner; every call goes to all of them at once."""
-
-    def __init__(self, hosts: Sequence[Any], config: Config, student_path: Path, stop_token_ids: Sequence[int]) -> None:
-        self._hosts = hosts
-        self._config = config.learner
-        self.call("begin", config, str(student_path), tuple(stop_token_ids))
-
-    def call(self, method: str, *args: Any) -> list[Any]:
-        return ray.get([host.call.remote(method, *args) for host in self._hosts])
-
-    def outcomes(self, entries: Sequence[Entry], steps: range) -> list[StepOutcome]:
-        plan = functools.partial(
-            plan_step,
-            num_ranks=len(self._hosts),
-            micro_batch_tokens=self._config.micro_batch_tokens,
-            packing=self._config.packing,
-            coefficients=COEFFICIENTS,
-        )
-        per_step = [plan(entries, step=step) for step in steps]
-        results = ray.get(
-            [host.train.remote([plans[rank] for plans in per_step]) for rank, host in enumerate(self._hosts)]
-        )
-        assert all(repr(result) == repr(results[0]) for result in results), "ranks disagree on the step's outcome"
-        return results[0]
-
-    def train(self, entries: Sequence[Entry], steps: range) -> list[dict[str, float]]:
-        outcomes = self.outcomes(entries, steps)
-        assert [outcome.problem for outcome in outcomes] == [None] * len(steps)
-        return [outcome.metrics for outcome in outcomes]
-
-    def cut(self, chunk_rows: int) -> None:
-        ray.get([host.cut.remote(chunk_rows) for host in self._hosts])
-
-    def sent_weights(self) -> dict[str, torch.Tensor]:
-        return ray.get([host.sent_weights.remote() for host in self._hosts])[0]
 
 
 @pytest.fixture(scope="module")
 def hosts(ray_here: None) -> dict[int, list[Any]]:
     """Number of ranks to that many processes."""
-    # A worker cannot import this file by name: pytest, not Python, put its directory on the path.
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    # A worker cannot import tests by name: pytest, not Python, put their directories on the path.
+    ray.cloudpickle.register_pickle_by_value(learner_ranks)
     return {size: make_hosts(size) for size in (1, 2)}
-
-
-def make_hosts(size: int) -> list[Any]:
-    """Processes that have joined each other."""
-    actor = ray.remote(num_cpus=0.1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(Host)
-    group = [actor.remote(rank, config_with(size)) for rank in range(size)]
-    address = ray.get(group[0].call.remote("node_address"))
-    ray.get([host.call.remote("setup", *address) for host in group])
-    return group
 
 
 @pytest.fixture(scope="module")
 def entries(ray_here: None) -> list[Entry]:
     return scored_entries(*SIZES, seed=3, put=ray.put)
-
-
-def config_with(num_ranks: int = 1, loss: dict[str, Any] | None = None, **learner: Any) -> Config:
-    defaults = {"steps": NUM_STEPS, "lr": 5e-3, "lr_schedule": "cosine", "warmup_steps": 2, "gradient_clip": 0.5}
-    settings = defaults | {"num_ranks": num_ranks} | learner
-    defaults_of_loss = {"reduction": "token", "reference": {"coef": 0.1}}
-    return from_dict(
-        {"learner": settings, "loss": defaults_of_loss | (loss or {}), "rollout": {"responses_per_prompt": 2}}
-    )
 
 
 @pytest.fixture(scope="module")
@@ -176,44 +57,6 @@ def start(hosts: dict[int, list[Any]], tiny_model: dict[str, Path]) -> Callable[
         return Ranks(hosts[config.learner.num_ranks], config, student_path, stop_token_ids)
 
     return build
-
-
-def plain_training(
-    config: Config, student_path: Path, entries: Sequence[Entry] | None = None, stop_token_ids: tuple[int, ...] = (1,)
-) -> list[dict[str, float]]:
-    """Losses, gradient norms and learning rates of NUM_STEPS steps without DeepSpeed, and without cutting them up."""
-    entries = scored_entries(*SIZES, seed=3) if entries is None else entries
-    plan = StepPlan(0, (tuple(entries),), count(entries), COEFFICIENTS)
-    batch = collate(entries, fetch_payloads(plan, lambda refs: refs), packing=False)
-    module = ResponseModel(AutoModelForCausalLM.from_pretrained(student_path, dtype="float32"))
-    optimizer = torch.optim.AdamW(module.parameters(), lr=config.learner.lr, weight_decay=0.0)
-    objective = Objective(
-        config,
-        vocab_size=module.vocab_size,
-        stop_token_ids=stop_token_ids,
-        heads=load_heads(config, str(student_path), torch.device("cpu")),
-    )
-    curve = []
-    for step in range(NUM_STEPS):
-        optimizer.param_groups[0]["lr"] = config.learner.lr * lr_factor(config.learner, step)
-        optimizer.zero_grad()
-        loss = objective.of(batch, plan.denominators, plan.coefficients)
-        module.consume(loss)
-        module(batch.input_ids, None, batch.logit_index).backward()
-        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), config.learner.gradient_clip)
-        optimizer.step()
-        values = finish({name: value.item() for name, value in loss.metrics.items()})
-        tokens = {"trained_tokens": float(plan.denominators.tokens)}
-        curve.append(values | {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]} | tokens)
-    return curve
-
-
-def assert_same_curve(
-    curve: Sequence[dict[str, float]], expected: Sequence[dict[str, float]], tolerance: float
-) -> None:
-    assert len(curve) == len(expected)
-    for step, (got, wanted) in enumerate(zip(curve, expected, strict=True)):
-        assert got == pytest.approx(wanted, abs=tolerance, rel=tolerance), f"step {step}"
 
 
 @pytest.fixture(scope="module")
@@ -329,14 +172,6 @@ def test_export_loads_in_transformers_and_equals_what_is_sent(
     assert torch.equal(exported(torch.arange(8)[None]).logits, after)
 
 
-def poison(entry: Entry) -> Entry:
-    """The entry with a teacher that says nan about one token."""
-    rows = ray.get(entry.scores["teacher"]).to_pylist()
-    rows[entry.row]["topk_logprobs"][0] = float("nan")
-    broken = ray.put(pa.RecordBatch.from_pylist(rows, schema=SCORE_SCHEMA))
-    return dataclasses.replace(entry, scores=entry.scores | {"teacher": broken})
-
-
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 2)])
 def test_a_loss_that_is_not_finite_skips_the_step_on_every_rank_and_leaves_no_trace(
     start: Callable[..., Ranks], entries: list[Entry], stage: int, ranks: int
@@ -380,7 +215,7 @@ def test_a_payload_that_many_rollouts_share_is_fetched_once(ray_here: None, entr
         fetch_payloads(plan, lambda refs: sizes.append(len(refs)) or ray.get(refs))
         return sizes[0]
 
-    [plan] = plan_step(entries, step=0, num_ranks=1, micro_batch_tokens=20, packing=False, coefficients=COEFFICIENTS)
+    plan = StepPlan(0, tuple((entry,) for entry in entries), count(entries), learner_ranks.COEFFICIENTS)
     assert ray.get(fetched.remote(plan)) == 7  # two payloads with two scores each, and the golden one
 
 
@@ -412,8 +247,13 @@ def test_every_kind_of_loss_trains_like_plain_torch(
     config = config_with(ranks, LOSSES[loss], zero_stage=stage, micro_batch_tokens=20)
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, path=str(teacher_checkpoint)))
     roles = ("teacher", "reference")
+    paths = {"teacher": teacher_checkpoint, "reference": tiny_model["tied"]}
     scoring = Scoring(
-        given=6, hidden=True, stop_token_ids=(1, 2), hidden_size=64, roles={"student": roles, "golden": roles}
+        given=6,
+        hidden=True,
+        stop_token_ids=(1, 2),
+        roles={"student": roles, "golden": roles},
+        heads={role: load_head(path, torch.float32, torch.device("cpu")) for role, path in paths.items()},
     )
     expected = plain_training(config, tiny_model["tied"], scored_entries(*SIZES, seed=3, scoring=scoring), (1, 2))
     entries = scored_entries(*SIZES, seed=3, scoring=scoring, put=ray.put)

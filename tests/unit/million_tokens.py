@@ -44,15 +44,18 @@ def main(logits_mb: int) -> None:
         }
     )
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator).requires_grad_()
-    scores = torch.full((TOKENS,), -5.0)
     none = torch.zeros(TOKENS, 0)
     states = torch.randn(TOKENS, HIDDEN, generator=generator)
+    tokens = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    other = FrozenHead(torch.randn(VOCABULARY, HIDDEN, generator=generator), None)
+    parts = zip(states.split(4096), tokens.split(4096), strict=True)
+    scores = torch.cat([other(part).log_softmax(-1).gather(-1, own[:, None])[:, 0] for part, own in parts])
     teacher = ScoredTokens(scores, none.long(), none, stop_logprobs=scores, hidden=states)
     batch = MicroBatch(
         input_ids=torch.zeros(1, 1, dtype=torch.int64),
         position_ids=None,
         logit_index=torch.zeros(0, dtype=torch.int64),
-        tokens=torch.randint(0, VOCABULARY, (TOKENS,), generator=generator),
+        tokens=tokens,
         repetitive=torch.zeros(TOKENS),
         response_lengths=torch.full((ROLLOUTS,), LENGTH),
         truncated=torch.zeros(ROLLOUTS, dtype=torch.bool),
@@ -62,7 +65,6 @@ def main(logits_mb: int) -> None:
         rollout_ids=tuple(map(str, range(ROLLOUTS))),
     )
     head = ResponseHead(HIDDEN, VOCABULARY, bias=False)
-    other = FrozenHead(torch.randn(VOCABULARY, HIDDEN, generator=generator), None)
     objective = Objective(config, vocab_size=VOCABULARY, stop_token_ids=(1,), heads={"teacher": other})
     before, began = resident_mb(), time.process_time()
     head.consumer = objective.of(batch, Denominators(student=Count(ROLLOUTS, TOKENS)), Coefficients(1.0, 0.0, 0.0, 0.0))

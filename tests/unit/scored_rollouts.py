@@ -34,6 +34,8 @@ class Scoring:
     hidden: bool = False
     hidden_size: int = HIDDEN
     stop_token_ids: tuple[int, ...] = ()
+    heads: dict[str, FrozenHead] = field(default_factory=dict)
+    """Output layers of the roles, where they are not those of :func:`head_of`."""
     roles: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"student": ("teacher", "reference")})
     """Source to the roles that score it."""
 
@@ -127,8 +129,9 @@ def _score(
     rng: np.random.Generator,
     scoring: Scoring,
 ) -> dict[str, Any]:
-    hidden = torch.from_numpy(rng.normal(size=(len(response), scoring.hidden_size))).float()
-    logprobs = head_of(role, scoring.hidden_size)(hidden).double().log_softmax(-1)
+    head = scoring.heads.get(role) or head_of(role, scoring.hidden_size)
+    hidden = torch.from_numpy(rng.normal(size=(len(response), head.weight.shape[1]))).float()
+    logprobs = head(hidden).double().log_softmax(-1)
     chosen = torch.from_numpy(response.astype(np.int64))
     stops = list(scoring.stop_token_ids)
     if len(stops) > 1:

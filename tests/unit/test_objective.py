@@ -33,10 +33,23 @@ MASKED = dataclasses.replace(COEFFICIENTS, mask_truncated_tails=True)
 
 
 def repeat_itself(entry: Entry) -> Entry:
-    """The same rollout with a response of one token over and over."""
+    """The same rollout with a response of one token over and over, scored as such."""
     rows = entry.rollouts.to_pylist()
     rows[entry.row]["response_tokens"] = [5] * entry.meta.num_response_tokens
-    return dataclasses.replace(entry, rollouts=pa.RecordBatch.from_pylist(rows, schema=entry.rollouts.schema))
+    scores = {}
+    for role, payload in entry.scores.items():
+        scored = payload.to_pylist()
+        scored[entry.row]["logprobs"] = scorer_of([entry], role)[:, 5].tolist()
+        scores[role] = pa.RecordBatch.from_pylist(scored, schema=SCORE_SCHEMA)
+    rollouts = pa.RecordBatch.from_pylist(rows, schema=entry.rollouts.schema)
+    return dataclasses.replace(entry, rollouts=rollouts, scores=scores)
+
+
+def scorer_of(entries: list[Entry], role: str) -> torch.Tensor:
+    """[N, V] float64 of a scorer, from its hidden states."""
+    rows = [entry.scores[role].slice(entry.row, 1).to_pylist()[0]["hidden"] for entry in entries]
+    hidden = torch.tensor([value for row in rows for value in row]).reshape(-1, head_of(role).weight.shape[1])
+    return head_of(role)(hidden).double().log_softmax(-1)
 
 
 def make_step(stop_token_ids: tuple[int, ...]) -> list[Entry]:
@@ -125,13 +138,6 @@ def logprobs_of(module: ResponseModel, entries: list[Entry]) -> torch.Tensor:
             logits = module.causal_lm(torch.tensor([prompt + response])).logits[0]
         rows.append(logits[len(prompt) - 1 : -1].double().log_softmax(-1))
     return torch.cat(rows)
-
-
-def scorer_of(entries: list[Entry], role: str) -> torch.Tensor:
-    """[N, V] float64 of a scorer, from its hidden states."""
-    rows = [entry.scores[role].slice(entry.row, 1).to_pylist()[0]["hidden"] for entry in entries]
-    hidden = torch.tensor([value for row in rows for value in row]).reshape(-1, head_of(role).weight.shape[1])
-    return head_of(role)(hidden).double().log_softmax(-1)
 
 
 def mean_kl(log_a: torch.Tensor, log_b: torch.Tensor) -> float:
@@ -333,3 +339,9 @@ def test_a_loss_that_is_not_finite_names_its_rollouts_and_spoils_the_gradient_on
     step = take(module, [whole([STEP[0], entry, *STEP[2:]])], config_with(), chunk_rows=chunk_rows)
     assert step.problems == [f"the loss is not finite for {entry.meta.rollout_id} (loss_student)"]
     assert any(gradient.isnan().any() for gradient in step.gradients)
+
+
+def test_an_output_layer_that_is_not_the_scorers_is_found_out(module: ResponseModel) -> None:
+    config = config_with({"student": {"support": "full"}})
+    with pytest.raises(RunError, match="teacher: its output layer does not make its log-probs"):
+        take(module, [whole(STEP)], config, heads={"teacher": head_of("another model")})
