@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -34,6 +34,8 @@ def source_loss(
     elif term.divergence == "k1":
         loss = policy_gradient(batch, weights, config.advantage, config.importance)
         if term.entropy_gate is not None:
+            loss = _plus(loss, _over_teachers(batch, weights, heads, lambda *of: _gated_alone(batch, term, *of)))
+        if term.entropy_gate is not None:
             gates = [
                 _gated(compare(batch, scored, term.support, term.tail, heads.get(name)), term)
                 for name, scored in batch.teachers.items()
@@ -41,8 +43,7 @@ def source_loss(
             gate = _weighted(gates, [weights[name] for name in batch.teachers])
             loss = TokenLoss(loss.values + gate.values, loss.metrics | gate.metrics)
     else:
-        losses = [_divergence(batch, scored, term, heads.get(name)) for name, scored in batch.teachers.items()]
-        loss = _weighted(losses, [weights[name] for name in batch.teachers])
+        loss = _over_teachers(batch, weights, heads, lambda *of: _divergence(batch, term, *of))
     if source != "student":
         return loss
     ratio, metrics = importance_weights(batch, config.importance)
@@ -60,24 +61,31 @@ def reference_loss(batch: TokenBatch, config: AnchorConfig, head: Head | None = 
     return diverge("reverse_kl", compare(batch, scored, support, config.tail, head))
 
 
-def _divergence(batch: TokenBatch, scored: ScoredTokens, term: TermConfig, head: Head | None) -> TokenLoss:
+def _divergence(batch: TokenBatch, term: TermConfig, scored: ScoredTokens, head: Head | None) -> TokenLoss:
     if term.divergence == "k2":
         return TokenLoss(k2(batch.logprobs, scored.logprobs))
     if term.divergence == "k3":
         return TokenLoss(k3(batch.logprobs, scored.logprobs))
     outcomes = compare(batch, scored, term.support, term.tail, head)
-    values = diverge(term.divergence, outcomes, term.beta)
-    metrics = {"entropy_gap": _entropy_gap(outcomes)}
-    if term.entropy_gate is None:
-        return TokenLoss(values, metrics)
-    gate = _gated(outcomes, term)
-    return TokenLoss(values + gate.values, metrics | gate.metrics)
+    loss = TokenLoss(diverge(term.divergence, outcomes, term.beta), {"entropy_gap": _entropy_gap(outcomes)})
+    return loss if term.entropy_gate is None else _plus(loss, _gated(outcomes, term))
+
+
+def _gated_alone(batch: TokenBatch, term: TermConfig, scored: ScoredTokens, head: Head | None) -> TokenLoss:
+    """What the gate adds to a loss that does not compare distributions itself."""
+    outcomes = compare(batch, scored, term.support, term.tail, head)
+    return _plus(_gated(outcomes, term), TokenLoss(torch.zeros(()), {"entropy_gap": _entropy_gap(outcomes)}))
 
 
 def _gated(outcomes: Outcomes, term: TermConfig) -> TokenLoss:
-    """The forward KL where the teacher hesitates, to cover its alternatives (EOPD, arXiv 2603.07079)."""
-    is_open = (entropy(outcomes, outcomes.log_q) > term.entropy_gate).float()
-    return TokenLoss(term.entropy_gate_coef * is_open * forward_kl(outcomes), {"entropy_gate_share": is_open})
+    """coef · 1[H(teacher) > gate] · KL(π_T‖π_θ): covers the teacher's alternatives where it has several
+    (EOPD, arXiv 2603.07079). The entropy is that of the outcomes that are compared."""
+    gate = (entropy(outcomes, outcomes.log_q) > term.entropy_gate).float()
+    return TokenLoss(term.entropy_gate_coef * gate * forward_kl(outcomes), {"entropy_gate_share": gate})
+
+
+def _plus(loss: TokenLoss, more: TokenLoss) -> TokenLoss:
+    return TokenLoss(loss.values + more.values, loss.metrics | more.metrics)
 
 
 @torch.no_grad()
@@ -86,12 +94,19 @@ def _entropy_gap(outcomes: Outcomes) -> torch.Tensor:
     return entropy(outcomes, outcomes.log_p) - entropy(outcomes, outcomes.log_q)
 
 
-def _weighted(losses: list[TokenLoss], weights: list[float]) -> TokenLoss:
+def _over_teachers(
+    batch: TokenBatch,
+    weights: Mapping[str, float],
+    heads: Mapping[str, Head],
+    loss_of: Callable[[ScoredTokens, Head | None], TokenLoss],
+) -> TokenLoss:
+    """Σ w_i D_i over the teachers that scored the batch; RunError without any."""
+    if not batch.teachers:
+        raise RunError("the loss compares with a teacher, but the batch has no teacher's scores")
+    losses = {name: loss_of(scored, heads.get(name)) for name, scored in batch.teachers.items()}
     if len(losses) == 1:
-        return losses[0]
-    values = sum(weight * loss.values for weight, loss in zip(weights, losses, strict=True))
-    metrics = {
-        name: sum(weight * loss.metrics[name] for weight, loss in zip(weights, losses, strict=True))
-        for name in losses[0].metrics
-    }
+        return next(iter(losses.values()))
+    values = sum(weights[name] * loss.values for name, loss in losses.items())
+    logged = next(iter(losses.values())).metrics
+    metrics = {key: sum(weights[name] * loss.metrics[key] for name, loss in losses.items()) for key in logged}
     return TokenLoss(values, metrics)

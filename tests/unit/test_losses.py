@@ -268,27 +268,20 @@ def test_one_eos_id_changes_nothing() -> None:
         assert torch.equal(loss_of(tokens, **term), loss_of(same, **term))
 
 
-def test_the_entropy_gate_adds_the_forward_kl_where_the_teacher_hesitates() -> None:
+@pytest.mark.parametrize("divergence", ["reverse_kl", "k1"])
+def test_the_entropy_gate_adds_the_forward_kl_where_the_teacher_hesitates(divergence: str) -> None:
     tokens = batch(k=4)
-    own = source_loss(tokens, "student", LossConfig(), ONE, {})
+    own = loss_of(tokens, divergence=divergence)
     log_q = compare(tokens, tokens.teachers["teacher"], "teacher_top_k", "bucket", None).log_q.double()
     entropies = -(log_q.exp() * log_q).sum(-1)
     gate = float(entropies.median())
-    config = LossConfig(student={"entropy_gate": gate, "entropy_gate_coef": 0.5})
+    config = LossConfig(student={"divergence": divergence, "entropy_gate": gate, "entropy_gate_coef": 0.5})
     gated = source_loss(tokens, "student", config, ONE, {})
-    forward = loss_of(tokens, divergence="forward_kl")
     hesitates = (entropies > gate).float()
     assert 0 < hesitates.sum() < N
-    torch.testing.assert_close(gated.values, own.values + 0.5 * hesitates * forward)
+    torch.testing.assert_close(gated.values, own + 0.5 * hesitates * loss_of(tokens, divergence="forward_kl"))
     torch.testing.assert_close(gated.metrics["entropy_gate_share"], hesitates)
-
-
-def test_the_gate_adds_to_the_sampled_token_what_it_adds_to_the_reverse_kl() -> None:
-    tokens = batch(k=4)
-    terms = [{"divergence": name, "entropy_gate": gate} for name in ("k1", "reverse_kl") for gate in (None, 1.0)]
-    k1, gated_k1, reverse, gated = (source_loss(tokens, "student", LossConfig(student=t), ONE, {}) for t in terms)
-    assert (gated.values - reverse.values).abs().sum() > 0
-    torch.testing.assert_close(gated_k1.values - k1.values, gated.values - reverse.values)
+    assert "entropy_gap" in gated.metrics
 
 
 @pytest.mark.parametrize("name", ["k2", "k3"])

@@ -89,6 +89,7 @@ LOSSES: dict[str, dict[str, Any]] = {
         "reduction": "sum",
     },
     "reward to go": {"student": {"divergence": "k1"}, "advantage": {"policy": "behaviour", "discount": 0.9}},
+    "gated policy gradient": {"student": {"divergence": "k1", "entropy_gate": 1.0, "support": "full"}},
     "grpo": {"student": {"divergence": "k1"}, "advantage": {"teacher_coef": 0, "reward_coef": 1}},
     "k2": {"student": {"divergence": "k2"}, "importance": {"correction": "truncate", "cap": 1.0}},
 }
