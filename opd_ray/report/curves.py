@@ -86,7 +86,7 @@ _GROUPS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
 )  # fmt: skip
 _REST = "Everything else that was measured"
 _MAX_SERIES = 4
-_MAX_VALUES = 1_200_000
+_MAX_VALUES = 900_000
 """Of all curves of the page together; a curve keeps between the two numbers below."""
 _POINTS = (150, 2000)
 

@@ -49,7 +49,8 @@ def render(
     arms = arm_table.group(runs, order)
     ordered = [run for arm in arms for run in arm.runs]
     most = min(_ROLLOUTS_PER_RUN, max(1, _MAX_ROLLOUTS // len(runs)))
-    samples = [rollouts.sample(run, most, _MAX_TOKENS // len(runs)) for run in ordered]
+    most_tokens = _MAX_TOKENS // len(runs)
+    samples = [rollouts.sample(run, most, most_tokens) for run in ordered]
     kinds = golden.kinds(arms)
     events = [(arm, run, event) for arm in arms for run in arm.runs for event in sorted(run.events, key=_step)]
     passed = crossing.crossings(arms)
@@ -79,7 +80,7 @@ def render(
         folded=[row for row in events if row[2].get("level") == "warn"] if len(events) > _MANY_EVENTS else [],
         differences=_differences(arms),
         settings=[(f"{arm.title}, {_run_name(arm.runs[0])}", arm.runs[0].config) for arm in arms if arm.runs[0].config],
-        viewer=_viewer_facts(ordered, samples) | {"most": most},
+        viewer=_viewer_facts(ordered, samples) | {"most": most, "most_tokens": most_tokens},
         style=_asset("page.css"),
         scripts=[_asset(name) for name in ("unpack.js", "table.js", "charts.js", "golden.js", "viewer.js")],
         plotly=_pack(_plotly()),
@@ -222,7 +223,7 @@ def _differences(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
 def _setting(run: Run, name: str) -> Any:
     """A seed has its own golden file, so that arms differ in the size of theirs is known from the summary only."""
     if name == "golden rollouts used":
-        return ((run.summary or {}).get("golden") or {}).get("used")
+        return run.summary and (run.summary.get("golden") or {}).get("used", 0)
     return run.config.get(name)
 
 

@@ -267,6 +267,7 @@ class Charts {
       for (const event of run.events) {
         const part = series.abandoned.find(([of, attempt]) => of === index && attempt === event.attempt);
         const [steps, values] = part ? [part[2], smoothed(part[3], this.window)] : whole;
+        if (event.step < steps[0]) continue; // a loss that began later has no place for it
         const at = steps.findIndex((step) => step >= event.step);
         x.push(event.step);
         y.push(values.at(at));
