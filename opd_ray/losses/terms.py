@@ -35,13 +35,6 @@ def source_loss(
         loss = policy_gradient(batch, weights, config.advantage, config.importance)
         if term.entropy_gate is not None:
             loss = _plus(loss, _over_teachers(batch, weights, heads, lambda *of: _gated_alone(batch, term, *of)))
-        if term.entropy_gate is not None:
-            gates = [
-                _gated(compare(batch, scored, term.support, term.tail, heads.get(name)), term)
-                for name, scored in batch.teachers.items()
-            ]
-            gate = _weighted(gates, [weights[name] for name in batch.teachers])
-            loss = TokenLoss(loss.values + gate.values, loss.metrics | gate.metrics)
     else:
         loss = _over_teachers(batch, weights, heads, lambda *of: _divergence(batch, term, *of))
     if source != "student":
