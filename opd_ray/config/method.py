@@ -187,5 +187,7 @@ class LossConfig:
             )
         if k1 and advantage.teacher_coef == advantage.reward_coef == 0:
             raise ValueError("advantage.teacher_coef and advantage.reward_coef are both 0: there is no advantage")
+        if k1 and self.student.entropy_gate is not None and advantage.teacher_coef == 0:
+            raise ValueError("student.entropy_gate looks at a teacher, but advantage.teacher_coef is 0: there is none")
         if advantage.discount > 0 and advantage.policy == "current":
             raise ValueError("advantage.discount above 0 needs advantage.policy=behaviour: log-ratios known beforehand")

@@ -63,13 +63,16 @@ def test_the_default_rooms_train_and_leave_a_complete_run_behind(world, ray_here
     steps = [row for row in metrics if "learner/loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     for name in (
-        "learner/loss_opd",
-        "learner/loss_sft",
-        "learner/loss_reference_kl",
+        "learner/loss_student",
+        "learner/loss_golden",
+        "learner/loss_reference",
+        "learner/eos_student_end",
         "idle/generate",
         "queue/buffer_slots",
     ):
         assert name in steps[0]
+    assert saved["eval_after"]["teacher"]["teacher_logprob"] < 0, "the teacher has seen the held-out answers, too"
+    assert (run_dir / "report.html").stat().st_size > 100_000
     assert any((run_dir / "tensorboard").iterdir())
     assert (run_dir / "checkpoints" / "step-6" / "state.json").is_file()
     check_export(world, run_dir, options, saved["eval_after"])
@@ -100,7 +103,8 @@ def check_export(world, run_dir, options, expected):
 def test_draining_generators_and_zero_ranks(world, ray_here, tmp_path):
     """Two generators that drain, G = 2, the sampled-token loss per sequence, ZeRO-2 on two ranks, no reference."""
     options = ["rollout.in_flight=drain", "rollout.num_generators=2", "rollout.responses_per_prompt=2"]
-    options += ["loss.opd=policy_gradient", "loss.reduction=sequence", "loss.reference_kl_coef=0"]
+    options += ["loss.student.divergence=k1", "loss.importance.correction=clip", "loss.reduction=sequence"]
+    options += ["loss.reference.coef=0"]
     options += ["learner.num_ranks=2", "learner.zero_stage=2", "learner.steps=4", "evaluation.num_problems=0"]
     summary = train(world, tmp_path / "run", *TORCH, *options)
     assert summary["method"] == "opd+mixture"

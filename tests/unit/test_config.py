@@ -77,6 +77,15 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
         (["loss.importance.correction=clip"], "importance.correction=clip needs student.divergence=k1"),
         (["loss.student.divergence=k1", "loss.advantage.discount=1"], "needs advantage.policy=behaviour"),
         (["loss.student.divergence=k1", "loss.advantage.teacher_coef=0"], "there is no advantage"),
+        (
+            [
+                "loss.student.divergence=k1",
+                "loss.student.entropy_gate=1",
+                "loss.advantage.teacher_coef=0",
+                "loss.advantage.reward_coef=1",
+            ],
+            "entropy_gate looks at a teacher",
+        ),
         (["loss.student.divergence=k1", "loss.advantage.reward_coef=1"], "responses_per_prompt must be 2 or more"),
         (["loss.student.divergence=k1", "rollout.temperature=0.7"], "rollout.temperature=1"),
         (["loss.importance.correction=truncate", "rollout.top_p=0.9"], "rollout.top_p=1"),
