@@ -1,7 +1,7 @@
 """A study: the same students under several arms and seeds, one run after another in the same rooms.
 
-A study is a YAML file: ``common`` settings, ``arms`` by name with what each changes, and ``claims`` about what they
-are expected to show (see jobs/ablation.yaml and :mod:`opd_ray.claims`).
+A study is a YAML file: ``common`` settings, ``arms`` by name with what each changes (and ``seeds``, where an arm runs on
+the first few only), and ``claims`` about what they are expected to show (see jobs/ablation.yaml, :mod:`opd_ray.claims`).
 Every run is an ordinary run directory, ``STUDY/ARM/seed-N``; a study that was interrupted goes on with the runs
 that have no summary yet. Each seed's student is evaluated once, before its first arm.
 """
@@ -42,6 +42,12 @@ class Arm:
     name: str
     raw: Mapping[str, Any]
     """Its configuration as nested plain values, without seed and name."""
+    num_seeds: int | None = None
+    """It runs on the first so many of the study's seeds; None for all."""
+
+    def seeds(self, of_study: Sequence[int]) -> list[int]:
+        """Those of the study's seeds that it runs on."""
+        return list(of_study[: self.num_seeds])
 
     @property
     def directory(self) -> str:
@@ -75,8 +81,12 @@ def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         raise InputError(f"study {path}: expected 'arms', a mapping of names to settings; beside it common, claims")
     arms = []
     for name, own in raw["arms"].items():
-        merged = OmegaConf.merge(raw.get("common") or {}, own or {}, changes)
-        arms.append(Arm(name, OmegaConf.to_container(merged)))
+        own = dict(own or {})
+        num_seeds = own.pop("seeds", None)
+        if num_seeds is not None and (not isinstance(num_seeds, int) or num_seeds < 1):
+            raise InputError(f"study {path}: arm '{name}': seeds is {num_seeds!r}, expected how many: 1 or more")
+        merged = OmegaConf.merge(raw.get("common") or {}, own, changes)
+        arms.append(Arm(name, OmegaConf.to_container(merged), num_seeds))
     known = {name: arm for arm in arms for name in (arm.name, arm.directory)}
     if unknown := [name for name in only if name not in known]:
         raise InputError(f"study {path}: no arm '{unknown[0]}'; it has {', '.join(arm.directory for arm in arms)}")
@@ -142,11 +152,11 @@ def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: C
     """
     rooms_for = shared_rooms(arms, seeds[0])
     directory.mkdir(parents=True, exist_ok=True)
-    for arm in arms:
-        for seed in seeds:
-            _check_same(directory, arm, seed)
-    todo = [(seed, arm) for seed in seeds for arm in arms if _summary(directory, arm, seed) is None]
-    say(f"{len(arms)} arms x {len(seeds)} seeds: {len(arms) * len(seeds) - len(todo)} runs are done, {len(todo)} to go")
+    runs = [(seed, arm) for seed in seeds for arm in arms if seed in arm.seeds(seeds)]
+    for seed, arm in runs:
+        _check_same(directory, arm, seed)
+    todo = [(seed, arm) for seed, arm in runs if _summary(directory, arm, seed) is None]
+    say(f"{len(arms)} arms on {len(seeds)} seeds: {len(runs) - len(todo)} runs are done, {len(todo)} to go")
     if not todo:
         return
     with cluster():

@@ -32,6 +32,13 @@ def test_an_arm_is_the_common_settings_and_its_own_and_overrides_win(study):
     assert opd.directory == "opd-full"
 
 
+def test_an_arm_may_run_on_the_first_seeds_only(tmp_path):
+    wide, narrow = arms_of(tmp_path, "arms: {a: {}, b: {seeds: 2}}")
+    assert (wide.seeds([3, 5, 7]), narrow.seeds([3, 5, 7])) == ([3, 5, 7], [3, 5])
+    with pytest.raises(InputError, match="arm 'b': seeds is 0, expected how many"):
+        arms_of(tmp_path, "arms: {a: {}, b: {seeds: 0}}")
+
+
 def test_arms_are_picked_by_name_or_directory(study):
     assert [arm.name for arm in read_study(study, only=["opd-full"]).arms] == ["OPD, full"]
     with pytest.raises(InputError, match="no arm 'opd'; it has stableopd, opd-full"):
@@ -96,7 +103,7 @@ def test_a_finished_study_has_nothing_left_to_do_and_starts_nothing(study, tmp_p
     for arm in arms:
         finish(tmp_path, arm, 0, 0.5)
     run_study(arms, [0], tmp_path, said.append)
-    assert said == ["2 arms x 1 seeds: 2 runs are done, 0 to go"]
+    assert said == ["2 arms on 1 seeds: 2 runs are done, 0 to go"]
 
 
 def test_a_finished_run_with_other_settings_is_refused(study, tmp_path):
