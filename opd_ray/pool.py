@@ -104,7 +104,7 @@ class Pool:
             cause = error.cause if isinstance(error.cause, BaseException) else error
             raise ActorError(f"{where} failed: {type(cause).__name__}: {cause}") from error
         except RayActorError as error:
-            raise ActorError(f"{where}: the actor died: {' '.join(str(error).split())}") from error
+            raise ActorError(f"{where}: {_death(error)}") from error
         except RayError as error:
             raise ActorError(f"{where}: {type(error).__name__}: {error}") from error
         finally:
@@ -113,3 +113,11 @@ class Pool:
 
 async def _value(ref: ObjectRef) -> Any:
     return await ref
+
+
+def _death(error: RayActorError) -> str:
+    """Why an actor died, in one line: of an error in its constructor the last line of the remote traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if error.actor_init_failed:
+        return f"the actor could not start: {lines[-1]}"
+    return f"the actor died: {' '.join(lines)}"
