@@ -21,14 +21,13 @@ import torch
 
 from opd_ray.errors import RunError
 from opd_ray.losses import ScoredTokens
-from opd_ray.messages import Coefficients, Count, Denominators, Entry, Source, StepPlan
+from opd_ray.messages import REFERENCE, Coefficients, Count, Denominators, Entry, Source, StepPlan
 
 REPETITIVE_NGRAM = 6
 """Tokens that must recur for the last of them to count as repetitive."""
 _HASH_FACTOR = 6_364_136_223_846_793_005
 
 
-REFERENCE = "reference"
 """Role of the reference's scores; every other role is a teacher's name."""
 _SOURCES: tuple[Source, ...] = ("student", "golden", "teacher")
 

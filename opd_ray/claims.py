@@ -36,6 +36,9 @@ def check(claims: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> None:
         if not isinstance(claim, Mapping) or frozenset(claim) not in _KINDS:
             kinds = "; ".join(", ".join(sorted(kind)) for kind in _KINDS)
             raise InputError(f"study: claim {number} has the keys {', '.join(claim)}; expected one of: {kinds}")
+        for key in ("by", "highest_truncation_below", "within"):
+            if key in claim and not isinstance(claim[key], int | float):
+                raise InputError(f"study: claim {number}: {key} is {claim[key]!r}, expected a number")
         for key in ("arm", "above", "of", "where_collapses"):
             if key in claim and claim[key] not in arms:
                 raise InputError(f"study: claim {number} is about '{claim[key]}'; the arms are {', '.join(arms)}")
@@ -85,10 +88,11 @@ def _within(claim: Mapping[str, Any], row: Row, found: Mapping[str, Row]) -> str
         for seed in seeds
         if seed in row.seeds and seed in target.seeds
     }
-    worst = f", at worst {max(short.values()):+.3f} short" if short else ""
+    if not short:
+        return f"not judged, {collapses.arm} passes half truncated in none of the seeds: {dict(claim)}"
     text = (
         f"{row.arm} within {claim['within']:g} of {target.arm} in the {len(short)} seeds in which {collapses.arm} "
-        f"passes half truncated{worst}"
+        f"passes half truncated, at worst {max(short.values()):+.3f} short"
     )
     return _verdict(all(value <= claim["within"] for value in short.values()), text)
 

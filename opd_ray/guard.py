@@ -195,7 +195,8 @@ class Guard:
             means = self._observe(metrics)
             events += self._note_lowest(step, means)
             readings = [each for each in self._readings(means) if each.severity]
-            self._state.alarmed = any(len(each.thresholds) > 1 for each in readings)
+            if any(share in means for share in _SHARES):  # a step that sampled nothing tells nothing
+                self._state.alarmed = any(len(each.thresholds) > 1 for each in readings)
             action, order = self._act(step, readings)
             events += self._announce(step, readings, {event.signal for event in action}) + action
         return Verdict(tuple(events), self.strength, order)

@@ -16,14 +16,13 @@ from opd_ray.actors.generator import GeneratorSettings, StudentGenerator, Teache
 from opd_ray.actors.learner import Learner
 from opd_ray.actors.recorder import Recorder
 from opd_ray.actors.scorer import Scorer
-from opd_ray.config import Config, RolloutConfig, ScorerConfig, TeacherConfig
+from opd_ray.config import Config, RolloutConfig, TeacherConfig
 from opd_ray.engines.factory import load_tokenizer, make_generation_engine, make_scoring_engine
 from opd_ray.errors import DeadlineError, OpdError, RunError
 from opd_ray.golden import load_golden
-from opd_ray.messages import Entry, TransferGroup
+from opd_ray.messages import REFERENCE, Entry, TransferGroup
 from opd_ray.pipeline import Rooms
 from opd_ray.pool import Member, Pool
-from opd_ray.scoring import REFERENCE
 from opd_ray.tasks import get_task
 
 _CONCURRENT_CALLS = 1000
@@ -32,7 +31,7 @@ _CONCURRENT_CALLS = 1000
 
 def start_rooms(config: Config, *, namespace: str, max_context_tokens: int) -> Rooms:
     """Creates every actor of a run; returns at once, while they load their models."""
-    scorers = {role: _scorers(role, config, namespace, max_context_tokens) for role in scorer_configs(config)}
+    scorers = {role: _scorers(role, config, namespace, max_context_tokens) for role in config.scorers}
     writes = config.buffer.uses_teacher_rollouts
     return Rooms(
         generators=start_generators(config, namespace=namespace, max_context_tokens=max_context_tokens),
@@ -40,14 +39,8 @@ def start_rooms(config: Config, *, namespace: str, max_context_tokens: int) -> R
         scorers=scorers,
         teacher_generators=_teacher_generators(config, namespace, max_context_tokens) if writes else None,
         recorder=_recorder(config, namespace),
-        followers=[pool for role, pool in scorers.items() if scorer_configs(config)[role].follows_student],
+        followers=[pool for role, pool in scorers.items() if config.scorers[role].follows_student],
     )
-
-
-def scorer_configs(config: Config) -> dict[str, ScorerConfig]:
-    """Role to configuration of every scorer that the objective needs: teachers by name, and "reference"."""
-    teachers = config.teachers if config.uses_teacher else {}
-    return {**teachers, **({REFERENCE: config.reference} if config.uses_reference else {})}
 
 
 def start_generators(config: Config, *, namespace: str, max_context_tokens: int) -> Pool:
@@ -93,7 +86,7 @@ def _generators(room: str, role: str, make: partial[Any], config: Config, namesp
 
 
 def _scorers(role: str, config: Config, namespace: str, max_context_tokens: int) -> Pool:
-    scorer = scorer_configs(config)[role]
+    scorer = config.scorers[role]
     # A golden solution in the prompt makes sequences longer than any that the student sees.
     privileged = isinstance(scorer, TeacherConfig) and scorer.privileged
     longest = config.student.max_context_tokens if privileged else max_context_tokens
@@ -206,7 +199,7 @@ async def begin(config: Config, rooms: Rooms, stop_token_ids: Sequence[int]) -> 
     """
     _check_rooms(config, rooms)
     limit = config.deadlines.start_s
-    scorers = scorer_configs(config)
+    scorers = config.scorers
     # Those that follow the student receive every broadcast, whether this run asks them anything or not.
     known = {**config.teachers, REFERENCE: config.reference}
     scorers |= {pool.room: known[pool.room] for pool in rooms.followers if pool.room in known}
@@ -226,7 +219,7 @@ async def _begin_learner(config: Config, rooms: Rooms, stop_token_ids: Sequence[
 
 
 def _check_rooms(config: Config, rooms: Rooms) -> None:
-    missing = [role for role in scorer_configs(config) if role not in rooms.scorers]
+    missing = [role for role in config.scorers if role not in rooms.scorers]
     if config.buffer.uses_teacher_rollouts and rooms.teacher_generators is None:
         missing.append("teacher_generate")
     if missing:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Source = Literal["student", "golden", "teacher"]
 """Who wrote a rollout: the student (on-policy), the golden data, or the teacher, live."""
 FinishReason = Literal["stop", "length"]
+REFERENCE = "reference"
+"""The reference's role among the scorers; every other role is the name of a teacher."""
 
 ROLLOUT_SCHEMA = pa.schema(
     [

@@ -50,7 +50,9 @@ class Mixture:
         if buffer.on_policy_probability is None:
             return StepMix(responses, num_teacher, num_golden)
         if self._is_on_policy(step):
-            return StepMix(responses, 0, 0)
+            # What the guard asks for is asked of the steps that the student samples for.
+            guarded = round(prompts * strength.golden_per_prompt) if strength is not None else 0
+            return StepMix(responses, 0, guarded)
         return StepMix(0, num_teacher, num_golden)
 
     def coefficients(self, step: int, strength: Strength | None = None) -> Coefficients:

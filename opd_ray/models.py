@@ -74,15 +74,9 @@ def inspect(config_field: str, path: str) -> ModelFacts:
     )
 
 
-def scorers(config: Config) -> dict[str, ScorerConfig]:
-    """Role to configuration of the scorer pools that a run starts: teachers by their names, and "reference"."""
-    teachers = config.teachers if config.uses_teacher else {}
-    return {**teachers, **({"reference": config.reference} if config.uses_reference else {})}
-
-
 def inspect_run(config: Config) -> dict[str, ModelFacts]:
     """Facts of every model that a run loads: "student", the scorers by role, and a teacher that writes rollouts."""
-    used: dict[str, ScorerConfig] = scorers(config)
+    used: dict[str, ScorerConfig] = dict(config.scorers)
     if config.buffer.uses_teacher_rollouts:
         used.setdefault("teacher", config.teacher)
     student = inspect("student.path", config.student.path)

@@ -25,7 +25,7 @@ from functools import partial
 
 import torch
 
-from opd_ray.batching import REFERENCE, MicroBatch, Segment
+from opd_ray.batching import MicroBatch, Segment
 from opd_ray.config import Config
 from opd_ray.errors import RunError
 from opd_ray.heads import FrozenHead, ResponseHead, chunk_rows
@@ -34,7 +34,7 @@ from opd_ray.losses.advantage import combined_logprobs, discounted, log_ratios, 
 from opd_ray.losses.diagnostics import student_metrics, topk_overlap
 from opd_ray.losses.reduction import before_repetition, token_weights
 from opd_ray.losses.terms import reference_loss, source_loss
-from opd_ray.messages import Coefficients, Count, Denominators, Source
+from opd_ray.messages import REFERENCE, Coefficients, Count, Denominators, Source
 
 _PROBE_TOKENS = 16
 """Tokens on which a scorer's output layer is compared with what the scorer said."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from opd_ray import checkpoint
 from opd_ray.config import CheckpointConfig, Config
 from opd_ray.evaluate import Evaluation
-from opd_ray.guard import Guard, GuardEvent
+from opd_ray.guard import Guard
 from opd_ray.metrics import MetricsWriter
 from opd_ray.pipeline import Rooms, StepReport
 from opd_ray.pool import Pool
@@ -117,33 +117,61 @@ class Progress:
 
 
 class Summary:
-    """Adds up what summary.json reports; its clock starts when it is made, just before the first step."""
+    """Adds up what summary.json reports; its clock starts when it is made, just before the first step.
 
-    def __init__(self) -> None:
+    ``state`` goes into checkpoints and makes a resumed run's summary that of the whole run; what is not in it
+    (throughput, staleness, weight sync) is that of the last start.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         self._began = time.monotonic()
         self._steps: list[dict[str, float]] = []
-        self._events: list[GuardEvent] = []
-        self._rollout_tokens = self._trained_tokens = 0
+        self._rollout_tokens = 0
+        before = state or {}
+        self._events: list[dict[str, Any]] = list(before.get("guard_events", []))
+        self._max_truncation_rate = float(before.get("max_truncation_rate", 0.0))
+        self._trained_tokens = int(before.get("trained_tokens", 0))
+        self._earlier_s = float(before.get("wall_s", 0.0))
+        self._eval_before = before.get("eval_before")
+
+    @property
+    def evaluated_before(self) -> Evaluation | None:
+        """The student's evaluation before the first step, where an earlier start of this run has made it."""
+        return Evaluation(**self._eval_before) if self._eval_before else None
+
+    def begin(self, before: Evaluation | None) -> None:
+        """Notes the evaluation before the first step."""
+        self._eval_before = asdict(before) if before else None
 
     async def on_step(self, report: StepReport) -> None:
         self._steps.append(report.metrics)
-        self._events += report.events
+        self._events += [asdict(event) for event in report.events]
+        truncated = report.metrics.get("rollouts/truncation_rate", 0.0)
+        self._max_truncation_rate = max(self._max_truncation_rate, truncated)
         for entry in report.entries:
             self._trained_tokens += entry.meta.num_response_tokens
             self._rollout_tokens += entry.meta.num_response_tokens if entry.meta.source == "student" else 0
 
-    def result(self, config: Config, before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {
+            "guard_events": self._events,
+            "max_truncation_rate": self._max_truncation_rate,
+            "trained_tokens": self._trained_tokens,
+            "wall_s": self._earlier_s + time.monotonic() - self._began,
+            "eval_before": self._eval_before,
+        }
+
+    def result(self, config: Config, after: Evaluation | None) -> dict[str, Any]:
         wall = time.monotonic() - self._began
-        sync = self._values("learner/weight_sync_s")
+        sync = self._values("learner/weight_sync_s") or [0.0]
         staleness = self._values("staleness/mean")
         return {
             "method": config.method,
             "name": config.label,
             "seed": config.seed,
             "steps": config.learner.steps,
-            "wall_s": wall,
             "rollout_tokens": self._rollout_tokens,
-            "trained_tokens": self._trained_tokens,
             "tokens_per_s": self._rollout_tokens / wall,
             "learner_idle_share": 1 - sum(self._values("learner/train_s") + sync) / wall,
             "weight_sync_s": {"p50": float(np.median(sync)), "max": max(sync)},
@@ -151,12 +179,9 @@ class Summary:
                 "mean": float(np.mean(staleness)) if staleness else 0.0,
                 "max": max(self._values("staleness/max"), default=0.0),
             },
-            "max_truncation_rate": max(self._values("rollouts/truncation_rate"), default=0.0),
-            "eval_before": asdict(before) if before else None,
             "eval_after": asdict(after) if after else None,
-            "guard_events": [asdict(event) for event in self._events],
             "restarts": 0,
-        }
+        } | self.state()
 
     def _values(self, name: str) -> list[float]:
         return [metrics[name] for metrics in self._steps if name in metrics]

@@ -139,9 +139,14 @@ class Pipeline:
             most,
             self._config,
             self._stop_token_ids,
-            teacher=self._rooms.scorers.get("teacher"),
+            teacher=self._rooms.scorers.get("teacher") if self._judges_evaluations() else None,
             recorder=self._rooms.recorder,
         )
+
+    def _judges_evaluations(self) -> bool:
+        """May the teacher's view of sampled answers be compared with the student's? At another temperature the
+        student's is of another distribution, and one that is shown solutions is not asked without them."""
+        return self._config.evaluation.temperature == 1 and not self._config.teacher.privileged
 
     async def broadcast(self, version: int) -> None:
         """Sends the learner's weights to every generator, and to scorers that follow the student, at once."""
@@ -185,7 +190,8 @@ class Pipeline:
             teacher = _asking(routed, lambda prompt: mix.teacher_responses(prompt.slot % per_step, per_step))
             if student:
                 calls.append(self._sample(self._rooms.generators, "student", student, budget))
-            if teacher:
+            # Only the first teacher writes; what it would write for another one's prompts is not that one's.
+            if teacher and (name == "teacher" or config.loss.teachers == "weighted"):
                 calls.append(self._sample(self._rooms.teacher_generators, "teacher", teacher, teachers))
         entries = await asyncio.gather(*calls)
         await self._buffer.add(slots, [entry for sampled in entries for entry in sampled])
@@ -233,25 +239,26 @@ class Pipeline:
             began = time.monotonic()
             entries = await self._buffer.take(step) + await self._golden(step)
             waited = time.monotonic()
-            trained = await self._train(step, entries)
+            trained, problem = await self._train(step, entries)
             done = time.monotonic()
             await self.broadcast(step + 1)
             synced = time.monotonic()
             self._slots.free(self._buffer.slots_of(step))
             times = {"wait_s": waited - began, "train_s": done - waited, "weight_sync_s": synced - done}
-            report, order = await self._report(step, entries, trained, times)
+            report, order = await self._report(step, entries, trained, times, problem)
             for observer in observers:
                 await observer.on_step(report)
             if order != "go on":
                 raise GuardOrder(report, order)
 
-    async def _train(self, step: int, entries: Sequence[Entry]) -> dict[str, float]:
-        """Trains one step; its metrics. One that is not finite changes no weights, and ends a run without a guard."""
+    async def _train(self, step: int, entries: Sequence[Entry]) -> tuple[dict[str, float], str | None]:
+        """Trains one step; its metrics, and what was not finite in it if anything was: then no weights were changed.
+        Without a guard that ends the run."""
         config = self._config
         if not entries:
             raise RunError(
-                f"step {step} has no rollouts to train on: the teacher's were all left out by "
-                f"buffer.teacher_filter={config.buffer.teacher_filter}; mix in other rollouts, or filter less"
+                f"step {step} has no rollouts to train on: its mixture is {self._mixture.at(step)}, and what the "
+                f"teacher wrote had to pass buffer.teacher_filter={config.buffer.teacher_filter}; mix in more"
             )
         if config.loss.advantage.reward_coef > 0:
             entries = group_advantages(entries, config.loss.advantage.reward_std)
@@ -266,10 +273,15 @@ class Pipeline:
         outcome = (await self._rooms.learner.call_all("train_step", each=plans))[0]
         if outcome.problem and config.guard.level == "off":
             raise RunError(outcome.problem)
-        return outcome.metrics
+        return outcome.metrics, outcome.problem
 
     async def _report(
-        self, step: int, entries: Sequence[Entry], trained: dict[str, float], times: dict[str, float]
+        self,
+        step: int,
+        entries: Sequence[Entry],
+        trained: dict[str, float],
+        times: dict[str, float],
+        problem: str | None,
     ) -> tuple[StepReport, str]:
         student: list[RolloutMeta] = [entry.meta for entry in entries if entry.meta.source == "student"]
         budget = self._config.rollout.budget(step)
@@ -287,7 +299,13 @@ class Pipeline:
         during = every > 0 and finished % every == 0 and not last
         evaluation = await self.evaluate(self._config.evaluation.num_problems_during) if during else None
         verdict = self._guard.look(finished, metrics)
-        return StepReport(finished, entries, metrics, evaluation, verdict.events), verdict.order
+        events = [
+            dataclasses.replace(event, action=f"{event.action} ({problem})")
+            if problem and event.signal == "non_finite_loss"
+            else event
+            for event in verdict.events
+        ]
+        return StepReport(finished, entries, metrics, evaluation, events), verdict.order
 
     def _composition(self, step: int, entries: Sequence[Entry]) -> dict[str, float]:
         """What the step was made of, and with which weights."""

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from opd_ray import config as configs
+from opd_ray import embedded
 from opd_ray import models as checkpoints
 from opd_ray.config import Config
 from opd_ray.data import Rows, read_prompts
 from opd_ray.errors import InputError, near
 from opd_ray.golden import Solution, check_golden, is_privileged, pair_solutions, render_prompt
-from opd_ray.models import ModelFacts, inspect, inspect_run, scorers
+from opd_ray.models import ModelFacts, inspect, inspect_run
 from opd_ray.prompts import DEFAULT_TEACHER
 from opd_ray.tasks import Task, get_task
 
@@ -100,23 +101,30 @@ def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         fixed = any(name == each or name.startswith(f"{each}.") for each in _FIXED_BY_RUN)
-        # Stand-ins ("embedded", "student") are paths in the saved file: the seed decides what they are.
-        if (
-            fixed
-            and name.rpartition(".")[2] not in _FREE
-            and old != new
-            and new not in (configs.EMBEDDED, configs.STUDENT)
-        ):
+        if fixed and name.rpartition(".")[2] not in _FREE and old != new and not _stands_for(new, old, before):
             raise InputError(
                 f"--resume: {name} is {_yaml(new)}, but the run in {run_dir} has {_yaml(old)}; "
                 f"continue it with {name}={_yaml(old)} or give another --run-dir"
             )
 
 
+def _stands_for(new: Any, old: Any, before: Mapping[str, Any]) -> bool:
+    """Is ``new`` a stand-in ("embedded", "embedded:N", "student") that the saved run resolved to ``old``?"""
+    if new == configs.STUDENT:
+        return old == before["student.path"]
+    kind, _, count = str(new).partition(":")
+    if kind != configs.EMBEDDED or not isinstance(old, str):
+        return False
+    if count:
+        return Path(old).name == f"golden-{count}.jsonl"
+    path = Path(old)
+    made_here = path == embedded.TEACHER_DIR or path.is_relative_to(embedded.cache_root())
+    return made_here and not path.name.startswith("golden-")
+
+
 def check_files(config: Config) -> Preflight:
     """Packages, data files and checkpoints, and that they fit each other."""
     _check_packages(config)
-    _check_consistency(config)
     data, task = config.data, get_task(config.data.task)
     prompts, problems = read_prompts(data.prompts, need_answer=False), read_prompts(data.evaluation)
     _check_answers(config, prompts)
@@ -163,7 +171,7 @@ def check_resources(config: Config, cluster_resources: Mapping[str, float]) -> N
     asked = {"learner": (learner.num_ranks, learner.cpus_per_rank, learner.gpus_per_rank), **_generators(config)}
     if config.buffer.uses_teacher_rollouts:
         asked["teacher generators"] = (rollout.teacher_generators, *asked["generators"][1:])
-    for role, scorer in scorers(config).items():
+    for role, scorer in config.scorers.items():
         asked[role] = (scorer.num_actors, scorer.cpus_per_actor, scorer.gpus_per_actor)
     _check_fits(asked, cluster_resources)
 
@@ -211,7 +219,7 @@ def _check_fits(asked: Mapping[str, tuple[int, float, float]], there: Mapping[st
 def _check_packages(config: Config, evaluation_only: bool = False) -> None:
     engines = {"rollout.engine": config.rollout.engine}
     if not evaluation_only:
-        engines |= {f"{role}.engine": scorer.engine for role, scorer in scorers(config).items()}
+        engines |= {f"{role}.engine": scorer.engine for role, scorer in config.scorers.items()}
     for name, engine in engines.items():
         if engine == "vllm" and find_spec("vllm") is None:
             raise InputError(
@@ -222,17 +230,6 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
         raise InputError("the learner needs DeepSpeed, which is not installed; pip install 'opd_ray[deepspeed]'")
     if config.data.task == "math" and find_spec("math_verify") is None:
         raise InputError("data.task=math needs math-verify, which is not installed; pip install 'opd_ray[math]'")
-
-
-def _check_consistency(config: Config) -> None:
-    """Parts of the configuration that contradict each other."""
-    if config.buffer.golden_pairing == "prompt" and config.uses_golden and not config.buffer.prompts_per_step:
-        raise InputError(
-            "buffer.golden_pairing=prompt takes the solutions of a step's prompts, but buffer.prompts_per_step is 0; "
-            "set buffer.golden_pairing=shuffled"
-        )
-    for name in sorted({"student", "reference"} & config.more_teachers.keys()):
-        raise InputError(f"more_teachers: the name '{name}' is that of another role; choose another")
 
 
 def _check_answers(config: Config, prompts: Rows) -> None:
@@ -263,7 +260,7 @@ def _check_routes(where: str, rows: Iterator[tuple[int, Mapping[str, Any]]], con
 
 
 def _eos_token_ids(config: Config, models: Mapping[str, ModelFacts]) -> tuple[int, ...]:
-    given = {role: scorer.eos_token_ids for role, scorer in scorers(config).items()}
+    given = {role: scorer.eos_token_ids for role, scorer in config.scorers.items()}
     given |= {"teacher": config.teacher.eos_token_ids} if "teacher" in models else {}
     asked = {checkpoints.field_of(config, role): (models[role], ids) for role, ids in given.items()}
     return checkpoints.eos_set(models["student"], asked)

@@ -91,7 +91,7 @@ def resolve(config: Config) -> Config:
     config = _without_foreign_golden(config)
     data = config.data
     golden = str(data.golden).partition(":")[0]
-    if configs.EMBEDDED in (config.student.path, config.teacher.path, data.prompts, golden, data.evaluation):
+    if configs.EMBEDDED in (config.student.path, data.prompts, golden, data.evaluation):
         paths = embedded.prepare(config.seed)
 
         def path(value: str | None, built: Path) -> str | None:
@@ -100,7 +100,6 @@ def resolve(config: Config) -> Config:
         config = dataclasses.replace(
             config,
             student=dataclasses.replace(config.student, path=path(config.student.path, paths.student)),
-            teacher=dataclasses.replace(config.teacher, path=path(config.teacher.path, paths.teacher)),
             data=dataclasses.replace(
                 data,
                 prompts=path(data.prompts, paths.prompts),
@@ -156,10 +155,10 @@ class _Run:
         self._config, self._facts, self._run_dir = config, facts, run_dir
         self._session, self._observers = session, observers
         self._guard = Guard(
-            config.guard,
+            config.guard_within_reach,
             has_golden=config.loads_golden,
             has_reference=config.loss.reference.used,
-            configured=config.strength_at(0),
+            configured=config.least_strength,
         )
 
     async def train(
@@ -174,16 +173,17 @@ class _Run:
             if start:
                 self._guard.restore(start.state["guard"])
             pipeline = await self._pipeline(rooms, start)
-            before = before or await self._evaluate(pipeline, start.step if start else 0)
+            summary = Summary(start.state.get("summary") if start else None)
+            before = before or summary.evaluated_before or await self._evaluate(pipeline, start.step if start else 0)
+            summary.begin(before)
             say_evaluation("before", before)
-            summary = Summary()
             pipeline, stopped = await self._steps(pipeline, summary, rooms, start)
             after = await self._evaluate(pipeline, stopped.step if stopped else config.learner.steps)
             say_evaluation("after", after)
             await rooms.learner.call_all("export", str(self._run_dir / "student"))
         finally:
             self._writer.close()
-        result = summary.result(config, before, after)
+        result = summary.result(config, after)
         result |= {"golden": self._golden_report, "stopped_at": stopped.step if stopped else None}
         result |= {"versions": _versions()}
         (self._run_dir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -194,7 +194,7 @@ class _Run:
     ) -> tuple[Pipeline, StepReport | None]:
         """Runs the pipeline to its end, over the guard's rollbacks; the report at which the guard stopped it, if so."""
         while True:
-            watching = self._watch(rooms, pipeline, start.step if start else 0)
+            watching = self._watch(rooms, pipeline, summary, start.step if start else 0)
             try:
                 await pipeline.run([summary, *watching, *self._observers])
             except GuardOrder as end:
@@ -262,15 +262,21 @@ class _Run:
         config = self._config
         shown = load_solutions(config, self._facts.eos_token_ids) if is_privileged(config) else None
         responses = config.rollout.responses_per_prompt
-        return _prompt_stream(config, config.data.prompts, responses, shuffled=True, golden=shown)
+        # A run that goes back samples other responses than those that led it astray.
+        attempt = self._guard.state()["num_rollbacks"]
+        return _prompt_stream(config, config.data.prompts, responses, shuffled=True, golden=shown, attempt=attempt)
 
-    def _watch(self, rooms: Rooms, pipeline: Pipeline, first_step: int) -> list[Observer]:
+    def _watch(self, rooms: Rooms, pipeline: Pipeline, summary: Summary, first_step: int) -> list[Observer]:
         """What looks at every step besides the summary."""
         config, run_dir = self._config, self._run_dir
+
+        def state() -> dict[str, Any]:
+            return pipeline.state() | {"summary": summary.state()}
+
         return [
             Metrics(self._writer, rooms),
             RolloutLog(rooms.recorder, run_dir / "rollouts", config.metrics.rollout_log_every_steps),
-            Checkpoints(run_dir, rooms, config.checkpoint, pipeline.state, self._guard),
+            Checkpoints(run_dir, rooms, config.checkpoint, state, self._guard),
             Progress(run_dir, config.learner.steps, first_step),
         ]
 
@@ -284,8 +290,11 @@ class _Run:
 
 def evaluate(checkpoint_dir: str, config: Config) -> dict[str, Any]:
     """Held-out accuracy of a checkpoint, as a run measures it."""
+    if config.evaluation.num_problems == 0:
+        raise InputError("evaluation.num_problems is 0: there is nothing to evaluate; set it to 1 or more")
     config = dataclasses.replace(config, student=dataclasses.replace(config.student, path=checkpoint_dir))
-    config = resolve(config)
+    if config.data.evaluation == configs.EMBEDDED:
+        config = resolve(config)
     facts = preflight.check_evaluation(config)
     with cluster():
         preflight.check_generators(config, ray.cluster_resources())
@@ -304,7 +313,13 @@ async def _evaluate_alone(config: Config, facts: Preflight) -> Evaluation:
 
 
 def _prompt_stream(
-    config: Config, path: str, num_responses: int, *, shuffled: bool, golden: Mapping[str, str] | None = None
+    config: Config,
+    path: str,
+    num_responses: int,
+    *,
+    shuffled: bool,
+    golden: Mapping[str, str] | None = None,
+    attempt: int = 0,
 ) -> PromptStream:
     rows = read_prompts(path, need_answer=False)  # preflight has asked for them where they are needed
     return PromptStream(
@@ -313,7 +328,7 @@ def _prompt_stream(
         tokenizer=load_tokenizer(config.student.path),
         order=Shuffled(len(rows), config.seed, config.data.shuffle) if shuffled else None,
         num_responses=num_responses,
-        seed=config.seed if shuffled else 0,
+        seed=config.seed + 1_000_003 * attempt if shuffled else 0,
         golden=golden,
     )
 

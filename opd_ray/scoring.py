@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from opd_ray.config import Config
-from opd_ray.messages import ScoreRequest, Source
-
-REFERENCE = "reference"
-"""The reference's role; every other role is the name of a teacher."""
+from opd_ray.messages import REFERENCE, ScoreRequest, Source
 
 
 def score_requests(config: Config, stop_token_ids: tuple[int, ...]) -> dict[Source, dict[str, ScoreRequest]]:
-    """Source to role to request; a source whose loss compares with nobody has no roles."""
-    return {source: _requests(config, source, stop_token_ids) for source in config.sources}
+    """Source to role to request; a source whose loss compares with nobody has no roles.
+
+    Golden rollouts that are only kept at hand for the guard count: it may mix them in at any step.
+    """
+    sources = (*config.sources, *(("golden",) if config.loads_golden and not config.uses_golden else ()))
+    return {source: _requests(config, source, stop_token_ids) for source in sources}
 
 
 def roles_of(config: Config, requests: dict[str, ScoreRequest], teacher: str) -> dict[str, ScoreRequest]:

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from opd_ray import claims, launch, preflight, run, teacher_data
+from opd_ray import claims, preflight, run, teacher_data
 from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.errors import InputError, RunError
@@ -92,7 +92,10 @@ def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         raise InputError(f"study {path}: no arm '{unknown[0]}'; it has {', '.join(arm.directory for arm in arms)}")
     chosen = [arm for arm in arms if not only or arm in [known[name] for name in only]]
     for arm in chosen:
-        arm.config(0)  # refuses a contradiction before anything starts
+        golden = str(arm.config(0).data.golden)  # refuses a contradiction before anything starts
+        kind, _, count = golden.partition(":")
+        if kind == TEACHER_ROLLOUTS and not (count.isdigit() and int(count) > 0):
+            raise InputError(f"arm '{arm.name}': data.golden is {golden}, expected {TEACHER_ROLLOUTS}:N with N above 0")
     stated = raw.get("claims") or []
     claims.check(stated, [arm.name for arm in arms])
     return Study(chosen, stated)
@@ -136,7 +139,7 @@ _STARTED_WITH = (
 
 def _rooms(config: Config) -> set[str]:
     teacher_writes = {"teacher_generate"} if config.buffer.uses_teacher_rollouts else set()
-    return teacher_writes | set(launch.scorer_configs(config))
+    return teacher_writes | set(config.scorers)
 
 
 def _value(config: Config, field: str) -> Any:
@@ -161,6 +164,8 @@ def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: C
         return
     with cluster():
         teacher = _teacher_data(directory, arms, rooms_for, say)
+        for arm in arms:  # what is wrong with the last arm is said before the first one runs
+            preflight.check_files(run.resolve(_with_teacher_data(arm.config(seeds[0]), teacher)))
         for seed in dict.fromkeys(seed for seed, _ in todo):
             run.resolve(dataclasses.replace(rooms_for, seed=seed))  # builds its student, if it is an embedded one
         session = Session(run.resolve(rooms_for))
@@ -182,11 +187,7 @@ def _run_arm(directory: Path, arm: Arm, seed: int, teacher: teacher_data.Rollout
     shutil.rmtree(run_dir, ignore_errors=True)  # what an interrupted study left there has no summary
     run_dir.mkdir(parents=True)
     (run_dir / "arm.json").write_text(json.dumps(arm.raw) + "\n")
-    config = arm.config(seed)
-    if teacher and str(config.data.golden).startswith(TEACHER_ROLLOUTS):
-        _, _, count = config.data.golden.partition(":")
-        path = str(teacher.subset(int(count)))
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, golden=path))
+    config = _with_teacher_data(arm.config(seed), teacher)
     with (run_dir / "log.txt").open("w", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
         try:
             run.train(config, run_dir, session=session, before=_before(directory, seed))
@@ -194,6 +195,14 @@ def _run_arm(directory: Path, arm: Arm, seed: int, teacher: teacher_data.Rollout
             # A guard that stopped the run has left a summary: that is an outcome, not a failure of the study.
             if not (run_dir / "summary.json").exists():
                 raise RunError(f"study: arm '{arm.name}', seed {seed}: {error} (see {run_dir / 'log.txt'})") from None
+
+
+def _with_teacher_data(config: Config, teacher: teacher_data.Rollouts | None) -> Config:
+    """``teacher-rollouts:N`` replaced by a file of N of them."""
+    kind, _, count = str(config.data.golden).partition(":")
+    if teacher is None or kind != TEACHER_ROLLOUTS:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, golden=str(teacher.subset(int(count)))))
 
 
 def _check_same(directory: Path, arm: Arm, seed: int) -> None:

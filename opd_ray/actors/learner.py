@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
 import logging
 import math
 import os
@@ -101,6 +102,7 @@ class Learner:
             # DeepSpeed 0.19 without ZeRO accumulates bfloat16 gradients in bfloat16, and allocates AdamW's state
             # by an empty step that its bias correction counts: the first update is 0.74 of what it should be.
             self._zero_stage = 1
+        self._stop_token_ids = tuple(stop_token_ids)
         torch.manual_seed(config.seed)
         self._model = self._load_student()
         self._num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
@@ -108,7 +110,7 @@ class Learner:
         self._objective = Objective(
             config,
             vocab_size=self._module.vocab_size,
-            stop_token_ids=tuple(stop_token_ids),
+            stop_token_ids=self._stop_token_ids,
             heads=load_heads(config, str(self._student_path), self._device),
         )
         learner = config.learner
@@ -219,6 +221,11 @@ class Learner:
         for file in self._student_path.iterdir():
             if file.is_file() and not file.name.endswith(_WEIGHT_FILES):
                 shutil.copyfile(file, Path(directory) / file.name)
+        if len(self._stop_token_ids) > 1:
+            # Whoever serves the student must stop where the run did: at the teacher's EOS as well.
+            path = Path(directory) / "generation_config.json"
+            settings = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(settings | {"eos_token_id": list(self._stop_token_ids)}, indent=2) + "\n")
 
     def _load_student(self) -> torch.nn.Module:
         from transformers.utils import is_flash_attn_2_available

@@ -10,9 +10,8 @@ import pyarrow.parquet as pq
 import ray
 
 from opd_ray.measure import measure
-from opd_ray.messages import Entry
+from opd_ray.messages import REFERENCE, Entry
 from opd_ray.node import this_node
-from opd_ray.scoring import REFERENCE
 
 
 class Recorder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -171,7 +171,7 @@ class BufferConfig:
     golden_pairing: Literal["shuffled", "prompt"] = "shuffled"
     """Golden rollouts in an order of their own, or the solutions of the step's own prompts (by id)."""
     teacher_per_prompt: Schedule = 0.0
-    """Rollouts that the teacher samples live for each prompt; number or schedule."""
+    """Rollouts that the teacher samples live for each prompt that is its own; number or schedule."""
     teacher_filter: Literal["none", "finished", "correct"] = "correct"
     """Teacher rollouts that are trained on: all, those that ended by themselves, or those the task verified."""
     on_policy_probability: Schedule | None = None
@@ -224,7 +224,7 @@ class LearnerConfig:
     """Course of the learning rate after the warm-up; linear and cosine end at 0."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises from 0."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's decay rates."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""

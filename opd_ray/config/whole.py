@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -19,6 +20,7 @@ from opd_ray.config.sections import (
     MetricsConfig,
     ReferenceConfig,
     RolloutConfig,
+    ScorerConfig,
     StudentConfig,
     TeacherConfig,
     WeightsConfig,
@@ -86,6 +88,20 @@ class Config:
                 raise ValueError(
                     f"loss.{source}.coef is above 0 but there are no {source} rollouts; set it to 0 or raise {how}"
                 )
+        if not self.sources:
+            raise ValueError("there are no rollouts of any source: a step would train on nothing")
+        buffer = self.buffer
+        if buffer.on_policy_probability is not None and not self.uses_student:
+            raise ValueError("buffer.on_policy_probability needs student rollouts for its on-policy steps")
+        for name, wanted in (("golden", buffer.golden_per_prompt), ("teacher", buffer.teacher_per_prompt)):
+            most = schedule.highest(wanted) * buffer.prompts_per_step
+            if 0 < most < 0.5:
+                raise ValueError(
+                    f"buffer.{name}_per_prompt of {schedule.highest(wanted):g} with {buffer.prompts_per_step} prompts "
+                    f"a step rounds to no {name} rollouts; raise one of the two"
+                )
+        if buffer.golden_pairing == "prompt" and buffer.golden_per_step > 0:
+            raise ValueError("buffer.golden_pairing=prompt has one solution for each prompt: golden_per_step must be 0")
         if self.loads_golden and not self.uses_golden and self.loss.golden.divergence != "cross_entropy":
             raise ValueError(
                 f"loss.golden.divergence={self.loss.golden.divergence}, but only the guard mixes golden rollouts in, "
@@ -133,7 +149,8 @@ class Config:
                     )
             if teacher.privileged and self.data.golden is None:
                 raise ValueError(f"{name}.privileged shows golden solutions, but data.golden is null")
-            full = any(self.loss.terms[source].support == "full" for source in self.sources)
+            terms = [self.loss.terms[source] for source in self.sources]
+            full = any(term.on_distributions and term.support == "full" for term in terms)
             if self.uses_teacher and teacher.follows_student and full:
                 raise ValueError(
                     f"{name}.update={teacher.update} cannot be compared with support=full: the learner keeps the "
@@ -178,6 +195,12 @@ class Config:
         """All teachers by name."""
         return {"teacher": self.teacher, **self.more_teachers}
 
+    @property
+    def scorers(self) -> dict[str, ScorerConfig]:
+        """Role to configuration of the scorer pools that a run starts: teachers by their names, and "reference"."""
+        teachers = self.teachers if self.uses_teacher else {}
+        return {**teachers, **({"reference": self.reference} if self.uses_reference else {})}
+
     def needs_teacher(self, source: Source) -> bool:
         """Does the loss of this source compare with a teacher?"""
         term = self.loss.terms[source]
@@ -202,14 +225,22 @@ class Config:
     def uses_reference(self) -> bool:
         return any(self.needs_reference(source) for source in self.sources)
 
-    def strength_at(self, step: int) -> Strength:
-        """What the mixture and the anchor amount to at a step, as the guard counts it."""
+    @property
+    def least_strength(self) -> Strength:
+        """The least that mixture and anchor amount to at any step: where the guard counts from."""
         return Strength(
-            golden_per_prompt=schedule.at(self.buffer.golden_per_prompt, step) if self.uses_golden else 0.0,
-            golden_coef=schedule.at(self.loss.golden.coef, step),
-            reference_kl_coef=schedule.at(self.loss.reference.coef, step),
+            golden_per_prompt=schedule.lowest(self.buffer.golden_per_prompt) if self.uses_golden else 0.0,
+            golden_coef=schedule.lowest(self.loss.golden.coef),
+            reference_kl_coef=schedule.lowest(self.loss.reference.coef),
             mask_truncated_tails=self.loss.mask_truncated_tails,
         )
+
+    @property
+    def guard_within_reach(self) -> GuardConfig:
+        """The guard's limits, as far as the mixture can follow: paired golden solutions come at most once a prompt."""
+        if self.buffer.golden_pairing != "prompt":
+            return self.guard
+        return replace(self.guard, max_golden_per_prompt=min(1.0, self.guard.max_golden_per_prompt))
 
     @property
     def student_top_k(self) -> int:

@@ -145,7 +145,7 @@ def make_pipeline(
     rooms = Rooms(generators, learner, scorers, teacher_generators, FakeRecorder("record", log))
     rows = rows or [{"id": str(i), "prompt": "p", "answer": "a"} for i in range(1000)]
     shelf = GoldenSet([golden(i) for i in range(5)], Shuffled(5, 0), pairs)
-    guard = Guard(config.guard, has_golden=True, has_reference=True, configured=config.strength_at(0))
+    guard = Guard(config.guard, has_golden=True, has_reference=True, configured=config.least_strength)
     order = Shuffled(len(rows), 0)
     stream = PromptStream(rows, task=EchoTask(), tokenizer=None, order=order, num_responses=1, seed=0)
     pipeline = Pipeline(

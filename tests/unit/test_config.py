@@ -94,6 +94,19 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
         (["reference.update=average", "reference.engine=vllm"], "needs engine=torch"),
         (["reference.update=average", "loss.reference.estimator=full"], "cannot be compared with"),
         (["teacher.update=average", "loss.student.support=full"], "cannot be compared with support=full"),
+        (["buffer.golden_pairing=prompt", "buffer.golden_per_step=5"], "golden_per_step must be 0"),
+        (["buffer.prompts_per_step=4", "buffer.golden_per_prompt=0.1"], "rounds to no golden rollouts"),
+        (
+            ["rollout.responses_per_prompt=0", "loss.student.coef=0", "loss.reference.coef=0"]
+            + ["buffer.on_policy_probability=0.5"],
+            "needs student rollouts for its on-policy steps",
+        ),
+        (
+            ["rollout.responses_per_prompt=0", "loss.student.coef=0", "loss.reference.coef=0"]
+            + ["buffer.golden_per_prompt=0", "loss.golden.coef=0"],
+            "no rollouts of any source",
+        ),
+        (["learner.adam_betas=[2,-1]"], "learner.adam_betas"),
         (["buffer.golden_pairing=prompt", "buffer.golden_per_prompt=2"], "golden_per_prompt is at most 1"),
         (["rollout.max_response_tokens=[[0,0],[5,80]]"], "1 or more at every step"),
         (["more_teachers.teacher.path=x"], "the name 'teacher' is taken"),

@@ -358,3 +358,13 @@ def test_whatever_it_sees_it_stays_within_its_limits(config, steps, has_golden, 
 def test_an_event_reads_as_one_line() -> None:
     event = GuardEvent(75, "truncated_token_share", 0.3323144, 0.25, "act", "tails are masked")
     assert str(event) == "guard, step 75, act: truncated_token_share 0.332 (0.25): tails are masked"
+
+
+def test_a_step_that_sampled_nothing_does_not_make_a_collapse_healthy() -> None:
+    """The bug: the off-policy steps of GKD cleared the alarm, and a collapsed checkpoint could be rolled back to."""
+    guard = Guard(GuardConfig(window_steps=1), has_golden=True, has_reference=True)
+    for step, truncated in enumerate((0.0, 0.0, 1.0), start=1):
+        guard.look(step, {"rollouts/truncation_rate": truncated, "learner/loss": 1.0})
+    assert not guard.healthy()
+    guard.look(4, {"learner/loss": 1.0})
+    assert not guard.healthy()

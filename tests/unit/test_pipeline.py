@@ -217,3 +217,40 @@ def test_what_the_guard_raises_is_in_the_next_step():
     assert [sources(report).count("golden") for report in made.recording.reports] == [8, 8, 8]
     assert made.learner.plans[0].coefficients.reference == pytest.approx(0.1)
     assert made.learner.plans[0].coefficients.mask_truncated_tails
+
+
+def test_golden_rollouts_that_only_the_guard_mixes_in_are_scored_for_the_anchor():
+    """The bug: nobody had asked the reference about them, and the run died when its rescue began."""
+    loss = {"golden": {"coef": 0}, "reference": {"on_golden": True}}
+    made = make_pipeline(steps=1, buffer={"golden_per_prompt": 0}, loss=loss)
+    made.guard.restore(made.guard.state() | {"notch": 2})
+    run(made)
+    golden = [entry for entry in made.recording.reports[0].entries if entry.meta.source == "golden"]
+    assert len(golden) == 8
+    assert all(set(entry.scores) == {"reference"} for entry in golden)
+
+
+def test_the_guards_golden_rollouts_also_join_steps_that_are_on_policy_only():
+    made = make_pipeline(steps=4, buffer={"on_policy_probability": 1.0})
+    made.guard.restore(made.guard.state() | {"notch": 2})
+    run(made)
+    assert [sources(report).count("golden") for report in made.recording.reports] == [8] * 4
+
+
+def test_an_event_about_a_loss_that_is_not_finite_names_the_rollouts():
+    made = run(make_pipeline(learner_metrics={2: {"loss": float("nan")}}, guard={"level": "act"}))
+    (event,) = [event for report in made.recording.reports for event in report.events]
+    assert "(the loss is not finite for 3-0)" in event.action
+
+
+def test_the_first_teacher_writes_for_its_own_prompts_only():
+    rows = [{"id": str(i), "prompt": "p", "answer": "a", "teacher": ("teacher", "code")[i % 2]} for i in range(64)]
+    more = {
+        "rows": rows,
+        "more_teachers": {"code": {}},
+        "buffer": {"teacher_per_prompt": 1.0, "teacher_filter": "none"},
+    }
+    made = run(make_pipeline(steps=4, loss={"teacher": {"coef": 1}}, **more, **OFF))
+    student = {e.meta.slot for r in made.recording.reports for e in r.entries if e.meta.teacher == "code"}
+    teacher = {e.meta.slot for r in made.recording.reports for e in r.entries if e.meta.source == "teacher"}
+    assert student and teacher and not student & teacher

@@ -336,10 +336,37 @@ def test_a_resumed_run_must_be_the_same_run(setting: dict[str, str], tmp_path: P
     assert "continue it with" in message
 
 
-@pytest.mark.parametrize(
-    "change", ["learner.steps=999", "teacher.num_actors=2", "student.path=embedded", "buffer.max_staleness=0"]
-)
+@pytest.mark.parametrize("change", ["learner.steps=999", "teacher.num_actors=2", "buffer.max_staleness=0"])
 def test_a_resumed_run_may_change_what_does_not_matter(setting: dict[str, str], tmp_path: Path, change: str) -> None:
     (tmp_path / "config.yaml").write_text(configs.to_yaml(configured(setting)))
     name, _, value = change.partition("=")
     preflight.check_run_dir(tmp_path, configured(setting | {name: value}), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "again", "same"),
+    [
+        ("data.golden", "golden-32.jsonl", "embedded:32", True),
+        ("data.golden", "golden-32.jsonl", "embedded", False),
+        ("data.golden", "golden.jsonl", "embedded", True),
+        ("data.golden", "mine.jsonl", "embedded", False),
+    ],
+)
+def test_a_stand_in_continues_only_what_it_stood_for(
+    setting: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    saved: str,
+    again: str,
+    same: bool,
+) -> None:
+    """The bug: any run could be resumed with the embedded models and data in the place of its own."""
+    monkeypatch.setenv("OPD_RAY_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / ("elsewhere" if saved == "mine.jsonl" else "cache/chain-1-seed0") / saved
+    (tmp_path / "config.yaml").write_text(configs.to_yaml(configured(setting | {name: str(path)})))
+    now = configured(setting | {name: again})
+    if same:
+        preflight.check_run_dir(tmp_path, now, resume=True)
+    else:
+        assert "--resume: data.golden is" in refused(lambda: preflight.check_run_dir(tmp_path, now, resume=True))

@@ -11,6 +11,7 @@ from fakes import EchoTask, FakeGenerators, FakeLearner, FakeRecorder, FakeScore
 from opd_ray import checkpoint, run
 from opd_ray.config import from_dict
 from opd_ray.messages import WeightManifest
+from opd_ray.observers import Summary
 from opd_ray.pipeline import Rooms
 from opd_ray.prompts import PromptStream
 from opd_ray.training import StepOutcome
@@ -75,6 +76,15 @@ def stumble(tmp_path, monkeypatch):
         return summary, stopped, log, tmp_path
 
     return stumble
+
+
+def test_a_resumed_run_has_the_summary_of_the_whole(stumble):
+    _, _, _, run_dir = stumble(3, 1, guard={"level": "rollback"})
+    kept = checkpoint.latest(run_dir).state["summary"]
+    again = Summary(kept)
+    assert [event["level"] for event in again.state()["guard_events"]] == ["rollback"]
+    assert again.state()["trained_tokens"] == kept["trained_tokens"] > 0
+    assert again.result(from_dict({}), None)["weight_sync_s"] == {"p50": 0.0, "max": 0.0}, "no step was left to do"
 
 
 def trained(log):
