@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
 SMALL = [
     "buffer.prompts_per_step=8",
-    "rollout.max_response_tokens=16",
+    "rollout.max_response_tokens=24",
     "rollout.max_num_seqs=16",
     "rollout.kv_cache_bytes=33554432",
     "evaluation.num_problems=32",

@@ -26,7 +26,7 @@ def call(
     """Runs the command line in an empty directory; returns exit code, stdout and stderr."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.delenv("OPD_RAY_DEBUG", raising=False)
+    monkeypatch.setenv("OPD_RAY_DEBUG", "")  # and so taken back after a test that asked for tracebacks
     monkeypatch.setattr(run, "cluster", contextlib.nullcontext)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
 
