@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -166,7 +167,7 @@ class GeneratorSettings:
     """Checkpoint that a TeacherGenerator samples with."""
 
 
-class Generator:
+class Generator(ABC):
     """Samples responses (an async Ray actor). Its subclasses say for whom."""
 
     source: Source
@@ -253,15 +254,17 @@ class Generator:
         }
         return pa.RecordBatch.from_pydict(columns | self._behaviour_columns(finished), schema=ROLLOUT_SCHEMA)
 
+    @abstractmethod
     def _rollout_id(self, slot: int, index: int) -> str:
-        raise NotImplementedError
+        """Unlike that of any other source's rollout."""
 
+    @abstractmethod
     def _behaviour(self, finished: Finished) -> dict[str, Any]:
         """The meta's view of the weights that sampled."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _behaviour_columns(self, finished: Sequence[Finished]) -> dict[str, list[Any]]:
-        raise NotImplementedError
+        """The payload's."""
 
 
 class StudentGenerator(Generator):
