@@ -173,7 +173,8 @@ def test_the_context_of_a_model_that_scores_golden_rows_counts(setting: dict[str
 
 def test_the_longest_budget_of_a_schedule_is_the_measure(setting: dict[str, str]) -> None:
     as_text(setting, [{"prompt": "1=", "response": "1" * 29}])
-    golden.load_golden(configured(setting, rollout__max_response_tokens="[[0, 10], [100, 30]]"), EOS)
+    _, _, report = golden.load_golden(configured(setting, rollout__max_response_tokens="[[0, 10], [100, 30]]"), EOS)
+    assert (report["rows"], report["used"], report["over_length"]) == (1, 1, 0)
 
 
 # ---- tokens that cannot be ours ----

@@ -14,12 +14,7 @@ PIECE_MB = 4
 def test_a_million_tokens_fit_where_their_logits_would_not() -> None:
     """Exact KL of a million tokens: less than a sixth of one [tokens, vocabulary] matrix."""
     script = Path(__file__).with_name("million_tokens.py")
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        # glibc raises this threshold by itself and then keeps freed pieces: what it keeps is not what the loss holds.
-        "MALLOC_MMAP_THRESHOLD_": "1048576",
-    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, str(script), str(PIECE_MB)]
     found = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
     assert found["finite"] and found["loss"] > 0
@@ -28,3 +23,4 @@ def test_a_million_tokens_fit_where_their_logits_would_not() -> None:
     states_mb = 4 * found["tokens"] * 3 * found["hidden"] / 2**20
     bound_mb = states_mb + 12 * PIECE_MB + 60 * found["tokens"] / 2**20
     assert found["grown_mb"] < bound_mb < 0.25 * found["matrix_mb"], found
+    assert found["seconds"] < 30, found
