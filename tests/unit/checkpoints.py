@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
+from opd_ray import config as configs
+from opd_ray.config import Config
+from opd_ray.errors import InputError
 from opd_ray.messages import ROLLOUT_SCHEMA
 
 CHARACTERS = ("<pad>", "<eos>", "<end>", *"0123456789+-=ab")
@@ -94,3 +98,18 @@ def make_setting(root: Path) -> dict[str, str]:
         "rollout.max_response_tokens": "20",
         "rollout.engine": "torch",
     }
+
+
+def configured(setting: dict[str, str], **changes: str) -> Config:
+    """The configuration of a setting; ``a__b`` changes the field a.b."""
+    merged = setting | {name.replace("__", "."): value for name, value in changes.items()}
+    return configs.load(None, [f"{name}={value}" for name, value in merged.items()])
+
+
+def refused(check: Callable[[], object]) -> str:
+    """The one line with which ``check`` refuses its input."""
+    with pytest.raises(InputError) as caught:
+        check()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from checkpoints import CHARACTERS as TOKENS
-from checkpoints import encode, make_checkpoint, make_setting, write_jsonl, write_rollouts
-from opd_ray import config as configs
+from checkpoints import configured, encode, make_checkpoint, make_setting, refused, write_jsonl, write_rollouts
 from opd_ray import golden, preflight
 from opd_ray.config import Config
 from opd_ray.data import read_prompts
-from opd_ray.errors import InputError
 from opd_ray.messages import ROLLOUT_SCHEMA
 
 EOS = (1, 2)
@@ -27,19 +24,6 @@ PAIRED = {"buffer__golden_pairing": "prompt"}
 @pytest.fixture
 def setting(tmp_path: Path) -> dict[str, str]:
     return make_setting(tmp_path)
-
-
-def configured(setting: dict[str, str], **changes: str) -> Config:
-    merged = setting | {name.replace("__", "."): value for name, value in changes.items()}
-    return configs.load(None, [f"{name}={value}" for name, value in merged.items()])
-
-
-def refused(check: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        check()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def as_text(setting: dict[str, str], rows: list[dict[str, Any]]) -> str:

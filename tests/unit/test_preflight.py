@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from checkpoints import CHARACTERS, encode, make_checkpoint, make_setting, write_jsonl, write_rollouts
+from checkpoints import (
+    CHARACTERS,
+    configured,
+    encode,
+    make_checkpoint,
+    make_setting,
+    refused,
+    write_jsonl,
+    write_rollouts,
+)
 from opd_ray import config as configs
 from opd_ray import models, preflight
-from opd_ray.config import Config
-from opd_ray.errors import InputError
 from opd_ray.tasks import get_task
 
 SFT = {
@@ -37,19 +43,6 @@ CHANGES = (
 @pytest.fixture
 def setting(tmp_path: Path) -> dict[str, str]:
     return make_setting(tmp_path)
-
-
-def configured(setting: dict[str, str], **changes: str) -> Config:
-    merged = setting | {name.replace("__", "."): value for name, value in changes.items()}
-    return configs.load(None, [f"{name}={value}" for name, value in merged.items()])
-
-
-def refused(check: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        check()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_a_good_setting_gives_what_the_run_needs(setting: dict[str, str]) -> None:

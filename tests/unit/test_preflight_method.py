@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from checkpoints import CHARACTERS, make_checkpoint, make_setting, write_jsonl
-from opd_ray import config as configs
+from checkpoints import CHARACTERS, configured, make_checkpoint, make_setting, refused, write_jsonl
 from opd_ray import preflight
-from opd_ray.config import Config
-from opd_ray.errors import InputError
 
 LIVE_TEACHER = {"buffer__teacher_per_prompt": "1", "loss__teacher__coef": "1"}
 GRPO = {
@@ -26,19 +22,6 @@ GRPO = {
 @pytest.fixture
 def setting(tmp_path: Path) -> dict[str, str]:
     return make_setting(tmp_path)
-
-
-def configured(setting: dict[str, str], **changes: str) -> Config:
-    merged = setting | {name.replace("__", "."): value for name, value in changes.items()}
-    return configs.load(None, [f"{name}={value}" for name, value in merged.items()])
-
-
-def refused(check: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        check()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def prompts(setting: dict[str, str], *rows: dict[str, Any]) -> None:
