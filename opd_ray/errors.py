@@ -4,7 +4,11 @@
     ├── InputError              refused before a model loads; the CLI exits with 2
     └── RunError                a failure while running; the CLI exits with 1
         ├── DeadlineError       a wait ended without its answer
-        ├── ActorError          a worker raised or died
+        ├── ActorError          a worker raised
+        │   ├── MemberLost      it died, hung or lost its engine: another can take its call
+        │   └── GroupLost       so did one whose room holds state: the run goes back to a checkpoint
+        ├── EngineFailed        an inference engine failed: its worker is replaced
+        ├── PayloadLost         an object is gone with its node: what it held is made again
         └── WeightSyncError     weights did not reach every engine
 
 All of them carry one finished sentence: what was got, what was expected, where, and
@@ -38,7 +42,24 @@ class DeadlineError(RunError):
 
 
 class ActorError(RunError):
-    """A worker raised or died; the message names it and repeats the cause."""
+    """A worker raised; the message names it and repeats the cause."""
+
+
+class MemberLost(ActorError):
+    """A worker died, gave no answer or lost its engine; its call can go to another."""
+
+
+class GroupLost(ActorError):
+    """A worker of a room that holds state (learner ranks, scorers that follow the student) is lost, and its state
+    with it."""
+
+
+class PayloadLost(RunError):
+    """An object in Ray's store is gone with the node that held it."""
+
+
+class EngineFailed(RunError):
+    """An inference engine failed; it is not stepped again, and its worker is of no more use."""
 
 
 class WeightSyncError(RunError):

@@ -13,13 +13,12 @@ from opd_ray.config.method import (
     LossConfig,
     TermConfig,
 )
+from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, PoolSize, RecoveryConfig
 from opd_ray.config.sections import (
     EMBEDDED,
     STUDENT,
     BufferConfig,
-    CheckpointConfig,
     DataConfig,
-    DeadlineConfig,
     EvaluationConfig,
     LearnerConfig,
     MetricsConfig,
@@ -43,6 +42,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DeadlineConfig",
+    "ElasticConfig",
     "EvaluationConfig",
     "FieldDoc",
     "GuardConfig",
@@ -50,6 +50,8 @@ __all__ = [
     "LearnerConfig",
     "LossConfig",
     "MetricsConfig",
+    "PoolSize",
+    "RecoveryConfig",
     "ReferenceConfig",
     "RolloutConfig",
     "ScorerConfig",

@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from opd_ray import schedule
 from opd_ray.config.method import STRICT
+from opd_ray.config.runtime import PoolSize, check_size
 from opd_ray.schedule import Schedule
 
 EMBEDDED = "embedded"
@@ -38,7 +39,13 @@ class ScorerConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights; log-probs are float32 in any case."""
     num_actors: int = Field(1, ge=1)
-    """Scorer actors in the pool."""
+    """Scorer actors that the pool starts with."""
+    min_actors: int | None = Field(None, ge=1)
+    """Fewest that the run goes on with for longer than recovery.below_min_s; by default num_actors."""
+    max_actors: int | None = Field(None, ge=1)
+    """Most that the pool may grow to on demand; by default num_actors."""
+    node_resource: str | None = None
+    """Custom Ray resource of the nodes that may host them; by default any node."""
     cpus_per_actor: float = Field(0.1, ge=0)
     """Ray CPUs each actor reserves."""
     gpus_per_actor: float = Field(0.0, ge=0)
@@ -62,8 +69,15 @@ class ScorerConfig:
         return self.update != "fixed"
 
     def __post_init__(self) -> None:
+        check_size("actors", self.num_actors, self.min_actors, self.max_actors)
         if self.follows_student and self.engine != "torch":
             raise ValueError(f"update={self.update} needs engine=torch, but it is {self.engine}")
+        if self.follows_student and self.size != PoolSize.fixed(self.num_actors):
+            raise ValueError(f"update={self.update} gives the pool a state: min_actors and max_actors don't apply")
+
+    @property
+    def size(self) -> PoolSize:
+        return PoolSize.of(self.num_actors, self.min_actors, self.max_actors)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -112,7 +126,13 @@ class RolloutConfig:
     engine: Literal["vllm", "torch"] = "vllm"
     """Generation engine; torch is a small reference implementation for tests and comparisons."""
     num_generators: int = Field(1, ge=1)
-    """StudentGenerator actors."""
+    """StudentGenerator actors that the run starts with."""
+    min_generators: int | None = Field(None, ge=1)
+    """Fewest that the run goes on with for longer than recovery.below_min_s; by default num_generators."""
+    max_generators: int | None = Field(None, ge=1)
+    """Most that the pool may grow to on demand; by default num_generators."""
+    node_resource: str | None = None
+    """Custom Ray resource of the nodes that may host generators; by default any node."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that one vLLM engine spans."""
     responses_per_prompt: int = Field(1, ge=0)
@@ -153,7 +173,12 @@ class RolloutConfig:
         """The largest budget of the run, which is also that of evaluations."""
         return round(schedule.highest(self.max_response_tokens))
 
+    @property
+    def size(self) -> PoolSize:
+        return PoolSize.of(self.num_generators, self.min_generators, self.max_generators)
+
     def __post_init__(self) -> None:
+        check_size("generators", self.num_generators, self.min_generators, self.max_generators)
         if schedule.lowest(self.max_response_tokens) < 1:
             raise ValueError("max_response_tokens must be 1 or more at every step")
 
@@ -242,6 +267,10 @@ class LearnerConfig:
     """Ray CPUs each rank reserves."""
     gpus_per_rank: float = Field(0.0, ge=0)
     """Ray GPUs each rank reserves; 0 trains on the CPU."""
+    placement: Literal["pack", "strict_pack", "spread"] = "pack"
+    """Ranks on as few nodes as possible, on one node or not at all, or on as many as possible."""
+    node_resource: str | None = None
+    """Custom Ray resource of the nodes that may host ranks; by default any node."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -280,27 +309,5 @@ class MetricsConfig:
     """τ of rep(o): repetitive when the tail shrinks by more than this factor (paper: 10)."""
     rollout_log_every_steps: int = Field(10, ge=0)
     """Write the rollouts of every n-th step to rollouts/*.parquet; 1 for all, 0 for none."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class CheckpointConfig:
-    """Checkpoints that --resume continues from."""
-
-    every_steps: int = Field(100, ge=0)
-    """Save every so many steps; 0 for never."""
-    keep: int = Field(2, ge=1)
-    """Checkpoints kept; older ones are deleted."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class DeadlineConfig:
-    """How long the driver waits before it ends the run with an error that names the room."""
-
-    start_s: float = Field(600.0, gt=0)
-    """Placement, model loading and the rendezvous of one room."""
-    generate_s: float = Field(1800.0, gt=0)
-    """One call to a generator, evaluation calls included."""
-    score_s: float = Field(600.0, gt=0)
-    """One call to a scorer."""
-    train_s: float = Field(1800.0, gt=0)
-    """One optimizer step, one checkpoint or one export."""
+    stall_s: float = Field(60.0, gt=0)
+    """Say why, as often as this, while no step ends."""

@@ -10,11 +10,10 @@ from pydantic.dataclasses import dataclass
 
 from opd_ray import schedule
 from opd_ray.config.method import STRICT, LossConfig
+from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, RecoveryConfig
 from opd_ray.config.sections import (
     BufferConfig,
-    CheckpointConfig,
     DataConfig,
-    DeadlineConfig,
     EvaluationConfig,
     LearnerConfig,
     MetricsConfig,
@@ -54,6 +53,8 @@ class Config:
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = Field(default_factory=RecoveryConfig)
+    elastic: ElasticConfig = Field(default_factory=ElasticConfig)
     deadlines: DeadlineConfig = Field(default_factory=DeadlineConfig)
 
     def __post_init__(self) -> None:

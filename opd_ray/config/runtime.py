@@ -1,0 +1,97 @@
+"""The configuration's sections that keep a run going: checkpoints, recovery, the size of pools, deadlines."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from opd_ray.config.method import STRICT
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolSize:
+    """How many workers a pool has."""
+
+    start: int
+    minimum: int
+    maximum: int
+
+    @classmethod
+    def of(cls, start: int, minimum: int | None, maximum: int | None) -> PoolSize:
+        return cls(start, start if minimum is None else minimum, start if maximum is None else maximum)
+
+    @classmethod
+    def fixed(cls, number: int) -> PoolSize:
+        return cls(number, number, number)
+
+
+def check_size(what: str, start: int, minimum: int | None, maximum: int | None) -> None:
+    """Raises ValueError unless minimum ≤ start ≤ maximum."""
+    size = PoolSize.of(start, minimum, maximum)
+    if not size.minimum <= size.start <= size.maximum:
+        raise ValueError(
+            f"min_{what}={size.minimum}, num_{what}={size.start}, max_{what}={size.maximum}: must not fall"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """Checkpoints: what --resume, a rollback and a lost learner rank continue from."""
+
+    directory: str | None = None
+    """Where they go: a local directory or a URI (s3://, gs://, ... as pyarrow.fs or fsspec opens it); by default
+    checkpoints/ in the run directory."""
+    every_steps: int = Field(50, ge=0)
+    """Save every so many steps, and after the last; 0 for never."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept; older ones are deleted."""
+    memory_every_steps: int = Field(10, ge=0)
+    """Keep a copy in Ray's object store every so many steps, from which a lost learner rank is replaced; 0 for none."""
+    grace_s: float = Field(25.0, gt=0)
+    """On SIGTERM: time to finish the step under way and save; then the run ends with what is saved already."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RecoveryConfig:
+    """What happens when workers die."""
+
+    max_restarts: int = Field(20, ge=0)
+    """Replacements of a room's workers within window_s; one more ends the run. 0 ends it with the first death."""
+    window_s: float = Field(1800.0, gt=0)
+    """Time over which replacements are counted."""
+    below_min_s: float = Field(900.0, gt=0)
+    """How long a room may have fewer workers than its minimum before the run ends."""
+    heartbeat_s: float = Field(60.0, ge=0)
+    """A worker that does not answer for so long counts as dead; 0 waits for the deadlines of its calls."""
+    drain_s: float = Field(120.0, ge=0)
+    """How long a worker that is to leave may finish its calls; then they are issued again elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ElasticConfig:
+    """When pools with room between their minimum and maximum grow and shrink."""
+
+    every_s: float = Field(5.0, gt=0)
+    """How often demand is looked at."""
+    grow_after_s: float = Field(15.0, ge=0)
+    """A pool that was the bottleneck for so long gets one more worker."""
+    shrink_after_s: float = Field(120.0, ge=0)
+    """A pool that could do with one worker less for so long gives one back."""
+    busy_share: float = Field(0.9, gt=0, le=1)
+    """A pool whose workers had work for this share of the time, while the learner waited, is the bottleneck."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DeadlineConfig:
+    """How long the driver waits before it ends the run with an error that names the room."""
+
+    start_s: float = Field(600.0, gt=0)
+    """Placement, model loading and the rendezvous of one room."""
+    generate_s: float = Field(1800.0, gt=0)
+    """One call to a generator, evaluation calls included."""
+    score_s: float = Field(600.0, gt=0)
+    """One call to a scorer."""
+    train_s: float = Field(1800.0, gt=0)
+    """One optimizer step, one checkpoint or one export."""
