@@ -1,0 +1,162 @@
+"""Where a run stands: what the driver writes every few seconds and ``opd-ray status`` reads.
+
+``status.json`` in the run directory holds one Status. Nothing here imports Ray or torch: the command has to answer
+at once, also on a machine where the cluster is gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from opd_ray.errors import InputError
+
+FILE = "status.json"
+"""Name of the file in the run directory."""
+WRITE_EVERY_S = 2.0
+"""How often the driver writes it."""
+MOST_CALLS = 5
+"""Calls of a room that are listed."""
+
+Phase = Literal[
+    "starting",
+    "evaluating",
+    "waiting for rollouts",
+    "training",
+    "broadcasting",
+    "saving",
+    "restoring",
+    "exporting",
+    "done",
+    "failed",
+]
+Place = Literal["generate", "score", "not admitted"]
+
+
+@dataclass(frozen=True)
+class CallStatus:
+    """A call under way."""
+
+    member: str
+    node: str
+    method: str
+    since_s: float
+    """Its age, seconds."""
+
+
+@dataclass(frozen=True)
+class RoomStatus:
+    """The workers of one room and what they are at."""
+
+    room: str
+    ready: int
+    """Workers that are up."""
+    starting: int
+    """Workers that were asked for and are not up yet."""
+    minimum: int
+    maximum: int
+    waiting: int
+    """Calls that wait for a worker."""
+    calls: tuple[CallStatus, ...]
+    """Calls at a worker, oldest first, at most MOST_CALLS of them: see oldest_calls."""
+    num_calls: int
+    """All calls: at a worker or waiting for one."""
+    restarts: int
+    last_loss: str | None
+    """How the last worker was lost, one line."""
+    below_min_s: float | None
+    """For how long the room has had fewer workers than its minimum; None if it has enough."""
+    busy_share: float
+    """Share of the time that a worker had calls, mean over the workers."""
+    spawning: tuple[CallStatus, ...] = ()
+    """The workers that are starting, oldest first, with method "start"."""
+    calls_done: int = 0
+    """Calls answered since the room began."""
+    deadline_s: float | None = None
+    """How long one call may take."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands."""
+
+    time: float
+    """When this was written, seconds since the epoch."""
+    pid: int
+    host: str
+    """The driver's process, and the host name of its machine."""
+    phase: Phase
+    phase_since_s: float
+    step: int
+    """Finished optimizer steps, which is also the 0-based number of the step under way."""
+    steps: int
+    version: int
+    """Version of the weights that the generators hold."""
+    last_step_s_ago: float | None
+    slots_taken: int
+    num_slots: int
+    buffered_slots: int
+    missing_slots: tuple[int, ...]
+    """Slots that the learner waits for."""
+    slots_at: dict[int, Place]
+    """Where slots are, those that are missing at least."""
+    checkpoint_step: int | None
+    """Step of the newest complete checkpoint."""
+    rooms: tuple[RoomStatus, ...]
+    note: str | None = None
+    """How the run ended; None while it goes on."""
+    below_min_limit_s: float | None = None
+    """How long a room may be below its minimum before the run ends."""
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in ("done", "failed")
+
+
+def oldest_calls(calls: Iterable[CallStatus]) -> tuple[CallStatus, ...]:
+    """At most MOST_CALLS, oldest first; the oldest of every method is among them, so that long calls of one kind don't
+    hide another one that hangs."""
+    ordered = sorted(calls, key=lambda call: -call.since_s)
+    seen: set[str] = set()
+    firsts, others = [], []
+    for call in ordered:
+        (others if call.method in seen else firsts).append(call)
+        seen.add(call.method)
+    return tuple(sorted((firsts + others)[:MOST_CALLS], key=lambda call: -call.since_s))
+
+
+_ADAPTER = TypeAdapter(Status)
+
+
+def write(path: Path, status: Status) -> None:
+    """Writes the file, all or nothing: a reader sees the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(dataclasses.asdict(status)) + "\n")
+    os.replace(partial, path)
+
+
+def read(path: Path) -> Status:
+    """The status that ``write`` wrote; raises InputError if there is none, or something else."""
+    try:
+        text = path.read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{path}: no such file; expected the run directory of a run that has begun (opd-ray train --run-dir DIR)"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    try:
+        return _ADAPTER.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"{path}: not the status of a run of this version of opd_ray: {where + ': ' if where else ''}{first['msg']}"
+        ) from None
