@@ -1,0 +1,108 @@
+"""Structured logs: JSON lines of every worker, and the driver's own events.
+
+Workers log through the standard library; Ray writes what they log as JSON lines into the session's log directory,
+where `ray logs` and the dashboard find them. A line of :func:`get`'s loggers names time, level, logger, actor, room,
+node, job, step, version and message (keys ``asctime``, ``levelname``, ``name``, ``actor_name``, ``room``, ``node``,
+``job_id``, ``step``, ``version``, ``message``; Ray adds ids). The driver's console stays for people: what happens in
+the driver besides steps is one :class:`Events` line there and one JSON line in ``events.jsonl``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import MutableMapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.job_config import JobConfig
+
+from opd_ray.node import this_node
+
+ROOM_VARIABLE = "OPD_RAY_ROOM"
+"""Environment variable by which a worker knows its room."""
+
+_here: dict[str, Any] = {}
+
+
+def job_config() -> JobConfig:
+    """For ``ray.init(job_config=...)``: workers log JSON lines from INFO on; the driver's own logging stays."""
+    config = JobConfig()
+    config.set_py_logging_config(ray.LoggingConfig(encoding="JSON", additional_log_standard_attrs=["name"]))
+    return config
+
+
+def get(name: str) -> Log:
+    """The logger of a module: ``log = logs.get(__name__)``."""
+    return Log(logging.getLogger(name), {})
+
+
+def at(**fields: Any) -> None:
+    """Where this process stands from now on (``step``, ``version``): part of all that its loggers write."""
+    _here.update(fields)
+
+
+class Log(logging.LoggerAdapter):
+    """A logger whose lines carry fields: those of the process, those bound, and ``extra`` of the call."""
+
+    def bind(self, **fields: Any) -> Log:
+        """The same logger with more fields, as ``log.bind(step=3).info("trained")``."""
+        return Log(self.logger, {**self.extra, **fields})
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        kwargs["extra"] = {**_standing(), **_here, **self.extra, **(kwargs.get("extra") or {})}
+        return msg, kwargs
+
+
+@functools.cache
+def _standing() -> dict[str, str]:
+    """What a process is all its life."""
+    room = os.environ.get(ROOM_VARIABLE)
+    return {"node": this_node()} | ({"room": room} if room else {})
+
+
+class Events:
+    """What happens in the driver besides steps: a death, a replacement, a checkpoint, a word of the guard.
+
+    Each is one line on the console and one JSON object in ``path``, which earlier starts of the run began.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._step: int | None = None
+        self._version: int | None = None
+
+    def at(self, step: int, version: int) -> None:
+        """Finished steps, and the version of the weights in the engines; for events that are not told their own."""
+        self._step, self._version = step, version
+
+    def say(self, kind: str, text: str, *, step: int | None = None, version: int | None = None, **fields: Any) -> None:
+        """``kind`` is one word to count by, ``text`` one sentence; ``fields`` are values that JSON knows, others are
+        written as text and numbers that are not finite as null. A file that cannot be written costs no run."""
+        print(text, flush=True)
+        event = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "kind": kind,
+            "text": text,
+            "step": self._step if step is None else step,
+            "version": self._version if version is None else version,
+            **fields,
+        }
+        plain = json.loads(json.dumps(event, default=str), parse_constant=lambda _: None)
+        try:
+            self._append(json.dumps(plain, ensure_ascii=False) + "\n")
+        except OSError as error:
+            print(f"{self._path} was not written ({error}): this event is only here", file=sys.stderr, flush=True)
+
+    def _append(self, line: str) -> None:
+        """At the start of a line, also behind one that a killed driver did not finish."""
+        with self._path.open("a+b") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(line.encode())
