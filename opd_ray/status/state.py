@@ -1,8 +1,4 @@
-"""Where a run stands: what the driver writes every few seconds and ``opd-ray status`` reads.
-
-``status.json`` in the run directory holds one Status. Nothing here imports Ray or torch: the command has to answer
-at once, also on a machine where the cluster is gone.
-"""
+"""What is known of a run at one moment, and the file that holds it."""
 
 from __future__ import annotations
 
@@ -22,6 +18,8 @@ FILE = "status.json"
 """Name of the file in the run directory."""
 WRITE_EVERY_S = 2.0
 """How often the driver writes it."""
+STALE_S = 15.0
+"""Age from which the file counts as old."""
 MOST_CALLS = 5
 """Calls of a room that are listed."""
 
@@ -136,7 +134,7 @@ _ADAPTER = TypeAdapter(Status)
 
 
 def write(path: Path, status: Status) -> None:
-    """Writes the file, all or nothing: a reader sees the old one or the new one."""
+    """Writes the file, all or nothing: a reader sees the old one or the new one. Raises OSError."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(dataclasses.asdict(status)) + "\n")
     os.replace(partial, path)

@@ -1,0 +1,273 @@
+"""Why a run waits: which room blocks it, since when, on whom, and why that may take long."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import psutil
+
+from opd_ray.status.state import STALE_S, CallStatus, Place, RoomStatus, Status
+
+_GENERATORS = ("generate", "teacher_generate")
+_OF_ROLLOUTS = ("generate", "score", "select", "measure")
+"""Methods that make or look at rollouts; the others steer a room."""
+_MOST_GROUPS = 5
+"""Groups of slots that are listed."""
+_SLOW: dict[str, str] = {
+    "generate": "it ends with its longest response",
+    "train_step": "a step ends with its slowest rank",
+    "update_weights": "a broadcast ends with its slowest member",
+    "send_weights": "a broadcast ends with its slowest member",
+}
+"""Why a call may take long."""
+
+
+class StallWatch:
+    """Says why a run waits, whenever nothing moved for another ``stall_s``."""
+
+    def __init__(self, stall_s: float) -> None:
+        self._stall_s = stall_s
+        self._seen: tuple[object, ...] | None = None
+        self._since = 0.0
+
+    def look(self, now: float, status: Status) -> str | None:
+        """``now`` in seconds of a clock that never goes back. A new step, phase, weight version or, while it
+        evaluates, answer is a movement."""
+        answers = sum(room.calls_done for room in status.rooms) if status.phase == "evaluating" else 0
+        seen = (status.phase, status.step, status.version, answers)
+        if seen != self._seen:
+            self._seen, self._since = seen, now
+        if status.ended or now - self._since < self._stall_s:
+            return None
+        self._since = now
+        return explain(status)
+
+
+def explain(status: Status) -> str:
+    """One or two sentences: what the run waits for, and the room that is about to end it if there is one."""
+    sentence, named = _EXPLAIN[status.phase](status)
+    below = [room for room in status.rooms if room.below_min_s is not None and room not in named]
+    if status.ended or not below:
+        return sentence
+    return f"{sentence}. And {_shortage(max(below, key=lambda room: room.below_min_s or 0.0), status)}"
+
+
+def driver_alive(status: Status) -> bool | None:
+    """Does the driver's process run? None on another machine, where that cannot be seen."""
+    if status.host != socket.gethostname():
+        return None
+    try:
+        process = psutil.Process(status.pid)
+        # A process that began later has only got the same number.
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= status.time
+    except psutil.NoSuchProcess:
+        return False
+
+
+def silence(status: Status, run_dir: Path, now: float, alive: bool | None) -> str | None:
+    """What it means that the file is old, or that its writer is gone; None where all is well. ``now`` in seconds since
+    the epoch, ``alive`` of driver_alive."""
+    age = max(0.0, now - status.time)
+    if status.ended or (alive is not False and age < STALE_S):
+        return None
+    resume = f"resume with opd-ray train --run-dir {run_dir} --resume"
+    written = f"the driver has not written for {age:.0f} s"
+    if alive is None:
+        return f"{written}: it died, or its node {status.host} is gone; {resume}"
+    if not alive:
+        return f"{written}: its process {status.pid} is gone; {resume}"
+    return f"{written}: its process {status.pid} is there, but stopped or stuck; see its log"
+
+
+_Reason = tuple[str, Sequence[RoomStatus]]
+"""A sentence and the rooms that it names as short of workers."""
+_Culprit = tuple[RoomStatus, CallStatus | None]
+"""A room that is waited for, and its oldest call of the kind that is waited for, if one is at a worker."""
+
+
+def _starting(status: Status) -> _Reason:
+    return _coming_up(
+        status, f"starting since {status.phase_since_s:.0f} s", "the rooms are up and are being connected"
+    )
+
+
+def _restoring(status: Status) -> _Reason:
+    source = "the start" if status.checkpoint_step is None else f"the checkpoint of step {status.checkpoint_step}"
+    head = f"going back to {source} since {status.phase_since_s:.0f} s"
+    return _coming_up(status, head, "the rooms are up and take in their state")
+
+
+def _coming_up(status: Status, head: str, then: str) -> _Reason:
+    short = [room for room in status.rooms if room.ready < room.minimum]
+    if not short:
+        return f"{head}: {then}{_blame(_steering(status.rooms))}", ()
+    missing = "; ".join(_shortage(room, status) for room in short)
+    return f"{head}: {missing} (a worker waits for a place in the cluster, then loads its model)", short
+
+
+def _evaluating(status: Status) -> _Reason:
+    head = f"evaluating the weights of version {status.version} since {status.phase_since_s:.0f} s"
+    return _on_rollouts(status, head, status.rooms)
+
+
+def _waiting(status: Status) -> _Reason:
+    head, places = f"learner waits {status.phase_since_s:.0f} s for step {status.step}", _places(status)
+    if not places:
+        rooms = [room for room in status.rooms if room.room not in _GENERATORS]
+        return _on_rollouts(status, f"{head}: its golden rollouts are not scored yet", rooms)
+    head += f": {', '.join(_where(slots, place) for place, slots in places.items())}"
+    if list(places) == ["not admitted"]:
+        return f"{head}; {status.slots_taken} of {status.num_slots} slots are taken", ()
+    generators = [room for room in status.rooms if room.room in _GENERATORS and "generate" in places]
+    scorers = [room for room in status.rooms if _is_scorer(room) and "score" in places]
+    generating, scoring = _oldest(generators, _OF_ROLLOUTS), _oldest(scorers, _OF_ROLLOUTS)
+    if generating and scoring and not any(room.ready == 0 and room.num_calls for room in generators):
+        # Whatever is scored was generated before: scorers hold the step up where their calls are older than those of
+        # generators, or where they have a queue with most of the step in it.
+        queue = scoring[0].num_calls > scoring[0].ready and len(places["score"]) > len(places["generate"])
+        blamed = scorers if _age(scoring) > _age(generating) or queue else generators
+    else:
+        blamed = [*generators, *scorers]
+    return _on_rollouts(status, head, blamed)
+
+
+def _on_rollouts(status: Status, head: str, rooms: Sequence[RoomStatus]) -> _Reason:
+    """Names the one of ``rooms`` that has calls but no worker, or else the oldest call about rollouts."""
+    empty = [room for room in rooms if room.ready == 0 and room.num_calls]
+    if empty:
+        return f"{head}; {_shortage(empty[0], status)}", empty[:1]
+    return f"{head}{_blame(_oldest(rooms, _OF_ROLLOUTS))}", ()
+
+
+def _training(status: Status) -> _Reason:
+    learner = [room for room in status.rooms if room.room == "learn"]
+    head = f"the learner is at step {status.step} since {status.phase_since_s:.0f} s"
+    return f"{head}{_blame(_steering(learner))}", ()
+
+
+def _broadcasting(status: Status) -> _Reason:
+    """The learner's call lasts until the last receiver has answered, so receivers come first."""
+    head = f"new weights are being broadcast since {status.phase_since_s:.0f} s"
+    receivers = [room for room in status.rooms if room.room != "learn"]
+    return f"{head}{_blame(_steering(receivers) or _steering(status.rooms))}", ()
+
+
+def _saving(status: Status) -> _Reason:
+    newest = (
+        "there is none yet" if status.checkpoint_step is None else f"the newest is of step {status.checkpoint_step}"
+    )
+    head = f"a checkpoint of step {status.step} is being written since {status.phase_since_s:.0f} s ({newest})"
+    return f"{head}{_blame(_steering(status.rooms))}", ()
+
+
+def _exporting(status: Status) -> _Reason:
+    head = f"the student is being exported since {status.phase_since_s:.0f} s"
+    return f"{head}{_blame(_steering(status.rooms))}", ()
+
+
+def _done(status: Status) -> _Reason:
+    return f"done: {status.step} of {status.steps} steps{_note(status)}", ()
+
+
+def _failed(status: Status) -> _Reason:
+    return f"failed after {status.step} of {status.steps} steps{_note(status)}", ()
+
+
+_EXPLAIN: dict[str, Callable[[Status], _Reason]] = {
+    "starting": _starting,
+    "evaluating": _evaluating,
+    "waiting for rollouts": _waiting,
+    "training": _training,
+    "broadcasting": _broadcasting,
+    "saving": _saving,
+    "restoring": _restoring,
+    "exporting": _exporting,
+    "done": _done,
+    "failed": _failed,
+}
+
+
+def _note(status: Status) -> str:
+    return f": {status.note}" if status.note else ""
+
+
+def _is_scorer(room: RoomStatus) -> bool:
+    return room.room not in (*_GENERATORS, "learn", "record")
+
+
+def _shortage(room: RoomStatus, status: Status) -> str:
+    since = f" since {room.below_min_s:.0f} s" if room.below_min_s is not None else ""
+    text = f"room {room.room} has {room.ready} of at least {_count(room.minimum, 'worker')}{since}"
+    if room.spawning:
+        oldest, more = room.spawning[0], f" and {room.starting - 1} more" if room.starting > 1 else ""
+        text += f", {oldest.member}{more} starting since {oldest.since_s:.0f} s ({oldest.node})"
+    else:
+        text += f", {room.starting or 'none'} starting"
+    if room.last_loss:
+        text += f"; it lost one: {room.last_loss}"
+    if room.below_min_s is not None and status.below_min_limit_s is not None:
+        text += f"; the run ends at {status.below_min_limit_s:.0f} s"
+    return text
+
+
+def _places(status: Status) -> dict[Place, list[int]]:
+    """The slots that the learner waits for, by where they are."""
+    places: dict[Place, list[int]] = {}
+    for slot in sorted(status.missing_slots):
+        places.setdefault(status.slots_at.get(slot, "not admitted"), []).append(slot)
+    return places
+
+
+def _where(slots: Sequence[int], place: Place) -> str:
+    groups: list[list[int]] = []
+    for slot in slots:
+        if groups and slot == groups[-1][-1] + 1:
+            groups[-1].append(slot)
+        else:
+            groups.append([slot])
+    shown = [str(group[0]) if len(group) == 1 else f"{group[0]}–{group[-1]}" for group in groups[:_MOST_GROUPS]]
+    more = "" if len(groups) <= _MOST_GROUPS else f", … ({len(slots)} in all)"
+    verb = "slot {} is" if len(slots) == 1 else "slots {} are"
+    return f"{verb.format(', '.join(shown) + more)} {'at ' if place != 'not admitted' else ''}{place}"
+
+
+def _steering(rooms: Iterable[RoomStatus]) -> _Culprit | None:
+    """The room with the oldest call that isn't about rollouts."""
+    found = [(room, call) for room in rooms for call in room.calls if call.method not in _OF_ROLLOUTS]
+    return max(found, key=_age) if found else None
+
+
+def _oldest(rooms: Iterable[RoomStatus], methods: Sequence[str]) -> _Culprit | None:
+    """The room with the oldest call to one of ``methods``; where all calls wait for a worker, the one with most."""
+    found: list[_Culprit] = [
+        (room, next((call for call in room.calls if call.method in methods), None)) for room in rooms if room.num_calls
+    ]
+    return max(found, key=lambda each: (_age(each), each[0].num_calls)) if found else None
+
+
+def _age(culprit: _Culprit) -> float:
+    return culprit[1].since_s if culprit[1] else -1.0
+
+
+def _blame(culprit: _Culprit | None) -> str:
+    if culprit is None:
+        return ""
+    room, call = culprit
+    notes = [f"{_count(room.waiting, 'call')} of {room.num_calls} waiting for one of {_count(room.ready, 'worker')}"]
+    notes = notes if room.waiting else []
+    if call is None:
+        return f"; room {room.room} has {_count(room.num_calls, 'call')} ({'; '.join(notes)})"
+    if call.method in _SLOW:
+        notes.append(_SLOW[call.method])
+    if room.deadline_s is not None:
+        notes.append(f"its limit is {room.deadline_s:.0f} s")
+    return (
+        f"; oldest call in room {room.room}: {call.member} on {call.node}, {call.method}() since {call.since_s:.0f} s"
+        + (f" ({'; '.join(notes)})" if notes else "")
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
