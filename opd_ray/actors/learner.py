@@ -1,8 +1,8 @@
 """Learner: one data-parallel rank of the trainer, under DeepSpeed.
 
-The driver calls ``train_step``, ``send_weights``, ``save_checkpoint``, ``load_checkpoint`` and ``export``
-on every rank at once: under ZeRO they are collective, and a rank that is left out makes the others
-wait. A rank knows its own plan and the step's global denominators, nothing of the buffer or of the
+The driver calls ``train_step``, ``send_weights``, ``snapshot``, ``restore`` and ``export`` on every
+rank at once: under ZeRO they are collective, and a rank that is left out makes the others wait. A
+rank knows its own plan and the step's global denominators, nothing of the buffer or of the
 generators. It is a plain class; :mod:`opd_ray.launch` makes it an actor.
 """
 
@@ -15,29 +15,30 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from opd_ray.batching import Payload, collate
 from opd_ray.config import Config
 from opd_ray.errors import InputError, RunError
 from opd_ray.heads import ResponseModel, load_heads
+from opd_ray.learner_state import LearnerState
 from opd_ray.losses.diagnostics import finish
 from opd_ray.messages import StepPlan, TransferGroup, WeightManifest
 from opd_ray.models import load_causal_lm, local_directory
 from opd_ray.node import free_port, node_ip, this_node
 from opd_ray.objective import MicroBatchLoss, Objective
-from opd_ray.training import StepOutcome, disable_dropout, fetch_payloads, lr_factor
+from opd_ray.training import StepOutcome, disable_dropout, fetch_payloads, is_loss, lost_rollouts, lr_factor
 from opd_ray.weights import make_transport
 from opd_ray.weights.manifest import manifest_of, weights_of
 
-_CHECKPOINT_TAG = "deepspeed"
-"""Subdirectory of a checkpoint that holds DeepSpeed's files."""
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
@@ -127,6 +128,7 @@ class Learner:
             lr_scheduler=lambda basic: torch.optim.lr_scheduler.LambdaLR(basic, functools.partial(lr_factor, learner)),
             config=self._engine_config(),
         )
+        self._state = LearnerState(self._engine, self._model, zero_stage=self._zero_stage, seed=config.seed)
 
     def num_parameters(self) -> int:
         """Parameters of the student; tied ones count once."""
@@ -135,15 +137,14 @@ class Learner:
     def train_step(self, plan: StepPlan, fetch: Callable[[list[Any]], list[Any]] | None = None) -> StepOutcome:
         """One optimizer step; the same outcome on every rank.
 
-        ``fetch`` turns refs into RecordBatches (``ray.get`` unless told). Where a loss or the gradient is not finite on
-        any rank, no rank takes the step, and the outcome says which rollouts are to blame. Raises RunError when a
-        payload does not fit its plan.
+        ``fetch`` turns refs into RecordBatches (``ray.get`` unless told). Where payloads of any rank are gone from the
+        object store, or where a loss or the gradient is not finite on any rank, no rank takes the step, and the
+        outcome says which rollouts are lost or to blame. Raises RunError when a payload does not fit its plan.
         """
-        if fetch is None:
-            import ray
-
-            fetch = ray.get
-        payloads = fetch_payloads(plan, fetch)
+        payloads, lost = self._fetch(plan, fetch or _ray_get())
+        # Agreed on before anything collective: a rank without its payloads would leave the others waiting in it.
+        if lost := tuple(sorted({rollout for each in self._everyones(lost) for rollout in each})):
+            return StepOutcome({}, lost=lost)
         last = len(plan.micro_batches) - 1
         names: tuple[str, ...] = ()
         problems: list[str] = []
@@ -181,38 +182,47 @@ class Learner:
             for _ in self._full_weights():
                 pass
 
-    def save_checkpoint(self, directory: str) -> None:
-        """Writes weights, optimizer, learning-rate schedule and step below ``directory``; collective."""
-        self._engine.save_checkpoint(directory, tag=_CHECKPOINT_TAG, save_latest=False)
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """The state between two steps: what all ranks agree on, for JSON, and this rank's share of the arrays.
 
-    def load_checkpoint(self, directory: str) -> None:
-        """Continues from ``save_checkpoint``; collective, after ``begin`` or in the middle of a run.
-
-        Needs the number of ranks and the ZeRO stage that saved it. Raises RunError when it does not load.
+        Collective. The arrays of all ranks together are the whole state (see opd_ray.learner_state), also before the
+        first step and after one that was not taken.
         """
-        try:
-            path, _ = self._engine.load_checkpoint(directory, tag=_CHECKPOINT_TAG)
-        except Exception as error:
-            raise RunError(f"checkpoint {directory} does not load: {error}") from error
-        if path is None:
-            raise RunError(f"checkpoint {directory} does not load: no complete DeepSpeed checkpoint in it")
+        return self._state.facts(), self._state.arrays()
 
-    def export(self, directory: str) -> None:
-        """Rank 0 writes a Hugging Face checkpoint in the student's original dtype; collective under ZeRO-3.
+    def restore(
+        self, facts: Mapping[str, Any], parts: Sequence[Any], fetch: Callable[[Any], Any] | None = None
+    ) -> None:
+        """Continues from a ``snapshot`` of any number of ranks at any ZeRO stage; after ``begin`` or in mid-run.
 
-        Every file of the student's directory that is not a weight file (tokenizer, chat template, generation
-        settings, config) is copied as it is.
+        ``parts`` are refs of all ranks' arrays, which ``fetch`` (``ray.get`` unless told) resolves one at a time.
+        The random generators go on where the number of ranks is the same, and else begin anew for the configured
+        seed and the rank. Raises RunError when the state is not this model's or not whole.
         """
-        from transformers import GenerationConfig
+        self._state.restore(facts, parts, fetch or _ray_get())
 
+    def export(self) -> tuple[int, dict[str, np.ndarray]]:
+        """A Hugging Face checkpoint in the student's original dtype: its size in bytes, and each file as uint8.
+
+        Collective under ZeRO-3; all but rank 0 return (0, {}). Every file of the student's directory that is not a
+        weight file (tokenizer, chat template, generation settings, config) is taken as it is.
+        """
         state = {}
         names = {name for name, _ in self._model.named_parameters()}
         for name, weight in self._full_weights():
             if self._rank == 0 and name in names:
                 state[name] = weight.detach().to("cpu", self._original_dtype, copy=True)
         if self._rank != 0:
-            return
+            return 0, {}
         state |= {name: buffer.cpu() for name, buffer in _persistent_buffers(self._model)}
+        with tempfile.TemporaryDirectory() as directory:
+            self._write_checkpoint(Path(directory), state)
+            files = {file.name: np.fromfile(file, dtype=np.uint8) for file in sorted(Path(directory).iterdir())}
+        return sum(map(len, files.values())), files
+
+    def _write_checkpoint(self, directory: Path, state: dict[str, torch.Tensor]) -> None:
+        from transformers import GenerationConfig
+
         if (self._student_path / "generation_config.json").exists():
             # Published ones can be invalid (a temperature without sampling) and then refuse to be saved; the
             # original is copied below.
@@ -220,10 +230,10 @@ class Learner:
         self._model.save_pretrained(directory, state_dict=state)
         for file in self._student_path.iterdir():
             if file.is_file() and not file.name.endswith(_WEIGHT_FILES):
-                shutil.copyfile(file, Path(directory) / file.name)
+                shutil.copyfile(file, directory / file.name)
         if len(self._stop_token_ids) > 1:
             # Whoever serves the student must stop where the run did: at the teacher's EOS as well.
-            path = Path(directory) / "generation_config.json"
+            path = directory / "generation_config.json"
             settings = json.loads(path.read_text()) if path.exists() else {}
             path.write_text(json.dumps(settings | {"eos_token_id": list(self._stop_token_ids)}, indent=2) + "\n")
 
@@ -274,6 +284,23 @@ class Learner:
         """Without ZeRO, DeepSpeed steps the plain optimizer and reports no gradient norm."""
         return self._zero_stage == 0
 
+    def _fetch(self, plan: StepPlan, fetch: Callable[[Any], Any]) -> tuple[dict[int, Payload], tuple[str, ...]]:
+        """The payloads of a plan, or else which of its rollouts lost theirs."""
+        try:
+            return fetch_payloads(plan, fetch), ()
+        except Exception as error:
+            if not is_loss(error):
+                raise
+        lost = lost_rollouts(plan, fetch)
+        return ({}, lost) if lost else (fetch_payloads(plan, fetch), ())
+
+    def _everyones(self, value: Any) -> list[Any]:
+        """Each rank's ``value``, on every rank."""
+        values = [value] * self._num_ranks
+        if self._num_ranks > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
     def _backward(self, plan: StepPlan, index: int, payloads: dict[int, Payload]) -> MicroBatchLoss:
         """Accumulates the gradient of one micro-batch."""
         batch = collate(plan.micro_batches[index], payloads, packing=self._config.learner.packing).to(self._device)
@@ -306,11 +333,7 @@ class Learner:
 
     def _explain(self, problems: list[str], grad_norm: float) -> str:
         """One text for all ranks from what each of them saw."""
-        everyone: list[list[str]] = [problems]
-        if self._num_ranks > 1:
-            everyone = [[] for _ in range(self._num_ranks)]
-            torch.distributed.all_gather_object(everyone, problems)
-        texts = [f"rank {rank}: {text}" for rank, found in enumerate(everyone) for text in found]
+        texts = [f"rank {rank}: {text}" for rank, found in enumerate(self._everyones(problems)) for text in found]
         if texts:
             return "; ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
         return f"the gradient norm is {grad_norm} although the loss is finite; lower learner.lr, or train in float32"
@@ -320,7 +343,7 @@ class Learner:
         if self._engine is None:
             return
         self._engine.destroy()
-        self._engine = self._module = self._model = self._objective = None
+        self._engine = self._module = self._model = self._objective = self._state = None
         gc.collect()
         if self._cuda:
             torch.cuda.empty_cache()
@@ -340,6 +363,12 @@ class Learner:
 def _persistent_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     saved = model.state_dict().keys()
     return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
+def _ray_get() -> Callable[[Any], Any]:
+    import ray
+
+    return ray.get
 
 
 def _import_deepspeed() -> Any:

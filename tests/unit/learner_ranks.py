@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,17 @@ class Host:
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._learner, method)(*args)
 
+    def share(self) -> tuple[dict[str, Any], Any]:
+        """The facts of a snapshot, and a ref of this rank's arrays."""
+        facts, arrays = self._learner.snapshot()
+        return facts, [ray.put(arrays)]
+
     def train(self, plans: Sequence[StepPlan]) -> list[StepOutcome]:
         return [self._learner.train_step(plan) for plan in plans]
+
+    def draw(self) -> list[float]:
+        """From torch's random generator."""
+        return torch.rand(3).tolist()
 
     def cut(self, chunk_rows: int) -> None:
         """From now on a micro-batch of more tokens than this passes the output layer in pieces."""
@@ -96,6 +106,10 @@ class Ranks:
     def call(self, method: str, *args: Any) -> list[Any]:
         return ray.get([host.call.remote(method, *args) for host in self._hosts])
 
+    def each(self, method: str) -> list[Any]:
+        """What a method of every host returns."""
+        return ray.get([getattr(host, method).remote() for host in self._hosts])
+
     def outcomes(self, entries: Sequence[Entry], steps: range) -> list[StepOutcome]:
         plan = functools.partial(
             plan_step,
@@ -116,11 +130,20 @@ class Ranks:
         assert [outcome.problem for outcome in outcomes] == [None] * len(steps)
         return [outcome.metrics for outcome in outcomes]
 
+    def snapshot(self) -> tuple[dict[str, Any], list[Any]]:
+        """Facts, as they are after a way through JSON, and the refs of every rank's arrays."""
+        shares = self.each("share")
+        assert all(facts == shares[0][0] for facts, _ in shares)
+        return json.loads(json.dumps(shares[0][0])), [ref for _, refs in shares for ref in refs]
+
+    def restore(self, snapshot: tuple[dict[str, Any], list[Any]]) -> None:
+        self.call("restore", *snapshot)
+
     def cut(self, chunk_rows: int) -> None:
         ray.get([host.cut.remote(chunk_rows) for host in self._hosts])
 
     def sent_weights(self) -> dict[str, torch.Tensor]:
-        return ray.get([host.sent_weights.remote() for host in self._hosts])[0]
+        return self.each("sent_weights")[0]
 
 
 def make_hosts(size: int) -> list[Any]:

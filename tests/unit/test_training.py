@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from ray.exceptions import ObjectLostError, OutOfDiskError, OwnerDiedError, RayTaskError
 
 from opd_ray.batching import count
 from opd_ray.config import LearnerConfig
 from opd_ray.messages import Coefficients, StepPlan
-from opd_ray.training import disable_dropout, fetch_payloads, lr_factor
+from opd_ray.training import disable_dropout, fetch_payloads, is_loss, lost_rollouts, lr_factor
 from scored_rollouts import scored_entries
 
 
@@ -33,6 +36,38 @@ def test_a_payload_that_many_rollouts_share_is_fetched_once() -> None:
     payloads = fetch_payloads(plan, lambda refs: asked.append(len(refs)) or refs)
     assert asked == [7], "two payloads with two scores each, and the golden one"
     assert payloads.keys() == {id(ref) for entry in entries for ref in (entry.rollouts, *entry.scores.values())}
+
+
+def test_a_payload_that_is_gone_names_the_rollouts_that_share_it() -> None:
+    entries = scored_entries([(3, 4), (5, 2), (2, 2)], [(2, 3)])
+    plan = StepPlan(0, (tuple(entries[:2]), tuple(entries[2:])), count(entries), Coefficients(1, 1, 1, 1))
+    gone = [entries[1].scores["reference"], entries[3].rollouts]
+
+    def fetch(refs: list[Any]) -> list[Any]:
+        if any(ref is lost for ref in refs for lost in gone):
+            raise ObjectLostError("ff", None, "")
+        return refs
+
+    shared = [entry for entry in entries if entry.scores.get("reference") is gone[0]] + [entries[3]]
+    assert len(shared) > 2
+    assert lost_rollouts(plan, fetch) == tuple(entry.meta.rollout_id for entry in shared)
+    assert lost_rollouts(plan, lambda refs: refs) == ()
+
+
+def test_a_loss_is_told_from_other_failures_of_the_object_store() -> None:
+    assert is_loss(OwnerDiedError("ff", None, ""))
+    assert is_loss(RayTaskError("score", "traceback", ObjectLostError("ff", None, "")))
+    assert is_loss(RayTaskError("score", "traceback", ObjectLostError("ff", None, "")).as_instanceof_cause())
+    assert not is_loss(OutOfDiskError("full"))
+    assert not is_loss(RayTaskError("score", "traceback", ValueError("no")))
+    with pytest.raises(OutOfDiskError):
+        entries = scored_entries([(3, 4)], [])
+        plan = StepPlan(0, (tuple(entries),), count(entries), Coefficients(1, 1, 1, 1))
+        lost_rollouts(plan, _full_disk)
+
+
+def _full_disk(_refs: list[Any]) -> list[Any]:
+    raise OutOfDiskError("full")
 
 
 def test_dropout_is_off_wherever_a_model_keeps_it() -> None:
