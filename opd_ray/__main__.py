@@ -1,4 +1,4 @@
-"""The command line: ``opd-ray train | preflight | evaluate | report``, the same as ``python -m opd_ray``.
+"""The command line: ``opd-ray train | status | preflight | evaluate | report``, the same as ``python -m opd_ray``.
 
 Exit codes: 0 done; 1 a failure while running; 2 refused input or configuration. Refusals and explained
 failures are one line on stderr (``--debug`` adds the traceback); anything else keeps its traceback.
@@ -6,6 +6,7 @@ failures are one line on stderr (``--debug`` adds the traceback); anything else 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -81,6 +82,23 @@ def train(
 
     summary = run.train(config, run_dir, resume=resume)
     click.echo(f"done: {_gain(summary)}{summary['steps']} steps in {summary['wall_s']:.0f} s; results in {run_dir}")
+
+
+@cli.command(name="status", context_settings=_CONTEXT)
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--watch", is_flag=True, help="Print it every 2 s until the run has ended, or Ctrl-C.")
+@_debug_option
+def status_(run_dir: Path, as_json: bool, watch: bool, debug: bool) -> None:
+    """Where the run in RUN_DIR stands, and why it waits."""
+    _set_debug(debug)
+    from opd_ray.status import WRITE_EVERY_S, table
+
+    if not watch:
+        table.show(run_dir, as_json=as_json)
+        return
+    with contextlib.suppress(KeyboardInterrupt):
+        table.watch(run_dir, WRITE_EVERY_S, as_json=as_json)
 
 
 @cli.command(cls=_ConfiguredCommand, context_settings=_CONTEXT)

@@ -12,7 +12,9 @@ from opd_ray.status.state import STALE_S, CallStatus, Place, RoomStatus, Status
 
 _GENERATORS = ("generate", "teacher_generate")
 _OF_ROLLOUTS = ("generate", "score", "select", "measure")
-"""Methods that make or look at rollouts; the others steer a room."""
+"""Methods that make or look at rollouts."""
+_OF_WEIGHTS = ("update_weights", "connect", "send_weights", "open_transport")
+"""Methods that take part in a broadcast."""
 _MOST_GROUPS = 5
 """Groups of slots that are listed."""
 _SLOW: dict[str, str] = {
@@ -88,9 +90,8 @@ _Culprit = tuple[RoomStatus, CallStatus | None]
 
 
 def _starting(status: Status) -> _Reason:
-    return _coming_up(
-        status, f"starting since {status.phase_since_s:.0f} s", "the rooms are up and are being connected"
-    )
+    head = f"starting since {status.phase_since_s:.0f} s"
+    return _coming_up(status, head, "the rooms are up and are being connected")
 
 
 def _restoring(status: Status) -> _Reason:
@@ -102,7 +103,7 @@ def _restoring(status: Status) -> _Reason:
 def _coming_up(status: Status, head: str, then: str) -> _Reason:
     short = [room for room in status.rooms if room.ready < room.minimum]
     if not short:
-        return f"{head}: {then}{_blame(_steering(status.rooms))}", ()
+        return f"{head}: {then}{_blame(_of_learner(status) or _oldest(status.rooms))}", ()
     missing = "; ".join(_shortage(room, status) for room in short)
     return f"{head}: {missing} (a worker waits for a place in the cluster, then loads its model)", short
 
@@ -122,49 +123,45 @@ def _waiting(status: Status) -> _Reason:
         return f"{head}; {status.slots_taken} of {status.num_slots} slots are taken", ()
     generators = [room for room in status.rooms if room.room in _GENERATORS and "generate" in places]
     scorers = [room for room in status.rooms if _is_scorer(room) and "score" in places]
+    blamed = [*generators, *scorers]
     generating, scoring = _oldest(generators, _OF_ROLLOUTS), _oldest(scorers, _OF_ROLLOUTS)
-    if generating and scoring and not any(room.ready == 0 and room.num_calls for room in generators):
+    if generating and scoring and not any(_is_empty(room) for room in blamed):
         # Whatever is scored was generated before: scorers hold the step up where their calls are older than those of
         # generators, or where they have a queue with most of the step in it.
         queue = scoring[0].num_calls > scoring[0].ready and len(places["score"]) > len(places["generate"])
         blamed = scorers if _age(scoring) > _age(generating) or queue else generators
-    else:
-        blamed = [*generators, *scorers]
     return _on_rollouts(status, head, blamed)
 
 
 def _on_rollouts(status: Status, head: str, rooms: Sequence[RoomStatus]) -> _Reason:
     """Names the one of ``rooms`` that has calls but no worker, or else the oldest call about rollouts."""
-    empty = [room for room in rooms if room.ready == 0 and room.num_calls]
+    empty = [room for room in rooms if _is_empty(room)]
     if empty:
         return f"{head}; {_shortage(empty[0], status)}", empty[:1]
     return f"{head}{_blame(_oldest(rooms, _OF_ROLLOUTS))}", ()
 
 
 def _training(status: Status) -> _Reason:
-    learner = [room for room in status.rooms if room.room == "learn"]
     head = f"the learner is at step {status.step} since {status.phase_since_s:.0f} s"
-    return f"{head}{_blame(_steering(learner))}", ()
+    return f"{head}{_blame(_of_learner(status))}", ()
 
 
 def _broadcasting(status: Status) -> _Reason:
     """The learner's call lasts until the last receiver has answered, so receivers come first."""
     head = f"new weights are being broadcast since {status.phase_since_s:.0f} s"
     receivers = [room for room in status.rooms if room.room != "learn"]
-    return f"{head}{_blame(_steering(receivers) or _steering(status.rooms))}", ()
+    return f"{head}{_blame(_oldest(receivers, _OF_WEIGHTS) or _oldest(status.rooms, _OF_WEIGHTS))}", ()
 
 
 def _saving(status: Status) -> _Reason:
-    newest = (
-        "there is none yet" if status.checkpoint_step is None else f"the newest is of step {status.checkpoint_step}"
-    )
+    newest = "none is complete yet" if status.checkpoint_step is None else f"newest: step {status.checkpoint_step}"
     head = f"a checkpoint of step {status.step} is being written since {status.phase_since_s:.0f} s ({newest})"
-    return f"{head}{_blame(_steering(status.rooms))}", ()
+    return f"{head}{_blame(_of_learner(status))}", ()
 
 
 def _exporting(status: Status) -> _Reason:
     head = f"the student is being exported since {status.phase_since_s:.0f} s"
-    return f"{head}{_blame(_steering(status.rooms))}", ()
+    return f"{head}{_blame(_of_learner(status))}", ()
 
 
 def _done(status: Status) -> _Reason:
@@ -193,6 +190,10 @@ def _note(status: Status) -> str:
     return f": {status.note}" if status.note else ""
 
 
+def _is_empty(room: RoomStatus) -> bool:
+    return room.ready == 0 and room.num_calls > 0
+
+
 def _is_scorer(room: RoomStatus) -> bool:
     return room.room not in (*_GENERATORS, "learn", "record")
 
@@ -202,7 +203,7 @@ def _shortage(room: RoomStatus, status: Status) -> str:
     text = f"room {room.room} has {room.ready} of at least {_count(room.minimum, 'worker')}{since}"
     if room.spawning:
         oldest, more = room.spawning[0], f" and {room.starting - 1} more" if room.starting > 1 else ""
-        text += f", {oldest.member}{more} starting since {oldest.since_s:.0f} s ({oldest.node})"
+        text += f", {oldest.member}{more} {oldest.method} since {oldest.since_s:.0f} s (on {oldest.node})"
     else:
         text += f", {room.starting or 'none'} starting"
     if room.last_loss:
@@ -233,18 +234,18 @@ def _where(slots: Sequence[int], place: Place) -> str:
     return f"{verb.format(', '.join(shown) + more)} {'at ' if place != 'not admitted' else ''}{place}"
 
 
-def _steering(rooms: Iterable[RoomStatus]) -> _Culprit | None:
-    """The room with the oldest call that isn't about rollouts."""
-    found = [(room, call) for room in rooms for call in room.calls if call.method not in _OF_ROLLOUTS]
-    return max(found, key=_age) if found else None
+def _of_learner(status: Status) -> _Culprit | None:
+    return _oldest([room for room in status.rooms if room.room == "learn"])
 
 
-def _oldest(rooms: Iterable[RoomStatus], methods: Sequence[str]) -> _Culprit | None:
-    """The room with the oldest call to one of ``methods``; where all calls wait for a worker, the one with most."""
+def _oldest(rooms: Iterable[RoomStatus], methods: Sequence[str] = ()) -> _Culprit | None:
+    """The room with the oldest call to one of ``methods``, or to any; without one at a worker, that with most calls
+    that wait for a worker."""
     found: list[_Culprit] = [
-        (room, next((call for call in room.calls if call.method in methods), None)) for room in rooms if room.num_calls
+        (room, next((call for call in room.calls if not methods or call.method in methods), None)) for room in rooms
     ]
-    return max(found, key=lambda each: (_age(each), each[0].num_calls)) if found else None
+    found = [(room, call) for room, call in found if call or room.waiting]
+    return max(found, key=lambda each: (_age(each), each[0].waiting)) if found else None
 
 
 def _age(culprit: _Culprit) -> float:
@@ -255,10 +256,9 @@ def _blame(culprit: _Culprit | None) -> str:
     if culprit is None:
         return ""
     room, call = culprit
-    notes = [f"{_count(room.waiting, 'call')} of {room.num_calls} waiting for one of {_count(room.ready, 'worker')}"]
-    notes = notes if room.waiting else []
     if call is None:
-        return f"; room {room.room} has {_count(room.num_calls, 'call')} ({'; '.join(notes)})"
+        return f"; room {room.room} has {_count(room.waiting, 'call')} waiting for a worker"
+    notes = [f"of {room.num_calls} at {_count(room.ready, 'worker')}"] if room.num_calls > 1 else []
     if call.method in _SLOW:
         notes.append(_SLOW[call.method])
     if room.deadline_s is not None:

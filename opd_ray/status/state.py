@@ -55,13 +55,13 @@ class RoomStatus:
 
     room: str
     ready: int
-    """Workers that are up."""
+    """Workers that take calls."""
     starting: int
-    """Workers that were asked for and are not up yet."""
+    """Workers that were asked for and do not work yet."""
     minimum: int
     maximum: int
     waiting: int
-    """Calls that wait for a worker."""
+    """Calls for which no worker is ready."""
     calls: tuple[CallStatus, ...]
     """Calls at a worker, oldest first, at most MOST_CALLS of them: see oldest_calls."""
     num_calls: int
@@ -74,7 +74,8 @@ class RoomStatus:
     busy_share: float
     """Share of the time that a worker had calls, mean over the workers."""
     spawning: tuple[CallStatus, ...] = ()
-    """The workers that are starting, oldest first, with method "start"."""
+    """Workers that do not work yet, oldest first, with their state as the method: "starting", or "joining" when they are
+    up but without the current weights."""
     calls_done: int = 0
     """Calls answered since the room began."""
     deadline_s: float | None = None
