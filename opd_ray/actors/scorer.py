@@ -101,13 +101,13 @@ class Scorer:
         """Receives one broadcast, and does with it what ``update`` says."""
         await self._worker.call(partial(self._following().update, manifest), _URGENT)
 
-    async def save_weights(self, directory: str) -> None:
-        """Writes what a later run needs to follow the student from here on."""
-        await self._worker.call(partial(self._following().save, directory), _URGENT)
+    async def snapshot(self) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+        """What a later run needs to follow the student from here on: {"version"}, and float32 weights by name."""
+        return await self._worker.call(self._following().snapshot, _URGENT)
 
-    async def load_weights(self, directory: str) -> None:
-        """Goes on from ``save_weights``."""
-        await self._worker.call(partial(self._following().load, directory), _URGENT)
+    async def restore(self, facts: dict[str, int], arrays: dict[str, np.ndarray]) -> None:
+        """Goes on from a ``snapshot``. Raises RunError when it is of another model."""
+        await self._worker.call(partial(self._following().restore, facts, arrays), _URGENT)
 
     def _following(self) -> Follower:
         if self._follower is None:

@@ -41,7 +41,7 @@ _OURS = re.compile(r"\.?(state\.json|(learner|follower|payload)-.+\.[0-9a-f]{8}\
 
 
 class Runner(Protocol):
-    """Runs functions of opd_ray.checkpoint.files where the files are; arguments that are refs arrive as their values."""
+    """Runs functions of opd_ray.checkpoint.files where the files are; they get the values of refs among ``args``."""
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
         """What ``function(*args)`` returns; raises what it raises."""

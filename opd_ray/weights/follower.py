@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from opd_ray.errors import RunError, WeightSyncError
@@ -14,7 +13,6 @@ from opd_ray.messages import TransferGroup, WeightManifest
 from opd_ray.weights.receivers import WeightReceiver
 
 Update = Literal["fixed", "periodic", "average"]
-_FILE = "weights.safetensors"
 
 
 class Follower:
@@ -71,34 +69,31 @@ class Follower:
                 self._blend(name, tensor, keep)
         self.version = manifest.version
 
-    def save(self, directory: str) -> None:
-        """Writes the weights and their version below ``directory``, which is there."""
-        from safetensors.torch import save_file
-
+    def snapshot(self) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+        """The version, and a copy of the weights (averages where it keeps them) in float32."""
         weights = {name: self._averages.get(name, parameter.data) for name, parameter in self._own().items()}
-        # Several members of a pool may write the same file at once.
-        partial = Path(directory) / f".{_FILE}.{uuid.uuid4().hex}"
-        contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-        save_file(contiguous, partial, metadata={"version": str(self.version)})
-        partial.rename(Path(directory) / _FILE)
+        # A copy: the next broadcast may come while these are still being sent.
+        arrays = {name: tensor.to("cpu", torch.float32, copy=True).numpy() for name, tensor in weights.items()}
+        return {"version": self.version}, arrays
 
     @torch.no_grad()
-    def load(self, directory: str) -> None:
-        """Goes on from what ``save`` wrote. Raises RunError when it does not fit the model."""
-        from safetensors import SafetensorError, safe_open
-
-        file, own = Path(directory) / _FILE, self._own()
-        try:
-            with safe_open(file, framework="pt") as saved:
-                if set(saved.keys()) != own.keys():
-                    raise RunError(
-                        f"{file}: its parameters are not this model's; resume with the scorers that wrote it"
-                    )
-                for name in own:
-                    self._blend(name, saved.get_tensor(name), 0.0)
-                self.version = int(saved.metadata()["version"])
-        except (SafetensorError, OSError) as error:
-            raise RunError(f"{file} does not load: {error}; resume from another checkpoint") from error
+    def restore(self, facts: Mapping[str, int], arrays: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what ``snapshot`` returned. Raises RunError when it does not fit the model."""
+        own = self._own()
+        if differing := sorted(arrays.keys() ^ own.keys()):
+            raise RunError(
+                f"weights: the snapshot of a scorer that follows the student has {len(arrays)} parameters, its model "
+                f"{len(own)}; {differing[0]} is only in one of them; resume with the scorers that wrote it"
+            )
+        for name, parameter in own.items():
+            if arrays[name].shape != tuple(parameter.shape):
+                raise RunError(
+                    f"weights: {name} has shape {list(arrays[name].shape)} in the snapshot of a scorer that follows "
+                    f"the student but {list(parameter.shape)} in its model; resume with the scorers that wrote it"
+                )
+        for name in own:
+            self._blend(name, torch.tensor(arrays[name]), 0.0)
+        self.version = int(facts["version"])
 
     def _own(self) -> dict[str, torch.nn.Parameter]:
         """Every parameter once: averaging a tied one under both names would do it twice."""
