@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ from opd_ray.config import ElasticConfig
 _STARVING = 0.2
 """Share of the time that the learner waits for rollouts from which more of them would help."""
 _FULL = 0.8
-"""Share of the time that one worker less may be busy; below ElasticConfig.busy_share, lest it asks to grow at once."""
+"""How busy the workers may be once there is one less; at most 0.9 of ElasticConfig.busy_share, lest they ask for it
+again."""
 
 
 @dataclass(frozen=True)
@@ -31,62 +33,81 @@ class RoomLoad:
     that another worker could take over."""
 
 
+@dataclass
+class _Watch:
+    """What was seen of a pool since it changed its size."""
+
+    size: tuple[int, int]
+    full_since: float | None
+    """Since when, without a break, all its workers had work and more of it waited."""
+    since: float
+    busy: deque[tuple[float, float]]
+    """When it was looked at, and how many workers were busy on average; not beyond shrink_after_s, nor beyond the last
+    time that it held the learner up."""
+
+
 class Demand:
     """Watches the pools and says which should change by one worker.
 
-    A pool grows when it held the learner up, without a break, for ``grow_after_s``; it shrinks when its work would
-    have fitted into one worker less for ``shrink_after_s``. Both clocks start anew when a pool changes its size.
+    A pool grows after all its workers were busy, with more work at hand, for ``grow_after_s`` without a break, while
+    the learner waited for a good part of that time. It shrinks when over ``shrink_after_s`` its work would have fitted
+    into one worker less, and at no look it held the learner up. Every change of its size begins both anew.
     """
 
     def __init__(self, config: ElasticConfig) -> None:
         self._config = config
-        self._full = min(_FULL, 0.9 * config.busy_share)
-        self._short_since: dict[str, float] = {}
-        self._idle_since: dict[str, float] = {}
-        self._sizes: dict[str, tuple[int, int]] = {}
+        self._fits = min(_FULL, 0.9 * config.busy_share)
+        self._pools: dict[str, _Watch] = {}
+        self._waits: deque[tuple[float, float]] = deque()
 
     def look(self, now: float, loads: Sequence[RoomLoad], learner_waits: float) -> dict[str, int]:
         """Room to +1 or -1; rooms that should stay as they are aren't named. ``now`` in seconds; ``learner_waits``: the
         share of the time since the last look in which the learner waited for rollouts."""
-        wishes = {}
-        for load in loads:
-            change = self._change(now, load, learner_waits)
-            if change:
-                wishes[load.room] = change
-        return wishes
+        # The learner waits in one piece of each step, which may take longer than several looks.
+        _append(self._waits, now, learner_waits, self._config.grow_after_s)
+        wishes = {load.room: self._change(now, load, learner_waits) for load in loads}
+        return {room: change for room, change in wishes.items() if change}
 
     def _change(self, now: float, load: RoomLoad, learner_waits: float) -> int:
-        room, size = load.room, (load.size, load.starting)
-        if self._sizes.get(room) != size:  # what was seen until now was seen of another pool
-            self._sizes[room] = size
-            self._restart(room)
-        short = self._lasts(self._short_since, room, now, self._is_short(load, learner_waits))
-        idle = self._lasts(self._idle_since, room, now, self._is_idle(load))
+        pool, size = self._pools.get(load.room), (load.size, load.starting)
+        if pool is None or pool.size != size:  # this look was, in part, at a pool of another size
+            self._pools[load.room] = _Watch(size, None, now, deque())
+            return 0
+        if load.size == 0 or load.starting:
+            return 0
+        config = self._config
+        if load.busy_share < config.busy_share or load.num_calls <= load.size:
+            pool.full_since = None
+        elif pool.full_since is None:
+            pool.full_since = now
+        _append(pool.busy, now, load.busy_share * load.size, config.shrink_after_s)
+        if pool.full_since is not None and learner_waits >= _STARVING:
+            pool.since = now
+            pool.busy.clear()
         change = 0
-        if short >= self._config.grow_after_s and not load.starting and load.size < load.maximum:
+        if self._is_short(now, pool) and load.size < load.maximum:
             change = 1
-        elif idle >= self._config.shrink_after_s and load.size > load.minimum:
+        elif self._is_idle(now, pool, load.size) and load.size > load.minimum:
             change = -1
         if change:
-            self._restart(room)
+            del self._pools[load.room]
         return change
 
-    def _is_short(self, load: RoomLoad, learner_waits: float) -> bool:
-        """Is it the bottleneck, and would another worker have something to do?"""
-        busy = load.busy_share >= self._config.busy_share and load.num_calls > load.size
-        return learner_waits >= _STARVING and load.size > 0 and busy
+    def _is_short(self, now: float, pool: _Watch) -> bool:
+        lasted = pool.full_since is not None and now - pool.full_since >= self._config.grow_after_s
+        return lasted and _mean(self._waits) >= _STARVING
 
-    def _is_idle(self, load: RoomLoad) -> bool:
-        """Would its work have fitted into one worker less?"""
-        return not load.starting and load.busy_share * load.size <= (load.size - 1) * self._full
+    def _is_idle(self, now: float, pool: _Watch, size: int) -> bool:
+        lasted = bool(pool.busy) and now - pool.since >= self._config.shrink_after_s
+        return lasted and _mean(pool.busy) <= (size - 1) * self._fits
 
-    def _restart(self, room: str) -> None:
-        self._short_since.pop(room, None)
-        self._idle_since.pop(room, None)
 
-    def _lasts(self, since: dict[str, float], room: str, now: float, holds: bool) -> float:
-        """For how long it has held without a break; below 0 if it does not."""
-        if not holds:
-            since.pop(room, None)
-            return -1.0
-        return now - since.setdefault(room, now)
+def _append(looks: deque[tuple[float, float]], now: float, value: float, most_s: float) -> None:
+    """Adds a look and forgets those that are older than ``most_s``."""
+    looks.append((now, value))
+    while looks[0][0] < now - most_s:
+        looks.popleft()
+
+
+def _mean(looks: deque[tuple[float, float]]) -> float:
+    return sum(value for _, value in looks) / len(looks)

@@ -74,8 +74,8 @@ class RoomStatus:
     busy_share: float
     """Share of the time that a worker had calls, mean over the workers."""
     spawning: tuple[CallStatus, ...] = ()
-    """Workers that do not work yet, oldest first, with their state as the method: "starting", or "joining" when they are
-    up but without the current weights."""
+    """Workers that do not work yet, oldest first, with their state as the method: "starting", or "joining" when they
+    are up but without the current weights."""
     calls_done: int = 0
     """Calls answered since the room began."""
     deadline_s: float | None = None
