@@ -291,6 +291,21 @@ def test_a_gradient_that_is_not_finite_skips_the_step(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (3, 2)])
+def test_a_payload_that_is_gone_is_named_by_every_rank_and_leaves_no_trace(
+    start: Callable[..., Ranks], hosts: dict[int, list[Any]], entries: list[Entry], stage: int, ranks: int
+) -> None:
+    """Only one of the ranks is told to train on it; the other must not wait for it in the forward pass."""
+    expected = start(config_with(ranks, zero_stage=stage)).train(entries, range(2))
+    learner = start(config_with(ranks, zero_stage=stage))
+    gone = ray.put(ray.get(entries[1].scores["teacher"]))
+    ray.get([host.lose.remote([gone]) for host in hosts[ranks]])
+    without = dataclasses.replace(entries[1], scores=entries[1].scores | {"teacher": gone})
+    [outcome] = learner.outcomes([entries[0], without, *entries[2:]], range(1))
+    assert (outcome.metrics, outcome.problem, outcome.lost) == ({}, None, (entries[1].meta.rollout_id,))
+    assert_same_curve(learner.train(entries, range(2)), expected, 1e-6)
+
+
 def test_a_payload_that_many_rollouts_share_is_fetched_once(ray_here: None, entries: list[Entry]) -> None:
     """Refs lose their identity on the way to an actor only if they are sent apart."""
 

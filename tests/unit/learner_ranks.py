@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+from ray.exceptions import ObjectLostError
 from transformers import AutoModelForCausalLM
 
 from opd_ray.actors.learner import Learner
@@ -65,6 +66,7 @@ class Host:
 
     def __init__(self, rank: int, config: Config) -> None:
         self._learner = Learner(config, rank)
+        self._lost: set[Any] = set()
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._learner, method)(*args)
@@ -75,7 +77,16 @@ class Host:
         return facts, [ray.put(arrays)]
 
     def train(self, plans: Sequence[StepPlan]) -> list[StepOutcome]:
-        return [self._learner.train_step(plan) for plan in plans]
+        return [self._learner.train_step(plan, self._fetch) for plan in plans]
+
+    def lose(self, refs: Sequence[Any]) -> None:
+        """From now on these objects are gone."""
+        self._lost |= set(refs)
+
+    def _fetch(self, refs: list[Any]) -> list[Any]:
+        for ref in self._lost.intersection(refs):
+            raise ObjectLostError(ref.hex(), None, "")
+        return ray.get(refs)
 
     def draw(self) -> list[float]:
         """From torch's random generator."""
