@@ -203,7 +203,7 @@ def _shortage(room: RoomStatus, status: Status) -> str:
     text = f"room {room.room} has {room.ready} of at least {_count(room.minimum, 'worker')}{since}"
     if room.spawning:
         oldest, more = room.spawning[0], f" and {room.starting - 1} more" if room.starting > 1 else ""
-        text += f", {oldest.member}{more} {oldest.method} since {oldest.since_s:.0f} s (on {oldest.node})"
+        text += f", {oldest.member}{more} {oldest.method} since {oldest.since_s:.0f} s ({oldest.node})"
     else:
         text += f", {room.starting or 'none'} starting"
     if room.last_loss:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +18,9 @@ import pytest
 from checkpoints import CHARACTERS, make_checkpoint, make_setting, write_jsonl
 from opd_ray import __main__ as command_line
 from opd_ray import config as configs
-from opd_ray import run
+from opd_ray import run, status
 from opd_ray.errors import RunError
+from opd_ray.status import CallStatus, RoomStatus, Status
 
 Outcome = tuple[int, str, str]
 
@@ -201,6 +207,114 @@ def test_evaluate_prints_a_table_or_json(
     assert json.loads(out) == result
     assert "accuracy greedy" in call("evaluate", setting["student.path"])[1]
     assert_refused(call("evaluate", "/no/where"), "/no/where", "no such directory")
+
+
+def _status(run_dir: Path, **changes: Any) -> None:
+    """A run of this process, one generator of which was lost."""
+    generate = RoomStatus(
+        room="generate",
+        ready=1,
+        starting=0,
+        minimum=1,
+        maximum=4,
+        waiting=0,
+        calls=(CallStatus("student-generator-0", "node-x", "generate", 40.0),),
+        num_calls=1,
+        restarts=2,
+        last_loss="the actor [died]",
+        below_min_s=None,
+        busy_share=0.75,
+    )
+    values: dict[str, Any] = {
+        "time": time.time(),
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "phase": "waiting for rollouts",
+        "phase_since_s": 42.0,
+        "step": 57,
+        "steps": 100,
+        "version": 57,
+        "last_step_s_ago": 50.0,
+        "slots_taken": 96,
+        "num_slots": 96,
+        "buffered_slots": 20,
+        "missing_slots": (1824,),
+        "slots_at": {1824: "generate"},
+        "checkpoint_step": 50,
+        "rooms": (generate,),
+    }
+    run_dir.mkdir(exist_ok=True)
+    status.write(run_dir / status.FILE, Status(**values | changes))
+
+
+def test_status_prints_why_the_run_waits_and_its_rooms(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    _status(run_dir)
+    code, out, err = call("status", str(run_dir))
+    assert (code, err) == (0, "")
+    text = " ".join(out.split())
+    assert text.startswith("learner waits 42 s for step 57: slot 1824 is at generate; oldest call in room generate")
+    for part in ("57 of 100", "96 of 96 taken", "step 50", "1–4", "75%", "the actor [died]", "student-generator-0"):
+        assert part in text
+    answer = json.loads(call("status", str(run_dir), "--json")[1])
+    assert answer["explanation"].startswith("learner waits 42 s")
+    assert answer["silence"] is None
+    assert answer["rooms"][0]["calls"][0]["node"] == "node-x"
+
+
+def test_status_says_that_the_driver_is_silent(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    _status(run_dir, time=time.time() - 95, host="elsewhere")
+    code, out, _ = call("status", str(run_dir))
+    text = " ".join(out.split())
+    assert code == 0
+    assert text.startswith("the driver has not written for 95 s: it died, or its node elsewhere is gone; resume with")
+    assert "--resume before that: learner waits" in text
+
+
+def test_status_without_a_run_is_refused(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert_refused(call("status", str(tmp_path)), "status.json", "no such file")
+    assert_refused(call("status", "none", "--watch", "--json"), "none/status.json")
+    assert_refused(call("status"), "RUN_DIR")
+
+
+def test_status_watches_until_the_run_has_ended(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    _status(run_dir)
+    phases = iter(["training", "done"])
+    monkeypatch.setattr("time.sleep", lambda _: _status(run_dir, phase=next(phases)))
+    code, out, _ = call("status", str(run_dir), "--watch", "--json")
+    assert code == 0
+    assert [json.loads(line)["phase"] for line in out.splitlines()] == ["waiting for rollouts", "training", "done"]
+
+
+def test_status_stops_watching_when_the_driver_is_gone_or_at_ctrl_c(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    _status(run_dir, time=1.0)  # this process is a later one: the driver's number was given again
+    code, out, _ = call("status", str(run_dir), "--watch")
+    assert code == 0
+    assert f"process {os.getpid()} is gone" in " ".join(out.split())
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    _status(run_dir)
+    monkeypatch.setattr("time.sleep", interrupt)
+    assert call("status", str(run_dir), "--watch")[0] == 0
+
+
+def test_status_imports_neither_ray_nor_torch(tmp_path: Path) -> None:
+    _status(tmp_path)
+    program = (
+        "import sys; from opd_ray.__main__ import _run, cli; code = _run(cli, ['status', sys.argv[1]]); "
+        "sys.exit(code or sorted({'ray', 'torch', 'transformers'} & sys.modules.keys()) or 0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_a_failure_while_running_is_one_line_and_a_traceback_only_on_demand(
