@@ -20,13 +20,15 @@ _WIDTH = 160
 """Columns where the output is no terminal."""
 
 
-def show(run_dir: Path, *, as_json: bool = False) -> bool:
+def show(run_dir: Path, *, as_json: bool = False, in_place: bool = False) -> bool:
     """Prints where a run stands; is there more to come? Raises InputError if ``run_dir`` holds no run's status."""
     status, silent, gone = _look(run_dir)
     if as_json:
         print(json.dumps(_plain(status, silent), ensure_ascii=False), flush=True)
     else:
         console = Console()
+        if in_place:
+            console.clear()  # does nothing where the output is no terminal
         Console(width=None if console.is_terminal else _WIDTH).print(_page(status, silent))
     return not (status.ended or gone)
 
@@ -34,12 +36,7 @@ def show(run_dir: Path, *, as_json: bool = False) -> bool:
 def watch(run_dir: Path, every_s: float, *, as_json: bool = False) -> None:
     """Prints again and again until the run has ended or its driver is gone; on a terminal in place, as JSON one line
     each time."""
-    console = Console()
-    while True:
-        if console.is_terminal and not as_json:
-            console.clear()
-        if not show(run_dir, as_json=as_json):
-            return
+    while show(run_dir, as_json=as_json, in_place=True):
         time.sleep(every_s)
 
 
