@@ -2,12 +2,17 @@
 
 One name, three places: ``rollouts/length`` in TensorBoard is ``ray_opd_rollouts_length`` on Ray's metrics
 port, and ``rollouts/length`` in metrics.jsonl. Rates are shares of 1, times are seconds, log-probs nats.
+On the port every metric carries ``run``, the last two names of the run's directory, and there are three that only
+make sense while a run runs: ``run/step`` (finished steps), ``run/steps`` (planned ones) and ``run/since_step_s``.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,19 +62,22 @@ def teacher_rollout_metrics(metas: Sequence[RolloutMeta]) -> dict[str, float]:
 class MetricsWriter:
     """Writes one step's metrics to TensorBoard, to Ray's metrics port and to metrics.jsonl."""
 
-    def __init__(self, run_dir: Path, first_step: int = 0, *, continued: bool = False) -> None:
-        """``continued``: the run went on from ``first_step``, and TensorBoard forgets what came after that before."""
+    def __init__(
+        self, run_dir: Path, first_step: int = 0, *, continued: bool = False, steps: int | None = None
+    ) -> None:
+        """``continued``: the run went on from ``first_step``, and TensorBoard forgets what came after that before.
+        ``steps``: how many are planned."""
         purge_step = first_step + 1 if continued else None
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
         self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._gauges: dict[str, Gauge] = {}
+        self._port = MetricsPort("/".join(run_dir.absolute().parts[-2:]), first_step, steps)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """``step`` counts finished optimizer steps; values that are not finite are left out."""
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         for name, value in finite.items():
             self._board.add_scalar(name, value, step)
-            self._gauge(name).set(value)
+        self._port.write(step, finite)
         self._lines.write(json.dumps({"step": step, **finite}) + "\n")
 
     def say(self, step: int, tag: str, text: str) -> None:
@@ -77,10 +85,55 @@ class MetricsWriter:
         self._board.add_text(tag, text, step)
 
     def close(self) -> None:
+        self._port.close()
         self._board.close()
         self._lines.close()
 
-    def _gauge(self, name: str) -> Gauge:
-        if name not in self._gauges:
-            self._gauges[name] = Gauge("opd_" + name.replace("/", "_"), description=f"opd_ray metric {name}")
-        return self._gauges[name]
+
+def port_name(name: str) -> str:
+    """What Ray is told; it puts ``ray_`` in front, and would leave out a name with other characters."""
+    return "opd_" + re.sub(r"\W", "_", name, flags=re.ASCII)
+
+
+class MetricsPort:
+    """The latest values on Ray's metrics port, from now until ``close``.
+
+    Ray takes a gauge off the port that was not set for 20 to 30 s, and a step may take longer: a thread sets all of
+    them anew, so that they stay while the run goes on, however slowly, and go when its driver is gone.
+    """
+
+    def __init__(self, run: str, first_step: int, steps: int | None, every_s: float = 5.0) -> None:
+        self._tags, self._every_s = {"run": run}, every_s
+        self._gauges: dict[str, Gauge] = {}
+        self._values = {"run/step": float(first_step)} | ({} if steps is None else {"run/steps": float(steps)})
+        self._step, self._since = first_step, time.monotonic()
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics-port", daemon=True)
+        self._thread.start()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes in finite values; those of earlier writes stay until there are new ones."""
+        with self._lock:
+            if step != self._step:
+                self._step, self._since = step, time.monotonic()
+            self._values |= {**metrics, "run/step": float(step)}
+            self._set()
+
+    def close(self) -> None:
+        """Sets the values for the last time."""
+        self._closed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        closed = False
+        while not closed:
+            with self._lock:
+                self._set()
+            closed = self._closed.wait(self._every_s)
+
+    def _set(self) -> None:
+        for name, value in {**self._values, "run/since_step_s": time.monotonic() - self._since}.items():
+            if name not in self._gauges:
+                description = f"opd_ray metric {name}"
+                self._gauges[name] = Gauge(port_name(name), description, tag_keys=("run",))
+            self._gauges[name].set(value, tags=self._tags)

@@ -1,9 +1,13 @@
-"""Metrics of rollouts, on cases one can count by hand."""
+"""Metrics of rollouts, on cases one can count by hand, and what stays on the metrics port while a run is slow."""
+
+import json
+import threading
 
 import pytest
 
 from factories import meta
-from opd_ray.metrics import rollout_metrics
+from opd_ray import metrics
+from opd_ray.metrics import MetricsPort, MetricsWriter, port_name, rollout_metrics
 
 
 def test_rollout_metrics_by_hand():
@@ -32,3 +36,86 @@ def test_rollout_metrics_by_hand():
 
 def test_without_student_rollouts_there_is_nothing_to_say():
     assert rollout_metrics([], version=0, budget=30) == {}
+
+
+class FakeGauge:
+    """What was set, by name; ``again`` opens when a gauge is set for the ``enough``-th time."""
+
+    def __init__(self, name, description, tag_keys):
+        assert tag_keys == ("run",)
+        self.name = name
+
+    def set(self, value, tags):
+        assert tags == {"run": FakeGauge.run}
+        values = FakeGauge.values.setdefault(self.name, [])
+        values.append(value)
+        if self.name == "opd_learner_loss" and len(values) == FakeGauge.enough:
+            FakeGauge.again.set()
+
+
+@pytest.fixture
+def gauges(monkeypatch):
+    FakeGauge.values, FakeGauge.again, FakeGauge.enough, FakeGauge.run = {}, threading.Event(), 4, "runs/a"
+    monkeypatch.setattr(metrics, "Gauge", FakeGauge)
+    return FakeGauge
+
+
+def test_values_stay_on_the_port_while_a_step_takes_long(gauges):
+    """Ray drops a gauge that is not set again."""
+    port = MetricsPort("runs/a", 3, 10, every_s=0.01)
+    port.write(4, {"learner/loss": 0.5})
+    assert gauges.again.wait(30)
+    port.close()
+    assert set(gauges.values["opd_learner_loss"]) == {0.5}
+    assert set(gauges.values["opd_run_steps"]) == {10}
+    assert gauges.values["opd_run_step"][0] in (3, 4)
+    assert gauges.values["opd_run_step"][-1] == 4
+    assert gauges.values["opd_run_since_step_s"][-1] > 0
+    number = len(gauges.values["opd_learner_loss"])
+    threading.Event().wait(0.05)
+    assert len(gauges.values["opd_learner_loss"]) == number, "a closed port sets nothing"
+
+
+def test_the_last_values_of_a_run_are_set_when_it_ends(gauges):
+    port = MetricsPort("runs/a", 0, None, every_s=3600)
+    port.write(1, {"learner/loss": 0.5})
+    port.write(2, {"learner/loss": 0.25})
+    port.close()
+    assert gauges.values["opd_learner_loss"][-1] == 0.25
+    assert gauges.values["opd_run_step"][-1] == 2
+    assert "opd_run_steps" not in gauges.values
+
+
+def test_the_time_since_a_step_begins_anew_with_every_step_and_only_then(gauges, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock) * 100.0)
+    port = MetricsPort("runs/a", 0, None, every_s=3600)
+    port.write(1, {"learner/loss": 0.5})
+    since = gauges.values["opd_run_since_step_s"][-1]
+    port.write(1, {"evaluation/accuracy_greedy": 1.0})
+    assert gauges.values["opd_run_since_step_s"][-1] > since, "an evaluation is no step"
+    port.close()
+    port = MetricsPort("runs/a", 1, None, every_s=3600)
+    port.write(1, {})
+    port.write(1, {})
+    waited = gauges.values["opd_run_since_step_s"][-1]
+    port.write(2, {"learner/loss": 0.5})
+    assert gauges.values["opd_run_since_step_s"][-1] < waited
+    port.close()
+
+
+def test_every_name_is_one_that_ray_exports():
+    assert port_name("rollouts/length") == "opd_rollouts_length"
+    assert port_name("pool/math-7b.v2_ready") == "opd_pool_math_7b_v2_ready"
+
+
+def test_a_writer_names_its_run_and_leaves_out_what_is_not_finite(gauges, tmp_path):
+    run_dir = tmp_path / "runs" / "a"
+    run_dir.mkdir(parents=True)
+    writer = MetricsWriter(run_dir, steps=5)
+    writer.write(1, {"learner/loss": 0.5, "learner/grad_norm": float("nan")})
+    writer.close()
+    assert json.loads((run_dir / "metrics.jsonl").read_text()) == {"step": 1, "learner/loss": 0.5}
+    assert gauges.values["opd_learner_loss"][-1] == 0.5
+    assert "opd_learner_grad_norm" not in gauges.values
+    assert gauges.values["opd_run_steps"][-1] == 5
