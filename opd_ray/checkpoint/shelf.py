@@ -141,7 +141,7 @@ class Shelf:
 
     async def read(self, checkpoint: Checkpoint) -> Snapshot:
         """The snapshot, with every file read once into the object store. Raises RunError for a damaged file."""
-        otherwise = self._otherwise(checkpoint.step)
+        otherwise = await asyncio.to_thread(self._otherwise, checkpoint.step)
         refs = await _all(
             [
                 self._run.payload(
@@ -163,7 +163,7 @@ class Shelf:
     def discard_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps, the latest first: a run that goes back makes them anew."""
         found = self._steps()
-        for later in reversed(self._complete(found)):
+        for later in sorted(self._usable(found), reverse=True):
             if later > step:
                 self._delete(later, found[later])
 
@@ -182,6 +182,14 @@ class Shelf:
     @staticmethod
     def _complete(steps: Mapping[int, Mapping[str, int | None]]) -> list[int]:
         return sorted(step for step, files in steps.items() if _STATE in files)
+
+    def _usable(self, steps: Mapping[int, Mapping[str, int | None]]) -> dict[int, Checkpoint]:
+        """The complete ones that can be read; what cannot is left alone, for it may be somebody's."""
+        usable = {}
+        for step in self._complete(steps):
+            with contextlib.suppress(RunError):
+                usable[step] = self._open(step)
+        return usable
 
     def _open(self, step: int) -> Checkpoint:
         """Reads state.json; RunError when it is not one that ``_seal`` wrote."""
@@ -249,12 +257,9 @@ class Shelf:
         self._storage.write(f"step-{step}/{_STATE}", [document.encode()])
 
     def _tidy(self, keep: int | None = None) -> None:
-        """Deletes what belongs to no checkpoint, and checkpoints beyond ``keep``. What cannot be read is left alone."""
+        """Deletes what belongs to no checkpoint, and checkpoints beyond ``keep``."""
         steps = self._steps()
-        usable = {}
-        for step in self._complete(steps):
-            with contextlib.suppress(RunError):
-                usable[step] = self._open(step)
+        usable = self._usable(steps)
         for step, files in steps.items():
             if _STATE not in files:
                 self._delete(step, files)

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from opd_ray.errors import OpdError, RunError
+from opd_ray.errors import InputError, OpdError, RunError
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SECRETS = re.compile(r"(?<=://)[^/@]*:[^/@]*@|\?.*")
@@ -23,6 +23,7 @@ _SECRETS = re.compile(r"(?<=://)[^/@]*:[^/@]*@|\?.*")
 _OBJECT_STORES = ("s3", "gcs", "abfs")
 """Where directories are only a part of the names."""
 _PROBE = ".writable"
+_RETRY_S = 60
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Storage:
 
     Opened at its first use, so it can be sent to another process. A local file is written under another name, synced
     and renamed; a remote one appears as a whole where its store has it so, as S3, GCS and Azure do. Whatever goes
-    wrong is a RunError that names the file.
+    wrong is a RunError that names the file; a location that cannot be one is an InputError.
     """
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
@@ -51,7 +52,7 @@ class Storage:
             try:
                 location = pafs.FileSystem.from_uri(location)[1]
             except pa.ArrowException as error:
-                raise RunError(f"{location} is no path on this node: {error}; write file:///DIRECTORY") from error
+                raise InputError(f"{location} is no path: {error}; write it as file:///DIRECTORY") from error
         # Tasks that use it run in other working directories.
         self.location = os.path.abspath(location) if self.is_local else location.rstrip("/")
         self._opened: tuple[pafs.FileSystem, str] | None = None
@@ -86,9 +87,11 @@ class Storage:
         return FileFact(name, num_bytes, crc)
 
     def read(self, name: str) -> pa.Buffer:
-        """The whole file."""
+        """The whole file; a local one is mapped, not loaded."""
         with self._explained("be read", name):
             filesystem, root = self._open()
+            if self.is_local and os.path.getsize(f"{root}/{name}"):  # an empty file cannot be mapped
+                return pa.memory_map(f"{root}/{name}").read_buffer()
             with filesystem.open_input_file(f"{root}/{name}") as file:
                 return file.read_buffer()
 
@@ -196,6 +199,8 @@ def _sync_directory(path: Path) -> None:
 
 
 def _open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
+    if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in uri:
+        uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={_RETRY_S}"  # its own limit is a quarter of an hour
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # a scheme that it does not know, or was built without
