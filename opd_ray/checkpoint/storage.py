@@ -18,8 +18,7 @@ import pyarrow.fs as pafs
 from opd_ray.errors import InputError, OpdError, RunError
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_SECRETS = re.compile(r"(?<=://)[^/@]*:[^/@]*@|\?.*")
-"""User and password of a URI, and its options."""
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*@")
 _OBJECT_STORES = ("s3", "gcs", "abfs")
 """Where directories are only a part of the names."""
 _PROBE = ".writable"
@@ -64,8 +63,8 @@ class Storage:
         return f"Storage({self.url()!r})"
 
     def url(self, name: str = "") -> str:
-        """Where a file is, for messages: without passwords."""
-        location = self.location if self.is_local else _SECRETS.sub("", self.location)
+        """Where a file is, for messages: without passwords and options."""
+        location = self.location if self.is_local else _PASSWORD.sub("", self.location).partition("?")[0]
         return f"{location}/{name}" if name else location
 
     def write(self, name: str, chunks: Iterable[Any]) -> FileFact:
@@ -225,5 +224,5 @@ def _reason(error: Exception) -> str:
         return "it is not there; look whether the location is right and what has deleted it"
     if isinstance(error, ImportError):
         return f"{error}; install that package on every node"
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = _PASSWORD.sub("", str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{text[:300]}; check the location, that its host is up, and this node's credentials for it"

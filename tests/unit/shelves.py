@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import math
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from factories import meta
-from opd_ray.checkpoint import Snapshot
+from opd_ray.checkpoint import Checkpoint, Shelf, Snapshot
 from opd_ray.messages import Entry
 
 
@@ -97,3 +98,8 @@ def contents(objects: Objects, snapshot: Snapshot) -> Any:
         return repr(value)  # nan is nan
 
     return plain(snapshot)
+
+
+def held(shelf: Shelf, objects: Objects, checkpoint: Checkpoint) -> Any:
+    """All that a checkpoint holds, as :func:`contents` has it."""
+    return contents(objects, asyncio.run(shelf.read(checkpoint)))

@@ -1,4 +1,4 @@
-"""Checkpoints on a shelf: whole or not there, whatever dies when; damaged and foreign ones are told apart."""
+"""Checkpoints on a shelf: what goes in comes out, which are kept, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import errno
 import json
 import re
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from opd_ray.checkpoint import Shelf, Snapshot, Storage, storage
 from opd_ray.errors import InputError, RunError
-from shelves import Objects, contents, make_snapshot
+from shelves import Objects, contents, held, make_snapshot
 
 
 @pytest.fixture(params=["directory", "memory"])
@@ -41,10 +40,6 @@ def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 def write(shelf: Shelf, objects: Objects, *steps: int, keep: int = 9, **options) -> None:
     for step in steps:
         asyncio.run(shelf.write(make_snapshot(objects, step, **options), keep))
-
-
-def held(shelf: Shelf, objects: Objects, checkpoint) -> object:
-    return contents(objects, asyncio.run(shelf.read(checkpoint)))
 
 
 def steps_at(place: Storage) -> list[int]:
@@ -103,6 +98,15 @@ def test_names_that_are_no_file_names(shelf: Shelf, objects: Objects) -> None:
 # ---- which are kept ----
 
 
+def test_two_at_once_wait_for_each_other(shelf: Shelf, objects: Objects, tmp_path: Path) -> None:
+    async def both():
+        await asyncio.gather(*(shelf.write(make_snapshot(objects, step), 2) for step in (1, 2)))
+
+    asyncio.run(both())
+    assert steps_at(Storage(tmp_path)) == [1, 2]
+    assert held(shelf, objects, shelf.latest()) == contents(objects, make_snapshot(objects, 2))
+
+
 def test_the_newest_are_kept(location: str, objects: Objects) -> None:
     write(Shelf(location, objects), objects, 2, 4, 10, 6, keep=2)
     assert steps_at(Storage(location)) == [6, 10]
@@ -154,157 +158,6 @@ def test_what_others_have_there_is_left_alone(shelf: Shelf, objects: Objects, tm
     shelf.discard_after(2)
     ours = {name for name, size in Storage(tmp_path).list().items() if size is not None}
     assert ours == set(theirs)
-
-
-# ---- what dies when ----
-
-
-class Killed(BaseException):
-    """The process is gone: no handler of errors runs either."""
-
-
-class Mortal(Storage):
-    """Dies before or halfway through one of its operations; then nothing happens any more."""
-
-    def __init__(self, location: str, moment: int) -> None:
-        super().__init__(location)
-        self._left = moment
-
-    def _live(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise Killed
-
-    def list(self):
-        self._live()
-        return super().list()
-
-    def read(self, name):
-        self._live()
-        return super().read(name)
-
-    def write(self, name, chunks):
-        self._live()
-        content = b"".join(bytes(chunk) for chunk in chunks)
-        try:
-            self._live()
-        except Killed:
-            # Locally under another name; far away a small file is whole or not there, but of a large one may be a part.
-            folder, _, file = name.rpartition("/")
-            partial = f"{folder}/.{file}.partial" if self.is_local else name
-            if self.is_local or file != "state.json":
-                super().write(partial, [content[: len(content) // 2]])
-            raise
-        return super().write(name, [content])
-
-    def delete(self, name):
-        self._live()
-        super().delete(name)
-
-    def delete_directory(self, name):
-        self._live()
-        files = sorted(file for file in super().list() if file.startswith(f"{name}/"))
-        for file in files[::2]:
-            super().delete(file)
-        self._live()
-        super().delete_directory(name)
-
-
-def kill_everywhere(location: str, objects: Objects, before: list[Snapshot], keep: int, act: Callable[[Shelf], None]):
-    """Lets ``act`` be killed at every moment, each time at a place of its own that holds ``before``; yields the shelf
-    that comes after it."""
-    for moment in range(1000):
-        place = f"{location}-{moment}"
-        shelf = Shelf(place, objects)
-        for snapshot in before:
-            asyncio.run(shelf.write(snapshot, keep))
-        try:
-            act(Shelf(Mortal(place, moment), objects))
-        except Killed:
-            yield Shelf(place, objects)
-        else:
-            yield Shelf(place, objects)
-            assert moment > 5
-            return
-
-
-def test_a_kill_while_writing_leaves_the_previous_or_the_new_one(location: str, objects: Objects) -> None:
-    first, second, third = (make_snapshot(objects, step) for step in (2, 4, 6))
-    expected = {snapshot.step: contents(objects, snapshot) for snapshot in (first, second, third)}
-    seen = set()
-
-    def act(shelf):
-        asyncio.run(shelf.write(third, 2))
-
-    for shelf in kill_everywhere(location, objects, [first, second], 2, act):
-        found = shelf.check(resume=True)
-        seen.add(found.step)
-        assert held(shelf, objects, found) == expected[found.step]
-        # The next start goes on, and sweeps what was left.
-        asyncio.run(shelf.write(third, 2))
-        named = {name for each in (4, 6) for name in shelf._open(each).files} | {"step-4", "step-6"}
-        assert shelf._storage.list().keys() == named | {"step-4/state.json", "step-6/state.json"}
-    assert seen == {4, 6}
-
-
-def test_a_kill_while_writing_a_step_anew_leaves_one_of_the_two(location: str, objects: Objects) -> None:
-    old, new = (make_snapshot(objects, 4, seed=seed) for seed in (0, 1))
-    expected = [contents(objects, old), contents(objects, new)]
-    seen = set()
-
-    def act(shelf):
-        asyncio.run(shelf.write(new, 1))
-
-    for shelf in kill_everywhere(location, objects, [old], 1, act):
-        found = held(shelf, objects, shelf.check(resume=True))
-        assert found in expected
-        seen.add(expected.index(found))
-    assert seen == {0, 1}
-
-
-def test_a_kill_while_going_back_leaves_one_that_loads(location: str, objects: Objects) -> None:
-    snapshots = [make_snapshot(objects, step) for step in (2, 4, 6)]
-    seen = set()
-
-    def act(shelf):
-        shelf.discard_after(2)
-        shelf.amend(shelf.latest(), {"guard": "stronger"})
-
-    for shelf in kill_everywhere(location, objects, snapshots, 3, act):
-        found = shelf.check(resume=True)
-        asyncio.run(shelf.read(found))
-        seen.add((found.step, found.state["guard"] == "stronger"))
-    assert seen == {(2, False), (2, True), (4, False), (6, False)}
-
-
-def test_one_that_still_writes_after_its_run_was_resumed_damages_nothing(objects: Objects, tmp_path: Path) -> None:
-    """Tasks of a driver that was killed may be at work for a moment longer."""
-    late = []
-
-    class Late(Objects):
-        async def __call__(self, function, *args):
-            late.append((function, args))
-            raise Killed
-
-    old, new = (make_snapshot(objects, 4, seed=seed) for seed in (0, 1))
-    with pytest.raises(Killed):
-        asyncio.run(Shelf(str(tmp_path), Late()).write(old, 1))
-    shelf = Shelf(str(tmp_path), objects)
-    asyncio.run(shelf.write(new, 1))
-    for function, args in late:
-        asyncio.run(objects(function, *args))
-    assert held(shelf, objects, shelf.check(resume=True)) == contents(objects, new)
-    write(shelf, objects, 6, keep=2)
-    assert len(list((tmp_path / "step-4").iterdir())) == 1 + len(shelf._open(4).files)
-
-
-def test_two_at_once_wait_for_each_other(shelf: Shelf, objects: Objects, tmp_path: Path) -> None:
-    async def both():
-        await asyncio.gather(*(shelf.write(make_snapshot(objects, step), 2) for step in (1, 2)))
-
-    asyncio.run(both())
-    assert steps_at(Storage(tmp_path)) == [1, 2]
-    assert held(shelf, objects, shelf.latest()) == contents(objects, make_snapshot(objects, 2))
 
 
 # ---- what goes wrong ----

@@ -180,6 +180,11 @@ class TestErrors:
     def test_passwords_are_not_said(self) -> None:
         assert Storage("s3://key:secret@bucket/runs?region=x").url("step-1") == "s3://bucket/runs/step-1"
         assert Storage("abfs://container@account/runs").url() == "abfs://container@account/runs"
+        with pytest.raises(
+            RunError, match="^cloud://bucket/runs/x cannot be read: Protocol not known: cloud"
+        ) as caught:
+            Storage("cloud://key:secret@bucket/runs").read("x")
+        assert "secret" not in str(caught.value)
         assert Storage("/runs/what?://a:b@c").url() == "/runs/what?:/a:b@c"
 
     @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:5] + b"!" + content[6:]])
