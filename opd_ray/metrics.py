@@ -2,8 +2,9 @@
 
 One name, three places: ``rollouts/length`` in TensorBoard is ``ray_opd_rollouts_length`` on Ray's metrics
 port, and ``rollouts/length`` in metrics.jsonl. Rates are shares of 1, times are seconds, log-probs nats.
-On the port every metric carries ``run``, the last two names of the run's directory, and there are three that only
-make sense while a run runs: ``run/step`` (finished steps), ``run/steps`` (planned ones) and ``run/since_step_s``.
+On the port every metric carries ``run``, the last two names of the run's directory, and there are four that only
+make sense while a run runs: ``run/step`` (finished steps), ``run/steps`` (planned ones), ``run/since_step_s``, and
+``run/guard_events``, a running count, for the port shows no more than one step in ten seconds.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ class MetricsPort:
     def __init__(self, run: str, first_step: int, steps: int | None, every_s: float = 5.0) -> None:
         self._tags, self._every_s = {"run": run}, every_s
         self._gauges: dict[str, Gauge] = {}
-        self._values = {"run/step": float(first_step)} | ({} if steps is None else {"run/steps": float(steps)})
+        self._values = {"run/step": float(first_step), "run/guard_events": 0.0}
+        if steps is not None:
+            self._values["run/steps"] = float(steps)
         self._step, self._since = first_step, time.monotonic()
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics-port", daemon=True)
@@ -116,7 +119,8 @@ class MetricsPort:
         with self._lock:
             if step != self._step:
                 self._step, self._since = step, time.monotonic()
-            self._values |= {**metrics, "run/step": float(step)}
+            events = self._values["run/guard_events"] + metrics.get("guard/events", 0.0)
+            self._values |= {**metrics, "run/step": float(step), "run/guard_events": events}
             self._set()
 
     def close(self) -> None:

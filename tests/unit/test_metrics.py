@@ -78,9 +78,11 @@ def test_values_stay_on_the_port_while_a_step_takes_long(gauges):
 
 def test_the_last_values_of_a_run_are_set_when_it_ends(gauges):
     port = MetricsPort("runs/a", 0, None, every_s=3600)
-    port.write(1, {"learner/loss": 0.5})
-    port.write(2, {"learner/loss": 0.25})
+    port.write(1, {"learner/loss": 0.5, "guard/events": 2.0})
+    port.write(2, {"learner/loss": 0.25, "guard/events": 1.0})
     port.close()
+    assert gauges.values["opd_guard_events"][-1] == 1
+    assert gauges.values["opd_run_guard_events"][-1] == 3
     assert gauges.values["opd_learner_loss"][-1] == 0.25
     assert gauges.values["opd_run_step"][-1] == 2
     assert "opd_run_steps" not in gauges.values
