@@ -1,0 +1,220 @@
+"""The files of cluster/: their schemas take them and refuse misspelt fields, they fit each other, nothing is open."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+import kuberay_crd
+from opd_ray import config as configs
+from opd_ray.capacity import limits_of, most
+from opd_ray.config import Config
+
+ROOT = Path(__file__).parents[2]
+DIRECTORY = ROOT / "cluster"
+LAUNCHED = ("aws", "gcp", "on-premises", "local")
+KUBERNETES = ("kuberay-cluster", "kuberay-job")
+JOBS = ("job", "local-job")
+ROLES = ("learner_node", "teacher_node", "generator_node")
+
+
+def read(name: str) -> str:
+    return (DIRECTORY / f"{name}.yaml").read_text()
+
+
+def launched(name: str) -> dict[str, Any]:
+    """As `ray up` reads it, with Ray's defaults."""
+    return prepare_config(yaml.safe_load(read(name)))
+
+
+def manifests(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(read(name)))
+
+
+def ray_cluster() -> dict[str, Any]:
+    (found,) = (each for each in manifests("kuberay-cluster") if each["kind"] == "RayCluster")
+    found["metadata"]["namespace"] = "default"
+    return found
+
+
+def cluster(name: str) -> dict[str, Any]:
+    """The configuration that the autoscaler works with."""
+    return _derive_autoscaling_config_from_ray_cr(ray_cluster()) if name == "kuberay-cluster" else launched(name)
+
+
+def job(name: str) -> Config:
+    return configs.load(DIRECTORY / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_rays_own_schema_takes_each_cluster(name: str) -> None:
+    validate_config(launched(name))
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_rays_own_schema_refuses_a_misspelt_field(name: str) -> None:
+    config = launched(name)
+    with pytest.raises(jsonschema.ValidationError, match="idle_timeout_minute"):
+        validate_config(config | {"idle_timeout_minute": 1})
+    node_type = next(iter(config["available_node_types"].values()))
+    node_type["max_worker"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="max_worker"):
+        validate_config(config)
+
+
+@pytest.mark.parametrize("name", KUBERNETES)
+def test_the_resources_schema_takes_each_manifest(name: str) -> None:
+    for manifest in manifests(name):
+        kuberay_crd.validate(manifest)
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where there is a mapping whose keys Kubernetes decides on, not the user."""
+    free = ("metadata", "resources", "requests", "limits", "nodeSelector", "rayStartParams", "labels")
+    found = [path] if isinstance(value, dict) else []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in items:
+        if key not in free or key == "resources" and "containers" in path:
+            found += _paths(each, (*path, key))
+    return found
+
+
+@pytest.mark.parametrize("name", KUBERNETES)
+def test_the_resources_schema_refuses_a_misspelt_field_at_any_depth(name: str) -> None:
+    places = 0
+    for manifest in manifests(name):
+        for path in _paths(manifest):
+            damaged = copy.deepcopy(manifest)
+            place = damaged
+            for key in path:
+                place = place[key]
+            place["replicaz"] = 1
+            with pytest.raises(jsonschema.ValidationError):
+                kuberay_crd.validate(damaged)
+            places += 1
+    assert places > 30
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("enableInTreeAutoscaling", "yes"),
+        ("authOptions", {"mode": "tokens"}),
+        ("autoscalerOptions", {"version": 2}),
+        ("headGroupSpec", {"rayStartParams": {"num-cpus": 0}}),
+    ],
+)
+def test_the_resources_schema_refuses_values_of_another_kind(field: str, value: Any) -> None:
+    damaged = ray_cluster()
+    damaged["spec"][field] = value
+    with pytest.raises(jsonschema.ValidationError):
+        kuberay_crd.validate(damaged)
+
+
+def test_the_job_on_kubernetes_has_the_same_cluster() -> None:
+    (ray_job,) = (each for each in manifests("kuberay-job") if each["kind"] == "RayJob")
+    assert ray_job["spec"]["rayClusterSpec"] == ray_cluster()["spec"]
+
+
+def test_the_job_on_kubernetes_runs_a_configuration_that_loads_and_continues_after_a_loss() -> None:
+    (ray_job,) = (each for each in manifests("kuberay-job") if each["kind"] == "RayJob")
+    words = shlex.split(ray_job["spec"]["entrypoint"])
+    assert words[:4] == ["python", "-m", "opd_ray", "train"] and "--auto-resume" in words
+    assert ray_job["spec"]["backoffLimit"] > 0
+    config = configs.load(ROOT / words[words.index("--config") + 1], [word for word in words if "=" in word])
+    results = words[words.index("--run-dir") + 1]
+    assert config.checkpoint.directory is not None and config.checkpoint.directory.startswith(results)
+    mounts = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+    assert any(results.startswith(mount["mountPath"]) for mount in mounts)
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp", "local", "kuberay-cluster"])
+def test_one_kind_of_node_for_each_role_and_spot_machines_only_generate(name: str) -> None:
+    node_types = cluster(name)["available_node_types"]
+    for kind in node_types.values():
+        roles = [role for role in ROLES if role in kind["resources"]]
+        spot = re.search("spot", yaml.safe_dump(kind["node_config"]), re.IGNORECASE)
+        assert not spot or roles == ["generator_node"]
+    held = {role for kind in node_types.values() for role in ROLES if role in kind["resources"]}
+    assert held == set(ROLES)
+
+
+def test_spot_pods_only_generate() -> None:
+    for group in ray_cluster()["spec"]["workerGroupSpecs"]:
+        spot = "spot" in yaml.safe_dump(group["template"]["spec"]["nodeSelector"])
+        assert spot == ("generator_node" in group["resources"])
+
+
+def test_pods_offer_ray_what_they_request() -> None:
+    spec = ray_cluster()["spec"]
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        resources = group["template"]["spec"]["containers"][0]["resources"]
+        assert resources["requests"] == resources["limits"]
+        assert group["resources"]["CPU"] == resources["requests"]["cpu"]
+        assert group["resources"].get("GPU") == resources["requests"].get("nvidia.com/gpu")
+
+
+@pytest.mark.parametrize(
+    ("job_name", "cluster_name"), [("job", "aws"), ("job", "gcp"), ("job", "kuberay-cluster"), ("local-job", "local")]
+)
+def test_every_room_fits_its_nodes_when_it_has_grown_to_its_maximum(job_name: str, cluster_name: str) -> None:
+    config, found = job(job_name), cluster(cluster_name)
+    rollout, learner, scorers = config.rollout, config.learner, config.scorers.values()
+    rooms = [
+        (rollout.node_resource, rollout.size.maximum, rollout.cpus_per_generator, rollout.gpus_per_generator),
+        (learner.node_resource, learner.num_ranks, learner.cpus_per_rank, learner.gpus_per_rank),
+        *((each.node_resource, each.size.maximum, each.cpus_per_actor, each.gpus_per_actor) for each in scorers),
+    ]
+    assert {role for role, *_ in rooms} == set(ROLES)
+    head = found["available_node_types"][found["head_node_type"]]["resources"]
+    for role in ROLES:
+        held = most(limits_of(found), role)
+        on_head = head if head.get(role) else {}
+        for resource, place in (("CPU", 2), ("GPU", 3)):
+            asked = sum(room[1] * room[place] for room in rooms if room[0] == role)
+            assert asked <= held.get(resource, 0) + on_head.get(resource, 0)
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp", "on-premises"])
+def test_token_authentication_is_on_and_the_dashboard_listens_on_the_head_only(name: str) -> None:
+    config = launched(name)
+    head, workers = config["head_start_ray_commands"], config["worker_start_ray_commands"]
+    for command in (head[-1], workers[-1]):
+        assert "RAY_AUTH_MODE=token" in command
+        assert command.index("RAY_AUTH_MODE=token") < command.index("ray start")
+    assert "--dashboard-host=127.0.0.1" in head[-1]
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+
+
+def test_nothing_is_reachable_from_everywhere() -> None:
+    (rule,) = launched("aws")["provider"]["security_group"]["IpPermissions"]
+    assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
+    assert all(not each["CidrIp"].endswith("/0") for each in rule["IpRanges"])
+    spec = ray_cluster()["spec"]
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert not spec["headGroupSpec"].get("enableIngress")
+    assert spec["authOptions"] == {"mode": "token", "secretName": "opd-ray-token"}
+
+
+@pytest.mark.parametrize("name", [*LAUNCHED, *KUBERNETES, *JOBS])
+def test_no_secret_stands_in_a_file(name: str) -> None:
+    text = read(name)
+    assert not re.search(r"\b[0-9a-f]{32}\b|AKIA[0-9A-Z]{16}|-----BEGIN|hf_[A-Za-z0-9]{20}", text)
+    assert "kind: Secret" not in text
+
+
+@pytest.mark.parametrize("name", [*LAUNCHED, *KUBERNETES])
+def test_each_header_says_what_it_costs_and_what_to_change(name: str) -> None:
+    header = "".join(line for line in read(name).splitlines(True) if line.startswith("#"))
+    assert "What it costs, in machines" in header and "What to change" in header
+    marks = "CHANGE-ME marks it" in header
+    assert marks == ("CHANGE-ME" in read(name).replace(header, ""))
