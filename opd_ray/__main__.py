@@ -61,26 +61,38 @@ def cli() -> None:
 @click.option(
     "--resume", is_flag=True, help="Continue the run in --run-dir, with its configuration unless --config is given."
 )
+@click.option(
+    "--auto-resume",
+    is_flag=True,
+    help="Continue the run in --run-dir if there is one, else start it: for jobs that "
+    "are submitted again by themselves.",
+)
 @_debug_option
 @_overrides_argument
 def train(
-    config_file: Path | None, run_dir: Path | None, resume: bool, debug: bool, overrides: tuple[str, ...]
+    config_file: Path | None,
+    run_dir: Path | None,
+    resume: bool,
+    auto_resume: bool,
+    debug: bool,
+    overrides: tuple[str, ...],
 ) -> None:
     """Train a student; without arguments, the small embedded one.
 
     Connects to the cluster of `ray job submit` or of RAY_ADDRESS, or starts Ray on this machine.
     """
     _set_debug(debug)
-    config = _load(config_file, overrides, run_dir if resume else None)
-    if resume and run_dir is None:
+    if (resume or auto_resume) and run_dir is None:
         raise InputError("--resume needs --run-dir DIR: which run to continue")
+    resume = resume or (auto_resume and (run_dir / "config.yaml").is_file())
+    config = _load(config_file, overrides, run_dir if resume else None)
     run_dir = (run_dir or _new_run_dir(config)).absolute()
     from opd_ray import preflight
 
     preflight.check_run_dir(run_dir, config, resume)  # before the imports below, which take several seconds
     from opd_ray import run
 
-    summary = run.train(config, run_dir, resume=resume)
+    summary = run.train(config, run_dir, resume=resume, auto_resume=auto_resume)
     click.echo(f"done: {_gain(summary)}{summary['steps']} steps in {summary['wall_s']:.0f} s; results in {run_dir}")
 
 
@@ -122,9 +134,9 @@ def preflight(
     config = run.resolve(config)
     facts = checks.check_files(config)
     with run.cluster():
-        import ray
+        from opd_ray.capacity import cluster_capacity
 
-        checks.check_resources(config, ray.cluster_resources())
+        checks.check_resources(config, cluster_capacity)
     _print_table("preflight: nothing to object to", vars(facts))
 
 

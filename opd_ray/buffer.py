@@ -52,6 +52,11 @@ class ReplayBuffer:
         self._changed = asyncio.Condition()
 
     @property
+    def slots(self) -> dict[int, tuple[Entry, ...]]:
+        """The slots that are scored, and their rollouts."""
+        return dict(self._slots)
+
+    @property
     def num_slots(self) -> int:
         """Slots that are scored and wait to be trained on."""
         return len(self._slots)

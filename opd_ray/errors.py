@@ -6,9 +6,11 @@
         ├── DeadlineError       a wait ended without its answer
         ├── ActorError          a worker raised
         │   ├── MemberLost      it died, hung or lost its engine: another can take its call
+        │   │   └── StartFailed its constructor raised
         │   └── GroupLost       so did one whose room holds state: the run goes back to a checkpoint
         ├── EngineFailed        an inference engine failed: its worker is replaced
         ├── PayloadLost         an object is gone with its node: what it held is made again
+        ├── Terminated          a signal ended the run; the CLI exits with 143
         └── WeightSyncError     weights did not reach every engine
 
 All of them carry one finished sentence: what was got, what was expected, where, and
@@ -49,9 +51,27 @@ class MemberLost(ActorError):
     """A worker died, gave no answer or lost its engine; its call can go to another."""
 
 
+class StartFailed(MemberLost):
+    """A worker's constructor raised; another would most likely do the same."""
+
+
 class GroupLost(ActorError):
     """A worker of a room that holds state (learner ranks, scorers that follow the student) is lost, and its state
     with it."""
+
+    def __init__(self, message: str, room: str = "") -> None:
+        super().__init__(message, room)
+        self.room = room
+        """Which room it is."""
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class Terminated(RunError):
+    """A signal ended the run; what was done is saved, or the message says that it is not."""
+
+    exit_code = 143
 
 
 class PayloadLost(RunError):

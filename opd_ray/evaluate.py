@@ -102,7 +102,7 @@ async def _ask_teacher(
 
     async def measure(rollouts: Any) -> dict[str, float]:
         _, scores = await teacher.call("score", rollouts, request)
-        return (await recorder.call_all("measure", rollouts, scores))[0]
+        return await recorder.call_one("measure", rollouts, scores)
 
     sums: Counter[str] = Counter()
     for part in await asyncio.gather(*(measure(rollouts) for _, rollouts in answers)):

@@ -1,60 +1,72 @@
-"""Starts the actors: placement, names, environment. The only module that applies ``ray.remote``."""
+"""Starts the actors and tasks: placement, names, environment. The only module that applies ``ray.remote``."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray import ObjectRef
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from opd_ray import logs
 from opd_ray.actors.generator import GeneratorSettings, StudentGenerator, TeacherGenerator
 from opd_ray.actors.learner import Learner
 from opd_ray.actors.recorder import Recorder
 from opd_ray.actors.scorer import Scorer
-from opd_ray.config import Config, RolloutConfig, TeacherConfig
+from opd_ray.config import Config, LearnerConfig, PoolSize, RolloutConfig, TeacherConfig
 from opd_ray.engines.factory import load_tokenizer, make_generation_engine, make_scoring_engine
 from opd_ray.errors import DeadlineError, OpdError, RunError
 from opd_ray.golden import load_golden
-from opd_ray.messages import REFERENCE, Entry, TransferGroup
-from opd_ray.pipeline import Rooms
-from opd_ray.pool import Member, Pool
+from opd_ray.messages import REFERENCE, Entry
+from opd_ray.pool import Group, Pool
+from opd_ray.room import Member, Spawn, explained
+from opd_ray.rooms import Rooms
 from opd_ray.tasks import get_task
 
 _CONCURRENT_CALLS = 1000
 """Calls that an async actor holds at once; what they wait for is the engine."""
+_PINGS = "pings"
+"""Concurrency group of the actors that work off one call after another: it answers while they do."""
+_SHARE = 0.001
+"""How much of a node_resource an actor takes: it says where, not how many."""
+
+
+_TASKS_AT_ONCE = 2
+"""Storage tasks under way at once: each that finds no idle worker starts a process."""
 
 
 def start_rooms(config: Config, *, namespace: str, max_context_tokens: int) -> Rooms:
     """Creates every actor of a run; returns at once, while they load their models."""
-    scorers = {role: _scorers(role, config, namespace, max_context_tokens) for role in config.scorers}
     writes = config.buffer.uses_teacher_rollouts
     return Rooms(
         generators=start_generators(config, namespace=namespace, max_context_tokens=max_context_tokens),
         learner=_learner(config, namespace),
-        scorers=scorers,
+        scorers={role: _scorers(role, config, namespace, max_context_tokens) for role in config.scorers},
         teacher_generators=_teacher_generators(config, namespace, max_context_tokens) if writes else None,
         recorder=_recorder(config, namespace),
-        followers=[pool for role, pool in scorers.items() if config.scorers[role].follows_student],
     )
 
 
-def start_generators(config: Config, *, namespace: str, max_context_tokens: int) -> Pool:
-    """The pool of student generators, as many as configured."""
+def start_generators(config: Config, *, namespace: str, max_context_tokens: int, alone: bool = False) -> Pool:
+    """The pool of student generators; ``alone`` without a learner whose weights they would have to wait for."""
     rollout = config.rollout
     make = partial(StudentGenerator, **_generator(config, config.student.path, rollout, max_context_tokens))
-    return _generators("generate", "student-generator", make, config, namespace, rollout.num_generators)
+    spawn = _spawn_generator("generate", "student-generator", make, config, namespace)
+    return Pool("generate", spawn, rollout.size, config.deadlines.generate_s, needs_weights=not alone)
 
 
 def _teacher_generators(config: Config, namespace: str, max_context_tokens: int) -> Pool:
     """Generators on the teacher, as large as the student's."""
     rollout = dataclasses.replace(config.rollout, dtype=config.teacher.dtype)
     make = partial(TeacherGenerator, **_generator(config, config.teacher.path, rollout, max_context_tokens))
-    return _generators("teacher_generate", "teacher-generator", make, config, namespace, rollout.teacher_generators)
+    spawn = _spawn_generator("teacher_generate", "teacher-generator", make, config, namespace)
+    return Pool("teacher_generate", spawn, PoolSize.fixed(rollout.teacher_generators), config.deadlines.generate_s)
 
 
 def _generator(config: Config, path: str, rollout: RolloutConfig, max_context_tokens: int) -> dict[str, Any]:
@@ -75,17 +87,15 @@ def _settings(config: Config) -> GeneratorSettings:
     )
 
 
-def _generators(room: str, role: str, make: partial[Any], config: Config, namespace: str, number: int) -> Pool:
+def _spawn_generator(room: str, role: str, make: partial[Any], config: Config, namespace: str) -> Spawn:
     rollout = config.rollout
-    gpus = rollout.gpus_per_generator * rollout.tensor_parallel_size
-    members = [
-        _actor(make, role, i, namespace, rollout.cpus_per_generator, gpus, max_concurrency=_CONCURRENT_CALLS)
-        for i in range(number)
-    ]
-    return Pool(room, members, config.deadlines.generate_s)
+    resources = _resources(
+        rollout.cpus_per_generator, rollout.gpus_per_generator * rollout.tensor_parallel_size, rollout.node_resource
+    )
+    return _spawning(room, role, make, namespace, resources, max_concurrency=_CONCURRENT_CALLS)
 
 
-def _scorers(role: str, config: Config, namespace: str, max_context_tokens: int) -> Pool:
+def _scorers(role: str, config: Config, namespace: str, max_context_tokens: int) -> Pool | Group:
     scorer = config.scorers[role]
     # A golden solution in the prompt makes sequences longer than any that the student sees.
     privileged = isinstance(scorer, TeacherConfig) and scorer.privileged
@@ -97,28 +107,122 @@ def _scorers(role: str, config: Config, namespace: str, max_context_tokens: int)
         weight_backend=config.weight_backend,
         member=scorer.follows_student,
     )
-    cpus, gpus = scorer.cpus_per_actor, scorer.gpus_per_actor
-    members = [
-        _actor(make, f"{role}-scorer", i, namespace, cpus, gpus, max_concurrency=_CONCURRENT_CALLS)
-        for i in range(scorer.num_actors)
-    ]
-    return Pool(role, members, config.deadlines.score_s)
+    resources = _resources(scorer.cpus_per_actor, scorer.gpus_per_actor, scorer.node_resource)
+    spawn = _spawning(role, f"{role}-scorer", make, namespace, resources, max_concurrency=_CONCURRENT_CALLS)
+    if scorer.follows_student:
+        return Group(role, spawn, scorer.num_actors, config.deadlines.score_s)
+    return Pool(role, spawn, scorer.size, config.deadlines.score_s)
 
 
-def _learner(config: Config, namespace: str) -> Pool:
+def _learner(config: Config, namespace: str) -> Group:
     learner = config.learner
-    members = [
-        _actor(partial(Learner, config, rank), "learner", rank, namespace, learner.cpus_per_rank, learner.gpus_per_rank)
-        for rank in range(learner.num_ranks)
-    ]
-    return Pool("learn", members, config.deadlines.train_s)
+    resources = _resources(learner.cpus_per_rank, learner.gpus_per_rank, learner.node_resource)
+    together = _together(learner, resources)
+
+    def spawn(rank: int, restart: int) -> Member:
+        place = {}
+        if together is not None:
+            place["scheduling_strategy"] = PlacementGroupSchedulingStrategy(together, rank)
+        make = partial(Learner, config, rank)
+        return _spawning("learn", "learner", make, namespace, resources, pings=True, **place)(rank, restart)
+
+    group = Group("learn", spawn, learner.num_ranks, config.deadlines.train_s)
+    group.pings = _PINGS
+    if together is not None:
+        group.on_stop = partial(remove_placement_group, together)
+    return group
+
+
+def _together(learner: LearnerConfig, resources: dict[str, Any]) -> PlacementGroup | None:
+    """Reserves the ranks' places at once, so that they are near each other; it outlives the ranks that it holds."""
+    bundle = {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"], **resources["resources"]}
+    bundle = {name: amount for name, amount in bundle.items() if amount}
+    if not bundle:
+        return None
+    return placement_group([dict(bundle) for _ in range(learner.num_ranks)], strategy=learner.placement.upper())
 
 
 def _recorder(config: Config, namespace: str) -> Pool:
     """On this process's node, where the run directory is."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    member = _actor(partial(Recorder), "recorder", 0, namespace, 0, 0, scheduling_strategy=here)
-    return Pool("record", [member], config.deadlines.train_s)
+    here = {"pings": True, "scheduling_strategy": _here()}
+    spawn = _spawning("record", "recorder", partial(Recorder), namespace, _resources(0, 0, None), **here)
+    pool = Pool("record", spawn, PoolSize.fixed(1), config.deadlines.train_s)
+    pool.pings = _PINGS
+    return pool
+
+
+def _here() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def _resources(cpus: float, gpus: float, node_resource: str | None) -> dict[str, Any]:
+    return {"num_cpus": cpus, "num_gpus": gpus, "resources": {node_resource: _SHARE} if node_resource else {}}
+
+
+def _spawning(
+    room: str,
+    role: str,
+    make: partial[Any],
+    namespace: str,
+    resources: dict[str, Any],
+    *,
+    pings: bool = False,
+    **options: Any,
+) -> Spawn:
+    """Starts actors of one role, which carry it in their names; ``pings`` for those that are not asynchronous."""
+    variables = {
+        "OMP_NUM_THREADS": str(max(1, int(resources["num_cpus"]))),
+        "TOKENIZERS_PARALLELISM": "false",
+        logs.ROOM_VARIABLE: room,
+    }
+
+    def spawn(number: int, restart: int) -> Member:
+        name = f"{role}-{number}" + (f"-again-{restart}" if restart else "")
+        actor_class = ray.remote(concurrency_groups={_PINGS: 1})(make.func) if pings else ray.remote(make.func)
+        actor = actor_class.options(
+            name=name, namespace=namespace, runtime_env={"env_vars": variables}, **resources, **options
+        )
+        return Member(actor.remote(*make.args, **make.keywords), name)
+
+    return spawn
+
+
+class StorageTasks:
+    """Runs the functions of opd_ray.checkpoint.files as tasks: a Runner for a Shelf."""
+
+    def __init__(self, local: bool, deadline_s: float) -> None:
+        """``local``: only this node has the files; otherwise a task runs where its payload is."""
+        self._options: dict[str, Any] = {"num_cpus": 0}
+        if local:
+            self._options["scheduling_strategy"] = _here()
+        self._deadline_s = deadline_s
+        self._at_once = asyncio.Semaphore(_TASKS_AT_ONCE)
+
+    async def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        async with self._at_once:
+            return await self._receipt(function, ray.remote(function).options(**self._options).remote(*args))
+
+    async def payload(self, function: Callable[..., Any], *args: Any) -> ObjectRef:
+        async with self._at_once:
+            task = ray.remote(_with_receipt).options(num_returns=2, **self._options)
+            receipt, payload = task.remote(function, *args)
+            await self._receipt(function, receipt)
+            return payload
+
+    async def _receipt(self, function: Callable[..., Any], ref: ObjectRef) -> Any:
+        where = f"checkpoint: the task {function.__name__}"
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(ref.future()), self._deadline_s)
+        except TimeoutError:
+            raise DeadlineError(f"{where} did not end within {self._deadline_s:g} s (deadlines.train_s)") from None
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, OpdError) else explained(where, error) from error
+        except RayError as error:
+            raise explained(where, error) from error
+
+
+def _with_receipt(function: Callable[..., Any], *args: Any) -> tuple[None, Any]:
+    return None, function(*args)
 
 
 async def load_golden_entries(config: Config, eos_token_ids: Sequence[int]) -> tuple[list[Entry], dict[str, int]]:
@@ -138,61 +242,26 @@ async def load_golden_entries(config: Config, eos_token_ids: Sequence[int]) -> t
     return [Entry(meta, row, payload) for row, meta in enumerate(rows)], counts
 
 
-def _actor(
-    make: partial[Any], role: str, index: int, namespace: str, cpus: float, gpus: float, **options: Any
-) -> Member:
-    name = f"{role}-{index}"
-    threads = max(1, int(cpus))
-    handle = (
-        ray.remote(make.func)
-        .options(
-            name=name,
-            namespace=namespace,
-            num_cpus=cpus,
-            num_gpus=gpus,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}},
-            **options,
-        )
-        .remote(*make.args, **make.keywords)
-    )
-    return Member(handle, name)
-
-
-async def connect(config: Config, rooms: Rooms, stop_token_ids: Sequence[int]) -> None:
-    """Waits until every actor is up, forms the learner group, loads the student, and joins those that receive its
-    weights: the learner is rank 0 of that group, then come the generators, then the scorers that follow it."""
+async def up(config: Config, rooms: Rooms) -> None:
+    """Waits for the groups that were started or restarted, and makes the learner's ranks know each other. Raises
+    GroupLost when one is lost meanwhile."""
     limit = config.deadlines.start_s
-    await asyncio.gather(*(pool.locate(limit) for pool in (*rooms.all.values(), rooms.recorder)))
-    host, port = (await rooms.learner.call_all("node_address", deadline_s=limit))[0]
-    await rooms.learner.call_all("setup", host, port, deadline_s=limit)
-    await _begin_learner(config, rooms, stop_token_ids)
-    host, port = (await rooms.learner.call_all("node_address", deadline_s=limit))[0]
-    widths = [(rooms.generators, config.rollout.tensor_parallel_size), *((pool, 1) for pool in rooms.followers)]
-    world_size = 1 + sum(width * len(pool) for pool, width in widths)
+    await asyncio.gather(*(_group_up(group, limit) for group in (rooms.learner, *rooms.followers.values())))
 
-    def group(rank: int) -> TransferGroup:
-        return TransferGroup(
-            backend=config.weight_backend,
-            host=host,
-            port=port,
-            rank=rank,
-            world_size=world_size,
-            timeout_s=config.weights.timeout_s,
-            bucket_bytes=config.weights.bucket_bytes,
-        )
 
-    joins = [rooms.learner.call_all("open_transport", group(0), deadline_s=limit)]
-    next_rank = 1
-    for pool, width in widths:
-        ranks = [group(next_rank + width * i) for i in range(len(pool))]
-        next_rank += width * len(pool)
-        joins.append(pool.call_all("connect", each=ranks, deadline_s=limit))
-    await asyncio.gather(*joins)
+async def _group_up(group: Group, limit: float) -> None:
+    if group.is_up:
+        return
+    await group.up(limit)
+    if group.room == "learn":
+        host, port = (await group.call_all("node_address", deadline_s=limit))[0]
+        await group.call_all("setup", host, port, deadline_s=limit)
+    group.is_up = True
 
 
 async def begin(config: Config, rooms: Rooms, stop_token_ids: Sequence[int]) -> None:
-    """Another run in rooms that are up and connected: the learner loads its student, scorers their checkpoints where
-    they have others or followed a student, generators drop what they had left. Nothing starts anew.
+    """A run begins, or begins anew, in rooms that are up: the learner loads its student, scorers their checkpoints
+    where they have others or followed a student, generators drop what they had left. No process starts anew.
 
     The generators get the student's weights by the first broadcast. Raises RunError when the run needs a room that is
     not there, or one with other engines.
@@ -202,20 +271,21 @@ async def begin(config: Config, rooms: Rooms, stop_token_ids: Sequence[int]) -> 
     scorers = config.scorers
     # Those that follow the student receive every broadcast, whether this run asks them anything or not.
     known = {**config.teachers, REFERENCE: config.reference}
-    scorers |= {pool.room: known[pool.room] for pool in rooms.followers if pool.room in known}
+    scorers |= {role: known[role] for role in rooms.followers if role in known}
     generators = [rooms.generators]
     if rooms.teacher_generators is not None and config.buffer.uses_teacher_rollouts:
         generators.append(rooms.teacher_generators)
     await asyncio.gather(
-        _begin_learner(config, rooms, stop_token_ids),
-        *(rooms.scorers[role].call_all("begin", scorer, deadline_s=limit) for role, scorer in scorers.items()),
-        *(pool.call_all("begin", _settings(config), deadline_s=limit) for pool in generators),
+        rooms.learner.call_all("begin", config, config.student.path, tuple(stop_token_ids), deadline_s=limit),
+        *(rooms.scorers[role].begin(scorer, deadline_s=limit) for role, scorer in scorers.items()),
+        *(pool.begin(_settings(config), deadline_s=limit) for pool in generators),
     )
 
 
-async def _begin_learner(config: Config, rooms: Rooms, stop_token_ids: Sequence[int]) -> None:
-    limit = config.deadlines.start_s
-    await rooms.learner.call_all("begin", config, config.student.path, tuple(stop_token_ids), deadline_s=limit)
+async def abandon(rooms: Rooms) -> None:
+    """Drops what the generators still work on for a run that ended or went back."""
+    for pool in filter(None, (rooms.generators, rooms.teacher_generators)):
+        await pool.call_all("abandon")
 
 
 def _check_rooms(config: Config, rooms: Rooms) -> None:
@@ -229,8 +299,7 @@ def _check_rooms(config: Config, rooms: Rooms) -> None:
         )
 
 
-def stop(*pools: Pool) -> None:
-    """Ends every actor of the pools."""
-    for pool in pools:
-        for member in pool.members:
-            ray.kill(member.handle)
+def stop(*rooms: Pool | Group) -> None:
+    """Ends every actor of the rooms."""
+    for room in rooms:
+        room.stop()

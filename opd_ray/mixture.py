@@ -6,6 +6,9 @@ composes the same steps.
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +16,7 @@ import numpy as np
 from opd_ray import schedule
 from opd_ray.config import Config
 from opd_ray.guard import Strength
-from opd_ray.messages import Coefficients
+from opd_ray.messages import Coefficients, Entry
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,18 @@ class Mixture:
             reference=reference,
             mask_truncated_tails=masked,
         )
+
+    def composition(self, step: int, entries: Sequence[Entry], strength: Strength) -> dict[str, float]:
+        """What a step was made of, and with which weights, as metrics."""
+        counts = dict.fromkeys(self._config.sources, 0) | Counter(entry.meta.source for entry in entries)
+        left_out = self.at(step).num_teacher - counts.get("teacher", 0)
+        coefficients = dataclasses.asdict(self.coefficients(step, strength))
+        numbers = {f"{source}_rollouts": float(number) for source, number in counts.items()}
+        if "teacher" in self._config.sources:
+            numbers["teacher_left_out"] = float(left_out)
+        return numbers | {
+            f"{name}_coef": float(value) for name, value in coefficients.items() if name != "mask_truncated_tails"
+        }
 
     def _is_on_policy(self, step: int) -> bool:
         probability = schedule.at(self._config.buffer.on_policy_probability, step)

@@ -1,4 +1,4 @@
-"""What watches a run from inside the driver: metrics, the rollout log, the progress lines, checkpoints, the summary."""
+"""What watches a run from inside the driver: metrics, the rollout log, the progress lines, the summary."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from opd_ray import checkpoint
-from opd_ray.config import CheckpointConfig, Config
+from opd_ray.config import Config
 from opd_ray.evaluate import Evaluation
-from opd_ray.guard import Guard
 from opd_ray.metrics import MetricsWriter
-from opd_ray.pipeline import Rooms, StepReport
+from opd_ray.pipeline import StepReport
 from opd_ray.pool import Pool
+from opd_ray.rooms import Rooms
 
 
 class Rates:
@@ -26,25 +25,31 @@ class Rates:
     def __init__(self, rooms: Rooms) -> None:
         self._rooms = rooms
         self._since = time.monotonic()
-        self._busy = {room: pool.busy_s() for room, pool in rooms.all.items()}
+        self._work = {name: room.work() for name, room in rooms.all.items()}
 
     def of(self, report: StepReport) -> dict[str, float]:
-        now, busy = time.monotonic(), {room: pool.busy_s() for room, pool in self._rooms.all.items()}
+        now, work = time.monotonic(), {name: room.work() for name, room in self._rooms.all.items()}
         wall = now - self._since
         tokens = sum(entry.meta.num_response_tokens for entry in report.entries if entry.meta.source == "student")
-        rates = {f"idle/{room}": max(0.0, 1 - (busy[room] - self._busy[room]) / wall) for room in busy}
-        self._since, self._busy = now, busy
+        rates = {}
+        for name, (busy, there) in work.items():
+            busy_before, there_before = self._work[name]
+            if there > there_before:
+                rates[f"idle/{name}"] = max(0.0, 1 - (busy - busy_before) / (there - there_before))
+        self._since, self._work = now, work
         return {"throughput/tokens_per_s": tokens / wall, "throughput/step_s": wall, **rates}
 
 
 class Metrics:
     """Every step to TensorBoard, Ray's metrics port and metrics.jsonl."""
 
-    def __init__(self, writer: MetricsWriter, rooms: Rooms) -> None:
-        self._writer, self._rates = writer, Rates(rooms)
+    def __init__(self, writer: MetricsWriter, rooms: Rooms, more: Callable[[], dict[str, float]]) -> None:
+        """``more``: what else there is to say after a step."""
+        self._writer, self._rates, self._more = writer, Rates(rooms), more
 
     async def on_step(self, report: StepReport) -> None:
-        values = report.metrics | self._rates.of(report) | {"guard/events": float(len(report.events))}
+        values = report.metrics | self._rates.of(report) | self._more()
+        values |= {"guard/events": float(len(report.events))}
         if report.evaluation:
             values |= report.evaluation.metrics()
         self._writer.write(report.step, values)
@@ -60,21 +65,7 @@ class RolloutLog:
 
     async def on_step(self, report: StepReport) -> None:
         if self._every and (report.step == 1 or report.step % self._every == 0):
-            await self._recorder.call_all("write", str(self._directory), report.step, list(report.entries))
-
-
-class Checkpoints:
-    """The state of learner, guard and followers, every so many steps."""
-
-    def __init__(
-        self, run_dir: Path, rooms: Rooms, config: CheckpointConfig, state: Callable[[], dict[str, Any]], guard: Guard
-    ) -> None:
-        self._run_dir, self._rooms, self._config, self._state, self._guard = run_dir, rooms, config, state, guard
-
-    async def on_step(self, report: StepReport) -> None:
-        if self._config.every_steps and report.step % self._config.every_steps == 0:
-            state = self._state() | {"healthy": self._guard.healthy()}
-            await checkpoint.save(self._run_dir, report.step, self._rooms, self._config.keep, state)
+            await self._recorder.call_one("write", str(self._directory), report.step, list(report.entries))
 
 
 class Progress:
@@ -133,6 +124,8 @@ class Summary:
         self._trained_tokens = int(before.get("trained_tokens", 0))
         self._earlier_s = float(before.get("wall_s", 0.0))
         self._eval_before = before.get("eval_before")
+        self.restarts: dict[str, int] = dict(before.get("restarts", {}))
+        """Workers that were replaced in earlier starts of the run, by room."""
 
     @property
     def evaluated_before(self) -> Evaluation | None:
@@ -180,7 +173,6 @@ class Summary:
                 "max": max(self._values("staleness/max"), default=0.0),
             },
             "eval_after": asdict(after) if after else None,
-            "restarts": 0,
         } | self.state()
 
     def _values(self, name: str) -> list[float]:

@@ -15,8 +15,10 @@ Two loops run in the driver at the same time and share nothing but slots and buf
               Waits for: a complete step.
 
 The driver makes every call and therefore owns every object; payloads never pass through it.
-Step ``s`` (0-based) trains weights of version ``s`` into version ``s + 1``. A failure in any room ends both
-loops with its cause; so does the guard, when it orders to roll back or to stop.
+Step ``s`` (0-based) trains weights of version ``s`` into version ``s + 1``. Workers may die at any moment: a pool gives
+their calls to others, and rollouts that are gone with a node are made again, before or after they were in the buffer.
+What cannot be mended here (a learner rank that is lost, a failure that would come again) ends both loops with its
+cause; so does the guard, when it orders to roll back or to stop.
 """
 
 from __future__ import annotations
@@ -24,44 +26,26 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from opd_ray.batching import group_advantages, plan_step
 from opd_ray.buffer import ReplayBuffer
 from opd_ray.config import Config
-from opd_ray.errors import RunError
+from opd_ray.delivery import Delivery
+from opd_ray.errors import PayloadLost, RunError
 from opd_ray.evaluate import Evaluation, evaluate
 from opd_ray.guard import Guard, GuardEvent
-from opd_ray.messages import Entry, PromptGroup, RolloutMeta, SamplingSettings, Source, WeightManifest
+from opd_ray.messages import Entry, RolloutMeta
 from opd_ray.metrics import rollout_metrics, teacher_rollout_metrics
 from opd_ray.mixture import Mixture
-from opd_ray.pool import Pool
 from opd_ray.prompts import PromptStream
-from opd_ray.scoring import roles_of, score_requests
+from opd_ray.rollouts import MOST_REPAIRS, Rollouts
+from opd_ray.rooms import Rooms
 from opd_ray.slots import Slots
-
-
-@dataclasses.dataclass(frozen=True)
-class Rooms:
-    """The actors of a run, one pool per room."""
-
-    generators: Pool
-    learner: Pool
-    scorers: Mapping[str, Pool]
-    """Every teacher by its name, and "reference"; only those that the objective needs."""
-    teacher_generators: Pool | None
-    """None where the teacher writes no rollouts."""
-    recorder: Pool
-    """Writes the rollout log, and measures payloads so that they need not pass through the driver."""
-    followers: Sequence[Pool] = ()
-    """Scorers that take in the student's weights."""
-
-    @property
-    def all(self) -> dict[str, Pool]:
-        teachers = {"teacher_generate": self.teacher_generators} if self.teacher_generators else {}
-        return {"generate": self.generators, "learn": self.learner, **self.scorers, **teachers}
+from opd_ray.status import Place
+from opd_ray.training import StepOutcome
+from opd_ray.whereabouts import Whereabouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,44 +88,85 @@ class Pipeline:
         prompts: PromptStream,
         problems: PromptStream,
         stop_token_ids: tuple[int, ...],
-        manifest: WeightManifest,
+        delivery: Delivery,
         guard: Guard,
         first_step: int = 0,
+        restored: Mapping[int, Sequence[Entry]] | None = None,
+        where: Whereabouts | None = None,
     ) -> None:
+        """``restored``: slots that are scored already, and their rollouts."""
         self._config, self._rooms, self._buffer, self._guard = config, rooms, buffer, guard
         self._prompts, self._problems = prompts, problems
-        self._stop_token_ids, self._manifest = stop_token_ids, manifest
-        self._first_step = first_step
+        self._stop_token_ids, self._delivery = stop_token_ids, delivery
+        self._first_step, self._restored = first_step, dict(restored or {})
+        self._where = where or Whereabouts()
+        self.between_steps = asyncio.Lock()
+        """Held while a step is under way, its observers included; whoever has it sees the state after a whole step."""
+        self._num_lost = 0
+        self._waited_s, self._waits_since = 0.0, None
+        self._waits_for: int | None = None
         self._mixture = Mixture(config)
-        self._requests = score_requests(config, stop_token_ids)
+        self._rollouts = Rollouts(config, rooms, prompts, self._mixture, stop_token_ids)
         self._slots = Slots(config.buffer.num_slots, first=first_step * config.buffer.prompts_per_step)
 
     async def run(self, observers: Sequence[Observer]) -> None:
         """Returns when the last step was broadcast and observed; raises a room's first failure, or GuardOrder."""
+        entries = [entry for group in self._restored.values() for entry in group]
+        await self._buffer.add(list(self._restored), entries)
         try:
             async with asyncio.TaskGroup() as group:
                 admit = group.create_task(self._admit(group), name="admit")
                 await self._learn(observers)
                 admit.cancel()
         except BaseExceptionGroup as failures:
-            raise _first(failures) from None
+            raise first_failure(failures) from None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides the step and the learner to go on with the same steps."""
-        return {"golden_position": self._buffer.golden.position, "guard": self._guard.state()}
+        """What a checkpoint needs besides the step, the learner and the buffer to go on with the same steps."""
+        buffered = sorted(self._buffer.slots)
+        prompts = {
+            "next_slot": self._slots.next,
+            "in_flight": sorted(self._slots.taken - set(buffered)),
+            "buffered": buffered,
+        }
+        return {"golden_position": self._buffer.golden.position, "guard": self._guard.state(), "prompts": prompts}
+
+    def buffered(self) -> tuple[tuple[int, ...], tuple[Entry, ...]]:
+        """The slots that are scored, and their rollouts."""
+        slots = self._buffer.slots
+        return tuple(slots), tuple(entry for group in slots.values() for entry in group)
+
+    def waited_s(self) -> float:
+        """Seconds that the learner has waited for rollouts."""
+        return self._waited_s + (time.monotonic() - self._waits_since if self._waits_since is not None else 0.0)
+
+    def slots(self) -> tuple[Slots, list[int], dict[int, Place]]:
+        """The ledger, the slots that the learner waits for, and where slots are that are not in the buffer."""
+        missing = [] if self._waits_for is None else self._buffer.missing(self._waits_for)
+        return self._slots, missing, dict.fromkeys(missing, "not admitted") | self._rollouts.places
+
+    @property
+    def num_lost_payloads(self) -> int:
+        """Payloads that were gone with a node and made again."""
+        return self._num_lost + self._rollouts.num_lost
 
     async def evaluate(self, num_problems: int) -> Evaluation:
         """Held-out accuracy of the weights that the generators hold."""
-        most = min(num_problems, len(self._problems))
-        return await evaluate(
-            self._rooms.generators,
-            self._problems,
-            most,
-            self._config,
-            self._stop_token_ids,
-            teacher=self._rooms.scorers.get("teacher") if self._judges_evaluations() else None,
-            recorder=self._rooms.recorder,
-        )
+        for _ in range(MOST_REPAIRS):
+            try:
+                return await evaluate(
+                    self._rooms.generators,
+                    self._problems,
+                    min(num_problems, len(self._problems)),
+                    self._config,
+                    self._stop_token_ids,
+                    teacher=self._rooms.scorers.get("teacher") if self._judges_evaluations() else None,
+                    recorder=self._rooms.recorder,
+                )
+            except PayloadLost as error:  # answers are gone with a node: they are asked for again
+                self._num_lost += 1
+                cause = error
+        raise RunError(f"answers of an evaluation were lost {MOST_REPAIRS} times in a row, the last: {cause}")
 
     def _judges_evaluations(self) -> bool:
         """May the teacher's view of sampled answers be compared with the student's? At another temperature the
@@ -150,13 +175,8 @@ class Pipeline:
 
     async def broadcast(self, version: int) -> None:
         """Sends the learner's weights to every generator, and to scorers that follow the student, at once."""
-        manifest = dataclasses.replace(self._manifest, version=version)
-        limit = self._config.weights.timeout_s
-        receivers = (self._rooms.generators, *self._rooms.followers)
-        await asyncio.gather(
-            self._rooms.learner.call_all("send_weights", manifest, deadline_s=limit),
-            *(pool.call_all("update_weights", manifest, deadline_s=limit) for pool in receivers),
-        )
+        async with self._delivery.lock:
+            await self._delivery.broadcast(version)
 
     async def _admit(self, group: asyncio.TaskGroup) -> None:
         per_step = self._config.buffer.prompts_per_step
@@ -166,94 +186,78 @@ class Pipeline:
             most = min(per_step - next_slot % per_step, self._config.rollout.prompts_per_call)
             slots = await self._slots.take(most)
             next_slot += len(slots)
-            group.create_task(self._fill(slots))
+            if new := [slot for slot in slots if slot not in self._restored]:
+                group.create_task(self._fill(new))
 
     async def _fill(self, slots: Sequence[int]) -> None:
-        """Samples and scores every rollout of some slots of one step."""
-        config = self._config
-        per_step = config.buffer.prompts_per_step
-        step, mix = slots[0] // per_step, self._mixture.at(slots[0] // per_step)
-        prompts = [self._prompts[slot] for slot in slots]
-        budget = SamplingSettings(
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            max_response_tokens=config.rollout.budget(step),
-            stop_token_ids=self._stop_token_ids,
-            top_k=config.student_top_k,
-        )
-        teachers = dataclasses.replace(budget, temperature=config.rollout.teacher_temperature, top_p=1.0, top_k=0)
-        calls = []
-        # Prompts of one teacher go together, so that a payload has one route.
-        for name in sorted({prompt.teacher for prompt in prompts}):
-            routed = [prompt for prompt in prompts if prompt.teacher == name]
-            student = _asking(routed, lambda _: mix.student_per_prompt)
-            teacher = _asking(routed, lambda prompt: mix.teacher_responses(prompt.slot % per_step, per_step))
-            if student:
-                calls.append(self._sample(self._rooms.generators, "student", student, budget))
-            # Only the first teacher writes; what it would write for another one's prompts is not that one's.
-            if teacher and (name == "teacher" or config.loss.teachers == "weighted"):
-                calls.append(self._sample(self._rooms.teacher_generators, "teacher", teacher, teachers))
-        entries = await asyncio.gather(*calls)
-        await self._buffer.add(slots, [entry for sampled in entries for entry in sampled])
-
-    async def _sample(
-        self, pool: Pool, source: Source, groups: Sequence[PromptGroup], sampling: SamplingSettings
-    ) -> list[Entry]:
-        """Scored rollouts of some prompts of one teacher, by one source; unwanted teacher rollouts are left out."""
-        metas, rollouts = await pool.call("generate", groups, sampling)
-        scores = await self._score(source, groups[0].teacher, rollouts)
-        entries = [Entry(meta, row, rollouts, scores) for row, meta in enumerate(metas)]
-        wanted = self._config.buffer.teacher_filter
-        if source == "student" or wanted == "none":
-            return entries
-        return [entry for entry in entries if (entry.meta.correct if wanted == "correct" else not entry.meta.truncated)]
-
-    async def _score(self, source: Source, teacher: str, rollouts: Any) -> dict[str, Any]:
-        """Role to scores of a payload, from all that the source's loss compares with, at once."""
-        requests = roles_of(self._config, self._requests[source], teacher)
-        answers = await asyncio.gather(
-            *(self._rooms.scorers[role].call("score", rollouts, request) for role, request in requests.items())
-        )
-        return {role: scores for role, (_, scores) in zip(requests, answers, strict=True)}
-
-    async def _golden(self, step: int) -> list[Entry]:
-        """The step's golden rollouts, scored if their loss compares with a model."""
-        slots = self._buffer.slots_of(step)
-        paired = self._config.buffer.golden_pairing == "prompt"
-        prompt_ids = [self._prompts[slot].prompt_id for slot in slots] if paired else []
-        num_golden = self._mixture.at(step, self._guard.strength).num_golden if len(self._buffer.golden) else 0
-        entries = self._buffer.golden.take(num_golden, prompt_ids)
-        if not self._requests.get("golden"):
-            return entries
-        scored: list[Entry] = []
-        for name in sorted({entry.meta.teacher for entry in entries}):
-            routed = [entry for entry in entries if entry.meta.teacher == name]
-            rows = [entry.row for entry in routed]
-            _, rollouts = await self._rooms.recorder.call("select", routed[0].rollouts, rows)
-            scores = await self._score("golden", name, rollouts)
-            scored += [Entry(entry.meta, row, rollouts, scores) for row, entry in enumerate(routed)]
-        return scored
+        """Puts every rollout of some slots of one step into the buffer."""
+        await self._buffer.add(slots, await self._rollouts.of(slots))
 
     async def _learn(self, observers: Sequence[Observer]) -> None:
         for step in range(self._first_step, self._config.learner.steps):
             began = time.monotonic()
-            entries = await self._buffer.take(step) + await self._golden(step)
-            waited = time.monotonic()
-            trained, problem = await self._train(step, entries)
-            done = time.monotonic()
-            await self.broadcast(step + 1)
-            synced = time.monotonic()
-            self._slots.free(self._buffer.slots_of(step))
-            times = {"wait_s": waited - began, "train_s": done - waited, "weight_sync_s": synced - done}
-            report, order = await self._report(step, entries, trained, times, problem)
-            for observer in observers:
-                await observer.on_step(report)
+            entries = await self._gather(step)
+            async with self.between_steps:
+                golden = self._rollouts.golden(step, self._buffer, self._guard.strength)
+                waited = time.monotonic() - began
+                entries, trained, times = await self._train_and_send(step, entries, golden)
+                self._slots.free(self._buffer.slots_of(step))
+                report, order = await self._report(
+                    step, entries, trained.metrics, {"wait_s": waited, **times}, trained.problem
+                )
+                self._where.finish_step(report.step)
+                for observer in observers:
+                    await observer.on_step(report)
             if order != "go on":
                 raise GuardOrder(report, order)
 
-    async def _train(self, step: int, entries: Sequence[Entry]) -> tuple[dict[str, float], str | None]:
-        """Trains one step; its metrics, and what was not finite in it if anything was: then no weights were changed.
-        Without a guard that ends the run."""
+    async def _gather(self, step: int) -> list[Entry]:
+        """The step's rollouts from the buffer, when they are all there."""
+        self._where.enter("waiting for rollouts")
+        self._waits_for, self._waits_since = step, time.monotonic()
+        try:
+            return await self._buffer.take(step)
+        finally:
+            self._waited_s += time.monotonic() - self._waits_since
+            self._waits_for = self._waits_since = None
+
+    async def _train_and_send(
+        self, step: int, entries: Sequence[Entry], golden: Sequence[Entry]
+    ) -> tuple[list[Entry], StepOutcome, dict[str, float]]:
+        """One step and the broadcast of what came of it; rollouts that are gone with a node are made again before."""
+        lost: set[str] = set()
+        for _ in range(MOST_REPAIRS):
+            try:
+                entries = await self._mended(entries, lost)
+                every = [*entries, *(await self._rollouts.with_scores(golden))]
+            except PayloadLost:
+                self._num_lost += 1
+                continue
+            async with self._delivery.lock:  # nobody is sent the weights while they change
+                self._where.enter("training")
+                began = time.monotonic()
+                outcome = await self._train(step, every)
+                done = time.monotonic()
+                lost = set(outcome.lost)
+                if not lost:
+                    self._where.enter("broadcasting")
+                    await self._delivery.broadcast(step + 1)
+                    self._where.version = step + 1
+                    return every, outcome, {"train_s": done - began, "weight_sync_s": time.monotonic() - done}
+            self._num_lost += len(lost)
+        raise RunError(f"step {step}: rollouts were lost {MOST_REPAIRS} times in a row, the last: {sorted(lost)[:8]}")
+
+    async def _mended(self, entries: Sequence[Entry], lost: set[str]) -> Sequence[Entry]:
+        """The entries, with new rollouts for every slot of which one is lost."""
+        slots = sorted({entry.meta.slot for entry in entries if entry.meta.rollout_id in lost})
+        if not slots:
+            return entries
+        self._where.enter("waiting for rollouts")
+        fresh = await self._rollouts.of(slots)
+        return sorted([*(entry for entry in entries if entry.meta.slot not in slots), *fresh], key=_by_slot)
+
+    async def _train(self, step: int, entries: Sequence[Entry]) -> StepOutcome:
+        """Trains one step. What was not finite in it changed no weights, and ends the run where there is no guard."""
         config = self._config
         if not entries:
             raise RunError(
@@ -270,10 +274,10 @@ class Pipeline:
             micro_batch_tokens=config.learner.micro_batch_tokens,
             packing=config.learner.packing,
         )
-        outcome = (await self._rooms.learner.call_all("train_step", each=plans))[0]
+        outcome: StepOutcome = (await self._rooms.learner.call_all("train_step", each=plans))[0]
         if outcome.problem and config.guard.level == "off":
             raise RunError(outcome.problem)
-        return outcome.metrics, outcome.problem
+        return outcome
 
     async def _report(
         self,
@@ -288,7 +292,10 @@ class Pipeline:
         metrics = {f"learner/{name}": value for name, value in (trained | times).items()}
         metrics |= rollout_metrics(student, version=step, budget=budget)
         metrics |= teacher_rollout_metrics([entry.meta for entry in entries if entry.meta.source == "teacher"])
-        metrics |= {f"mixture/{name}": value for name, value in self._composition(step, entries).items()}
+        metrics |= {
+            f"mixture/{name}": value
+            for name, value in self._mixture.composition(step, entries, self._guard.strength).items()
+        }
         metrics |= {
             "queue/slots_taken": self._slots.num_taken,
             "queue/buffer_slots": self._buffer.num_slots,
@@ -297,6 +304,8 @@ class Pipeline:
         every, finished = self._config.evaluation.every_steps, step + 1
         last = finished == self._config.learner.steps
         during = every > 0 and finished % every == 0 and not last
+        if during:
+            self._where.enter("evaluating")
         evaluation = await self.evaluate(self._config.evaluation.num_problems_during) if during else None
         verdict = self._guard.look(finished, metrics)
         events = [
@@ -307,26 +316,12 @@ class Pipeline:
         ]
         return StepReport(finished, entries, metrics, evaluation, events), verdict.order
 
-    def _composition(self, step: int, entries: Sequence[Entry]) -> dict[str, float]:
-        """What the step was made of, and with which weights."""
-        counts = dict.fromkeys(self._config.sources, 0) | Counter(entry.meta.source for entry in entries)
-        left_out = self._mixture.at(step).num_teacher - counts.get("teacher", 0)
-        coefficients = dataclasses.asdict(self._mixture.coefficients(step, self._guard.strength))
-        numbers = {f"{source}_rollouts": float(number) for source, number in counts.items()}
-        if "teacher" in self._config.sources:
-            numbers["teacher_left_out"] = float(left_out)
-        return numbers | {
-            f"{name}_coef": float(value) for name, value in coefficients.items() if name != "mask_truncated_tails"
-        }
+
+def _by_slot(entry: Entry) -> int:
+    return entry.meta.slot
 
 
-def _asking(prompts: Sequence[PromptGroup], responses: Any) -> list[PromptGroup]:
-    """The prompts that get a response at all, with as many as ``responses(prompt)``."""
-    asked = [dataclasses.replace(prompt, num_responses=responses(prompt)) for prompt in prompts]
-    return [prompt for prompt in asked if prompt.num_responses]
-
-
-def _first(failures: BaseExceptionGroup) -> BaseException:
+def first_failure(failures: BaseExceptionGroup) -> BaseException:
     """The failure that came first, out of a group of groups."""
     first = failures.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+    return first_failure(first) if isinstance(first, BaseExceptionGroup) else first

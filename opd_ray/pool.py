@@ -1,123 +1,258 @@
-"""A pool: the actors of one room, the calls to them, and what each call may take.
+"""Rooms of actors, and what becomes of a call whose actor is lost.
 
-Every call has a deadline, and every failure names room, actor, method and node. The pool also
-measures how long its actors had work, which is each room's idle share.
+    Pool    workers without a state of the run (generators, scorers, the recorder): a call whose worker dies, hangs or
+            loses its engine goes to another one; the pool may grow and shrink
+    Group   workers that hold state (learner ranks, scorers that follow the student): a loss is the group's loss
+
+Who replaces a lost worker is the supervisor's business.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from ray import ObjectRef
-from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayTaskError
 
-from opd_ray.errors import ActorError, DeadlineError
+from opd_ray.config import PoolSize
+from opd_ray.errors import ActorError, GroupLost, MemberLost, OpdError, PayloadLost, StartFailed, WeightSyncError
+from opd_ray.room import Member, Room, Spawn, State
 
-
-@dataclass
-class Member:
-    """One actor of a pool, and its work so far."""
-
-    handle: ActorHandle
-    name: str
-    node: str = "not placed yet"
-    num_calls: int = 0
-    busy_s: float = 0.0
-    busy_since: float = 0.0
-
-    def begin(self) -> None:
-        if self.num_calls == 0:
-            self.busy_since = time.monotonic()
-        self.num_calls += 1
-
-    def end(self) -> None:
-        self.num_calls -= 1
-        if self.num_calls == 0:
-            self.busy_s += time.monotonic() - self.busy_since
-
-    def busy(self) -> float:
-        """Seconds with at least one call under way."""
-        running = time.monotonic() - self.busy_since if self.num_calls else 0.0
-        return self.busy_s + running
+_MOST_DEATHS = 3
+"""Workers that one call may take down before it is held to be the cause."""
+_GRACE_S = 5.0
+"""How long a group whose collective broke is watched for the rank that died."""
 
 
-class Pool:
-    """The actors of one room. Knows nothing of what they do."""
+class Group(Room):
+    """Workers that make up one whole, as many as ``size``: none can be replaced alone."""
 
-    def __init__(self, room: str, members: Sequence[Member], deadline_s: float) -> None:
-        self.room, self.members, self.deadline_s = room, list(members), deadline_s
+    def __init__(self, room: str, spawn: Spawn, size: int, deadline_s: float) -> None:
+        super().__init__(room, deadline_s)
+        self._spawn, self.size = spawn, size
+        self.is_up = False
+        """Have its actors started, and do they know each other?"""
+        self.num_restarts = 0
+        self.on_stop: Callable[[], None] | None = None
+        self.members = [spawn(number, 0) for number in range(size)]
 
-    def __len__(self) -> int:
-        return len(self.members)
+    def restart(self) -> None:
+        """Ends what is left of the group and starts all its actors anew."""
+        super().stop()
+        self.is_up = False
+        self.num_restarts += 1
+        self.members = [self._spawn(number, self.num_restarts) for number in range(self.size)]
 
-    @property
-    def num_calls(self) -> int:
-        """Calls under way, queued ones included."""
-        return sum(member.num_calls for member in self.members)
+    def stop(self) -> None:
+        super().stop()
+        if self.on_stop is not None:
+            self.on_stop()
+            self.on_stop = None
 
-    def busy_s(self) -> float:
-        """Seconds of work, mean over the members."""
-        return sum(member.busy() for member in self.members) / len(self.members)
+    async def begin(self, *args: Any, deadline_s: float) -> None:
+        """Another run."""
+        await self.call_all("begin", *args, deadline_s=deadline_s)
+
+    async def up(self, deadline_s: float) -> None:
+        """Waits until every actor has started, and learns its node."""
+        for member, node in zip(self.members, await self.call_all("node", deadline_s=deadline_s), strict=True):
+            member.node = node
+            member.become("ready")
 
     async def call(self, method: str, *args: Any) -> tuple[Any, ObjectRef]:
-        """Calls the least loaded member; returns its first return value and a ref to the second.
-
-        The method returns a small answer and a payload; the payload stays in the object store.
-        """
+        """(answer, ref to the payload) of the least loaded member."""
         member = min(self.members, key=lambda each: each.num_calls)
-        answer, payload = getattr(member.handle, method).options(num_returns=2).remote(*args)
-        return await self._result(member, method, answer, self.deadline_s), payload
+        try:
+            return await self.ask_for_payload(member, method, *args)
+        except MemberLost as error:
+            raise self._lost(error) from error
 
     async def call_all(
         self, method: str, *args: Any, each: Iterable[Any] | None = None, deadline_s: float | None = None
     ) -> list[Any]:
         """Calls every member at once; ``each`` gives every member a first argument of its own."""
+        return await self._all(self.ask, method, args, each, deadline_s)
+
+    async def call_all_for_payloads(
+        self, method: str, *args: Any, deadline_s: float | None = None
+    ) -> list[tuple[Any, ObjectRef]]:
+        """(answer, ref to the payload) of every member."""
+        return await self._all(self.ask_for_payload, method, args, None, deadline_s)
+
+    async def _all(
+        self,
+        ask: Callable[..., Awaitable[Any]],
+        method: str,
+        args: tuple[Any, ...],
+        each: Iterable[Any] | None,
+        deadline_s: float | None,
+    ) -> list[Any]:
         own = [()] * len(self) if each is None else [(value,) for value in each]
-        refs = [
-            (member, getattr(member.handle, method).remote(*first, *args))
+        tasks = [
+            asyncio.ensure_future(ask(member, method, *first, *args, deadline_s=deadline_s))
             for member, first in zip(self.members, own, strict=True)
         ]
-        limit = self.deadline_s if deadline_s is None else deadline_s
-        return await asyncio.gather(*(self._result(member, method, ref, limit) for member, ref in refs))
-
-    async def locate(self, deadline_s: float) -> None:
-        """Waits until every member has started, and learns its node."""
-        for member, node in zip(self.members, await self.call_all("node", deadline_s=deadline_s), strict=True):
-            member.node = node
-
-    async def _result(self, member: Member, method: str, ref: ObjectRef, deadline_s: float) -> Any:
-        where = f"{self.room}: {member.name} on {member.node}, {method}()"
-        member.begin()
         try:
-            return await asyncio.wait_for(_value(ref), deadline_s)
-        except TimeoutError:
-            raise DeadlineError(
-                f"{where} gave no answer within {deadline_s:g} s; see its log in the Ray dashboard "
-                "(or raise the room's deadline under deadlines.*)"
-            ) from None
-        except RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, BaseException) else error
-            raise ActorError(f"{where} failed: {type(cause).__name__}: {cause}") from error
-        except RayActorError as error:
-            raise ActorError(f"{where}: {_death(error)}") from error
-        except RayError as error:
-            raise ActorError(f"{where}: {type(error).__name__}: {error}") from error
+            done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if pending and not any(isinstance(task.exception(), MemberLost) for task in done):
+                # A collective broke off for those that are left: the one that died may be known a moment later.
+                await asyncio.wait(pending, timeout=_GRACE_S)
+            failures = [task.exception() for task in tasks if task.done() and task.exception()]
         finally:
-            member.end()
+            for task in tasks:
+                task.cancel()
+        if failures:
+            raise self._verdict(failures)
+        return [task.result() for task in tasks]
+
+    def _verdict(self, failures: Sequence[BaseException]) -> BaseException:
+        """What the failures of some members are for the whole group."""
+        for kind in (StartFailed, MemberLost, WeightSyncError, PayloadLost):
+            if found := [failure for failure in failures if isinstance(failure, kind)]:
+                return self._lost(found[0]) if kind is MemberLost else found[0]
+        explained = [failure for failure in failures if isinstance(failure.__cause__, RayTaskError)]
+        broken = [failure for failure in explained if not isinstance(failure.__cause__.cause, OpdError)]
+        # One rank alone has nobody to lose; of several, an error that is not ours is a collective that broke.
+        if len(self) > 1 and len(broken) == len(failures):
+            return self._lost(broken[0])
+        return next((failure for failure in failures if failure not in broken), failures[0])
+
+    def _lost(self, error: BaseException) -> GroupLost:
+        self.last_loss = str(error)
+        return GroupLost(str(error), self.room)
 
 
-async def _value(ref: ObjectRef) -> Any:
-    return await ref
+class Pool(Room):
+    """Interchangeable workers, between a minimum and a maximum of them."""
 
+    def __init__(
+        self, room: str, spawn: Spawn, size: PoolSize, deadline_s: float, *, needs_weights: bool = False
+    ) -> None:
+        """``needs_weights``: a worker that is up is of use only when it has the student's current weights."""
+        super().__init__(room, deadline_s)
+        self.size, self.target, self.needs_weights = size, size.start, needs_weights
+        self.num_reissued = 0
+        """Calls that went to another worker because theirs was lost."""
+        self.on_loss: Callable[[Pool, Member, str], None] | None = None
+        """Told of every worker that is lost; without it, a loss is the caller's failure."""
+        self.has_been_up = False
+        """Has any worker ever come up?"""
+        self._spawn = spawn
+        self._begun_with: tuple[Any, ...] | None = None
+        self._numbers = itertools.count()
+        self._waiting: list[asyncio.Future[None]] = []
+        for _ in range(size.start):
+            self.grow()
 
-def _death(error: RayActorError) -> str:
-    """Why an actor died, in one line: of an error in its constructor the last line of the remote traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if error.actor_init_failed:
-        return f"the actor could not start: {lines[-1]}"
-    return f"the actor died: {' '.join(lines)}"
+    @property
+    def num_calls(self) -> int:
+        return super().num_calls + len(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Calls for which no worker is ready."""
+        return len(self._waiting)
+
+    def those(self, *states: State) -> list[Member]:
+        return [member for member in self.members if member.state in states]
+
+    def grow(self) -> Member:
+        """Starts one more actor."""
+        member = self._spawn(next(self._numbers), 0)
+        self.members.append(member)
+        return member
+
+    async def bring_up(self, member: Member, deadline_s: float) -> None:
+        """Waits until an actor has started. It is then ready, or about to join those that have the weights."""
+        member.node = await self.ask(member, "node", deadline_s=deadline_s)
+        self.has_been_up = True
+        if self._begun_with is not None:
+            await self.ask(member, "begin", *self._begun_with, deadline_s=deadline_s)
+        if member.state == "starting":
+            self.admit(member) if not self.needs_weights else member.become("joining")
+
+    async def begin(self, *args: Any, deadline_s: float) -> None:
+        """Another run: tells all members, and those that come later."""
+        self._begun_with = args
+        await self.call_all("begin", *args, deadline_s=deadline_s)
+
+    async def up(self, deadline_s: float) -> None:
+        """Brings up every actor that is starting."""
+        await asyncio.gather(*(self.bring_up(member, deadline_s) for member in self.those("starting")))
+
+    def admit(self, member: Member) -> None:
+        """Gives a member work from now on."""
+        member.become("ready")
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    def lose(self, member: Member, cause: str) -> None:
+        """A member is dead, or of no use: it is ended, and whoever replaces it is told."""
+        if member.state == "gone":
+            return
+        self.last_loss = cause
+        self.end(member)
+        if self.on_loss is not None:
+            self.on_loss(self, member, cause)
+
+    async def call(self, method: str, *args: Any) -> tuple[Any, ObjectRef]:
+        """(answer, ref to the payload) of the least loaded member; waits for one that is ready.
+
+        A call whose member is lost goes to another one, so ``method`` must bear being called twice.
+        Raises ActorError when a member raises, or when the call takes down one member after another.
+        """
+        return await self._of_any(self.ask_for_payload, method, args)
+
+    async def call_one(self, method: str, *args: Any) -> Any:
+        """The same for a method without a payload."""
+        return await self._of_any(self.ask, method, args)
+
+    async def _of_any(self, ask: Callable[..., Awaitable[Any]], method: str, args: tuple[Any, ...]) -> Any:
+        for death in itertools.count(1):
+            member = await self._ready()
+            try:
+                return await ask(member, method, *args)
+            except MemberLost as error:
+                self.lose(member, str(error))
+                if self.on_loss is None:
+                    raise
+                if death == _MOST_DEATHS:
+                    raise ActorError(f"{self.room}: one call took down {death} workers, the last: {error}") from error
+                self.num_reissued += 1
+        raise AssertionError("unreachable")
+
+    async def call_all(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+        """The answers of all members that are ready; those that are lost meanwhile give none."""
+        answers = await asyncio.gather(
+            *(self._one(member, method, args, deadline_s) for member in self.those("ready", "joining"))
+        )
+        return [answer for answered, answer in answers if answered]
+
+    async def _one(
+        self, member: Member, method: str, args: tuple[Any, ...], deadline_s: float | None
+    ) -> tuple[bool, Any]:
+        try:
+            return True, await self.ask(member, method, *args, deadline_s=deadline_s)
+        except MemberLost as error:
+            self.lose(member, str(error))
+            if self.on_loss is None:
+                raise
+            return False, None
+
+    async def _ready(self) -> Member:
+        while not (ready := self.those("ready")):
+            if self.on_loss is None and not self.members:
+                raise ActorError(f"{self.room}: no worker is left; the last was lost: {self.last_loss}")
+            future = asyncio.get_running_loop().create_future()
+            self._waiting.append(future)
+            try:
+                await future
+            finally:
+                if future in self._waiting:
+                    self._waiting.remove(future)
+        return min(ready, key=lambda each: each.num_calls)

@@ -44,11 +44,10 @@ _FIXED_BY_RUN = (
     "rollout.teacher_temperature",
     "buffer",
     "loss",
-    "learner.num_ranks",
-    "learner.zero_stage",
     "learner.dtype",
 )
-_FREE = ("num_actors", "cpus_per_actor", "gpus_per_actor", "max_batch_tokens", "gpu_memory_utilization", "engine")
+_FREE = ("min_actors", "max_actors", "node_resource")
+_FREE += ("num_actors", "cpus_per_actor", "gpus_per_actor", "max_batch_tokens", "gpu_memory_utilization", "engine")
 _FREE += ("max_staleness", "evaluation")
 """Leaves of fixed sections that may change all the same: where and how fast, not what."""
 
@@ -97,13 +96,18 @@ def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
                 f"--run-dir {run_dir}: holds another run; add --resume to go on with it, or give another name"
             )
         return
-    before, now = (dict(_leaves(configs.to_dict(each))) for each in (configs.load(saved), config))
+    check_same_run(f"the run in {run_dir}", configs.to_dict(configs.load(saved)), config)
+
+
+def check_same_run(where: str, saved: Mapping[str, Any], config: Config) -> None:
+    """Refuses to continue what was trained with other models, data or losses; ``saved`` is its configuration."""
+    before, now = dict(_leaves(saved)), dict(_leaves(configs.to_dict(config)))
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         fixed = any(name == each or name.startswith(f"{each}.") for each in _FIXED_BY_RUN)
         if fixed and name.rpartition(".")[2] not in _FREE and old != new and not _stands_for(new, old, before):
             raise InputError(
-                f"--resume: {name} is {_yaml(new)}, but the run in {run_dir} has {_yaml(old)}; "
+                f"--resume: {name} is {_yaml(new)}, but {where} has {_yaml(old)}; "
                 f"continue it with {name}={_yaml(old)} or give another --run-dir"
             )
 
@@ -157,23 +161,34 @@ def check_files(config: Config) -> Preflight:
     )
 
 
-def check_generators(config: Config, cluster_resources: Mapping[str, float]) -> None:
+Capacity = Callable[[str | None], Mapping[str, float]]
+"""The most that the nodes of a cluster have, or may come to have, of each resource; with the name of a custom resource,
+only nodes that have it (opd_ray.capacity.cluster_capacity)."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    actors: int
+    cpus: float
+    gpus: float
+    node_resource: str | None
+
+
+def check_generators(config: Config, capacity: Capacity) -> None:
     """Refuses more generators than the cluster has room for; what an evaluation needs."""
-    _check_fits(_generators(config), cluster_resources)
+    _check_fits({"generators": _generators(config, config.rollout.num_generators)}, capacity)
 
 
-def check_resources(config: Config, cluster_resources: Mapping[str, float]) -> None:
-    """Refuses more ranks, engines or scorers than the cluster has CPUs and GPUs for.
-
-    ``cluster_resources`` is what ``ray.cluster_resources()`` returns.
-    """
+def check_resources(config: Config, capacity: Capacity) -> None:
+    """Refuses more ranks, engines or scorers, as few of them as the run goes on with, than the cluster has room for."""
     learner, rollout = config.learner, config.rollout
-    asked = {"learner": (learner.num_ranks, learner.cpus_per_rank, learner.gpus_per_rank), **_generators(config)}
+    ranks = _Asked(learner.num_ranks, learner.cpus_per_rank, learner.gpus_per_rank, learner.node_resource)
+    asked = {"learner": ranks, "generators": _generators(config, rollout.size.minimum)}
     if config.buffer.uses_teacher_rollouts:
-        asked["teacher generators"] = (rollout.teacher_generators, *asked["generators"][1:])
+        asked["teacher generators"] = _generators(config, rollout.teacher_generators)
     for role, scorer in config.scorers.items():
-        asked[role] = (scorer.num_actors, scorer.cpus_per_actor, scorer.gpus_per_actor)
-    _check_fits(asked, cluster_resources)
+        asked[role] = _Asked(scorer.size.minimum, scorer.cpus_per_actor, scorer.gpus_per_actor, scorer.node_resource)
+    _check_fits(asked, capacity)
 
 
 def _facts(
@@ -198,22 +213,33 @@ def _facts(
     )
 
 
-def _generators(config: Config) -> dict[str, tuple[int, float, float]]:
+def _generators(config: Config, number: int) -> _Asked:
     rollout = config.rollout
     gpus = rollout.gpus_per_generator * rollout.tensor_parallel_size
-    return {"generators": (rollout.num_generators, rollout.cpus_per_generator, gpus)}
+    return _Asked(number, rollout.cpus_per_generator, gpus, rollout.node_resource)
 
 
-def _check_fits(asked: Mapping[str, tuple[int, float, float]], there: Mapping[str, float]) -> None:
-    """``asked``: room to (actors, CPUs each, GPUs each)."""
-    for kind, index in (("CPU", 1), ("GPU", 2)):
-        total = sum(room[0] * room[index] for room in asked.values())
-        if total > there.get(kind, 0) + 1e-6:
-            parts = ", ".join(f"{name} {room[0]} x {room[index]:g}" for name, room in asked.items() if room[index])
+def _check_fits(asked: Mapping[str, _Asked], capacity: Capacity) -> None:
+    for resource in dict.fromkeys(room.node_resource for room in asked.values()):
+        there = capacity(resource)
+        if resource is not None and not there:
+            room = next(name for name, room in asked.items() if room.node_resource == resource)
             raise InputError(
-                f"cluster: {total:g} {kind}s asked ({parts}), {there.get(kind, 0):g} there; "
-                f"ask for less (learner.num_ranks, rollout.num_generators, *.{kind.lower()}s_per_*) or add nodes"
+                f"cluster: {room} ask for nodes with the custom resource {resource!r} (node_resource), but no node "
+                "has it or may come to have it; add it to a node type, or leave node_resource out"
             )
+        # Those that ask for no node in particular may fill up any, so all rooms count where none is named.
+        here = {name: room for name, room in asked.items() if resource in (None, room.node_resource)}
+        nodes = f" on nodes with {resource}" if resource else ""
+        for kind in ("CPU", "GPU"):
+            each = {name: room.cpus if kind == "CPU" else room.gpus for name, room in here.items()}
+            total = sum(room.actors * each[name] for name, room in here.items())
+            if total > there.get(kind, 0) + 1e-6:
+                parts = ", ".join(f"{name} {room.actors} x {each[name]:g}" for name, room in here.items() if each[name])
+                raise InputError(
+                    f"cluster: {total:g} {kind}s asked{nodes} ({parts}), {there.get(kind, 0):g} there; ask for less "
+                    f"(learner.num_ranks, rollout.num_generators, *.{kind.lower()}s_per_*) or add nodes"
+                )
 
 
 def _check_packages(config: Config, evaluation_only: bool = False) -> None:

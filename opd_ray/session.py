@@ -6,20 +6,18 @@ them, and each of its runs only loads its own student.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
-import time
 import uuid
 from collections.abc import Iterator
 
 import ray
 
-from opd_ray import launch
+from opd_ray import launch, logs
 from opd_ray.config import Config
-from opd_ray.pipeline import Rooms
 from opd_ray.preflight import Preflight
+from opd_ray.rooms import Rooms
 
 
 @contextlib.contextmanager
@@ -33,7 +31,13 @@ def cluster() -> Iterator[str | None]:
         return
     # It says with every start that token authentication is on, which is what we want.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    context = ray.init(logging_level="WARNING", log_to_driver=bool(os.environ.get("OPD_RAY_ACTOR_LOGS")))
+    # A payload that is gone with its node is made again; Ray would complain of each that nobody asked for.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    context = ray.init(
+        logging_level="WARNING",
+        log_to_driver=bool(os.environ.get("OPD_RAY_ACTOR_LOGS")),
+        job_config=logs.job_config(),
+    )
     try:
         yield context.dashboard_url
     finally:
@@ -53,36 +57,13 @@ class Session:
         self._rooms_for = rooms_for
         self._rooms: Rooms | None = None
 
-    async def begin(self, config: Config, facts: Preflight) -> Rooms:
-        """Rooms on the models of ``config``, started now or taken over from the run before."""
-        began = time.monotonic()
+    def rooms(self, config: Config, facts: Preflight) -> Rooms:
+        """The rooms for a run: those of the run before, or new ones, whose actors are starting."""
         if self._rooms is None:
             self._rooms = launch.start_rooms(
                 self._rooms_for or config, namespace=new_namespace(), max_context_tokens=facts.max_context_tokens
             )
-            rooms = self._rooms.all
-            print(f"starting {', '.join(f'{len(pool)} {room}' for room, pool in rooms.items())} actors", flush=True)
-            await launch.connect(self._rooms_for or config, self._rooms, facts.eos_token_ids)
-            if self._rooms_for is not None:
-                await self._begin_again(config, facts)
-        else:
-            await self._begin_again(config, facts)
-        print(f"all rooms are up after {time.monotonic() - began:.0f} s", flush=True)
         return self._rooms
-
-    async def _begin_again(self, config: Config, facts: Preflight) -> None:
-        """Rooms of which only some began are of no use to any run."""
-        try:
-            await launch.begin(config, self._rooms, facts.eos_token_ids)
-        except BaseException:
-            self.close()
-            raise
-
-    async def abandon(self) -> None:
-        """Drops what the generators still work on for a run that ended or went back."""
-        if self._rooms is not None:
-            pools = [self._rooms.generators, *filter(None, [self._rooms.teacher_generators])]
-            await asyncio.gather(*(pool.call_all("abandon") for pool in pools))
 
     def close(self) -> None:
         """Ends the actors."""

@@ -18,35 +18,37 @@ class Slots:
 
     def __init__(self, capacity: int, first: int = 0) -> None:
         self.capacity = capacity
-        self._next = first
-        self._taken: set[int] = set()
+        self.next = first
+        """The first slot that was not taken yet."""
+        self.taken: set[int] = set()
+        """Slots that are taken and not free again."""
         self._room = asyncio.Event()
         self._room.set()
 
     @property
     def num_taken(self) -> int:
-        return len(self._taken)
+        return len(self.taken)
 
     async def take(self, most: int) -> list[int]:
         """Waits until a slot is free, then takes up to ``most``, in order."""
         await self._room.wait()
-        count = min(most, self.capacity - len(self._taken))
-        slots = list(range(self._next, self._next + count))
-        self._next += count
-        self._taken.update(slots)
+        count = min(most, self.capacity - len(self.taken))
+        slots = list(range(self.next, self.next + count))
+        self.next += count
+        self.taken.update(slots)
         self._signal()
         return slots
 
     def free(self, slots: list[int]) -> None:
         """Frees slots that are taken; freeing one twice is an error in the caller."""
-        unknown = sorted(set(slots) - self._taken)
+        unknown = sorted(set(slots) - self.taken)
         if unknown or len(set(slots)) != len(slots):
             raise ValueError(f"slots {unknown or slots} are freed twice or were never taken")
-        self._taken.difference_update(slots)
+        self.taken.difference_update(slots)
         self._signal()
 
     def _signal(self) -> None:
-        if len(self._taken) < self.capacity:
+        if len(self.taken) < self.capacity:
             self._room.set()
         else:
             self._room.clear()

@@ -58,7 +58,9 @@ def sample(config: Config, facts: Preflight, path: Path, count: int) -> None:
 
 async def _sample(config: Config, facts: Preflight, path: Path, count: int) -> None:
     as_student = dataclasses.replace(config, student=dataclasses.replace(config.student, path=config.teacher.path))
-    pool = launch.start_generators(as_student, namespace=new_namespace(), max_context_tokens=facts.max_context_tokens)
+    pool = launch.start_generators(
+        as_student, namespace=new_namespace(), max_context_tokens=facts.max_context_tokens, alone=True
+    )
     settings = SamplingSettings(
         temperature=config.rollout.teacher_temperature,
         top_p=1.0,
@@ -72,7 +74,7 @@ async def _sample(config: Config, facts: Preflight, path: Path, count: int) -> N
     size = config.rollout.max_num_seqs
     chunks = [range(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
     try:
-        await pool.locate(config.deadlines.start_s)
+        await pool.up(config.deadlines.start_s)
         answers = await asyncio.gather(
             *(pool.call("generate", [prompts[slot] for slot in chunk], settings) for chunk in chunks)
         )

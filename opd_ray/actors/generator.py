@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from opd_ray.engines import GenerationEngine
-from opd_ray.errors import RunError
+from opd_ray.errors import EngineFailed, RunError
 from opd_ray.messages import (
     ROLLOUT_SCHEMA,
     Finished,
@@ -43,7 +43,8 @@ from opd_ray.tasks import Task
 class EngineThread:
     """Owns an engine: builds it, steps it while it has requests, runs commands in between.
 
-    Every call returns a future. When the engine fails, all of them get its error: one that failed is not stepped again.
+    Every call returns a future. When the engine fails, all of them get EngineFailed: one that failed is not stepped
+    again. After a weight update that failed half way, it is not stepped until one succeeds.
     """
 
     def __init__(self, make_engine: Callable[[], GenerationEngine]) -> None:
@@ -52,7 +53,8 @@ class EngineThread:
         self._running: dict[str, Future] = {}
         self._drain: tuple[Callable[[GenerationEngine], Any], Future] | None = None
         self._held: deque[tuple[GenerationRequest, Future]] = deque()
-        self._failure: BaseException | None = None
+        self._failure: EngineFailed | None = None
+        self._half_updated = False
         self._wake = threading.Condition()
         self._started: Future = Future()
         threading.Thread(target=self._run, args=(make_engine,), name="engine", daemon=True).start()
@@ -73,6 +75,17 @@ class EngineThread:
         done: Future = Future()
         return self._enqueue(partial(self._hold, run, done), done)
 
+    def update(self, run: Callable[[GenerationEngine], Any], *, drain: bool) -> Future:
+        """Runs a weight update, with ``drain`` when nothing is unfinished."""
+
+        def whole(engine: GenerationEngine) -> Any:
+            self._half_updated = True
+            outcome = run(engine)
+            self._half_updated = False
+            return outcome
+
+        return self.drain_then(whole) if drain else self.command(whole)
+
     def abandon(self) -> Future:
         """Drops every unfinished request; their futures get a RunError, that of ``abandon`` their number."""
         done: Future = Future()
@@ -82,7 +95,7 @@ class EngineThread:
         done.set_running_or_notify_cancel()  # a caller that gives up must not make set_result() fail later
         with self._wake:
             if self._failure is not None:
-                done.set_exception(RunError(f"the engine has failed before: {self._failure}"))
+                done.set_exception(self._failure)
             else:
                 self._inbox.append((handle, done))
                 self._wake.notify()
@@ -121,26 +134,27 @@ class EngineThread:
             while True:
                 self._work(engine)
         except BaseException as error:
+            failure = EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
             with self._wake:
-                self._failure = error
+                self._failure = failure
                 waiting = [*self._running.values(), *(done for _, done in (*self._held, *self._inbox))]
                 waiting += [self._drain[1]] if self._drain else []
             for done in waiting:
-                done.set_exception(error)
+                done.set_exception(failure)
 
     def _work(self, engine: GenerationEngine) -> None:
         with self._wake:
-            self._wake.wait_for(lambda: self._inbox or self._running or self._drain)
+            self._wake.wait_for(lambda: self._inbox or self._drain or (self._running and not self._half_updated))
             inbox, self._inbox = self._inbox, deque()
         for handle, _ in inbox:
             handle(engine)
-        if self._drain is not None and not self._running:
+        if self._drain is not None and (not self._running or self._half_updated):
             (run, done), self._drain = self._drain, None
             _settle(done, run, engine)
             held, self._held = self._held, deque()
             for request, waiting in held:
                 self._admit(request, waiting, engine)
-        if self._running:
+        if self._running and not self._half_updated:
             for finished in engine.step():
                 self._running.pop(finished.request_id).set_result(finished)
 
@@ -280,8 +294,10 @@ class StudentGenerator(Generator):
         """Receives one broadcast, in the way that rollout.in_flight chose for unfinished responses."""
         in_flight = self._settings.in_flight
         unfinished = "restart" if in_flight == "abort" else "keep"
-        schedule = self._engine.drain_then if in_flight == "drain" else self._engine.command
-        await asyncio.wrap_future(schedule(lambda engine: engine.update_weights(manifest, unfinished)))
+        update = self._engine.update(
+            lambda engine: engine.update_weights(manifest, unfinished), drain=in_flight == "drain"
+        )
+        await asyncio.wrap_future(update)
 
     def _rollout_id(self, slot: int, index: int) -> str:
         return f"{slot}-{index}"

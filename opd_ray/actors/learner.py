@@ -174,13 +174,33 @@ class Learner:
         if self._rank == 0:
             self._transport.open(group)
 
-    def send_weights(self, manifest: WeightManifest) -> None:
-        """Broadcasts the weights from rank 0. Collective under ZeRO-3; elsewhere the other ranks return at once."""
-        if self._rank == 0:
-            self._transport.send(manifest, self._full_weights())
-        elif self._zero_stage == 3:
-            for _ in self._full_weights():
-                pass
+    def send_weights(self, manifest: WeightManifest, group: TransferGroup | None = None) -> None:
+        """Broadcasts the weights from rank 0. Collective under ZeRO-3; elsewhere the other ranks return at once.
+
+        With a ``group``, in that one, which is formed for this broadcast and closed after it; the group of
+        ``open_transport`` stays as it is. Raises WeightSyncError when a member does not answer in time; the learner
+        goes on, and may open another group.
+        """
+        weights = self._full_weights()
+        try:
+            if self._rank == 0 and group is None:
+                self._transport.send(manifest, weights)
+            elif self._rank == 0:
+                self._send_once(manifest, group, weights)
+        finally:
+            if self._zero_stage == 3:
+                for _ in weights:  # every rank gathers every parameter, also after a failure of rank 0
+                    pass
+
+    def _send_once(
+        self, manifest: WeightManifest, group: TransferGroup, weights: Iterator[tuple[str, torch.Tensor]]
+    ) -> None:
+        transport = make_transport(self._config.weight_backend)
+        try:
+            transport.open(group)
+            transport.send(manifest, weights)
+        finally:
+            transport.close()
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """The state between two steps: what all ranks agree on, for JSON, and this rank's share of the arrays.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from ray import ObjectRef
+from ray.exceptions import ObjectLostError
 
 from opd_ray.measure import measure
-from opd_ray.messages import REFERENCE, Entry
+from opd_ray.messages import REFERENCE, ROLLOUT_SCHEMA, Entry, RolloutMeta
 from opd_ray.node import this_node
 
 
@@ -25,7 +28,8 @@ class Recorder:
 
         A row has the step that trained on it, the rollout columns, its meta's ``repetitive`` and ``tail_period``, and
         the log-probs of the response tokens by the teacher that scored it (its name is in ``teacher``; of several that
-        are weighted, the first) and by the reference; null where nobody scored.
+        are weighted, the first) and by the reference; null where nobody scored. Of a rollout that is gone with its
+        node since it was trained on, the row has what its meta says.
         """
         table = pa.Table.from_batches([_row(entry) for entry in entries])
         table = table.add_column(0, "step", pa.array([step] * len(table), pa.int32()))
@@ -46,18 +50,37 @@ class Recorder:
 
 
 def _row(entry: Entry) -> pa.RecordBatch:
-    row = ray.get(entry.rollouts).slice(entry.row, 1)
+    meta = entry.meta
+    row = _fetched(entry.rollouts, entry.row)
+    if row is None:
+        row = _from_meta(meta)
     teachers = [role for role in entry.scores if role != REFERENCE]
-    teacher = entry.meta.teacher if entry.meta.teacher in teachers else next(iter(teachers), None)
+    teacher = meta.teacher if meta.teacher in teachers else next(iter(teachers), None)
     for name, value, kind in (
-        ("repetitive", entry.meta.repetitive, pa.bool_()),
-        ("tail_period", entry.meta.tail_period, pa.int32()),
+        ("repetitive", meta.repetitive, pa.bool_()),
+        ("tail_period", meta.tail_period, pa.int32()),
         ("teacher", teacher, pa.string()),
     ):
         row = row.append_column(pa.field(name, kind), pa.array([value], kind))
     for column, role in (("teacher", teacher), ("reference", REFERENCE)):
         kind = pa.list_(pa.float32())
-        scores = entry.scores.get(role)
-        logprobs = pa.nulls(1, kind) if scores is None else ray.get(scores).slice(entry.row, 1)["logprobs"]
+        scores = _fetched(entry.scores[role], entry.row) if role in entry.scores else None
+        logprobs = pa.nulls(1, kind) if scores is None else scores["logprobs"]
         row = row.append_column(pa.field(f"{column}_logprobs", kind), logprobs)
     return row
+
+
+def _fetched(ref: ObjectRef, row: int) -> pa.RecordBatch | None:
+    """One row of a payload; None where it is gone."""
+    try:
+        return ray.get(ref).slice(row, 1)
+    except ObjectLostError:
+        return None
+
+
+def _from_meta(meta: RolloutMeta) -> pa.RecordBatch:
+    known = dataclasses.asdict(meta)
+    values = {
+        field.name: [known.get(field.name, "" if pa.types.is_string(field.type) else [])] for field in ROLLOUT_SCHEMA
+    }
+    return pa.RecordBatch.from_pydict(values, schema=ROLLOUT_SCHEMA)

@@ -1,6 +1,5 @@
 """Checkpoints: the state of a run at a step boundary, in memory and on disk."""
 
-from opd_ray.checkpoint.by_directory import amend, check_ranks, discard_after, latest, load, save
 from opd_ray.checkpoint.files import read_arrays, read_batch, write_arrays, write_batch, write_files
 from opd_ray.checkpoint.shelf import Checkpoint, Runner, Shelf
 from opd_ray.checkpoint.snapshot import Snapshot
@@ -13,14 +12,8 @@ __all__ = [
     "Shelf",
     "Snapshot",
     "Storage",
-    "amend",
-    "check_ranks",
-    "discard_after",
-    "latest",
-    "load",
     "read_arrays",
     "read_batch",
-    "save",
     "write_arrays",
     "write_batch",
     "write_files",

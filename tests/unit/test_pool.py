@@ -2,7 +2,7 @@
 
 from ray.exceptions import ActorDiedError, RayActorError
 
-from opd_ray.pool import _death
+from opd_ray.room import _death
 
 
 def test_an_actor_that_cannot_start_is_explained_by_the_last_line_of_its_traceback():

@@ -1,0 +1,155 @@
+"""Keeps the states that a run can go back to: the newest in Ray's object store, some of them on the shelf.
+
+Taking a snapshot is quick: every learner rank copies its share of the state to its host's memory, and the buffer's
+rollouts are there already. Writing one goes on in the background while the loop trains; the next one waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from opd_ray.checkpoint import Checkpoint, Shelf, Snapshot
+from opd_ray.config import CheckpointConfig
+from opd_ray.errors import OpdError, PayloadLost
+from opd_ray.pipeline import Pipeline, StepReport
+from opd_ray.rooms import Rooms
+from opd_ray.whereabouts import Whereabouts
+
+
+class Keeper:
+    """An observer that takes snapshots, and the source of every restore."""
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        last_step: int,
+        rooms: Rooms,
+        shelf: Shelf,
+        state: Callable[[], dict[str, Any]],
+        where: Whereabouts,
+        say: Callable[..., None],
+    ) -> None:
+        """``state`` gives what belongs into a checkpoint besides the pipeline's own state."""
+        self._config, self._last_step, self._rooms, self._shelf = config, last_step, rooms, shelf
+        self._state, self._where, self._say = state, where, say
+        self.pipeline: Pipeline | None = None
+        """What is watched; set by whoever makes it."""
+        self.metrics: dict[str, float] = {}
+        """Of the checkpoint that was written last."""
+        self._newest: Snapshot | None = None
+        self._writing: asyncio.Task[None] | None = None
+
+    async def on_step(self, report: StepReport) -> None:
+        every, in_memory = self._config.every_steps, self._config.memory_every_steps
+        due = every > 0 and (report.step % every == 0 or report.step == self._last_step)
+        self._raise_failure()
+        if due or (in_memory and report.step % in_memory == 0):
+            snapshot = await self.take(report.step)
+            if due:
+                await self.flush()
+                self._writing = asyncio.create_task(self.write(snapshot), name="write a checkpoint")
+
+    async def take(self, step: int) -> Snapshot:
+        """The state after ``step`` steps, between two of them."""
+        state = self._state() | self.pipeline.state()
+        slots, entries = self.pipeline.buffered()
+        parts = await self._rooms.learner.call_all_for_payloads("snapshot")
+        followers = {role: await group.call("snapshot") for role, group in self._rooms.followers.items()}
+        snapshot = Snapshot(
+            step=step,
+            learner_facts=parts[0][0],
+            learner_parts=tuple(part for _, part in parts),
+            followers=followers,
+            slots=slots,
+            entries=entries,
+            state=state,
+        )
+        if self._config.memory_every_steps:
+            self._newest = snapshot
+        return snapshot
+
+    async def write(self, snapshot: Snapshot) -> None:
+        """Puts a snapshot on the shelf. One that is gone with its node is left out; other failures are raised."""
+        began = time.monotonic()
+        try:
+            checkpoint = await self._shelf.write(snapshot, self._config.keep)
+        except PayloadLost as error:
+            self._say("checkpoint_lost", f"checkpoint: that of step {snapshot.step} is left out: {error}")
+            return
+        self._where.checkpoint_step = snapshot.step
+        self.metrics = {
+            "checkpoint/step": float(snapshot.step),
+            "checkpoint/write_s": time.monotonic() - began,
+            "checkpoint/bytes": float(sum(file.num_bytes for file in checkpoint.files.values())),
+        }
+
+    async def flush(self) -> None:
+        """Waits until nothing is being written; raises what went wrong."""
+        if self._writing is not None:
+            await asyncio.wait([self._writing])
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._writing is not None and self._writing.done():
+            done, self._writing = self._writing, None
+            done.result()
+
+    async def newest(self, *, healthy: bool = False) -> Snapshot | None:
+        """The newest state to go back to, from memory if it is there; None where there is only the beginning."""
+        await self.flush()
+        if self._newest is not None and (self._newest.state["healthy"] or not healthy):
+            return self._newest
+        return await self.open(self._shelf.latest(healthy=healthy))
+
+    async def open(self, checkpoint: Checkpoint | None) -> Snapshot | None:
+        """A checkpoint's snapshot, its files in the object store."""
+        if checkpoint is None:
+            return None
+        self._where.checkpoint_step = checkpoint.step
+        return await self._shelf.read(checkpoint)
+
+    async def restore(self, snapshot: Snapshot) -> Snapshot:
+        """Learner and followers go on from ``snapshot``; from the shelf where the one in memory is gone with a node.
+        Returns the one that it was."""
+        try:
+            await self._hand_out(snapshot)
+            return snapshot
+        except PayloadLost as error:
+            self._say("snapshot_lost", f"the state of step {snapshot.step} in memory is gone ({error})")
+            self._newest = None
+            written = self._shelf.latest()
+            if written is None:
+                raise
+            snapshot = await self._shelf.read(written)
+            await self._hand_out(snapshot)
+            return snapshot
+
+    async def _hand_out(self, snapshot: Snapshot) -> None:
+        await self._rooms.learner.call_all("restore", snapshot.learner_facts, list(snapshot.learner_parts))
+        for role, (facts, arrays) in snapshot.followers.items():
+            if role in self._rooms.followers:
+                await self._rooms.followers[role].call_all("restore", facts, arrays)
+
+    def back_to(self, step: int, changes: dict[str, Any]) -> None:
+        """Forgets what is later than ``step``, and writes ``changes`` into the state of the newest that is left."""
+        self._shelf.discard_after(step)
+        if self._newest is not None and self._newest.step > step:
+            self._newest = None
+        if (left := self._shelf.latest()) is not None:
+            self._shelf.amend(left, changes)
+
+    async def save(self, step: int) -> None:
+        """Takes and writes the state after ``step``, unless it is on the shelf."""
+        await self.flush()
+        if self._where.checkpoint_step != step:
+            await self.write(await self.take(step))
+
+    async def close(self) -> None:
+        """Waits for what is being written, whether it succeeds or not."""
+        try:
+            await self.flush()
+        except OpdError as error:
+            self._say("checkpoint_failed", str(error))

@@ -1,0 +1,228 @@
+"""Keeps the rooms of a run at strength: notices the dead, replaces them, lets pools grow and shrink.
+
+The supervisor runs beside the pipeline, in the same event loop. A worker counts as lost when a call to it says so
+(its process died, its node went, it gave no answer by a deadline) or when it misses a heartbeat. Pools get a
+replacement, up to ``recovery.max_restarts`` in ``recovery.window_s``; the loss of a Group is raised as GroupLost, for
+whoever can restore a state. A pool that stays below its minimum ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+
+from opd_ray.config import Config
+from opd_ray.delivery import Delivery
+from opd_ray.demand import Demand, RoomLoad
+from opd_ray.errors import GroupLost, MemberLost, RunError, StartFailed
+from opd_ray.pool import Group, Pool
+from opd_ray.room import Member, Room
+
+_TICK_S = 1.0
+_BEATS = 4
+"""Heartbeats within the time after which a worker that gave none counts as dead."""
+
+
+class Restarts:
+    """Counts lost workers by room, and says when there were too many."""
+
+    def __init__(self, max_restarts: int, window_s: float, earlier: Mapping[str, int] = {}) -> None:
+        self.by_room: Counter[str] = Counter(earlier)
+        """Over the whole run, earlier starts of it included."""
+        self._most, self._window_s = max_restarts, window_s
+        self._recent: dict[str, deque[float]] = {}
+
+    def count(self, room: str, cause: str, now: float) -> str:
+        """Notes a loss and returns "n of most"; raises RunError at the first that is one too many."""
+        recent = self._recent.setdefault(room, deque())
+        while recent and recent[0] < now - self._window_s:
+            recent.popleft()
+        if len(recent) >= self._most:
+            raise RunError(
+                f"{room}: {len(recent) + 1} workers were lost within {self._window_s:g} s, and recovery.max_restarts "
+                f"is {self._most}; the last: {cause}; mend the cause and go on with --resume"
+            )
+        recent.append(now)
+        self.by_room[room] += 1
+        return f"restart {len(recent)} of {self._most}"
+
+
+class Supervisor:
+    """Watches pools and groups while ``run`` runs."""
+
+    def __init__(
+        self,
+        config: Config,
+        pools: Sequence[Pool],
+        groups: Sequence[Group],
+        delivery: Delivery,
+        restarts: Restarts,
+        say: Callable[..., None],
+    ) -> None:
+        self._config, self._pools, self._groups = config, pools, groups
+        self._delivery, self._restarts, self._say = delivery, restarts, say
+        self.learner_waited_s: Callable[[], float] = lambda: 0.0
+        """Seconds that the learner has waited for rollouts so far: what demand goes by."""
+        self._demand = Demand(config.elastic)
+        self._wake = asyncio.Event()
+        self._problem: RunError | None = None
+        self._bringing: set[Member] = set()
+        self._below: dict[str, float] = {}
+        self._looked = (time.monotonic(), 0.0, {pool.room: pool.work() for pool in pools})
+
+    async def run(self) -> None:
+        """Until cancelled. Raises RunError when a pool cannot be kept at strength, GroupLost for a silent group."""
+        for pool in self._pools:
+            pool.on_loss = self._lost
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                if self._config.recovery.heartbeat_s:
+                    tasks.create_task(self._listen(tasks), name="heartbeats")
+                while True:
+                    if self._problem:
+                        raise self._problem
+                    for pool in self._pools:
+                        self._tend(pool, tasks)
+                    self._look_at_demand()
+                    self._wake.clear()
+                    try:
+                        await asyncio.wait_for(self._wake.wait(), _TICK_S)
+                    except TimeoutError:
+                        continue
+        finally:
+            self._bringing.clear()
+            for pool in self._pools:
+                pool.on_loss = None
+
+    def below_min_s(self, room: str) -> float | None:
+        """For how long a pool has had fewer ready workers than its minimum."""
+        return time.monotonic() - self._below[room] if room in self._below else None
+
+    async def wait_for_minimum(self, deadline_s: float) -> None:
+        """Until every pool has its minimum of workers up. Raises RunError, with the last loss, at the deadline."""
+        until = time.monotonic() + deadline_s
+        while short := [pool for pool in self._pools if len(pool.those("ready", "joining")) < pool.size.minimum]:
+            if time.monotonic() > until:
+                pool = short[0]
+                raise RunError(
+                    f"{pool.room}: {len(pool.those('ready', 'joining'))} of at least {pool.size.minimum} workers came "
+                    f"up within {deadline_s:g} s (deadlines.start_s); {pool.last_loss or 'none was placed so far'}; "
+                    "see the cluster's resources and the actors' logs in the Ray dashboard"
+                )
+            await asyncio.sleep(0.05)
+
+    def _lost(self, pool: Pool, member: Member, cause: str) -> None:
+        try:
+            count = self._restarts.count(pool.room, cause, time.monotonic())
+        except RunError as problem:
+            self._problem = problem
+        else:
+            self._say(
+                "worker_lost",
+                f"{pool.room}: {member.name} on {member.node} is lost ({cause}); it is replaced ({count})",
+                room=pool.room,
+                worker=member.name,
+                node=member.node,
+            )
+        self._wake.set()
+
+    def _tend(self, pool: Pool, tasks: asyncio.TaskGroup) -> None:
+        """Brings a pool to its target size, one way or the other."""
+        here = pool.those("starting", "joining", "ready")
+        for _ in range(pool.target - len(here)):
+            pool.grow()
+        # The last that came goes first, and one that is not up yet before one that works.
+        surplus = sorted(here, key=lambda member: (member.state == "ready", -member.num_calls, -member.since))
+        for member in surplus[: max(0, len(here) - pool.target)]:
+            self._say("worker_leaves", f"{pool.room}: {member.name} on {member.node} is let go", room=pool.room)
+            member.become("leaving")
+        for member in pool.those("leaving"):
+            if not member.num_calls or time.monotonic() - member.since > self._config.recovery.drain_s:
+                pool.end(member)  # calls that it still had go to another worker
+        for member in pool.those("starting", "joining"):
+            if member not in self._bringing:
+                self._bringing.add(member)
+                tasks.create_task(self._bring_up(pool, member), name=f"bring up {member.name}")
+        self._check_strength(pool)
+
+    async def _bring_up(self, pool: Pool, member: Member) -> None:
+        limit = self._config.deadlines.start_s
+        try:
+            if member.state == "starting":
+                await pool.bring_up(member, limit)
+            if member.state == "joining":
+                await self._delivery.welcome(member)
+        except StartFailed as error:
+            if not pool.has_been_up:
+                raise  # another would fail in the same way
+            pool.lose(member, str(error))
+        except MemberLost as error:
+            if member.node == "not placed yet" and time.monotonic() - member.since >= limit:
+                pool.end(member)  # nowhere to be placed: not a death, and asked for again
+                self._wake.set()
+            else:
+                pool.lose(member, str(error))
+        finally:
+            self._bringing.discard(member)
+
+    def _check_strength(self, pool: Pool) -> None:
+        if len(pool.those("ready", "joining")) >= pool.size.minimum:
+            self._below.pop(pool.room, None)
+            return
+        since = self._below.setdefault(pool.room, time.monotonic())
+        limit = self._config.recovery.below_min_s
+        if time.monotonic() - since > limit:
+            raise RunError(
+                f"{pool.room}: has {len(pool.those('ready', 'joining'))} workers, fewer than its minimum of "
+                f"{pool.size.minimum}, for more than {limit:g} s (recovery.below_min_s); the last loss: "
+                f"{pool.last_loss or 'none, the workers are not placed'}; add nodes and go on with --resume"
+            )
+
+    def _look_at_demand(self) -> None:
+        now, waited = time.monotonic(), self.learner_waited_s()
+        before, waited_before, work = self._looked
+        wall = now - before
+        if wall < self._config.elastic.every_s:
+            return
+        loads = []
+        self._looked = (now, waited, {pool.room: pool.work() for pool in self._pools})
+        for pool in self._pools:
+            busy, there = (new - old for new, old in zip(self._looked[2][pool.room], work[pool.room], strict=True))
+            loads.append(
+                RoomLoad(
+                    room=pool.room,
+                    size=len(pool.those("ready")),
+                    starting=len(pool.those("starting", "joining")),
+                    minimum=pool.size.minimum,
+                    maximum=pool.size.maximum,
+                    busy_share=min(1.0, busy / there) if there > 0 else 0.0,
+                    num_calls=pool.num_calls,
+                )
+            )
+        change = self._demand.look(now, loads, min(1.0, max(0.0, waited - waited_before) / wall))
+        for pool in self._pools:
+            if by := change.get(pool.room, 0):
+                pool.target = min(pool.size.maximum, max(pool.size.minimum, pool.target + by))
+                what = "has more to do than its workers can" if by > 0 else "could do with one worker less"
+                self._say("pool_resized", f"{pool.room}: {what}; it goes to {pool.target}", room=pool.room)
+
+    async def _listen(self, tasks: asyncio.TaskGroup) -> None:
+        """Asks every worker that is up for a sign of life, again and again."""
+        limit = self._config.recovery.heartbeat_s
+        while True:
+            await asyncio.sleep(limit / _BEATS)
+            rooms: list[Room] = [*self._pools, *self._groups]
+            await asyncio.gather(*(self._beat(room, member) for room in rooms for member in list(room.members)))
+
+    async def _beat(self, room: Room, member: Member) -> None:
+        if member.state in ("starting", "gone"):
+            return
+        try:
+            await room.ping(member, self._config.recovery.heartbeat_s)
+        except MemberLost as error:
+            if isinstance(room, Pool):
+                room.lose(member, str(error))
+            elif member in room.members:
+                raise GroupLost(str(error), room.room) from error
