@@ -81,6 +81,10 @@ class MetricsWriter:
         self._port.write(step, finite)
         self._lines.write(json.dumps({"step": step, **finite}) + "\n")
 
+    def live(self, metrics: Mapping[str, float]) -> None:
+        """What also changes while no step is done, for the metrics port only; call it every few seconds."""
+        self._port.live(metrics)
+
     def say(self, step: int, tag: str, text: str) -> None:
         """A sentence on TensorBoard's text page."""
         self._board.add_text(tag, text, step)
@@ -121,6 +125,12 @@ class MetricsPort:
                 self._step, self._since = step, time.monotonic()
             events = self._values["run/guard_events"] + metrics.get("guard/events", 0.0)
             self._values |= {**metrics, "run/step": float(step), "run/guard_events": events}
+            self._set()
+
+    def live(self, metrics: Mapping[str, float]) -> None:
+        """Takes in finite values that no step has brought."""
+        with self._lock:
+            self._values |= metrics
             self._set()
 
     def close(self) -> None:

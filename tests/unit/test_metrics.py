@@ -106,6 +106,16 @@ def test_the_time_since_a_step_begins_anew_with_every_step_and_only_then(gauges,
     port.close()
 
 
+def test_a_pool_that_loses_its_workers_between_steps_is_seen(gauges):
+    port = MetricsPort("runs/a", 0, None, every_s=3600)
+    port.write(1, {"learner/loss": 0.5, "guard/events": 1.0, "pool/generate_ready": 2.0})
+    port.live({"pool/generate_ready": 0.0})
+    port.close()
+    assert gauges.values["opd_pool_generate_ready"][-1] == 0
+    assert gauges.values["opd_run_step"][-1] == 1
+    assert gauges.values["opd_run_guard_events"][-1] == 1, "the step's events are not counted again"
+
+
 def test_every_name_is_one_that_ray_exports():
     assert port_name("rollouts/length") == "opd_rollouts_length"
     assert port_name("pool/math-7b.v2_ready") == "opd_pool_math_7b_v2_ready"
