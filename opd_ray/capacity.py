@@ -116,7 +116,7 @@ def _read_file(gcs_address: str) -> Limits | None:
         path = arguments.get("--autoscaling-config")
         if path and arguments.get("--gcs-address") == gcs_address:
             try:
-                return limits_of(yaml.safe_load(Path(path).read_text()))
+                return limits_of(yaml.safe_load(Path(path).expanduser().read_text()))
             except (OSError, yaml.YAMLError) as error:
                 log.warning("the autoscaler's configuration %s cannot be read: %s", path, error)
     return None

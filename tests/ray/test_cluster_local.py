@@ -6,12 +6,15 @@ pytest.mark.ray: every node is a real one of Ray.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
-from autoscaling_head import NodeType, autoscaling_head, fake_cluster
+from autoscaling_head import autoscaling_head
 
 pytestmark = pytest.mark.ray
+LOCAL = Path(__file__).parents[2] / "cluster" / "local.yaml"
 
 _DRIVER = """
 import json, time
@@ -52,14 +55,17 @@ print(json.dumps(result))
 
 
 def test_an_actor_brings_a_node_up_its_end_lets_it_go_and_capacity_counts_both() -> None:
-    generator = NodeType({"CPU": 1, "generator_node": 1}, maximum=3)
-    cluster = fake_cluster({"generator": generator}, head={"CPU": 2}, idle_timeout_s=2)
+    """On the cluster that cluster/local.yaml describes, with less patience for idle nodes."""
+    cluster = yaml.safe_load(LOCAL.read_text()) | {"idle_timeout_minutes": 2 / 60}
     with autoscaling_head(cluster) as head:
         result = json.loads(head.run(_DRIVER).splitlines()[-1])
         assert len(head.raylets()) == 1
-    assert result["before"]["CPU"] == 2 + 3
-    assert result["before"]["generator_node"] == 3
-    assert result["generators"]["CPU"] == 3
     assert result["others_at_home"] and not result["generator_at_home"]
-    for where in ("with_node", "from_node"):
-        assert result[where]["CPU"] == 5 and result[where]["generator_node"] == 3
+    assert result["generators"]["CPU"] == 2
+    for where in ("before", "with_node", "from_node"):
+        assert result[where]["CPU"] == 2 + 2
+        assert {name: result[where][name] for name in ("learner_node", "teacher_node", "generator_node")} == {
+            "learner_node": 1,
+            "teacher_node": 1,
+            "generator_node": 2,
+        }
