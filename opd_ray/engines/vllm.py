@@ -20,6 +20,9 @@ from opd_ray.messages import Finished, GenerationRequest, TransferGroup, WeightM
 if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
 
+_WORKER_BACKENDS = {"gloo": "gloo", "nccl": "limited_nccl"}
+"""weights.backend to the transfer backend of vLLM's workers (see opd_ray.weights.vllm_worker)."""
+
 
 class VllmGenerationEngine:
     """GenerationEngine on vLLM.
@@ -62,7 +65,7 @@ class VllmGenerationEngine:
             enable_prefix_caching=torch.cuda.is_available(),
             logprobs_mode="processed_logprobs",
             max_logprobs=-1,
-            weight_transfer_config=WeightTransferConfig(backend=weight_backend),
+            weight_transfer_config=WeightTransferConfig(backend=_WORKER_BACKENDS[weight_backend]),
             worker_extension_cls="opd_ray.weights.vllm_worker.WorkerExtension",
         )
         self._vocab_size = vocabulary_size(self._engine)
@@ -133,13 +136,12 @@ class VllmGenerationEngine:
 
 
 def init_info(backend: str, group: TransferGroup) -> dict[str, Any]:
-    """How a worker joins ``group``, as vLLM's backend "nccl" or our "gloo" wants it."""
-    shared = {"rank_offset": group.rank, "world_size": group.world_size}
+    """How a worker joins ``group``, as our backends "limited_nccl" and "gloo" want it."""
+    shared = {"rank_offset": group.rank, "world_size": group.world_size, "timeout_s": group.timeout_s}
     if backend == "nccl":
         where = {"master_address": group.host, "master_port": group.port}
         return shared | where | {"packed": True, "packed_buffer_size_bytes": group.bucket_bytes}
-    where = {"host": group.host, "port": group.port}
-    return shared | where | {"timeout_s": group.timeout_s, "bucket_bytes": group.bucket_bytes}
+    return shared | {"host": group.host, "port": group.port, "bucket_bytes": group.bucket_bytes}
 
 
 def update_info(backend: str, manifest: WeightManifest) -> dict[str, Any]:

@@ -23,8 +23,10 @@ import torch.distributed as dist
 
 from opd_ray.errors import WeightSyncError
 from opd_ray.messages import TransferGroup, WeightManifest
+from opd_ray.weights.limit import within
 from opd_ray.weights.manifest import dtype_name
 
+_GRACE_S = 1.0
 _ALIGN_BYTES = 16
 """Each parameter starts at a multiple of this, so that its bytes can be viewed as any dtype."""
 
@@ -34,18 +36,10 @@ class GlooGroup:
 
     def __init__(self, group: TransferGroup) -> None:
         self.group = group
-        timeout = timedelta(seconds=group.timeout_s)
         with self._explained("join the group"):
-            self._store = dist.TCPStore(
-                group.host, group.port, is_master=group.rank == 0, timeout=timeout, wait_for_workers=False
-            )
-            options = dist.ProcessGroupGloo._Options()
-            # The default device is bound to whatever the host name resolves to, often 127.0.1.1,
-            # which other nodes cannot reach; the address that reaches rank 0 always can be.
-            address = _address_towards(group.host, group.port)
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-            options._timeout = timeout
-            self._process_group = dist.ProcessGroupGloo(self._store, group.rank, group.world_size, options)
+            # torch waits without end for a store whose process is stopped; its own timeouts explain more, and so
+            # come first.
+            self._store, self._process_group = within(group.timeout_s + _GRACE_S, lambda: _join(group))
 
     def broadcast(self, tensor: torch.Tensor, what: str) -> None:
         """Sends ``tensor`` from rank 0, or fills it on the others; ``what`` names it in errors."""
@@ -63,6 +57,18 @@ class GlooGroup:
                 f"(gloo group at {group.host}:{group.port}): {cause}; check that the learner and "
                 f"every generator are alive and reach {group.host}:{group.port}, or raise weights.timeout_s"
             ) from error
+
+
+def _join(group: TransferGroup) -> tuple[dist.TCPStore, dist.ProcessGroupGloo]:
+    timeout = timedelta(seconds=group.timeout_s)
+    store = dist.TCPStore(group.host, group.port, is_master=group.rank == 0, timeout=timeout, wait_for_workers=False)
+    options = dist.ProcessGroupGloo._Options()
+    # The default device is bound to whatever the host name resolves to, often 127.0.1.1,
+    # which other nodes cannot reach; the address that reaches rank 0 always can be.
+    address = _address_towards(group.host, group.port)
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    options._timeout = timeout
+    return store, dist.ProcessGroupGloo(store, group.rank, group.world_size, options)
 
 
 class GlooTransport:

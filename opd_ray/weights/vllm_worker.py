@@ -1,7 +1,7 @@
-"""What runs inside vLLM's worker processes: the gloo backend, the update call, and loading another checkpoint.
+"""What runs inside vLLM's worker processes: our transfer backends, the update call, and loading another checkpoint.
 
 vLLM imports this module in every worker, because ``WorkerExtension`` is named as the engine's
-``worker_extension_cls``; the import registers "gloo" beside vLLM's own transfer backends.
+``worker_extension_cls``; the import registers "gloo" and "limited_nccl" beside vLLM's own transfer backends.
 """
 
 from __future__ import annotations
@@ -10,10 +10,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader import get_model_loader
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from opd_ray.errors import WeightSyncError
 from opd_ray.messages import TransferGroup, WeightManifest
@@ -100,9 +106,17 @@ class WorkerExtension:
         self.init_weight_transfer_engine(init_info)
 
     def opd_update_weights(self, update_info: dict[str, Any]) -> None:
-        """One whole update in one call: between separate calls the engine could step on half-loaded layers."""
+        """One whole update in one call: between separate calls the engine could step on half-loaded layers.
+
+        After a failure the layers that were complete are new and the others are the former ones: the next whole
+        update makes them agree again.
+        """
         self.start_weight_update()
-        self.update_weights(update_info)
+        try:
+            self.update_weights(update_info)
+        except BaseException:
+            _give_up(self.get_model(), self.vllm_config)
+            raise
         self.finish_weight_update()
 
     def opd_load(self, path: str) -> None:
@@ -113,10 +127,21 @@ class WorkerExtension:
         self.reload_weights(weights_iterator=_with_tied_head(weights, model_config.hf_text_config))
 
 
+def _give_up(model: torch.nn.Module, config: VllmConfig) -> None:
+    """Ends a layer-wise reload half way. vLLM would go on with it at the next start: weights that it kept of this
+    update would complete layers of the next one too early, and those that came after would be dropped."""
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if info.can_load():
+            info.loaded_weights.clear()
+            info.load_numel = 0  # for finalize: nothing came, put the former tensors back
+    with set_current_vllm_config(config):
+        finalize_layerwise_reload(model, config.model_config)
+
+
 def _with_tied_head(weights: Iterable[tuple[str, Any]], config: Any) -> Iterator[tuple[str, Any]]:
     """``weights``, and a tied output layer under its own name as well: on CPUs vLLM keeps a repacked copy of it, which
     would stay that of the former checkpoint, without an error."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     embedding = head = None
@@ -132,3 +157,5 @@ def _with_tied_head(weights: Iterable[tuple[str, Any]], config: Any) -> Iterator
 
 
 WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
+# vLLM's own "nccl" waits without end; imported only where it is asked for.
+WeightTransferEngineFactory.register_engine("limited_nccl", "opd_ray.weights.nccl", "LimitedNcclEngine")

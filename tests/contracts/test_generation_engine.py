@@ -44,6 +44,10 @@ MODELS = [
 ANY = [*MODELS, pytest.param(("fake", "none"), id="fake")]
 
 
+class SenderDied(Exception):
+    """The sender's end, in the middle of a broadcast."""
+
+
 @dataclass
 class Subject:
     """An engine and, unless it is a fake, the transformers model it started from."""
@@ -52,11 +56,11 @@ class Subject:
     model: PreTrainedModel | None
     transport: GlooTransport = field(default_factory=GlooTransport)
 
-    def connect(self) -> None:
+    def connect(self, bucket_bytes: int = 2**14) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        group = TransferGroup("gloo", "127.0.0.1", port, 0, 2, timeout_s=20.0, bucket_bytes=2**14)
+        group = TransferGroup("gloo", "127.0.0.1", port, 0, 2, timeout_s=20.0, bucket_bytes=bucket_bytes)
         if self.model is None:
             self.engine.connect(group)
             return
@@ -65,7 +69,10 @@ class Subject:
             self.transport.open(group)
             joined.result()
 
-    def update(self, model: PreTrainedModel | None, version: int, unfinished: str = "keep") -> None:
+    def update(
+        self, model: PreTrainedModel | None, version: int, unfinished: str = "keep", cut: int | None = None
+    ) -> None:
+        """With ``cut`` the sender dies when it has sent so many parameters."""
         if model is None:
             self.engine.update_weights(WeightManifest(version, (), (), ()), unfinished)
             return
@@ -73,7 +80,12 @@ class Subject:
         manifest = manifest_of(weights, version)
         with ThreadPoolExecutor(1) as thread:
             received = thread.submit(self.engine.update_weights, manifest, unfinished)
-            self.transport.send(manifest, weights)
+            if cut is None:
+                self.transport.send(manifest, weights)
+            else:
+                with pytest.raises(SenderDied):
+                    self.transport.send(manifest, _dying_after(weights[:cut]))
+                self.transport.close()
             received.result()
 
     def finish(self, count: int) -> dict[str, Finished]:
@@ -90,6 +102,11 @@ class Subject:
             self.engine.submit(request)
         finished = self.finish(len(requests))
         return [finished[request.request_id] for request in requests]
+
+
+def _dying_after(weights: Sequence[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from weights
+    raise SenderDied
 
 
 def _build(kind: str, path: Path | None, host: EngineHost) -> GenerationEngine:
@@ -398,6 +415,25 @@ def test_connecting_again_leaves_the_former_group(subject: Subject) -> None:
         subject.connect()
         subject.update(perturbed(subject.model, seed=version), version)
         assert subject.engine.weight_version == version
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_after_a_broadcast_that_broke_off_a_whole_one_installs_exactly_what_it_sends(subject: Subject) -> None:
+    """vLLM kept what it had received of a layer, took it for part of the next broadcast, and dropped the rest."""
+    broken, model = perturbed(subject.model, seed=1), perturbed(subject.model, seed=2)
+    count = len(weights_of(model))
+    for version, cut in enumerate((1, 3, count // 2, count - 1), 1):
+        subject.connect(bucket_bytes=1)
+        with pytest.raises(WeightSyncError, match="rank 1 of 2"):
+            subject.update(broken, version, cut=cut)
+        assert subject.engine.weight_version == version - 1
+        subject.connect()
+        subject.update(model, version)
+        assert subject.engine.weight_version == version
+        requests = requests_for(SAMPLED, seed=version)
+        for request, finished in zip(requests, subject.run(requests), strict=True):
+            assert_same_distribution(model, request, finished)
+        broken, model = perturbed(model, seed=10 * version), perturbed(model, seed=11 * version)
 
 
 @pytest.mark.parametrize("subject", [pytest.param(("torch", "untied"), id="torch")], indirect=True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
+import stopped_member
 from engine_host import EngineHost
 from opd_ray.errors import InputError, WeightSyncError
 from opd_ray.messages import TransferGroup
+from opd_ray.node import free_port
 from opd_ray.weights import make_transport
 from opd_ray.weights.gloo import GlooTransport, plan_buckets
 from opd_ray.weights.manifest import manifest_of, weights_of
@@ -40,9 +43,7 @@ def group(rank: int, world_size: int, port: int, **changes: float) -> TransferGr
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 def together(*calls: Callable[[], object]) -> list[object]:
@@ -117,6 +118,42 @@ def test_a_silent_sender_ends_the_wait_by_the_timeout(port: int) -> None:
         list(receiver.receive(manifest_of(weights(), 0)))
 
 
+def test_a_member_that_is_stopped_ends_a_broadcast_for_all_and_the_rest_goes_on_without_it(port: int) -> None:
+    timeout_s, large = 2.0, stopped_member.weights()
+    groups = [group(rank, 3, port, timeout_s=timeout_s, bucket_bytes=4_000_000) for rank in range(3)]
+    transport, receiver, manifest = GlooTransport(), GlooReceiver(), manifest_of(large, 1)
+    with stopped_member.stopped_member(groups[2], "receiving") as process, ThreadPoolExecutor(2) as threads:
+        together(lambda: transport.open(groups[0]), lambda: receiver.connect(groups[1]))
+        ends = [
+            threads.submit(lasted, WeightSyncError, transport.send, manifest, large),
+            threads.submit(lasted, WeightSyncError, lambda: list(receiver.receive(manifest))),
+        ]
+        stopped_member.wait_until_stopped(process)
+        assert all(end.result() < timeout_s + 1.5 for end in ends)
+
+        new = group(0, 2, free_port(), timeout_s=20.0)
+        together(lambda: transport.open(new), lambda: receiver.connect(dataclasses.replace(new, rank=1)))
+        _, got = together(lambda: transport.send(manifest, large), lambda: list(receiver.receive(manifest)))
+    assert all(torch.equal(tensor, wanted) for (_, tensor), (_, wanted) in zip(got, large, strict=True))
+
+
+def test_a_learner_that_is_stopped_does_not_hold_those_who_join_it(port: int) -> None:
+    """torch's store has no timeout for a server that takes connections and says nothing."""
+    members = group(0, 3, port, timeout_s=1.0)
+    with stopped_member.stopped_member(members, "hosting") as process:
+        stopped_member.wait_until_stopped(process)
+        joins = [partial(GlooReceiver().connect, dataclasses.replace(members, rank=rank)) for rank in (1, 2)]
+        assert all(each < 3.5 for each in together(*(partial(lasted, WeightSyncError, join) for join in joins)))
+
+
+def lasted(error: type[Exception], call: Callable[..., object], *args: object) -> float:
+    """Seconds until it raised."""
+    start = time.monotonic()
+    with pytest.raises(error):
+        call(*args)
+    return time.monotonic() - start
+
+
 def test_a_dead_receiver_is_reported(port: int) -> None:
     transport, receivers = open_all(port, 1, timeout_s=1.0)
     receivers.clear()
@@ -181,5 +218,19 @@ def test_nccl_sides_speak_the_installed_vllms_protocol(vllm_host: EngineHost) ->
     manifest = manifest_of(weights(), 0)
     assert probe.broadcast(dataclasses.replace(members, rank=0), manifest, 2) == [list(manifest.names)] * 2
     shapes = [list(shape) for shape in manifest.shapes]
-    expected = {"port": 4321, "rank": 1, "packed": True, "bucket_bytes": 256, "shapes": shapes}
+    expected = {"port": 4321, "rank": 1, "packed": True, "bucket_bytes": 256, "timeout_s": 20.0, "shapes": shapes}
     assert probe.parsed(members, manifest) == expected
+
+
+@pytest.mark.vllm
+def test_an_nccl_wait_ends_by_the_timeout_and_its_group_is_not_used_again(vllm_host: EngineHost) -> None:
+    """An aborted communicator returns from every further call at once, without an error."""
+    probe = vllm_host.build("nccl_probe:NcclProbe")
+    sender = dataclasses.replace(group(0, 3, 4321, timeout_s=0.5), backend="nccl")
+    seconds, (first, second) = probe.send_to_a_stopped_member(sender, manifest_of(weights(), 4))
+    assert 0.5 <= seconds < 3.0
+    assert "version 4 failed: " in first and "did not end within 0.5 s and was aborted" in first
+    assert "before open" in second
+    assert "could not form the nccl group of 3 at 127.0.0.1:4321: no answer within 0.5 s" in (
+        probe.join_without_the_others(sender)
+    )
