@@ -51,23 +51,23 @@ def test_no_more_nodes_than_the_whole_cluster_may_have() -> None:
 
 @pytest.fixture
 def monitor(tmp_path: Path) -> Iterator[Path]:
-    """A process that was started as Ray's autoscaler for the Ray at 192.0.2.1:6379; the file that it was given."""
+    """A process that was started as Ray's autoscaler for the Ray at 203.0.113.1:6379; the file that it was given."""
     config = tmp_path / "cluster.yaml"
     config.write_text(yaml.safe_dump(CLUSTER, sort_keys=False))
-    command = [sys.executable, "-c", "input()", "--gcs-address=192.0.2.1:6379", f"--autoscaling-config={config}"]
+    command = [sys.executable, "-c", "input()", "--gcs-address=203.0.113.1:6379", f"--autoscaling-config={config}"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
     yield config
     process.communicate(b"\n")
 
 
 def test_limits_are_read_from_the_file_of_the_autoscaler_that_serves_this_ray(monitor: Path) -> None:
-    assert capacity._read_file("192.0.2.1:6379") == limits_of(CLUSTER)
-    assert capacity._read_file("192.0.2.2:6379") is None
+    assert capacity._read_file("203.0.113.1:6379") == limits_of(CLUSTER)
+    assert capacity._read_file("203.0.113.2:6379") is None
 
 
 def test_a_file_that_is_gone_is_no_limit(monitor: Path, caplog: pytest.LogCaptureFixture) -> None:
     monitor.unlink()
-    assert capacity._read_file("192.0.2.1:6379") is None
+    assert capacity._read_file("203.0.113.1:6379") is None
     assert str(monitor) in caplog.text
 
 
