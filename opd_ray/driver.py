@@ -271,7 +271,7 @@ class Driver:
     def _restart(self, rooms: Rooms, error: GroupLost) -> None:
         """Starts the actors of a group anew; the state that they held comes from the newest snapshot."""
         count = self._restarts.count(error.room, str(error), time.monotonic())
-        self._say("group_lost", f"{error.room} is lost ({error}); it is started anew ({count})", room=error.room)
+        self._say("group_lost", f"lost: {error}; room {error.room} is started anew ({count})", room=error.room)
         self._where.enter("restoring")
         self._reporter.num_restores += 1
         rooms.learner.restart() if error.room == "learn" else rooms.followers[error.room].restart()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ class Member:
         return time.monotonic() - self.ready_since if self.ready_since is not None else 0.0
 
 
+_FIELDS = re.compile(r"\b(class_name|actor_id|name|namespace|ip): \S+ ?")
 Spawn = Callable[[int, int], Member]
 """Starts actor ``number`` of a room for the ``n``-th time; returns at once."""
 
@@ -186,7 +188,9 @@ def _death(error: RayActorError) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if getattr(error, "actor_init_failed", False):
         return f"the actor could not start: {lines[-1]}"
-    return f"the actor died: {' '.join(lines)}"
+    # Ray adds the actor's fields, and for every death the same list of what may have been the cause.
+    reason = _FIELDS.sub("", " ".join(lines)).partition(" Some common causes")[0]
+    return f"the actor died: {reason.removeprefix('The actor died unexpectedly before finishing this task. ')}"
 
 
 def _line(error: BaseException) -> str:

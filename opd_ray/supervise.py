@@ -121,7 +121,7 @@ class Supervisor:
         else:
             self._say(
                 "worker_lost",
-                f"{pool.room}: {member.name} on {member.node} is lost ({cause}); it is replaced ({count})",
+                f"lost: {cause}; another takes its place ({count})",
                 room=pool.room,
                 worker=member.name,
                 node=member.node,
