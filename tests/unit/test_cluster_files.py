@@ -195,6 +195,17 @@ def test_token_authentication_is_on_and_the_dashboard_listens_on_the_head_only(n
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
 
 
+def test_a_job_that_is_stopped_has_time_to_save() -> None:
+    grace = job("job").checkpoint.grace_s
+    for name in ("aws", "gcp", "on-premises"):
+        found = re.search(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", launched(name)["head_start_ray_commands"][-1])
+        assert found and int(found[1]) > grace
+    pod = ray_cluster()["spec"]["headGroupSpec"]["template"]["spec"]
+    (variable,) = pod["containers"][0]["env"]
+    assert variable["name"] == "RAY_JOB_STOP_WAIT_TIME_S"
+    assert grace < int(variable["value"]) <= pod["terminationGracePeriodSeconds"]
+
+
 def test_nothing_is_reachable_from_everywhere() -> None:
     (rule,) = launched("aws")["provider"]["security_group"]["IpPermissions"]
     assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
@@ -210,6 +221,14 @@ def test_no_secret_stands_in_a_file(name: str) -> None:
     text = read(name)
     assert not re.search(r"\b[0-9a-f]{32}\b|AKIA[0-9A-Z]{16}|-----BEGIN|hf_[A-Za-z0-9]{20}", text)
     assert "kind: Secret" not in text
+
+
+def test_the_readme_starts_the_local_cluster_as_its_header_says() -> None:
+    def start(text: str) -> list[str]:
+        (found,) = re.findall(r"^(?:# *)?RAY_FAKE_CLUSTER=1.*?local\.yaml", text, re.MULTILINE | re.DOTALL)
+        return shlex.split(re.sub(r"\\\n(# )?", " ", found.removeprefix("#")))
+
+    assert start(read("local")) == start((DIRECTORY / "README.md").read_text())
 
 
 @pytest.mark.parametrize("name", [*LAUNCHED, *KUBERNETES])
