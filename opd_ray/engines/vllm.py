@@ -131,7 +131,7 @@ class VllmGenerationEngine:
         except Exception as error:
             raise WeightSyncError(
                 f"weights: a vLLM engine on backend {self._backend} could not {action}: {error}; "
-                "do not step this engine again, its weights may be half loaded"
+                "its weights may be of two versions: do not step it before an update has succeeded"
             ) from error
 
 

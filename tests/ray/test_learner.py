@@ -21,10 +21,12 @@ import learner_ranks
 from learner_ranks import NUM_STEPS, SIZES, Ranks, assert_same_curve, config_with, make_hosts, plain_training, poison
 from opd_ray.batching import count
 from opd_ray.config import Config
-from opd_ray.errors import InputError, RunError
+from opd_ray.errors import InputError, RunError, WeightSyncError
 from opd_ray.heads import load_head
-from opd_ray.messages import Entry, StepPlan
+from opd_ray.messages import Entry, StepPlan, TransferGroup
+from opd_ray.node import free_port
 from opd_ray.training import fetch_payloads
+from opd_ray.weights.receivers import GlooReceiver
 from scored_rollouts import Scoring, scored_entries
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
@@ -408,3 +410,48 @@ def test_an_older_snapshot_can_be_gone_back_to_in_the_middle_of_a_run(
     assert (after_skipped["steps"], after_skipped["lr_step"]) == (NUM_STEPS, NUM_STEPS)
     learner.restore(snapshot)
     assert_same_curve(learner.train(entries, range(2, NUM_STEPS)), expected, 1e-6)
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (3, 2)])
+def test_a_joiner_gets_the_weights_in_a_group_of_its_own(
+    start: Callable[..., Ranks], entries: list[Entry], stage: int, ranks: int
+) -> None:
+    """The others' group stays as it is; a joiner that does not come costs the learner nothing but the wait."""
+    expected = start(config_with(ranks, zero_stage=stage)).train(entries, range(2))
+    learner = start(config_with(ranks, zero_stage=stage))
+    sent = learner.sent_weights()
+    manifest = learner.call("manifest", 1)[0]
+
+    def take(receiver: GlooReceiver) -> None:
+        got = dict(receiver.receive(manifest))
+        assert all(torch.equal(got[name], sent[name]) for name in sent)
+
+    members, joiner = GlooReceiver(), GlooReceiver()
+    main, own = transfer_group(2), transfer_group(2)
+    opening = learner.begin_call("open_transport", main)
+    members.connect(dataclasses.replace(main, rank=1))
+    ray.get(opening)
+    sending = learner.begin_call("send_weights", manifest, own)
+    joiner.connect(dataclasses.replace(own, rank=1))
+    take(joiner)
+    ray.get(sending)
+    with pytest.raises(WeightSyncError, match="rank 0 of 2 could not join"):
+        learner.call("send_weights", manifest, transfer_group(2, timeout_s=1.0))
+    sending = learner.begin_call("send_weights", manifest)
+    take(members)
+    ray.get(sending)
+    assert_same_curve(learner.train(entries, range(2)), expected, 1e-6)
+
+
+def transfer_group(world_size: int, timeout_s: float = 30.0) -> TransferGroup:
+    return TransferGroup("gloo", "127.0.0.1", free_port(), 0, world_size, timeout_s, 2**12)
+
+
+def test_a_learner_at_work_answers_in_its_second_thread(start: Callable[..., Ranks], hosts) -> None:
+    start(config_with(1))
+    [host] = hosts[1]
+    busy = host.wait.remote()
+    assert ray.get(host.call.options(concurrency_group="io").remote("node"), timeout=30)
+    other = ray.get(host.go_on.options(concurrency_group="io").remote())
+    name, num_threads = ray.get(busy)
+    assert other != name and num_threads == 1

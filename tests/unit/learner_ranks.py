@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ class Host:
     def __init__(self, rank: int, config: Config) -> None:
         self._learner = Learner(config, rank)
         self._lost: set[Any] = set()
+        self._gate = threading.Event()
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._learner, method)(*args)
@@ -78,6 +80,15 @@ class Host:
 
     def train(self, plans: Sequence[StepPlan]) -> list[StepOutcome]:
         return [self._learner.train_step(plan, self._fetch) for plan in plans]
+
+    def wait(self) -> tuple[str, int]:
+        """Keeps the thread of the default group until ``go_on``; its name, and torch's threads in it."""
+        assert self._gate.wait(60)
+        return threading.current_thread().name, torch.get_num_threads()
+
+    def go_on(self) -> str:
+        self._gate.set()
+        return threading.current_thread().name
 
     def lose(self, refs: Sequence[Any]) -> None:
         """From now on these objects are gone."""
@@ -101,9 +112,10 @@ class Host:
         self._learner._model.model.norm.register_forward_hook(lambda _module, _inputs, output: Overflow.apply(output))
 
     def sent_weights(self) -> dict[str, torch.Tensor]:
-        self._learner._transport = RecordingTransport()
+        usual, self._learner._transport = self._learner._transport, RecordingTransport()
         self._learner.send_weights(self._learner.manifest(1))
-        return self._learner._transport.sent
+        recorded, self._learner._transport = self._learner._transport, usual
+        return recorded.sent
 
 
 class Ranks:
@@ -115,7 +127,7 @@ class Ranks:
         self.call("begin", config, str(student_path), tuple(stop_token_ids))
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        return ray.get([host.call.remote(method, *args) for host in self._hosts])
+        return ray.get(self.begin_call(method, *args))
 
     def each(self, method: str) -> list[Any]:
         """What a method of every host returns."""
@@ -135,6 +147,10 @@ class Ranks:
         )
         assert all(repr(result) == repr(results[0]) for result in results), "ranks disagree on the step's outcome"
         return results[0]
+
+    def begin_call(self, method: str, *args: Any) -> list[Any]:
+        """The refs of a call to all ranks."""
+        return [host.call.remote(method, *args) for host in self._hosts]
 
     def train(self, entries: Sequence[Entry], steps: range) -> list[dict[str, float]]:
         outcomes = self.outcomes(entries, steps)
@@ -159,7 +175,10 @@ class Ranks:
 
 def make_hosts(size: int) -> list[Any]:
     """Processes that have joined each other."""
-    actor = ray.remote(num_cpus=0.1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(Host)
+    # As a run's learners: with a second thread, so that none of the methods runs in the main one.
+    actor = ray.remote(num_cpus=0.1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}, concurrency_groups={"io": 1})(
+        Host
+    )
     group = [actor.remote(rank, config_with(size)) for rank in range(size)]
     address = ray.get(group[0].call.remote("node_address"))
     ray.get([host.call.remote("setup", *address) for host in group])
