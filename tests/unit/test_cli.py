@@ -34,7 +34,8 @@ def call(
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("OPD_RAY_DEBUG", "")  # and so taken back after a test that asked for tracebacks
     monkeypatch.setattr(run, "cluster", contextlib.nullcontext)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    for module in ("run", "capacity"):
+        monkeypatch.setattr(f"opd_ray.{module}.cluster_capacity", lambda node_resource=None: {"CPU": 2.0})
 
     def call(*arguments: str) -> Outcome:
         with pytest.raises(SystemExit) as caught:
@@ -173,28 +174,48 @@ def test_preflight_prints_what_it_found(call: Callable[..., Outcome], setting: d
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_train_hands_over_and_resumes_with_the_configuration_of_the_run(
-    call: Callable[..., Outcome], setting: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[configs.Config, Path, bool]] = []
+def _trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[configs.Config, Path, bool, bool]]:
+    """(configuration, run directory, resume, auto_resume) of every run that is asked for, none of which takes place."""
+    calls: list[tuple[configs.Config, Path, bool, bool]] = []
 
-    def train(config: configs.Config, run_dir: Path, *, resume: bool) -> dict[str, Any]:
-        calls.append((config, run_dir, resume))
+    def train(config: configs.Config, run_dir: Path, *, resume: bool, auto_resume: bool) -> dict[str, Any]:
+        calls.append((config, run_dir, resume, auto_resume))
         return {"steps": 3, "wall_s": 1.0, "eval_before": None, "eval_after": None}
 
     monkeypatch.setattr(run, "train", train)
+    return calls
+
+
+def test_train_hands_over_and_resumes_with_the_configuration_of_the_run(
+    call: Callable[..., Outcome], setting: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = _trained(monkeypatch)
     assert call("train", *overrides(setting, seed="4"))[0] == 0
-    config, run_dir, resume = calls[0]
+    config, run_dir, resume, auto_resume = calls[0]
     assert run_dir.is_absolute()
     assert run_dir.name.startswith("stableopd-seed4-")
-    assert not resume
+    assert not resume and not auto_resume
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(configs.to_yaml(config))
     assert call("train", "--run-dir", str(run_dir), "--resume", "learner.steps=7")[0] == 0
-    resumed, _, resume = calls[1]
+    resumed, _, resume, _ = calls[1]
     assert resume
     assert (resumed.seed, resumed.learner.steps) == (4, 7)
     assert resumed.student == config.student
+
+
+def test_auto_resume_begins_a_run_and_goes_on_with_one_that_is_there(
+    call: Callable[..., Outcome], setting: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, run_dir = _trained(monkeypatch), tmp_path / "run"
+    arguments = ("train", "--auto-resume", "--run-dir", str(run_dir))
+    assert call(*arguments, *overrides(setting, seed="4"))[0] == 0
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(configs.to_yaml(calls[0][0]))
+    assert call(*arguments, *overrides(setting, seed="4", learner__steps="7"))[0] == 0
+    assert [call[2:] for call in calls] == [(False, True), (True, True)]
+    assert_refused(call(*arguments, *overrides(setting, seed="5")), "--resume: seed is 5")
+    assert_refused(call("train", "--auto-resume"), "--run-dir")
 
 
 def test_evaluate_prints_a_table_or_json(

@@ -9,7 +9,7 @@ import pytest
 
 from opd_ray.actors.generator import EngineThread, GeneratorSettings, StudentGenerator, TeacherGenerator
 from opd_ray.engines.fake import FakeGenerationEngine
-from opd_ray.errors import RunError
+from opd_ray.errors import EngineFailed, RunError, WeightSyncError
 from opd_ray.messages import ROLLOUT_SCHEMA, GenerationRequest, PromptGroup, SamplingSettings, WeightManifest
 
 NEVER_STOP = SamplingSettings(temperature=1.0, top_p=1.0, max_response_tokens=6, stop_token_ids=())
@@ -162,10 +162,64 @@ def test_an_engine_that_fails_fails_every_waiting_call_with_its_error():
 
     async def scenario():
         generator, _ = make(engine=Broken())
-        with pytest.raises(RuntimeError, match="the device is gone"):
-            await asyncio.wait_for(generator.generate([group(0)], NEVER_STOP), 5)
-        with pytest.raises(RunError, match="the engine has failed before: the device is gone"):
-            await asyncio.wait_for(generator.generate([group(1)], NEVER_STOP), 5)
+        together = [generator.generate([group(slot)], NEVER_STOP) for slot in (0, 1)]
+        failures = await failures_of(*together)
+        failures += await failures_of(generator.generate([group(2)], NEVER_STOP), generator.update_weights(manifest(1)))
+        assert [type(failure) for failure in failures] == [EngineFailed] * 4
+        assert {str(failure) for failure in failures} == {"the engine failed: RuntimeError: the device is gone"}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("in_flight", ["keep", "drain"])
+def test_an_engine_with_half_of_an_update_is_not_stepped_until_one_succeeds(in_flight):
+    """Its weights are of two versions; it still takes commands and requests, and is of use after the next update."""
+
+    class Torn(SteppedEngine):
+        def update_weights(self, manifest, unfinished):
+            super().update_weights(manifest, unfinished)
+            if manifest.version == 1:
+                raise WeightSyncError("the sender is gone")
+
+    async def scenario():
+        generator, engine = make(in_flight, engine=Torn())
+        running = asyncio.create_task(generator.generate([group(0)], NEVER_STOP))
+        engine.may_step.release(2)
+        await until(lambda: engine.events.count("step") == 2)
+        update = asyncio.create_task(generator.update_weights(manifest(1)))
+        await asyncio.sleep(0)
+        engine.may_step.release(100)
+        with pytest.raises(WeightSyncError, match="the sender is gone"):
+            await asyncio.wait_for(update, 10)
+        steps = engine.events.count("step")
+        late = asyncio.create_task(generator.generate([group(1)], NEVER_STOP))
+        await until(lambda: "submit 1" in engine.events)
+        await asyncio.wait_for(asyncio.wrap_future(generator._engine.command(lambda _: None)), 10)
+        assert engine.events.count("step") == steps
+        assert not late.done()
+        await asyncio.wait_for(generator.update_weights(manifest(2)), 10)
+        (meta,), _ = await asyncio.wait_for(late, 10)
+        assert (meta.oldest_version, meta.newest_version) == (2, 2)
+        await asyncio.wait_for(running, 10)
+
+    asyncio.run(scenario())
+
+
+def test_what_is_under_way_in_a_half_updated_engine_can_be_abandoned():
+    class Torn(SteppedEngine):
+        def update_weights(self, manifest, unfinished):
+            raise WeightSyncError("the sender is gone")
+
+    async def scenario():
+        generator, engine = make(engine=Torn())
+        running = asyncio.create_task(generator.generate([group(0)], NEVER_STOP))
+        await until(lambda: "submit 0" in engine.events)
+        update = asyncio.create_task(generator.update_weights(manifest(1)))
+        await asyncio.sleep(0)
+        engine.may_step.release(1)
+        assert isinstance((await failures_of(update))[0], WeightSyncError)
+        assert await asyncio.wait_for(generator.abandon(), 10) == 1
+        assert "abandoned" in str((await failures_of(running))[0])
 
     asyncio.run(scenario())
 

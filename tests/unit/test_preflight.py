@@ -76,7 +76,7 @@ def test_an_evaluation_needs_only_the_student_and_the_problems(setting: dict[str
 
 def test_parts_that_a_method_does_not_use_are_not_asked_for(setting: dict[str, str]) -> None:
     config = configured(setting, **SFT, teacher__path="/nowhere", reference__path="/nowhere")
-    preflight.check_resources(config, {"CPU": 1.0})
+    preflight.check_resources(config, lambda _: {"CPU": 1.0})
     assert preflight.check_files(config).num_golden == 1
 
 
@@ -295,7 +295,28 @@ def test_the_longest_prompt_is_found_among_tokens_of_unequal_length(tmp_path: Pa
 def test_more_than_the_cluster_has_is_refused(
     setting: dict[str, str], changes: dict[str, str], there: dict[str, float], message: str
 ) -> None:
-    assert message in refused(lambda: preflight.check_resources(configured(setting, **changes), there))
+    assert message in refused(lambda: preflight.check_resources(configured(setting, **changes), lambda _: there))
+
+
+def test_an_elastic_pool_asks_for_its_minimum_only(setting: dict[str, str]) -> None:
+    changes = {"rollout__num_generators": "6", "rollout__max_generators": "8", "rollout__cpus_per_generator": "1"}
+    there = {"CPU": 3.0}
+    config = configured(setting, **changes, rollout__min_generators="2")
+    preflight.check_resources(config, lambda _: there)
+    fixed = configured(setting, **changes)
+    assert "generators 6 x 1" in refused(lambda: preflight.check_resources(fixed, lambda _: there))
+
+
+def test_rooms_of_a_node_resource_must_fit_on_the_nodes_that_have_it(setting: dict[str, str]) -> None:
+    there = {None: {"CPU": 64.0}, "spot": {"CPU": 2.0, "spot": 2.0}, "misspelt": {}}
+    spot = {"rollout__node_resource": "spot", "rollout__cpus_per_generator": "1"}
+    preflight.check_resources(configured(setting, **spot, rollout__num_generators="2"), there.__getitem__)
+    many = configured(setting, **spot, rollout__num_generators="3")
+    message = refused(lambda: preflight.check_resources(many, there.__getitem__))
+    assert "3 CPUs asked on nodes with spot (generators 3 x 1), 2 there" in message
+    misspelt = configured(setting, teacher__node_resource="misspelt")
+    message = refused(lambda: preflight.check_resources(misspelt, there.__getitem__))
+    assert "teacher ask for nodes with the custom resource 'misspelt'" in message
 
 
 def test_a_missing_engine_is_refused_with_how_to_install_it(
@@ -320,7 +341,9 @@ def test_a_directory_with_another_run_needs_resume(setting: dict[str, str], tmp_
     preflight.check_run_dir(run_dir, config, resume=True)
 
 
-@pytest.mark.parametrize("change", ["seed=1", "student.path=/other", "data.task=math", "learner.num_ranks=2", *CHANGES])
+@pytest.mark.parametrize(
+    "change", ["seed=1", "student.path=/other", "data.task=math", "learner.dtype=bfloat16", *CHANGES]
+)
 def test_a_resumed_run_must_be_the_same_run(setting: dict[str, str], tmp_path: Path, change: str) -> None:
     (tmp_path / "config.yaml").write_text(configs.to_yaml(configured(setting)))
     name, _, value = change.partition("=")
@@ -329,7 +352,19 @@ def test_a_resumed_run_must_be_the_same_run(setting: dict[str, str], tmp_path: P
     assert "continue it with" in message
 
 
-@pytest.mark.parametrize("change", ["learner.steps=999", "teacher.num_actors=2", "buffer.max_staleness=0"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "learner.steps=999",
+        "learner.num_ranks=2",
+        "learner.zero_stage=3",
+        "rollout.max_generators=4",
+        "teacher.num_actors=2",
+        "teacher.max_actors=3",
+        "teacher.node_resource=teacher_node",
+        "buffer.max_staleness=0",
+    ],
+)
 def test_a_resumed_run_may_change_what_does_not_matter(setting: dict[str, str], tmp_path: Path, change: str) -> None:
     (tmp_path / "config.yaml").write_text(configs.to_yaml(configured(setting)))
     name, _, value = change.partition("=")

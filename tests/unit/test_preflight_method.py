@@ -36,10 +36,9 @@ def test_a_row_may_ask_for_any_teacher_of_the_run(setting: dict[str, str], tmp_p
     make_checkpoint(tmp_path / "code", eos=[2])
     config = configured(setting, more_teachers__code__path=str(tmp_path / "code"))
     assert preflight.check_files(config).eos_token_ids == (1, 2)
-    resources = {"CPU": 2.0}
-    preflight.check_resources(config, resources)
+    preflight.check_resources(config, lambda _: {"CPU": 2.0})
     wide = configured(setting, more_teachers__code__path="/code", more_teachers__code__num_actors="90")
-    assert "code 90 x 0.1" in refused(lambda: preflight.check_resources(wide, resources))
+    assert "code 90 x 0.1" in refused(lambda: preflight.check_resources(wide, lambda _: {"CPU": 2.0}))
 
 
 @pytest.mark.parametrize("file", ["prompts", "golden"])
@@ -93,8 +92,8 @@ def test_a_teacher_that_only_writes_is_checked_but_not_scored_with(setting: dict
         setting, **LIVE_TEACHER, rollout__responses_per_prompt="0", loss__student__coef="0", loss__reference__coef="0"
     )
     assert preflight.check_files(kd).eos_token_ids == (1, 2)
-    preflight.check_resources(kd, {"CPU": 1.5})  # learner and one generator of each kind
-    assert "teacher generators 1 x 0.5" in refused(lambda: preflight.check_resources(kd, {"CPU": 1.4}))
+    preflight.check_resources(kd, lambda _: {"CPU": 1.5})  # learner and one generator of each kind
+    assert "teacher generators 1 x 0.5" in refused(lambda: preflight.check_resources(kd, lambda _: {"CPU": 1.4}))
     make_checkpoint(tmp_path / "teacher", context=24)
     assert "more than the context of 24 of teacher.path=" in refused(lambda: preflight.check_files(kd))
 

@@ -245,9 +245,9 @@ def test_the_paper_files_carry_what_the_paper_states(name):
 def test_the_paper_files_ask_for_four_gpus(name):
     config = load(name)
     resources = {"CPU": 64.0, "GPU": 4.0}
-    preflight.check_resources(config, resources)
+    preflight.check_resources(config, lambda _: resources)
     with pytest.raises(InputError, match="GPUs asked"):
-        preflight.check_resources(config, {**resources, "GPU": 3.0})
+        preflight.check_resources(config, lambda _: {**resources, "GPU": 3.0})
 
 
 def test_routed_prompts_name_teachers_that_the_recipe_has():

@@ -3,6 +3,7 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.exceptions import ObjectLostError
 
 from factories import meta
 from opd_ray.actors import recorder as module
@@ -65,6 +66,28 @@ def test_a_row_has_the_teacher_that_scored_it_and_the_reference(recorder, tmp_pa
     assert table["teacher_logprobs"] == [[-2.0] * 3, [-4.0], None]
     assert table["reference_logprobs"] == [[-3.0] * 3, None, None]
     assert (table["tail_period"], table["repetitive"]) == ([3, 0, 0], [False, True, False])
+
+
+def test_a_rollout_that_is_gone_keeps_its_row_with_what_is_known_of_it(recorder, tmp_path, monkeypatch):
+    """Nobody could count the prompts that were trained on if rows were missing."""
+
+    def get(ref):
+        if ref == "gone":
+            raise ObjectLostError("00" * 28, "", "")
+        return ref
+
+    monkeypatch.setattr(module.ray, "get", get)
+    entries = [
+        Entry(meta(5, prompt_id="p5", rollout_id="5-0", num_response_tokens=8), 1, "gone", {"teacher": scores(-2)}),
+        Entry(meta(1), 0, rollouts(), {"teacher": "gone", "reference": scores(-3)}),
+    ]
+    assert recorder.write(str(tmp_path), 7, entries) == 2
+    table = pq.read_table(tmp_path / "step-000007.parquet").to_pydict()
+    assert (table["rollout_id"], table["slot"], table["prompt_id"]) == (["5-0", "0-0"], [5, 0], ["p5", "0"])
+    assert (table["response_tokens"], table["text"]) == ([[], [3]], ["", "a"])
+    assert (table["finish_reason"], table["source"], table["correct"]) == (["stop"] * 2, ["student"] * 2, [True] * 2)
+    assert table["teacher_logprobs"] == [[-2.0] * 2, None]
+    assert table["reference_logprobs"] == [None, [-3.0]]
 
 
 def test_selected_rows_are_a_payload_of_their_own(recorder):
