@@ -73,7 +73,7 @@ class Delivery:
                 return
             self.num_failed += 1
             self._formed = []
-            self._say("broadcast_failed", f"weights: broadcast {attempt} of version {version} failed: {failure}")
+            self._say("broadcast", f"weights: broadcast {attempt} of version {version} failed: {failure}")
         raise WeightSyncError(f"weights: version {version} could not be sent in {_MOST_ATTEMPTS} attempts: {failure}")
 
     async def welcome(self, member: Member) -> None:

@@ -103,6 +103,7 @@ class Driver:
             self._restarts,
             self._delivery,
             self._keeper,
+            lambda metrics: self._writer.live(metrics),
         )
         self._go_back_to(start.step if start else 0, continued)
         reporting = asyncio.create_task(self._reporter.run(), name="status")
@@ -241,7 +242,7 @@ class Driver:
             Metrics(self._writer, rooms, self._reporter.metrics),
             RolloutLog(rooms.recorder, self._run_dir / "rollouts", self._config.metrics.rollout_log_every_steps),
             self._keeper,
-            Progress(self._run_dir, self._config.learner.steps, self._where.step),
+            Progress(self._run_dir, self._config.learner.steps, self._where.step, self._say),
         ]
         try:
             await pipeline.run([self._summary, *watching, *self._observers])

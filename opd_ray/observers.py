@@ -69,9 +69,13 @@ class RolloutLog:
 
 
 class Progress:
-    """One line on the console every few seconds, and the same as JSON in progress.jsonl."""
+    """One line on the console every few seconds, and the same as JSON in progress.jsonl; the guard's events at once."""
 
-    def __init__(self, run_dir: Path, steps: int, first_step: int = 0, every_s: float = 2.0) -> None:
+    def __init__(
+        self, run_dir: Path, steps: int, first_step: int, say: Callable[..., None], every_s: float = 2.0
+    ) -> None:
+        """``say(kind, text, step=...)`` tells people what happened."""
+        self._say = say
         self._path = run_dir / "progress.jsonl"
         self._steps, self._first, self._every_s = steps, first_step, every_s
         self._began = self._printed = time.monotonic()
@@ -83,7 +87,7 @@ class Progress:
         now = time.monotonic()
         due = now - self._printed >= self._every_s or report.step in (self._first + 1, self._steps)
         for event in report.events:
-            print(event, flush=True)
+            self._say("guard", str(event), **asdict(event))
         if not (due or report.evaluation):
             return
         done = report.step - self._first

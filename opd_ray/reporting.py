@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from opd_ray import status
@@ -34,10 +35,12 @@ class Reporter:
         restarts: Restarts,
         delivery: Delivery,
         keeper: Keeper,
+        live: Callable[[dict[str, float]], None],
     ) -> None:
+        """``live`` takes the metrics that also change while no step is done."""
         self._config, self._run_dir, self._rooms, self._where = config, run_dir, rooms, where
         self._supervisor, self._restarts = supervisor, restarts
-        self._delivery, self._keeper = delivery, keeper
+        self._delivery, self._keeper, self._live = delivery, keeper, live
         self.num_restores = 0
         """How often the run went back to an earlier state because one was lost."""
         self._stalls = StallWatch(config.metrics.stall_s)
@@ -58,6 +61,7 @@ class Reporter:
     def write(self) -> Status:
         """Writes the file; a disk that is full costs the file, not the run."""
         now = self.status()
+        self._live(self.metrics())
         with contextlib.suppress(OSError):
             status.write(self._run_dir / status.FILE, now)
         return now
@@ -94,6 +98,8 @@ class Reporter:
             ready = room.those("ready") if isinstance(room, Pool) else room.members
             values[f"pool/{room.room}_ready"] = float(len(ready))
             values[f"pool/{room.room}_starting"] = float(len(_starting(room)))
+            minimum = room.size.minimum if isinstance(room, Pool) else room.size
+            values[f"pool/{room.room}_minimum"] = float(minimum)
             values[f"restarts/{room.room}"] = float(by_room[room.room])
         pipeline = self._keeper.pipeline
         return values | {

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from opd_ray import logs
 from opd_ray.engines import GenerationEngine
 from opd_ray.errors import EngineFailed, RunError
 from opd_ray.messages import (
@@ -38,6 +39,8 @@ from opd_ray.messages import (
 from opd_ray.node import this_node
 from opd_ray.repetition import is_repetitive, tail_period
 from opd_ray.tasks import Task
+
+_log = logs.get(__name__)
 
 
 class EngineThread:
@@ -298,6 +301,8 @@ class StudentGenerator(Generator):
             lambda engine: engine.update_weights(manifest, unfinished), drain=in_flight == "drain"
         )
         await asyncio.wrap_future(update)
+        logs.at(version=manifest.version)
+        _log.info("has weights of version %d", manifest.version)
 
     def _rollout_id(self, slot: int, index: int) -> str:
         return f"{slot}-{index}"

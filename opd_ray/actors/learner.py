@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from opd_ray import logs
 from opd_ray.batching import Payload, collate
 from opd_ray.config import Config
 from opd_ray.errors import InputError, RunError
@@ -38,6 +39,8 @@ from opd_ray.objective import MicroBatchLoss, Objective
 from opd_ray.training import StepOutcome, disable_dropout, fetch_payloads, is_loss, lost_rollouts, lr_factor
 from opd_ray.weights import make_transport
 from opd_ray.weights.manifest import manifest_of, weights_of
+
+_log = logs.get(__name__)
 
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
@@ -161,6 +164,8 @@ class Learner:
             torch.distributed.all_reduce(totals)
         metrics = finish(dict(zip(names, totals.tolist(), strict=True)))
         metrics |= {"grad_norm": grad_norm, "lr": lr, "trained_tokens": float(plan.denominators.tokens)}
+        logs.at(step=plan.step + 1, version=plan.step + 1)
+        _log.info("trained %d tokens, gradient norm %.3g", plan.denominators.tokens, grad_norm)
         if math.isfinite(grad_norm):
             return StepOutcome(metrics)
         return StepOutcome(metrics | {"loss": math.nan}, self._explain(problems, grad_norm))

@@ -12,9 +12,12 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import ObjectLostError
 
+from opd_ray import logs
 from opd_ray.measure import measure
 from opd_ray.messages import REFERENCE, ROLLOUT_SCHEMA, Entry, RolloutMeta
 from opd_ray.node import this_node
+
+_log = logs.get(__name__)
 
 
 class Recorder:
@@ -38,6 +41,7 @@ class Recorder:
         partial = target.with_suffix(".tmp")
         pq.write_table(table, partial)
         partial.rename(target)
+        _log.bind(step=step).info("wrote %d rollouts to %s", len(table), target)
         return len(table)
 
     def measure(self, rollouts: pa.RecordBatch, teacher_scores: pa.RecordBatch | None = None) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from opd_ray import logs
 from opd_ray.config import ScorerConfig
 from opd_ray.engines import Rollout, Scores, ScoringEngine
 from opd_ray.errors import RunError
@@ -22,6 +23,8 @@ from opd_ray.messages import ScoreRequest, TransferGroup, WeightManifest, score_
 from opd_ray.node import this_node
 from opd_ray.weights.follower import Follower
 from opd_ray.weights.receivers import make_receiver
+
+_log = logs.get(__name__)
 
 _PER_RUN = ("path", "weight", "privileged", "eos_token_ids", "update", "update_every_steps", "update_decay")
 """Fields of the configuration that may change from run to run; the others need another actor."""
@@ -96,10 +99,13 @@ class Scorer:
     async def connect(self, group: TransferGroup) -> None:
         """Joins the group that weights are broadcast in."""
         await self._worker.call(partial(self._following().connect, group), _URGENT)
+        _log.info("joined the weight-transfer group of %d as rank %d", group.world_size, group.rank)
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Receives one broadcast, and does with it what ``update`` says."""
         await self._worker.call(partial(self._following().update, manifest), _URGENT)
+        logs.at(version=manifest.version)
+        _log.info("follows weights of version %d", manifest.version)
 
     async def snapshot(self) -> tuple[dict[str, int], dict[str, np.ndarray]]:
         """What a later run needs to follow the student from here on: {"version"}, and float32 weights by name."""

@@ -19,10 +19,13 @@ class WeightTransport(Protocol):
     """Sends named tensors, in the order of a manifest, to every member of a group."""
 
     def open(self, group: TransferGroup) -> None:
-        """Forms the group as rank 0; blocks until all members joined or the group's timeout."""
+        """Forms the group as rank 0, after leaving the former one; raises WeightSyncError by the group's timeout."""
 
     def send(self, manifest: WeightManifest, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Broadcasts every parameter; raises WeightSyncError by the group's timeout."""
+        """Broadcasts every parameter; raises WeightSyncError when a member takes nothing for the group's timeout.
+
+        After an error the group is of no more use: open another.
+        """
 
     def close(self) -> None:
         """Leaves the group. Closing twice is allowed."""
