@@ -60,9 +60,9 @@ def test_a_loss_is_told_from_other_failures_of_the_object_store() -> None:
     assert is_loss(RayTaskError("score", "traceback", ObjectLostError("ff", None, "")).as_instanceof_cause())
     assert not is_loss(OutOfDiskError("full"))
     assert not is_loss(RayTaskError("score", "traceback", ValueError("no")))
+    entries = scored_entries([(3, 4)], [])
+    plan = StepPlan(0, (tuple(entries),), count(entries), Coefficients(1, 1, 1, 1))
     with pytest.raises(OutOfDiskError):
-        entries = scored_entries([(3, 4)], [])
-        plan = StepPlan(0, (tuple(entries),), count(entries), Coefficients(1, 1, 1, 1))
         lost_rollouts(plan, _full_disk)
 
 
