@@ -1,52 +1,137 @@
-"""Fakes of the rooms, to run the pipeline in milliseconds: no Ray, no models."""
+"""Fake workers for every room: a whole run in milliseconds, with real pools and groups, without Ray and models.
+
+What they pass to each other is small but real: a rollout says which slot it is of, scores say which rollouts they are
+of, the learner's weights are the list of what it was trained on, and a broadcast is over when all its members took
+part or its time is up.
+"""
+
+from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from factories import golden, meta
+from fake_ray import Actor, World
 from opd_ray.buffer import GoldenSet, ReplayBuffer
-from opd_ray.config import from_dict
+from opd_ray.config import Config, PoolSize, from_dict
+from opd_ray.delivery import Delivery
+from opd_ray.errors import RunError, WeightSyncError
 from opd_ray.guard import Guard
-from opd_ray.messages import WeightManifest
-from opd_ray.pipeline import Pipeline, Rooms
+from opd_ray.messages import Entry, PromptGroup, SamplingSettings, StepPlan, TransferGroup, WeightManifest
+from opd_ray.pipeline import Pipeline
+from opd_ray.pool import Group, Pool
 from opd_ray.prompts import PromptStream, Shuffled
+from opd_ray.rooms import Rooms
 from opd_ray.training import StepOutcome
 
-
-class FakePool:
-    """A room that keeps a shared log of what it was asked, in order."""
-
-    num_calls = 0
-
-    def __init__(self, room, log):
-        self.room, self.log = room, log
-
-    def __len__(self):
-        return 1
-
-    def busy_s(self):
-        return 0.0
+MANIFEST = WeightManifest(0, ("w",), ("float32",), ((1,),))
 
 
-class FakeGenerators(FakePool):
+class Fabric:
+    """Where processes meet for something that all of them must take part in."""
+
+    def __init__(self) -> None:
+        self._there: dict[Any, dict[int, Any]] = defaultdict(dict)
+        self._ports = iter(range(20_000, 60_000))
+
+    def new_port(self) -> int:
+        return next(self._ports)
+
+    async def meet(self, what: Any, size: int, rank: int, value: Any, check: Callable[[], None]) -> list[Any]:
+        """Everyone's value, by rank, when all ``size`` are there; ``check`` raises when that is not to be."""
+        there = self._there[what]
+        there[rank] = value
+        while len(there) < size:
+            check()
+            await asyncio.sleep(0.01)
+        return [there[each] for each in range(size)]
+
+    async def exchange(self, group: TransferGroup, what: Any, value: Any) -> Any:
+        """Rank 0's value, for every member of a group. Raises WeightSyncError when its time is up."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + group.timeout_s
+
+        def check() -> None:
+            if loop.time() > end:
+                missing = group.world_size - len(self._there[group.port, what])
+                raise WeightSyncError(f"{missing} of {group.world_size} members gave no sign of life")
+
+        return (await self.meet((group.port, what), group.world_size, group.rank, value, check))[0]
+
+
+class Worker:
+    """What all of them can do."""
+
+    def __init__(self, actor: Actor, fabric: Fabric, log: list[Any]) -> None:
+        self.actor, self.fabric, self.log = actor, fabric, log
+        self.world = actor.world
+        self.begun_with: list[tuple[Any, ...]] = []
+
+    def node(self) -> str:
+        return self.actor.node
+
+    def begin(self, *args: Any) -> None:
+        self.begun_with.append(args)
+
+
+class Receiver(Worker):
+    """One that takes in the student's weights."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.group: TransferGroup | None = None
+        self.version, self.weights = 0, ()
+        self.whole = asyncio.Event()
+        """Does it have all of a version's weights?"""
+        self.whole.set()
+
+    async def connect(self, group: TransferGroup) -> None:
+        self.group = group
+        await self.fabric.exchange(group, "open", None)
+
+    async def update_weights(self, manifest: WeightManifest) -> None:
+        self.log.append(("update_weights", manifest.version))
+        self.whole.clear()
+        self.weights = await self.fabric.exchange(self.group, manifest.version, None)
+        self.version = manifest.version
+        self.whole.set()
+
+
+class FakeGenerator(Receiver):
     """Samples at the weights it holds; each call ends after a random number of turns of the event loop."""
 
-    def __init__(self, log, seed=0, slowest=0, source="student"):
-        super().__init__("generate", log)
-        self.version, self._random, self._slowest, self._source = 0, random.Random(seed), slowest, source
+    source = "student"
+    slowest = 0
+    seed = 0
+    takes_s = 0.0
 
-    async def call(self, method, groups, sampling):
-        self.log.append((method, [group.slot for group in groups], self.version, self._source, sampling))
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._random = random.Random(f"{self.seed} {self.actor.name}")
+
+    async def generate(self, groups: Sequence[PromptGroup], sampling: SamplingSettings) -> tuple[Any, Any]:
+        await self.whole.wait()
+        self.log.append(("generate", [group.slot for group in groups], self.version, self.source, sampling))
         oldest = self.version
-        for _ in range(self._random.randint(0, self._slowest)):
+        for _ in range(self._random.randint(0, self.slowest)):
             await asyncio.sleep(0)
+        if self.takes_s:
+            await asyncio.sleep(self._random.uniform(0, 2 * self.takes_s))
         metas = [
             meta(
                 group.slot,
                 rollout_id=f"{group.slot}-{i}",
                 prompt_id=group.prompt_id,
-                source=self._source,
+                source=self.source,
                 teacher=group.teacher,
                 oldest_version=oldest,
                 newest_version=self.version,
@@ -56,109 +141,351 @@ class FakeGenerators(FakePool):
             for group in groups
             for i in range(group.num_responses)
         ]
-        return metas, f"{self._source} rollouts of {[group.slot for group in groups]}"
+        slots = [group.slot for group in groups for _ in range(group.num_responses)]
+        return metas, pa.record_batch({"slot": slots, "source": [self.source] * len(slots)})
 
-    async def call_all(self, method, manifest, deadline_s=None):
-        self.log.append((method, manifest.version))
-        self.version = manifest.version
-        return [None]
-
-
-class FakeScorers(FakePool):
-    async def call(self, method, rollouts, request):
-        self.log.append((self.room, rollouts, request))
-        return 1, f"{self.room} of {rollouts}"
+    def abandon(self) -> int:
+        self.log.append(("abandon", self.actor.name))
+        return 0
 
 
-class FakeRecorder(FakePool):
-    async def call(self, method, rollouts, rows):
-        self.log.append((method, rollouts, rows))
-        return len(rows), f"rows {rows} of {rollouts}"
+class FakeTeacherGenerator(FakeGenerator):
+    source = "teacher"
 
 
-class FakeLearner(FakePool):
-    def __init__(self, log, fail_at=None, metrics=None):
-        super().__init__("learn", log)
-        self.plans, self._fail_at, self._metrics = [], fail_at, metrics or {}
+class FakeScorer(Receiver):
+    """Scores of rollouts are their slots, and who says so."""
 
-    async def call_all(self, method, *args, each=None, deadline_s=None):
-        if method == "train_step":
-            plan = each[0]
-            if plan.step == self._fail_at:
-                from opd_ray.errors import RunError
+    takes_s = 0.0
 
-                raise RunError(f"learner lost at step {plan.step}")
+    async def score(self, rollouts: pa.RecordBatch, request: Any) -> tuple[int, Any]:
+        await self.whole.wait()
+        role = self.actor.role.removesuffix("-scorer")
+        self.log.append((role, rollouts["source"][0].as_py() if len(rollouts) else None, request))
+        if self.takes_s:
+            await asyncio.sleep(self.takes_s)
+        return len(rollouts), pa.record_batch({"of": rollouts["slot"], "by": [role] * len(rollouts)})
+
+    def snapshot(self) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+        return {"version": self.version}, {"trained": np.array(self.weights, np.int64)}
+
+    def restore(self, facts: Mapping[str, int], arrays: Mapping[str, np.ndarray]) -> None:
+        self.version, self.weights = facts["version"], tuple(arrays["trained"].tolist())
+
+
+class FakeRecorder(Worker):
+    def select(self, rollouts: pa.RecordBatch, rows: Sequence[int]) -> tuple[int, pa.RecordBatch]:
+        self.log.append(("select", rows))
+        return len(rows), rollouts.take(pa.array(rows, pa.int64()))
+
+    def write(self, directory: str, step: int, entries: Sequence[Entry]) -> int:
+        """The rollout ids that a step trained on, as JSON."""
+        Path(directory).mkdir(exist_ok=True)
+        names = [entry.meta.rollout_id for entry in entries]
+        (Path(directory) / f"step-{step:06d}.parquet").write_text(json.dumps(names))
+        return len(names)
+
+    def measure(self, rollouts: Any, scores: Any = None) -> dict[str, float]:
+        return {}
+
+
+class Ranks:
+    """What the ranks of one start of the learner share."""
+
+    def __init__(self) -> None:
+        self.actors: list[Actor] = []
+
+    def check(self) -> None:
+        if any(actor.is_dead for actor in self.actors):
+            raise RuntimeError("Connection closed by peer")
+
+
+class FakeLearner(Worker):
+    """A rank. Its weights are the slots that it was trained on, in order."""
+
+    fail_at: int | None = None
+    takes_s = 0.0
+
+    def __init__(self, actor: Actor, fabric: Fabric, log: list[Any], ranks: Ranks, rank: int, num_ranks: int) -> None:
+        super().__init__(actor, fabric, log)
+        self._ranks, self._rank, self._num_ranks = ranks, rank, num_ranks
+        self.plans: list[StepPlan] = []
+        self.trained: list[int] = []
+        """Slots of this rank's share."""
+        self.steps: list[int] = []
+        """Every step since the beginning, that of a state that was restored included."""
+        self.metrics: dict[int, list[dict[str, float]]] = {}
+        """Step to what its first, second, … attempt says."""
+        self._group: TransferGroup | None = None
+        self._met: Counter[str] = Counter()
+
+    async def _everyones(self, what: str, value: Any = None) -> list[Any]:
+        self._met[what] += 1
+        what = (id(self._ranks), what, self._met[what])
+        return await self.fabric.meet(what, self._num_ranks, self._rank, value, self._ranks.check)
+
+    def node_address(self) -> tuple[str, int]:
+        return "host", self.fabric.new_port()
+
+    async def setup(self, host: str, port: int) -> None:
+        await self._everyones("setup")
+
+    def begin(self, *args: Any) -> None:
+        super().begin(*args)
+        self.trained, self.steps = [], []
+        self.log.append(("begin", self.actor.name))
+
+    def manifest(self, version: int) -> WeightManifest:
+        return dataclasses.replace(MANIFEST, version=version)
+
+    async def train_step(self, plan: StepPlan) -> StepOutcome:
+        if plan.step == self.fail_at:
+            raise RunError(f"learner lost at step {plan.step}")
+        entries = [entry for batch in plan.micro_batches for entry in batch]
+        lost = await self._everyones("lost", self._lost(entries))
+        if gone := tuple(sorted({name for each in lost for name in each})):
             self.plans.append(plan)
+            return StepOutcome({}, lost=gone)
+        if self.takes_s:
+            await asyncio.sleep(self.takes_s)
+        await self._everyones("step")
+        self.plans.append(plan)
+        attempts = self.metrics.get(plan.step) or [{}]
+        metrics = {"loss": 1.0} | (attempts.pop(0) if len(attempts) > 1 else attempts[0])
+        if metrics["loss"] != metrics["loss"]:
+            if self._rank == 0:
+                self.log.append(("train_step", "not finite"))
+            self.steps.append(plan.step)
+            return StepOutcome(metrics, "the loss is not finite for 3-0")
+        if self._rank == 0:
             self.log.append(("train_step", plan.step))
-            metrics = {"loss": 1.0} | self._metrics.get(plan.step, {})
-            problem = None if metrics["loss"] == metrics["loss"] else "the loss is not finite for 3-0"
-            return [StepOutcome(metrics, problem)]
-        self.log.append((method, *(getattr(arg, "version", arg) for arg in args)))
-        return [None]
+        self.trained += [entry.meta.slot for entry in entries if entry.meta.source == "student"]
+        self.steps.append(plan.step)
+        return StepOutcome(metrics)
+
+    def _lost(self, entries: Sequence[Entry]) -> list[str]:
+        """Fetches every payload, and makes sure that it is the one that the meta speaks of."""
+        lost, objects = [], self.world.objects
+        for entry in entries:
+            if not all(map(objects.holds, (entry.rollouts, *entry.scores.values()))):
+                lost.append(entry.meta.rollout_id)
+                continue
+            row = objects.get(entry.rollouts).slice(entry.row, 1).to_pylist()[0]
+            assert (row["source"], row["slot"]) == (entry.meta.source, entry.meta.slot)
+            for role, scores in entry.scores.items():
+                assert objects.get(scores).slice(entry.row, 1).to_pylist() == [{"of": row["slot"], "by": role}]
+        return lost
+
+    async def open_transport(self, group: TransferGroup) -> None:
+        if self._rank == 0:
+            self._group = group
+            await self.fabric.exchange(group, "open", None)
+
+    async def send_weights(self, manifest: WeightManifest, group: TransferGroup | None = None) -> None:
+        if self._rank == 0:
+            assert manifest.version == len(self.steps), "the learner's weights are of another version"
+            self.log.append(("send_weights" if group is None else "welcome", manifest.version))
+            if group is not None:
+                await self.fabric.exchange(group, "open", None)
+            await self.fabric.exchange(group or self._group, manifest.version, tuple(self.trained))
+
+    async def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        await self._everyones("snapshot")
+        arrays = {"trained": np.array(self.trained, np.int64), "steps": np.array(self.steps, np.int64)}
+        return {"num_ranks": self._num_ranks}, arrays
+
+    def restore(self, facts: Mapping[str, Any], parts: Sequence[Any]) -> None:
+        arrays = [self.world.objects.get(part) for part in parts]
+        self.log.append(("restore", len(arrays[0]["steps"])))
+        self.steps = arrays[0]["steps"].tolist()
+        self.trained = []
+        for number, part in enumerate(arrays):
+            if number % self._num_ranks == self._rank:
+                self.trained += part["trained"].tolist()
+
+    def export(self) -> tuple[int, dict[str, np.ndarray]]:
+        self.log.append(("export", self.actor.name))
+        return 1, {"weights.txt": np.frombuffer(b"w", np.uint8)} if self._rank == 0 else {}
+
+
+class Cast:
+    """The rooms of a run with fake workers; settings may be changed before ``rooms`` is called."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.world, self.fabric = config, World(), Fabric()
+        self.log: list[Any] = []
+        """What the workers were asked, in order."""
+        self.learner_metrics: dict[int, list[dict[str, float]]] = {}
+        self.learner = FakeLearner
+        self.generator: type[FakeGenerator] = FakeGenerator
+        self.teacher_generator: type[FakeGenerator] = FakeTeacherGenerator
+        self.scorer: type[FakeScorer] = FakeScorer
+        self._ranks: dict[int, Ranks] = defaultdict(Ranks)
+        self.final: list[FakeLearner] = []
+        """The learner's ranks at the end of a run."""
+
+    def rooms(self) -> Rooms:
+        config = self.config
+        return Rooms(
+            generators=self.pool(
+                "generate", "student-generator", self.generator, config.rollout.size, needs_weights=True
+            ),
+            learner=Group("learn", self._spawn_rank, config.learner.num_ranks, config.deadlines.train_s),
+            scorers={role: self._scorers(role) for role in config.scorers},
+            teacher_generators=self.pool(
+                "teacher_generate", "teacher-generator", self.teacher_generator, PoolSize.fixed(1)
+            )
+            if config.buffer.uses_teacher_rollouts
+            else None,
+            recorder=self.pool("record", "recorder", FakeRecorder, PoolSize.fixed(1)),
+        )
+
+    def pool(self, room: str, role: str, kind: type[Worker], size: PoolSize, **more: Any) -> Pool:
+        spawn = self.world.spawning(role, lambda actor: kind(actor, self.fabric, self.log))
+        return Pool(room, spawn, size, self.config.deadlines.generate_s, **more)
+
+    def _scorers(self, role: str) -> Pool | Group:
+        scorer = self.config.scorers[role]
+        if not scorer.follows_student:
+            return self.pool(role, f"{role}-scorer", self.scorer, scorer.size)
+        spawn = self.world.spawning(f"{role}-scorer", lambda actor: self.scorer(actor, self.fabric, self.log))
+        return Group(role, spawn, scorer.num_actors, self.config.deadlines.score_s)
+
+    def _spawn_rank(self, rank: int, restart: int) -> Any:
+        ranks = self._ranks[restart]
+
+        def make(actor: Actor) -> FakeLearner:
+            one = self.learner(actor, self.fabric, self.log, ranks, rank, self.config.learner.num_ranks)
+            if rank == 0:
+                one.metrics = self.learner_metrics
+            return one
+
+        member = self.world.spawning("learner", make)(rank, restart)
+        ranks.actors.append(self.world.actors[-1])
+        return member
+
+    @property
+    def ranks(self) -> list[FakeLearner]:
+        """The learner's ranks that are alive."""
+        return [actor.inside for actor in self.world.living("learner") if actor.inside is not None]
+
+    @property
+    def trained(self) -> list[int]:
+        """The slots whose training led to the learner's weights."""
+        return sorted(slot for rank in self.ranks for slot in rank.trained)
+
+    def golden(self, number: int) -> list[Entry]:
+        ref = self.world.objects.put(pa.record_batch({"slot": [-1] * number, "source": ["golden"] * number}))
+        return [dataclasses.replace(golden(row), rollouts=ref) for row in range(number)]
 
 
 class EchoTask:
-    def format_prompt(self, row, tokenizer):
+    def format_prompt(self, row: Any, tokenizer: Any) -> list[int]:
         return [1, 2, 3]
 
 
 class Recording:
     """An observer that keeps every report."""
 
-    def __init__(self):
-        self.reports = []
+    def __init__(self) -> None:
+        self.reports: list[Any] = []
 
-    async def on_step(self, report):
+    async def on_step(self, report: Any) -> None:
         self.reports.append(report)
 
 
-def make_pipeline(
+ROWS = [{"id": str(i), "prompt": "p", "answer": "a"} for i in range(1000)]
+
+
+def stream(rows: Sequence[Any] = ROWS, order: Shuffled | None = None) -> PromptStream:
+    return PromptStream(rows, task=EchoTask(), tokenizer=None, order=order, num_responses=1, seed=0)
+
+
+@dataclasses.dataclass
+class Made:
+    pipeline: Pipeline
+    cast: Cast
+    rooms: Rooms
+    delivery: Delivery
+    recording: Recording
+    config: Config
+    guard: Guard
+
+    @property
+    def log(self) -> list[Any]:
+        return self.cast.log
+
+    @property
+    def learner(self) -> FakeLearner:
+        return self.cast.ranks[0]
+
+    def held(self, ref: Any) -> list[dict[str, Any]]:
+        """The rows of a payload."""
+        return self.cast.world.objects.get(ref).to_pylist()
+
+
+async def make_pipeline(
     *,
-    steps=6,
-    prompts_per_step=4,
-    max_staleness=2,
-    slowest=0,
-    seed=0,
-    first_step=0,
-    fail_at=None,
-    learner_metrics=None,
-    rows=None,
-    pairs=None,
-    **more,
-):
-    """A pipeline on fakes; returns it with its log, its learner and its reports."""
+    steps: int = 6,
+    prompts_per_step: int = 4,
+    max_staleness: int = 2,
+    slowest: int = 0,
+    seed: int = 0,
+    first_step: int = 0,
+    restored: Mapping[int, Sequence[Entry]] | None = None,
+    fail_at: int | None = None,
+    learner_metrics: Mapping[int, Mapping[str, float]] | None = None,
+    rows: Sequence[Any] = ROWS,
+    pairs: Mapping[str, int] | None = None,
+    prepare: Callable[[Cast], None] = lambda cast: None,
+    **more: Any,
+) -> Made:
+    """A pipeline in rooms that are up, its weights sent once."""
     config = from_dict(
         {
-            "learner": {"steps": steps},
+            "learner": {"steps": steps} | more.pop("learner", {}),
             "buffer": {"prompts_per_step": prompts_per_step, "max_staleness": max_staleness} | more.pop("buffer", {}),
             "rollout": {"prompts_per_call": 3} | more.pop("rollout", {}),
-            "evaluation": {"every_steps": 0},
+            "evaluation": {"every_steps": 0} | more.pop("evaluation", {}),
             **more,
         }
     )
-    log, recording = [], Recording()
-    learner = FakeLearner(log, fail_at, learner_metrics)
-    generators = FakeGenerators(log, seed, slowest)
-    generators.version = first_step
-    scorers = {role: FakeScorers(role, log) for role in (*config.teachers, "reference")}
-    teacher_generators = FakeGenerators(log, seed, slowest, source="teacher")
-    rooms = Rooms(generators, learner, scorers, teacher_generators, FakeRecorder("record", log))
-    rows = rows or [{"id": str(i), "prompt": "p", "answer": "a"} for i in range(1000)]
-    shelf = GoldenSet([golden(i) for i in range(5)], Shuffled(5, 0), pairs)
+    cast = Cast(config)
+    changes = {"slowest": slowest, "seed": seed}
+    cast.generator = type("Generator", (FakeGenerator,), changes)
+    cast.teacher_generator = type("TeacherGenerator", (FakeTeacherGenerator,), changes)
+    cast.learner = type("Learner", (FakeLearner,), {"fail_at": fail_at})
+    cast.learner_metrics = {step: [dict(metrics)] for step, metrics in (learner_metrics or {}).items()}
+    prepare(cast)
+    rooms = cast.rooms()
     guard = Guard(config.guard, has_golden=True, has_reference=True, configured=config.least_strength)
-    order = Shuffled(len(rows), 0)
-    stream = PromptStream(rows, task=EchoTask(), tokenizer=None, order=order, num_responses=1, seed=0)
-    pipeline = Pipeline(
-        config=config,
-        rooms=rooms,
-        buffer=ReplayBuffer(config.buffer.prompts_per_step, shelf),
-        prompts=stream,
-        problems=stream,
-        stop_token_ids=(0,),
-        manifest=WeightManifest(0, ("w",), ("float32",), ((1,),)),
-        guard=guard,
-        first_step=first_step,
+    prompts = stream(rows, Shuffled(len(rows), 0))
+    delivery = Delivery(config, rooms.learner, rooms.generators, list(rooms.followers.values()), lambda *_, **__: None)
+    delivery.manifest = MANIFEST
+    made = Made(
+        Pipeline(
+            config=config,
+            rooms=rooms,
+            buffer=ReplayBuffer(config.buffer.prompts_per_step, GoldenSet(cast.golden(5), Shuffled(5, 0), pairs)),
+            prompts=prompts,
+            problems=prompts,
+            stop_token_ids=(0,),
+            delivery=delivery,
+            guard=guard,
+            first_step=first_step,
+            restored=restored,
+        ),
+        cast,
+        rooms,
+        delivery,
+        Recording(),
+        config,
+        guard,
     )
-    return dataclasses.make_dataclass("Made", ["pipeline", "log", "learner", "recording", "config", "guard"])(
-        pipeline, log, learner, recording, config, guard
-    )
+    await asyncio.gather(*(group.up(10) for group in (rooms.learner, *rooms.followers.values())))
+    await asyncio.gather(*(pool.up(10) for pool in rooms.pools))
+    for rank in cast.ranks:
+        rank.steps = list(range(first_step))
+    await made.pipeline.broadcast(first_step)
+    cast.log.clear()
+    return made

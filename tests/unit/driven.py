@@ -1,0 +1,105 @@
+"""A whole run on fake workers: the real driver, supervisor, delivery, keeper and shelf."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import fake_ray
+from fakes import Cast, stream
+from opd_ray.checkpoint import Shelf
+from opd_ray.config import from_dict
+from opd_ray.driver import Driver
+from opd_ray.session import Session
+
+FACTS: Any = SimpleNamespace(eos_token_ids=(0,), max_context_tokens=64)
+
+SMALL = {
+    "learner": {"steps": 6},
+    "buffer": {"prompts_per_step": 2, "golden_per_prompt": 0},
+    "loss": {"golden": {"coef": 0}, "reference": {"coef": 0}},
+    "data": {"golden": None},
+    "evaluation": {"num_problems": 0, "every_steps": 0},
+    "metrics": {"rollout_log_every_steps": 1},
+    "checkpoint": {"every_steps": 2, "keep": 1},
+    "guard": {"level": "off"},
+}
+
+
+def cast_of(prepare: Callable[[Cast], None] = lambda cast: None, **changes: Any) -> Cast:
+    """The workers of six steps of two prompts; ``changes`` go into the sections of the configuration."""
+    sections = {name: SMALL.get(name, {}) | changes.get(name, {}) for name in SMALL.keys() | changes.keys()}
+    cast = Cast(from_dict(sections))
+    prepare(cast)
+    return cast
+
+
+def drive(
+    run_dir: Path,
+    cast: Cast,
+    *,
+    resume: bool = False,
+    observers: tuple[Any, ...] = (),
+    meanwhile: Callable[[asyncio.Event], Awaitable[None]] | None = None,
+    most_s: float = 100_000.0,
+) -> tuple[dict[str, Any], str | None]:
+    """Runs to the end; returns the summary and why the guard stopped it. ``meanwhile`` runs beside the run, and gets
+    the event that a signal would set."""
+
+    async def whole() -> tuple[dict[str, Any], str | None]:
+        stopping = asyncio.Event()
+
+        @contextlib.contextmanager
+        def signals() -> Iterator[asyncio.Event]:
+            yield stopping
+
+        async def golden(*_: object) -> tuple[Any, dict[str, int]]:
+            return cast.golden(5), {"rows": 5, "used": 5}
+
+        with contextlib.ExitStack() as stack:
+            for name, value in (
+                ("launch.start_rooms", lambda *_, **__: cast.rooms()),
+                ("launch.StorageTasks", lambda **_: cast.world.objects),
+                ("launch.load_golden_entries", golden),
+                ("materials.prompt_stream", lambda *_, **__: stream()),
+                ("driver.stop_signals", signals),
+            ):
+                stack.enter_context(mock.patch(f"opd_ray.{name}", value))
+            shelf = Shelf(str(run_dir / "checkpoints"), cast.world.objects)
+            start = shelf.check(resume=resume)
+            run_dir.mkdir(exist_ok=True)
+            session = Session()
+            driver = Driver(cast.config, FACTS, run_dir, session, shelf, observers)
+            beside = asyncio.create_task(meanwhile(stopping)) if meanwhile else None
+            try:
+                return await driver.train(start, None, continued=start is not None)
+            finally:
+                cast.final = cast.ranks  # before they are ended
+                if beside is not None:
+                    beside.cancel()
+                session.close()
+
+    return fake_ray.run(whole(), most_s)
+
+
+def latest(run_dir: Path) -> Any:
+    """The newest checkpoint."""
+    return Shelf(str(run_dir / "checkpoints"), fake_ray.Store()).latest()
+
+
+def logged(run_dir: Path) -> list[str]:
+    """The ids of all rollouts in the rollout log, sorted by step."""
+    files = sorted((run_dir / "rollouts").glob("step-*.parquet"))
+    return [name for file in files for name in json.loads(file.read_text())]
+
+
+def events(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """What the run said to events.jsonl."""
+    lines = (run_dir / "events.jsonl").read_text().splitlines() if (run_dir / "events.jsonl").exists() else []
+    return [event for line in lines if kind in (None, (event := json.loads(line))["kind"])]
