@@ -22,13 +22,8 @@ import torch
 from opd_ray.errors import RunError
 from opd_ray.losses import ScoredTokens
 from opd_ray.messages import REFERENCE, Coefficients, Count, Denominators, Entry, Source, StepPlan
+from opd_ray.repetition import repeated_ngrams
 
-REPETITIVE_NGRAM = 6
-"""Tokens that must recur for the last of them to count as repetitive."""
-_HASH_FACTOR = 6_364_136_223_846_793_005
-
-
-"""Role of the reference's scores; every other role is a teacher's name."""
 _SOURCES: tuple[Source, ...] = ("student", "golden", "teacher")
 
 
@@ -272,20 +267,6 @@ def _behaviour(entry: Entry, payloads: Mapping[int, Payload]) -> np.ndarray:
             f"rollout {entry.meta.rollout_id} has {num_tokens} response tokens but {len(logprobs)} behaviour log-probs"
         )
     return logprobs
-
-
-def repeated_ngrams(tokens: np.ndarray, lengths: np.ndarray, n: int = REPETITIVE_NGRAM) -> np.ndarray:
-    """[N] float32 over the packed ``tokens`` of rows of ``lengths``: 1 where a token ends an n-gram that its row
-    held before (METHOD §2). N-grams are told apart by a 64-bit hash."""
-    repeated = np.zeros(len(tokens), np.float32)
-    key = np.repeat(np.arange(len(lengths)), lengths)
-    for back in range(n):
-        key = key * _HASH_FACTOR + np.roll(tokens, back)  # wraps around on purpose
-    ends = np.flatnonzero(_ranges(lengths) >= n - 1)
-    _, first = np.unique(key[ends], return_index=True)
-    repeated[ends] = 1.0
-    repeated[ends[first]] = 0.0
-    return repeated
 
 
 def _layout(

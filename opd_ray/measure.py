@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from opd_ray.batching import repeated_ngrams
+from opd_ray.repetition import repeated_ngrams
 
 
 def measure(rollouts: pa.RecordBatch, teacher_scores: pa.RecordBatch | None) -> dict[str, float]:

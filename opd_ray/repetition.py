@@ -6,6 +6,9 @@ import zlib
 
 import numpy as np
 
+REPETITIVE_NGRAM = 6
+"""Tokens that must recur for the last of them to count as repetitive."""
+_HASH_FACTOR = 6_364_136_223_846_793_005
 _SHORTEST_TAIL = 12
 """Tokens that must repeat at least, so that a short word said twice is no loop."""
 
@@ -35,3 +38,18 @@ def tail_period(tokens: np.ndarray) -> int:
         if np.array_equal(tail[period:], tail[:-period]):
             return period
     return 0
+
+
+def repeated_ngrams(tokens: np.ndarray, lengths: np.ndarray, n: int = REPETITIVE_NGRAM) -> np.ndarray:
+    """[N] float32 over the packed ``tokens`` of rows of ``lengths``: 1 where a token ends an n-gram that its row
+    held before (METHOD §2). N-grams are told apart by a 64-bit hash."""
+    repeated = np.zeros(len(tokens), np.float32)
+    key = np.repeat(np.arange(len(lengths)), lengths)
+    for back in range(n):
+        key = key * _HASH_FACTOR + np.roll(tokens, back)  # wraps around on purpose
+    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    ends = np.flatnonzero(position >= n - 1)
+    _, first = np.unique(key[ends], return_index=True)
+    repeated[ends] = 1.0
+    repeated[ends[first]] = 0.0
+    return repeated

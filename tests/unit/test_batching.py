@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factories import entry
-from opd_ray.batching import MicroBatch, collate, count, group_advantages, plan_step, repeated_ngrams
+from opd_ray.batching import MicroBatch, collate, count, group_advantages, plan_step
 from opd_ray.errors import RunError
 from opd_ray.messages import SCORE_SCHEMA, Coefficients, Count, Denominators, Entry, StepPlan
+from opd_ray.repetition import repeated_ngrams
 from opd_ray.training import fetch_payloads
 from scored_rollouts import Scoring, scored_entries
 
