@@ -90,10 +90,10 @@ class Delivery:
                 ),
                 [(receiver, self._join_alone(receiver, theirs, self._manifest(self.version)))],
             )
-            if failure is None:
-                self._generators.admit(member)
-            else:
+            if failure is not None:
                 self._generators.lose(member, failure)
+            elif member.state == "joining":  # and was not told to leave meanwhile
+                self._generators.admit(member)
 
     async def _attempt(self, version: int) -> str | None:
         """Why it failed, if so."""

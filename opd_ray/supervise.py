@@ -21,6 +21,8 @@ from opd_ray.pool import Group, Pool
 from opd_ray.room import Member, Room
 
 _TICK_S = 1.0
+_NEVER_RAN = "The actor never ran"
+"""What Ray says of an actor that it placed on a node which was gone already."""
 _BEATS = 4
 """Heartbeats within the time after which a worker that gave none counts as dead."""
 
@@ -137,7 +139,10 @@ class Supervisor:
         surplus = sorted(here, key=lambda member: (member.state == "ready", -member.num_calls, -member.since))
         for member in surplus[: max(0, len(here) - pool.target)]:
             self._say("worker_leaves", f"{pool.room}: {member.name} on {member.node} is let go", room=pool.room)
-            member.become("leaving")
+            if member.state == "starting":
+                pool.end(member)  # it has nothing to finish but its start
+            else:
+                member.become("leaving")
         for member in pool.those("leaving"):
             if not member.num_calls or time.monotonic() - member.since > self._config.recovery.drain_s:
                 pool.end(member)  # calls that it still had go to another worker
@@ -159,8 +164,9 @@ class Supervisor:
                 raise  # another would fail in the same way
             pool.lose(member, str(error))
         except MemberLost as error:
-            if member.node == "not placed yet" and time.monotonic() - member.since >= limit:
-                pool.end(member)  # nowhere to be placed: not a death, and asked for again
+            unplaced = member.node == "not placed yet" and time.monotonic() - member.since >= limit
+            if unplaced or _NEVER_RAN in str(error):
+                pool.end(member)  # nowhere to be placed, or on a node that was just gone: no death, and asked for again
                 self._wake.set()
             else:
                 pool.lose(member, str(error))

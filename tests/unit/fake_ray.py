@@ -128,6 +128,10 @@ class Actor:
         """As a process does, with all that it was at; what it returned before stays."""
         self._end(ActorDiedError(), why)
 
+    def refuse(self, why: str) -> None:
+        """As one does whose constructor raises."""
+        self._end(RayActorError(error_msg=f"The actor died: {why}", actor_init_failed=True), why)
+
     def stop(self) -> None:
         """As SIGSTOP does: nothing answers until ``go_on``."""
         self.moves.clear()
@@ -175,7 +179,7 @@ class Actor:
             try:
                 self.inside = self._make(self)
             except Exception as error:
-                self._end(RayActorError(error_msg=f"The actor died: {error!r}", actor_init_failed=True), str(error))
+                self.refuse(repr(error))
 
     def _end(self, death: RayActorError, why: str) -> None:
         if not self.is_dead:

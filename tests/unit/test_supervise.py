@@ -1,0 +1,499 @@
+"""The supervisor: replacements and their limits, minimum, heartbeats, growing, shrinking, draining, joining."""
+
+import asyncio
+import contextlib
+import time
+
+import pytest
+
+import fake_ray
+from driven import cast_of
+from fake_ray import actor_of, until
+from fakes import MANIFEST, FakeGenerator, stream
+from opd_ray.delivery import Delivery
+from opd_ray.errors import GroupLost, RunError, StartFailed
+from opd_ray.messages import SamplingSettings
+from opd_ray.supervise import Restarts, Supervisor
+
+
+class Kept:
+    """Rooms under supervision, and what it said."""
+
+    def __init__(self, cast):
+        config, self.cast, self.world = cast.config, cast, cast.world
+        self.rooms, self.said = cast.rooms(), []
+        self.groups = groups = [self.rooms.learner, *self.rooms.followers.values()]
+        self.delivery = Delivery(config, groups[0], self.rooms.generators, groups[1:], self._say)
+        self.delivery.manifest = MANIFEST
+        recovery = config.recovery
+        self.restarts = Restarts(recovery.max_restarts, recovery.window_s)
+        self.supervisor = Supervisor(config, self.rooms.pools, groups, self.delivery, self.restarts, self._say)
+
+    def _say(self, kind, text, **_):
+        self.said.append((kind, text))
+
+    @property
+    def pool(self):
+        return self.rooms.generators
+
+    def ready(self):
+        return [member.name for member in self.pool.those("ready")]
+
+
+def supervised(scenario, *, fails=None, sent=True, prepare=lambda cast: None, **sections):
+    """Runs ``scenario(kept)`` beside the supervisor, in rooms that are up and have the weights of version 0; the
+    supervisor's failure is raised, unless ``fails`` says which is expected, and then that is returned."""
+
+    async def whole():
+        kept = Kept(cast_of(prepare, **sections))
+
+        async def beside():
+            if sent:
+                for group in kept.groups:
+                    await group.up(100)
+                await kept.supervisor.wait_for_minimum(1000)
+                async with kept.delivery.lock:
+                    await kept.delivery.broadcast(0)
+            await scenario(kept)
+
+        async with asyncio.TaskGroup() as tasks:
+            supervisor = tasks.create_task(kept.supervisor.run())
+            await beside()
+            if fails is None:
+                supervisor.cancel()
+
+    if fails is None:
+        fake_ray.run(whole())
+        return None
+    with pytest.raises(ExceptionGroup) as caught:
+        fake_ray.run(whole())
+    (failure,) = caught.value.exceptions
+    if isinstance(failure, ExceptionGroup):
+        (failure,) = failure.exceptions
+    assert type(failure) is fails
+    return failure
+
+
+def generators(number, minimum=None, maximum=None):
+    size = {"num_generators": number, "min_generators": minimum, "max_generators": maximum}
+    return {name: value for name, value in size.items() if value is not None}
+
+
+# ---- replacement ----
+
+
+def test_a_dead_worker_is_replaced_by_one_with_the_current_weights():
+    async def scenario(kept):
+        first, _ = kept.world.living("student-generator")
+        kept.pool.lose(kept.pool.members[0], "its node went")
+        await until(lambda: kept.ready() == ["student-generator-1", "student-generator-2"])
+        assert first.is_dead
+        newcomer = kept.world.named("student-generator-2").inside
+        assert newcomer.version == 0 and newcomer.group is not None
+        assert kept.cast.log.count(("welcome", 0)) == 1
+        assert kept.restarts.by_room == {"generate": 1}
+        ((kind, text),) = [each for each in kept.said if each[0] == "worker_lost"]
+        assert "its node went" in text and "restart 1 of 20" in text
+
+    supervised(scenario, rollout=generators(2))
+
+
+def test_scorers_and_the_recorder_are_replaced_too():
+    async def scenario(kept):
+        for pool in (kept.rooms.scorers["teacher"], kept.rooms.recorder):
+            pool.lose(pool.members[0], "its node went")
+            await until(lambda pool=pool: len(pool.those("ready")) == 1)
+        assert kept.restarts.by_room == {"teacher": 1, "record": 1}
+
+    supervised(scenario)
+
+
+def test_one_that_dies_while_it_starts_is_replaced():
+    async def scenario(kept):
+        kept.world.starting = lambda actor: actor.may_start.clear()
+        kept.pool.lose(kept.pool.members[0], "its node went")
+        await until(lambda: len(kept.world.living("student-generator")) == 1)
+        kept.world.starting = lambda actor: None
+        kept.world.living("student-generator")[0].die()
+        await until(lambda: len(kept.ready()) == 1)
+        assert kept.restarts.by_room == {"generate": 2}
+
+    supervised(scenario)
+
+
+def test_one_that_dies_while_it_is_welcomed_is_replaced():
+    async def scenario(kept):
+        def before(actor, method):
+            if method == "connect" and actor.name == "student-generator-1":
+                actor.die()
+
+        kept.world.before = before
+        kept.pool.lose(kept.pool.members[0], "its node went")
+        await until(lambda: kept.ready() == ["student-generator-2"], most=20_000)
+        assert kept.restarts.by_room == {"generate": 2}
+
+    supervised(scenario)
+
+
+def test_more_losses_in_the_window_than_allowed_end_the_run():
+    async def scenario(kept):
+        for _ in range(3):
+            kept.pool.lose(kept.pool.members[0], "its node went")
+            await until(lambda: len(kept.ready()) == 1)
+            await asyncio.sleep(10)
+        kept.pool.lose(kept.pool.members[0], "its node went again")
+        await asyncio.sleep(10_000)
+
+    failure = supervised(scenario, fails=RunError, recovery={"max_restarts": 3, "window_s": 1000})
+    assert "generate: 4 workers were lost within 1000 s, and recovery.max_restarts is 3" in str(failure)
+    assert "the last: its node went again" in str(failure) and "--resume" in str(failure)
+
+
+def test_losses_that_lie_further_apart_than_the_window_go_on_for_ever():
+    async def scenario(kept):
+        for _ in range(12):
+            kept.pool.lose(kept.pool.members[0], "its node went")
+            await until(lambda: len(kept.ready()) == 1)
+            await asyncio.sleep(400)
+        assert kept.restarts.by_room == {"generate": 12}
+
+    supervised(scenario, recovery={"max_restarts": 3, "window_s": 1000})
+
+
+def test_a_limit_of_none_ends_the_run_with_the_first_death():
+    async def scenario(kept):
+        kept.pool.lose(kept.pool.members[0], "its node went")
+        await asyncio.sleep(10_000)
+
+    assert "its node went" in str(supervised(scenario, fails=RunError, recovery={"max_restarts": 0}))
+
+
+def test_restarts_of_earlier_starts_of_the_run_are_counted_and_not_limited():
+    restarts = Restarts(2, 1000.0, {"generate": 40})
+    assert restarts.count("generate", "gone", 0.0) == "restart 1 of 2"
+    assert restarts.count("generate", "gone", 1.0) == "restart 2 of 2"
+    assert restarts.count("teacher", "gone", 2.0) == "restart 1 of 2", "each room has its own limit"
+    assert restarts.by_room == {"generate": 42, "teacher": 1}
+    with pytest.raises(RunError, match="generate: 3 workers"):
+        restarts.count("generate", "gone", 999.0)
+    assert restarts.count("generate", "gone", 1000.5) == "restart 2 of 2", "the first is out of the window"
+
+
+# ---- starting ----
+
+
+def broken_at_first(cast, times):
+    """Generators whose first ``times`` cannot start."""
+    made = []
+
+    class Broken(FakeGenerator):
+        def __init__(self, actor, *more):
+            made.append(actor.name)
+            if len(made) <= times:
+                raise OSError("no such model")
+            super().__init__(actor, *more)
+
+    cast.generator = Broken
+
+
+def test_a_worker_that_cannot_start_before_any_was_up_ends_the_run():
+    """Another would fail in the same way, and twenty would take an hour to say so."""
+
+    async def scenario(kept):
+        await asyncio.sleep(10_000)
+
+    failure = supervised(scenario, fails=StartFailed, sent=False, prepare=lambda cast: broken_at_first(cast, 99))
+    assert "student-generator-0" in str(failure) and "no such model" in str(failure)
+
+
+def test_a_worker_that_cannot_start_later_counts_as_a_loss():
+    async def scenario(kept):
+        def starting(actor):
+            if actor.name in ("student-generator-1", "student-generator-2"):
+                actor.refuse("the disk is full")
+
+        kept.world.starting = starting
+        kept.pool.lose(kept.pool.members[0], "its node went")
+        await until(lambda: kept.ready() == ["student-generator-3"])
+        assert kept.restarts.by_room == {"generate": 3}
+        assert "the disk is full" in kept.said[-1][1]
+
+    supervised(scenario)
+
+
+def test_a_worker_for_which_there_is_no_place_is_asked_for_again_and_is_no_death():
+    async def scenario(kept):
+        kept.world.starting = lambda actor: actor.may_start.clear()
+        kept.pool.lose(kept.pool.members[0], "its node went")
+        await asyncio.sleep(250)
+        assert len(kept.world.living("student-generator")) == 1
+        kept.world.starting = lambda actor: None
+        await until(lambda: len(kept.ready()) == 1, most=20_000)
+        assert kept.restarts.by_room == {"generate": 1}
+
+    supervised(scenario, deadlines={"start_s": 100}, recovery={"below_min_s": 5000})
+
+
+def test_a_pool_that_does_not_come_up_ends_the_wait_with_what_it_waits_for():
+    async def scenario(kept):
+        kept.pool.last_loss = "generate: student-generator-0 died"
+        for pool in kept.rooms.pools:
+            await pool.up(10)
+        for member in list(kept.pool.members):
+            kept.pool.end(member)
+        kept.world.starting = lambda actor: actor.may_start.clear()
+        with pytest.raises(RunError, match="generate: 0 of at least 1 workers came up within 70 s") as caught:
+            await kept.supervisor.wait_for_minimum(70)
+        assert "student-generator-0 died" in str(caught.value)
+
+    supervised(scenario, sent=False)
+
+
+# ---- minimum ----
+
+
+def test_a_pool_below_its_minimum_for_too_long_ends_the_run():
+    async def scenario(kept):
+        kept.world.starting = lambda actor: actor.may_start.clear()
+        began = time.monotonic()
+        kept.pool.lose(kept.pool.members[0], "its node went")
+        await asyncio.sleep(290)
+        assert kept.supervisor.below_min_s("generate") == pytest.approx(time.monotonic() - began, abs=3)
+        await asyncio.sleep(100_000)
+
+    sections = {"rollout": generators(3, 3, 3), "recovery": {"below_min_s": 300}, "deadlines": {"start_s": 9000}}
+    failure = supervised(scenario, fails=RunError, **sections)
+    assert "generate: has 2 workers, fewer than its minimum of 3, for more than 300 s" in str(failure)
+    assert "the last loss: its node went" in str(failure) and "--resume" in str(failure)
+
+
+def test_a_pool_that_comes_back_in_time_goes_on():
+    async def scenario(kept):
+        for _ in range(4):
+            kept.world.starting = lambda actor: actor.may_start.clear()
+            kept.pool.lose(kept.pool.members[0], "its node went")
+            await asyncio.sleep(250)
+            kept.world.living("student-generator")[-1].may_start.set()
+            await until(lambda: len(kept.ready()) == 1)
+            await asyncio.sleep(5)
+            assert kept.supervisor.below_min_s("generate") is None
+
+    supervised(scenario, recovery={"below_min_s": 300}, deadlines={"start_s": 9000})
+
+
+def test_a_pool_above_its_minimum_may_miss_workers_for_as_long_as_it_likes():
+    async def scenario(kept):
+        kept.world.starting = lambda actor: actor.may_start.clear()
+        kept.pool.lose(kept.pool.members[0], "its node went")
+        await asyncio.sleep(5000)
+        assert kept.supervisor.below_min_s("generate") is None
+
+    supervised(scenario, rollout=generators(2, 1, 2), recovery={"below_min_s": 300}, deadlines={"start_s": 9000})
+
+
+# ---- heartbeats ----
+
+
+def test_a_silent_worker_of_a_pool_is_lost_and_replaced_though_nobody_asks_it_anything():
+    async def scenario(kept):
+        kept.world.actors[0].stop()
+        began = time.monotonic()
+        await until(lambda: kept.ready() == ["student-generator-1"], most=20_000)
+        assert kept.world.actors[0].is_dead
+        assert time.monotonic() - began < 60 * 1.3 + 1
+        assert "heartbeat gave no answer within 60 s" in kept.pool.last_loss
+
+    supervised(scenario, recovery={"heartbeat_s": 60})
+
+
+@pytest.mark.parametrize("room", ["learn", "reference"])
+def test_a_silent_member_of_a_group_is_the_group_s_loss(room):
+    async def scenario(kept):
+        role = {"learn": "learner", "reference": "reference-scorer"}[room]
+        kept.world.living(role)[0].stop()
+        await asyncio.sleep(1000)
+
+    following = {"reference": {"update": "periodic"}, "loss": {"reference": {"coef": 0.1}}}
+    failure = supervised(scenario, fails=GroupLost, recovery={"heartbeat_s": 60}, **following)
+    assert failure.room == room and "heartbeat" in str(failure)
+
+
+def test_one_that_is_stopped_for_less_than_the_limit_is_not_lost():
+    async def scenario(kept):
+        for _ in range(5):
+            kept.world.actors[0].stop()
+            await asyncio.sleep(40)
+            kept.world.actors[0].go_on()
+            await asyncio.sleep(40)
+        assert kept.ready() == ["student-generator-0"]
+
+    supervised(scenario, recovery={"heartbeat_s": 60})
+
+
+def test_without_heartbeats_a_silent_worker_is_left_to_the_deadlines_of_its_calls():
+    async def scenario(kept):
+        kept.world.actors[0].stop()
+        await asyncio.sleep(5000)
+        assert kept.ready() == ["student-generator-0"]
+
+    supervised(scenario, recovery={"heartbeat_s": 0})
+
+
+# ---- growing and shrinking ----
+
+
+def test_a_pool_that_grows_gets_workers_with_weights_and_the_others_notice_nothing():
+    async def scenario(kept):
+        old = kept.world.living("student-generator")[0].inside
+        group = old.group
+        kept.pool.target = 3
+        await until(lambda: len(kept.ready()) == 3)
+        assert kept.cast.log.count(("welcome", 0)) == 2
+        assert old.group is group and kept.restarts.by_room == {}
+
+    supervised(scenario, rollout=generators(1, 1, 3))
+
+
+def test_a_pool_that_shrinks_lets_the_youngest_go_and_one_that_is_not_up_yet_first():
+    async def scenario(kept):
+        kept.world.starting = lambda actor: actor.may_start.clear()
+        kept.pool.target = 4
+        await until(lambda: len(kept.pool) == 4)
+        kept.pool.target = 3  # what works is of more use than what starts
+        await until(lambda: len(kept.pool) == 3)
+        assert len(kept.ready()) == 3 and kept.world.actors[-1].is_dead
+        kept.pool.target = 1
+        await until(lambda: len(kept.pool) == 1)
+        assert kept.ready() == ["student-generator-0"]
+        assert kept.restarts.by_room == {}, "who is let go is not lost"
+        assert [kind for kind, _ in kept.said] == ["worker_leaves"] * 3
+
+    supervised(scenario, rollout=generators(3, 1, 4))
+
+
+def test_one_that_starts_is_let_go_at_once_and_that_is_no_death():
+    """The bug: its start counted as a call to be finished, until a missed heartbeat counted as a death."""
+
+    async def scenario(kept):
+        kept.world.starting = lambda actor: actor.may_start.clear()
+        kept.pool.target = 2
+        await until(lambda: len(kept.pool) == 2)
+        kept.pool.target = 1
+        await asyncio.sleep(5)
+        assert len(kept.pool) == 1 and kept.world.actors[-1].is_dead
+        assert kept.restarts.by_room == {}
+
+    supervised(scenario, rollout=generators(1, 1, 2))
+
+
+def test_one_that_is_told_to_leave_while_it_is_welcomed_does_not_come_to_work():
+    async def scenario(kept):
+        def before(actor, method):
+            if method == "update_weights" and actor.name == "student-generator-1":
+                actor.stop()
+
+        kept.world.before = before
+        kept.pool.target = 2
+        await until(lambda: len(kept.world.actors) > 0 and not kept.world.actors[-1].moves.is_set())
+        joiner, kept.pool.target = kept.pool.members[-1], 1
+        await asyncio.sleep(5)
+        assert joiner.state == "leaving"
+        actor_of(joiner).go_on()
+        await until(lambda: joiner.state == "gone")
+        assert kept.ready() == ["student-generator-0"]
+        assert joiner.ready_since is None and kept.restarts.by_room == {}
+
+    supervised(scenario, rollout=generators(1, 1, 2))
+
+
+def slow(takes_s):
+    def prepare(cast):
+        cast.generator = type("Slow", (FakeGenerator,), {"takes_s": takes_s})
+
+    return prepare
+
+
+def asking(kept, number):
+    settings = SamplingSettings(1.0, 1.0, 8, (0,))
+    return [asyncio.create_task(kept.pool.call("generate", [stream()[slot]], settings)) for slot in range(number)]
+
+
+def test_one_that_is_let_go_finishes_its_calls_first():
+    async def scenario(kept):
+        calls = asking(kept, 4)
+        await asyncio.sleep(1)
+        kept.pool.target = 1
+        await until(lambda: kept.pool.those("leaving"))
+        (leaving,) = kept.pool.those("leaving")
+        assert leaving.num_calls == 2
+        await asyncio.gather(*calls)
+        await until(lambda: len(kept.pool) == 1)
+        assert kept.pool.num_reissued == 0 and actor_of(leaving).is_dead
+
+    supervised(scenario, prepare=slow(20.0), rollout=generators(2, 1, 2), recovery={"drain_s": 120})
+
+
+def test_what_is_not_finished_in_time_is_issued_again_elsewhere():
+    async def scenario(kept):
+        calls = asking(kept, 4)
+        await asyncio.sleep(1)
+        kept.pool.target = 1
+        began = time.monotonic()
+        await until(lambda: len(kept.pool) == 1, most=20_000)
+        assert time.monotonic() - began == pytest.approx(10, abs=3)
+        assert kept.pool.num_reissued == 2
+        answers = await asyncio.gather(*calls)
+        assert sorted(meta.slot for metas, _ in answers for meta in metas) == list(range(4))
+        assert kept.restarts.by_room == {}
+
+    supervised(scenario, prepare=slow(500.0), rollout=generators(2, 1, 2), recovery={"drain_s": 10})
+
+
+def test_demand_raises_a_pool_to_its_maximum_and_idleness_lowers_it_to_its_minimum():
+    async def scenario(kept):
+        kept.supervisor.learner_waited_s = time.monotonic  # it does nothing else
+        calls = []
+        for _ in range(60):
+            calls = [call for call in calls if not call.done()]
+            calls += asking(kept, 30 - len(calls))
+            await asyncio.sleep(5)
+        assert len(kept.ready()) == kept.pool.target == 4
+        kept.supervisor.learner_waited_s = lambda: 0.0
+        for call in calls:
+            call.cancel()
+        await asyncio.sleep(2000)
+        assert len(kept.ready()) == kept.pool.target == 2
+        resized = [text for kind, text in kept.said if kind == "pool_resized"]
+        assert ["than its workers can" in text for text in resized] == [True] * 2 + [False] * 2
+
+    supervised(scenario, prepare=slow(20.0), rollout=generators(2, 2, 4))
+
+
+def test_pools_of_a_fixed_size_stay_as_they_are():
+    async def scenario(kept):
+        kept.supervisor.learner_waited_s = time.monotonic
+        with contextlib.suppress(asyncio.CancelledError):
+            calls = asking(kept, 400)
+            await asyncio.sleep(300)
+            assert len(kept.ready()) == 2
+            for call in calls:
+                call.cancel()
+            await asyncio.sleep(2000)
+            assert len(kept.ready()) == 2
+
+    supervised(scenario, prepare=slow(20.0), rollout=generators(2))
+
+
+# ---- afterwards ----
+
+
+def test_when_it_is_over_a_loss_is_the_caller_s_again():
+    async def whole():
+        kept = Kept(cast_of())
+        task = asyncio.create_task(kept.supervisor.run())
+        await until(lambda: all(pool.on_loss for pool in kept.rooms.pools))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert [pool.on_loss for pool in kept.rooms.pools] == [None] * 3
+
+    fake_ray.run(whole())
