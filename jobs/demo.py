@@ -109,6 +109,7 @@ def ray_head() -> Iterator[Any]:
             | {
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
                 "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nobody waits for this node's work
+                "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a job that is stopped saves a checkpoint first
             },
         )
     try:

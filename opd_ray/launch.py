@@ -1,4 +1,4 @@
-"""Starts the actors and tasks: placement, names, environment. The only module that applies ``ray.remote``."""
+"""Starts the actors and the tasks of a run: placement, names, environment."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def _with_receipt(function: Callable[..., Any], *args: Any) -> tuple[None, Any]:
 
 async def load_golden_entries(config: Config, eos_token_ids: Sequence[int]) -> tuple[list[Entry], dict[str, int]]:
     """The golden rollouts, read by a task so that they need not pass through the driver, and its count of the rows."""
-    load = ray.remote(load_golden).options(num_cpus=0, num_returns=3)
+    load = ray.remote(load_golden).options(num_cpus=0, num_returns=3, scheduling_strategy=_here())
     metas, payload, report = load.remote(config, tuple(eos_token_ids))
     limit = config.deadlines.start_s
     both = asyncio.gather(asyncio.wrap_future(metas.future()), asyncio.wrap_future(report.future()))

@@ -33,7 +33,10 @@ def cluster() -> Iterator[str | None]:
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     # A payload that is gone with its node is made again; Ray would complain of each that nobody asked for.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    # Left alone, Ray would also try, for many minutes, a cluster that somebody once started on this machine.
+    address = None if os.environ.get("RAY_ADDRESS") else "local"
     context = ray.init(
+        address,
         logging_level="WARNING",
         log_to_driver=bool(os.environ.get("OPD_RAY_ACTOR_LOGS")),
         job_config=logs.job_config(),

@@ -64,6 +64,9 @@ class Follower:
         self._check(manifest)
         received, own = self._receiver.receive(manifest), self._own()
         keep = self._rule(manifest.version)
+        if 0.0 < keep < 1.0:
+            # All or nothing: a broadcast that breaks off is repeated, and an average must not take it in twice.
+            received = list(received)
         for name, tensor in received:
             if name in own and keep != 1.0:
                 self._blend(name, tensor, keep)
