@@ -154,8 +154,8 @@ class Actor:
     async def _work(self, method: str, args: tuple[Any, ...], answer: asyncio.Future[Any], payload: Ref | None) -> None:
         try:
             await self._start()
-            await self.moves.wait()
             self.world.before(self, method)
+            await self.moves.wait()
             if self.is_dead:
                 return
             values = [self.world.objects.get(arg) if isinstance(arg, Ref) else arg for arg in args]
