@@ -155,6 +155,8 @@ class RolloutMeta:
     """Name of the teacher that its prompt's row asks for."""
     tail_period: int = 0
     """Tokens after which the end of the response repeats itself; 0 where it does not."""
+    worker: str = ""
+    """The actor that sampled it; empty for golden rollouts."""
 
     @property
     def num_tokens(self) -> int:

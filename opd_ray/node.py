@@ -12,6 +12,11 @@ def this_node() -> str:
     return f"{socket.gethostname()} ({node_ip()})"
 
 
+def this_actor() -> str:
+    """The name of the actor that this is; empty outside of one."""
+    return (ray.get_runtime_context().get_actor_name() or "") if ray.is_initialized() else ""
+
+
 def node_ip() -> str:
     """The address under which other nodes reach this one."""
     return ray.util.get_node_ip_address()

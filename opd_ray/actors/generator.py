@@ -36,7 +36,7 @@ from opd_ray.messages import (
     TransferGroup,
     WeightManifest,
 )
-from opd_ray.node import this_node
+from opd_ray.node import this_actor, this_node
 from opd_ray.repetition import is_repetitive, tail_period
 from opd_ray.tasks import Task
 
@@ -199,6 +199,7 @@ class Generator(ABC):
         self._engine = EngineThread(make_engine)
         self._tokenizer = load_tokenizer()
         self._settings = settings
+        self._name = this_actor()
         self._request_ids = itertools.count()
 
     async def node(self) -> str:
@@ -247,6 +248,7 @@ class Generator(ABC):
             **self._behaviour(finished),
             teacher=group.teacher,
             tail_period=tail_period(finished.tokens),
+            worker=self._name,
         )
 
     def _payload(

@@ -29,7 +29,7 @@ class Recorder:
     def write(self, directory: str, step: int, entries: Sequence[Entry]) -> int:
         """Writes step-N.parquet into ``directory`` and returns the number of rows.
 
-        A row has the step that trained on it, the rollout columns, its meta's ``repetitive`` and ``tail_period``, and
+        A row has the step that trained on it, the rollout columns, ``repetitive``, ``tail_period`` and ``worker`` of its meta, and
         the log-probs of the response tokens by the teacher that scored it (its name is in ``teacher``; of several that
         are weighted, the first) and by the reference; null where nobody scored. Of a rollout that is gone with its
         node since it was trained on, the row has what its meta says.
@@ -63,6 +63,7 @@ def _row(entry: Entry) -> pa.RecordBatch:
     for name, value, kind in (
         ("repetitive", meta.repetitive, pa.bool_()),
         ("tail_period", meta.tail_period, pa.int32()),
+        ("worker", meta.worker, pa.string()),
         ("teacher", teacher, pa.string()),
     ):
         row = row.append_column(pa.field(name, kind), pa.array([value], kind))
