@@ -29,8 +29,8 @@ class Recorder:
     def write(self, directory: str, step: int, entries: Sequence[Entry]) -> int:
         """Writes step-N.parquet into ``directory`` and returns the number of rows.
 
-        A row has the step that trained on it, the rollout columns, ``repetitive``, ``tail_period`` and ``worker`` of its
-        meta, and the log-probs of the response tokens by the teacher that scored it (its name is in ``teacher``; of
+        A row has the step that trained on it, the rollout columns, ``repetitive``, ``tail_period`` and ``worker`` of
+        its meta, and the log-probs of the response tokens by the teacher that scored it (its name is in ``teacher``; of
         several that are weighted, the first) and by the reference; null where nobody scored. Of a rollout that is gone
         with its node since it was trained on, the row has what its meta says.
         """
