@@ -157,6 +157,7 @@ class Driver:
     async def _attempt(
         self, rooms: Rooms, find: Callable[[], Awaitable[Snapshot | None]]
     ) -> tuple[dict[str, Any], str | None]:
+        self._keeper.pipeline = None  # until the rooms hold a state there is none that a signal could save
         await self._bring_up(rooms)
         snapshot = await find()
         if snapshot is None or not self._begun:
@@ -300,9 +301,9 @@ class Driver:
         try:
             async with asyncio.timeout(grace):
                 if (pipeline := self._keeper.pipeline) is not None:
-                    async with pipeline.between_steps:
-                        self._where.enter("saving")
-                        await self._keeper.save(self._where.step)
+                    await pipeline.between_steps.acquire()  # for good: no other step begins
+                    self._where.enter("saving")
+                    await self._keeper.save(self._where.step)
         except TimeoutError:
             print(f"the step under way could not be finished and saved within {grace:g} s", flush=True)
         saved = self._where.checkpoint_step
