@@ -32,7 +32,11 @@ _ALIGN_BYTES = 16
 
 
 class GlooGroup:
-    """One process's membership in a transfer group; every wait ends by the group's timeout."""
+    """One process's membership in a transfer group; every wait ends by the group's timeout.
+
+    A member for whom a broadcast fails leaves, so that those that wait for it fail at once as well, and not by their
+    own timeouts: a member that dies costs the others no time.
+    """
 
     def __init__(self, group: TransferGroup) -> None:
         self.group = group
@@ -44,7 +48,13 @@ class GlooGroup:
     def broadcast(self, tensor: torch.Tensor, what: str) -> None:
         """Sends ``tensor`` from rank 0, or fills it on the others; ``what`` names it in errors."""
         with self._explained(f"{'send' if self.group.rank == 0 else 'receive'} {what}"):
-            self._process_group.broadcast([tensor], dist.BroadcastOptions()).wait()
+            if self._process_group is None:
+                raise RuntimeError("an earlier broadcast failed, and this member left the group")
+            try:
+                self._process_group.broadcast([tensor], dist.BroadcastOptions()).wait()
+            except RuntimeError:
+                self._store = self._process_group = None
+                raise
 
     @contextmanager
     def _explained(self, action: str) -> Iterator[None]:

@@ -137,6 +137,22 @@ def test_a_member_that_is_stopped_ends_a_broadcast_for_all_and_the_rest_goes_on_
     assert all(torch.equal(tensor, wanted) for (_, tensor), (_, wanted) in zip(got, large, strict=True))
 
 
+def test_a_member_that_dies_ends_a_broadcast_for_all_at_once(port: int) -> None:
+    """Also for those that do not hear from it themselves."""
+    large = stopped_member.weights()
+    groups = [group(rank, 4, port, timeout_s=60.0, bucket_bytes=4_000_000) for rank in range(4)]
+    transport, receivers, manifest = GlooTransport(), [GlooReceiver(), GlooReceiver()], manifest_of(large, 1)
+    with stopped_member.stopped_member(groups[1], "receiving") as process, ThreadPoolExecutor(3) as threads:
+        joins = [partial(receiver.connect, each) for receiver, each in zip(receivers, groups[2:], strict=True)]
+        together(lambda: transport.open(groups[0]), *joins)
+        ends = [threads.submit(lasted, WeightSyncError, transport.send, manifest, large)]
+        for receiver in receivers:
+            ends.append(threads.submit(lasted, WeightSyncError, lambda r=receiver: list(r.receive(manifest))))
+        stopped_member.wait_until_stopped(process)
+        process.kill()
+        assert all(end.result() < 30.0 for end in ends)
+
+
 def test_a_learner_that_is_stopped_does_not_hold_those_who_join_it(port: int) -> None:
     """torch's store has no timeout for a server that takes connections and says nothing."""
     members = group(0, 3, port, timeout_s=1.0)
