@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from opd_ray import config as configs
 from opd_ray import launch
+from opd_ray.delivery import Delivery
 from opd_ray.errors import ActorError, RunError
 from opd_ray.messages import PromptGroup, SamplingSettings, ScoreRequest
+from opd_ray.rooms import Rooms
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
@@ -45,10 +47,17 @@ def load(world, *overrides: str) -> configs.Config:
 
 @pytest.fixture(scope="module")
 def rooms(world, ray_here):
-    """Up and connected on the world's student."""
+    """Up, with the world's student in all that sample with it or follow it."""
     config = load(world)
     rooms = launch.start_rooms(config, namespace="rooms", max_context_tokens=96)
-    asyncio.run(launch.connect(config, rooms, STOPS))
+
+    async def bring_up() -> None:
+        limit = config.deadlines.start_s
+        await asyncio.gather(launch.up(config, rooms), *(pool.up(limit) for pool in rooms.pools))
+        await launch.begin(config, rooms, STOPS)
+        await broadcast(config, rooms, 0)
+
+    asyncio.run(bring_up())
     yield rooms
     launch.stop(*rooms.all.values(), rooms.recorder)
 
@@ -59,12 +68,20 @@ def groups(number: int, responses: int = 2) -> list[PromptGroup]:
     ]
 
 
-async def broadcast(rooms, version: int) -> None:
-    manifest = (await rooms.learner.call_all("manifest", version))[0]
-    await asyncio.gather(
-        rooms.learner.call_all("send_weights", manifest),
-        *(pool.call_all("update_weights", manifest) for pool in (rooms.generators, *rooms.followers)),
+async def broadcast(config: configs.Config, rooms: Rooms, version: int) -> None:
+    """What the learner holds, to all, as a run brings it to them."""
+    failures: list[str] = []
+    delivery = Delivery(
+        config,
+        rooms.learner,
+        rooms.generators,
+        list(rooms.followers.values()),
+        lambda kind, text, **_: failures.append(text),
     )
+    delivery.manifest = (await rooms.learner.call_all("manifest", version))[0]
+    async with delivery.lock:
+        await delivery.broadcast(version)
+    assert failures == []
 
 
 async def scores_of(rooms, role: str, rollouts) -> list[list[float]]:
@@ -103,7 +120,7 @@ def test_every_room_has_its_actors_and_names(rooms):
         "reference": ["reference-scorer-0", "reference-scorer-1"],
         "teacher_generate": ["teacher-generator-0"],
     }
-    assert sorted(pool.room for pool in rooms.followers) == ["reference", "self"]
+    assert sorted(rooms.followers) == ["reference", "self"]
     assert all(member.node != "not placed yet" for pool in rooms.all.values() for member in pool.members)
 
 
@@ -131,7 +148,7 @@ def test_a_broadcast_reaches_generators_and_followers_and_another_run_begins_fro
                 (other / file.name).write_bytes(file.read_bytes())
         second = load(world, f"student.path={other}")
         await launch.begin(second, rooms, STOPS)
-        await broadcast(rooms, 0)
+        await broadcast(second, rooms, 0)
         metas, again = await rooms.generators.call("generate", groups(1), SAMPLING)
         theirs = by_model(other, ray.get(again))
         behaviour = ray.get(again)["behaviour_logprobs"].to_pylist()
@@ -144,9 +161,9 @@ def test_a_broadcast_reaches_generators_and_followers_and_another_run_begins_fro
         # Back to the first student, whose weights then stand for versions 1 and 2 of this run.
         await launch.begin(second, rooms, STOPS)
         await rooms.learner.call_all("begin", config, str(world.student), STOPS)
-        await broadcast(rooms, 1)
+        await broadcast(config, rooms, 1)
         assert_scored_by(other, (await scores_of(rooms, "self", rollouts))[0], payload)
-        await broadcast(rooms, 2)
+        await broadcast(config, rooms, 2)
         assert_scored_by(world.student, (await scores_of(rooms, "self", rollouts))[0], payload)
         averages = await scores_of(rooms, "reference", rollouts)
         assert averages[0] == averages[1], "members of one pool hold the same average"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ import torch
 from opd_ray import config as configs
 from opd_ray import run
 from opd_ray.embedded import TEACHER_DIR
-from opd_ray.errors import ActorError
+from rollout_log import assert_each_prompt_once
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
@@ -117,13 +118,13 @@ def test_draining_generators_and_zero_ranks(world, ray_here, tmp_path):
 
 
 def test_a_resumed_run_goes_on_where_the_checkpoint_is(world, ray_here, tmp_path):
-    """The second half trains the prompts that the first half did not, at the steps that were left."""
+    """The second half trains the prompts that the first half did not, at the steps that were left, on more ranks."""
     options = [*TORCH, "checkpoint.every_steps=2", "evaluation.num_problems=0", "buffer.max_staleness=0"]
     train(world, tmp_path / "run", *options, "learner.steps=2")
-    train(world, tmp_path / "run", *options, "learner.steps=4", "rollout.in_flight=abort", resume=True)
-    rows = [row for row in logged(tmp_path / "run") if row["source"] == "student"]
-    assert sorted(row["slot"] for row in rows) == list(range(32))
-    resumed = [row for row in rows if row["step"] == 3]
+    changes = ["learner.steps=4", "rollout.in_flight=abort", "learner.num_ranks=2"]
+    train(world, tmp_path / "run", *options, *changes, resume=True)
+    assert_each_prompt_once(tmp_path / "run", steps=4, prompts_per_step=8, max_staleness=0)
+    resumed = [row for row in logged(tmp_path / "run") if row["source"] == "student" and row["step"] == 3]
     assert {version for row in resumed for version in row["weight_versions"]} == {2}
 
 
@@ -137,7 +138,17 @@ class KillGenerator:
                     ray.kill(ray.get_actor(**actor))
 
 
-def test_a_generator_that_dies_ends_the_run_with_its_name_and_node(world, ray_here, tmp_path):
-    options = [*TORCH, "learner.steps=50", "evaluation.num_problems=0"]
-    with pytest.raises(ActorError, match=r"generate: student-generator-0 on .*\(.*\).*the actor died"):
-        train(world, tmp_path / "run", *options, observers=(KillGenerator(),))
+def test_a_generator_that_dies_is_replaced_and_the_run_tells_its_name_and_node(world, ray_here, tmp_path):
+    """The only one there is: its prompts wait for the new one."""
+    options = [*TORCH, "learner.steps=6", "evaluation.num_problems=0"]
+    summary = train(world, tmp_path / "run", *options, observers=(KillGenerator(),))
+    assert summary["restarts"] == 1
+    assert summary["restarts_by_room"] == {"generate": 1}
+    assert_each_prompt_once(tmp_path / "run", steps=6, prompts_per_step=8, max_staleness=2)
+    workers = {row["worker"]: row["step"] for row in logged(tmp_path / "run") if row["source"] == "student"}
+    assert workers.keys() == {"student-generator-0", "student-generator-1"}
+    assert workers["student-generator-1"] == 6
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    [lost] = [event for event in events if event["kind"] == "worker_lost"]
+    assert (lost["room"], lost["worker"]) == ("generate", "student-generator-0")
+    assert re.search(r"generate: student-generator-0 on .*\(.*\).*the actor died", lost["text"])
