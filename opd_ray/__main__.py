@@ -137,6 +137,8 @@ def preflight(
         from opd_ray.capacity import cluster_capacity
 
         checks.check_resources(config, cluster_capacity)
+        if run_dir is not None:
+            run.find_start(config, run_dir.absolute(), resume=resume)
     _print_table("preflight: nothing to object to", vars(facts))
 
 

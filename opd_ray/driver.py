@@ -25,7 +25,7 @@ from opd_ray.buffer import ReplayBuffer
 from opd_ray.checkpoint import Checkpoint, Shelf, Snapshot, write_files
 from opd_ray.config import Config
 from opd_ray.delivery import Delivery
-from opd_ray.errors import GroupLost, Terminated
+from opd_ray.errors import GroupLost, OpdError, RunError, Terminated
 from opd_ray.evaluate import Evaluation
 from opd_ray.guard import Guard
 from opd_ray.keeper import Keeper
@@ -66,11 +66,13 @@ class Driver:
             has_reference=config.loss.reference.used,
             configured=config.least_strength,
         )
+        self._guard_at_start = self._guard.state()
         self._where = Whereabouts()
         self._events = logs.Events(run_dir / "events.jsonl")
         self._materials = Materials(config, facts)
         self._writer: MetricsWriter | None = None
         self._begun = False
+        self._down_since: dict[str, float] = {}
 
     async def train(
         self, start: Checkpoint | None, before: Evaluation | None, *, continued: bool = False
@@ -166,7 +168,11 @@ class Driver:
             await launch.abandon(rooms)
         if snapshot is not None:
             snapshot = await self._keeper.restore(snapshot)
-            self._guard.restore(snapshot.state["guard"])
+            if snapshot is None:
+                await self._begin(rooms)
+        self._guard.restore(snapshot.state["guard"] if snapshot else self._guard_at_start)
+        if (step := snapshot.step if snapshot else 0) < self._where.step:
+            self._go_back_to(step, True)
         pipeline = self._pipeline(rooms, snapshot)
         await pipeline.broadcast(self._where.step)
         if self._summary.evaluated_before is None:
@@ -232,6 +238,7 @@ class Driver:
             first_step=step,
             restored=restored,
             where=self._where,
+            say=self._say,
         )
         self._keeper.pipeline = pipeline
         self._supervisor.learner_waited_s = pipeline.waited_s
@@ -272,11 +279,20 @@ class Driver:
 
     def _restart(self, rooms: Rooms, error: GroupLost) -> None:
         """Starts the actors of a group anew; the state that they held comes from the newest snapshot."""
-        count = self._restarts.count(error.room, str(error), time.monotonic())
+        group = rooms.learner if error.room == "learn" else rooms.followers[error.room]
+        now, limit = time.monotonic(), self._config.recovery.below_min_s
+        since = self._down_since.setdefault(error.room, now) if not group.is_up else now
+        if now - since > limit:
+            raise RunError(
+                f"{error.room}: was not whole for more than {limit:g} s (recovery.below_min_s); the last loss: "
+                f"{error}; see that the cluster has a place for it, and go on with --resume"
+            ) from error
+        self._down_since[error.room] = since
+        count = self._restarts.count(error.room, str(error), now)
         self._say("group_lost", f"lost: {error}; room {error.room} is started anew ({count})", room=error.room)
         self._where.enter("restoring")
         self._reporter.num_restores += 1
-        rooms.learner.restart() if error.room == "learn" else rooms.followers[error.room].restart()
+        group.restart()
         self._delivery.forget()
         self._begun = False
 
@@ -290,7 +306,8 @@ class Driver:
         # A run that is killed from here on resumes with the stronger setting, too, and without the old rollouts.
         changes = {"guard": self._guard.state(), _BUFFER_IS_OLD: True}
         self._keeper.back_to(step, changes)
-        self._go_back_to(step, True)
+        if snapshot is None:
+            self._guard_at_start = self._guard.state()
         return dataclasses.replace(snapshot, state=snapshot.state | changes) if snapshot else None
 
     async def _end_on(self, stopping: asyncio.Event) -> None:
@@ -300,12 +317,11 @@ class Driver:
         print("a signal asks the run to end: saving after the step under way", flush=True)
         try:
             async with asyncio.timeout(grace):
-                if (pipeline := self._keeper.pipeline) is not None:
-                    await pipeline.between_steps.acquire()  # for good: no other step begins
-                    self._where.enter("saving")
-                    await self._keeper.save(self._where.step)
+                await self._keeper.save_now()
         except TimeoutError:
             print(f"the step under way could not be finished and saved within {grace:g} s", flush=True)
+        except OpdError as error:
+            print(f"the state could not be saved: {error}", flush=True)
         saved = self._where.checkpoint_step
         raise Terminated(
             f"ended by a signal after step {self._where.step}; "

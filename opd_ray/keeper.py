@@ -111,21 +111,19 @@ class Keeper:
         self._where.checkpoint_step = checkpoint.step
         return await self._shelf.read(checkpoint)
 
-    async def restore(self, snapshot: Snapshot) -> Snapshot:
+    async def restore(self, snapshot: Snapshot) -> Snapshot | None:
         """Learner and followers go on from ``snapshot``; from the shelf where the one in memory is gone with a node.
-        Returns the one that it was."""
+        Returns the one that it was, None where nothing is left but the beginning."""
         try:
             await self._hand_out(snapshot)
             return snapshot
         except PayloadLost as error:
-            self._say("snapshot_lost", f"the state of step {snapshot.step} in memory is gone ({error})")
+            self._say("snapshot_lost", f"lost: the state of step {snapshot.step} in memory ({error})")
             self._newest = None
-            written = self._shelf.latest()
-            if written is None:
-                raise
-            snapshot = await self._shelf.read(written)
-            await self._hand_out(snapshot)
-            return snapshot
+        written = await self.open(self._shelf.latest())
+        if written is not None:
+            await self._hand_out(written)
+        return written
 
     async def _hand_out(self, snapshot: Snapshot) -> None:
         await self._rooms.learner.call_all("restore", snapshot.learner_facts, list(snapshot.learner_parts))
@@ -141,11 +139,19 @@ class Keeper:
         if (left := self._shelf.latest()) is not None:
             self._shelf.amend(left, changes)
 
-    async def save(self, step: int) -> None:
-        """Takes and writes the state after ``step``, unless it is on the shelf."""
+    async def save_now(self) -> None:
+        """Puts the newest state on the shelf, for good: that after the step under way or, while a state is being
+        restored, that in memory. No other step begins."""
+        snapshot = self._newest
+        if self.pipeline is not None:
+            await self.pipeline.between_steps.acquire()
+            self._where.enter("saving")
+            await self.flush()
+            saved = self._where.checkpoint_step == self._where.step
+            snapshot = None if saved else await self.take(self._where.step)
         await self.flush()
-        if self._where.checkpoint_step != step:
-            await self.write(await self.take(step))
+        if snapshot is not None and snapshot.step != self._where.checkpoint_step:
+            await self.write(snapshot)
 
     async def close(self) -> None:
         """Waits for what is being written, whether it succeeds or not."""

@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from opd_ray.batching import group_advantages, plan_step
@@ -93,8 +93,9 @@ class Pipeline:
         first_step: int = 0,
         restored: Mapping[int, Sequence[Entry]] | None = None,
         where: Whereabouts | None = None,
+        say: Callable[..., None] | None = None,
     ) -> None:
-        """``restored``: slots that are scored already, and their rollouts."""
+        """``restored``: slots that are scored already, and their rollouts. ``say(kind, text)`` tells of losses."""
         self._config, self._rooms, self._buffer, self._guard = config, rooms, buffer, guard
         self._prompts, self._problems = prompts, problems
         self._stop_token_ids, self._delivery = stop_token_ids, delivery
@@ -102,11 +103,13 @@ class Pipeline:
         self._where = where or Whereabouts()
         self.between_steps = asyncio.Lock()
         """Held while a step is under way, its observers included; whoever has it sees the state after a whole step."""
-        self._num_lost = 0
+        self._say = say
+        self.num_lost_payloads = 0
+        """Payloads that were gone with a node and made again."""
         self._waited_s, self._waits_since = 0.0, None
         self._waits_for: int | None = None
         self._mixture = Mixture(config)
-        self._rollouts = Rollouts(config, rooms, prompts, self._mixture, stop_token_ids)
+        self._rollouts = Rollouts(config, rooms, prompts, self._mixture, stop_token_ids, self._lost)
         self._slots = Slots(config.buffer.num_slots, first=first_step * config.buffer.prompts_per_step)
 
     async def run(self, observers: Sequence[Observer]) -> None:
@@ -145,11 +148,6 @@ class Pipeline:
         missing = [] if self._waits_for is None else self._buffer.missing(self._waits_for)
         return self._slots, missing, dict.fromkeys(missing, "not admitted") | self._rollouts.places
 
-    @property
-    def num_lost_payloads(self) -> int:
-        """Payloads that were gone with a node and made again."""
-        return self._num_lost + self._rollouts.num_lost
-
     async def evaluate(self, num_problems: int) -> Evaluation:
         """Held-out accuracy of the weights that the generators hold."""
         for _ in range(MOST_REPAIRS):
@@ -164,7 +162,7 @@ class Pipeline:
                     recorder=self._rooms.recorder,
                 )
             except PayloadLost as error:  # answers are gone with a node: they are asked for again
-                self._num_lost += 1
+                self._lost(1, f"an evaluation begins again: {error}")
                 cause = error
         raise RunError(f"answers of an evaluation were lost {MOST_REPAIRS} times in a row, the last: {cause}")
 
@@ -230,8 +228,8 @@ class Pipeline:
             try:
                 entries = await self._mended(entries, lost)
                 every = [*entries, *(await self._rollouts.with_scores(golden))]
-            except PayloadLost:
-                self._num_lost += 1
+            except PayloadLost as error:
+                self._lost(1, f"golden rollouts are scored again: {error}")
                 continue
             async with self._delivery.lock:  # nobody is sent the weights while they change
                 self._where.enter("training")
@@ -244,8 +242,13 @@ class Pipeline:
                     await self._delivery.broadcast(step + 1)
                     self._where.version = step + 1
                     return every, outcome, {"train_s": done - began, "weight_sync_s": time.monotonic() - done}
-            self._num_lost += len(lost)
+            self._lost(len(lost), f"rollouts {sorted(lost)[:8]} were gone before step {step}; they are made again")
         raise RunError(f"step {step}: rollouts were lost {MOST_REPAIRS} times in a row, the last: {sorted(lost)[:8]}")
+
+    def _lost(self, number: int, what: str) -> None:
+        self.num_lost_payloads += number
+        if self._say is not None:
+            self._say("payload_lost", f"lost: {what}", number=number)
 
     async def _mended(self, entries: Sequence[Entry], lost: set[str]) -> Sequence[Entry]:
         """The entries, with new rollouts for every slot of which one is lost."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from opd_ray.buffer import ReplayBuffer
@@ -30,15 +30,21 @@ class Rollouts:
     """Asks the rooms for the rollouts of slots, and for the scores of golden ones."""
 
     def __init__(
-        self, config: Config, rooms: Rooms, prompts: PromptStream, mixture: Mixture, stop_token_ids: tuple[int, ...]
+        self,
+        config: Config,
+        rooms: Rooms,
+        prompts: PromptStream,
+        mixture: Mixture,
+        stop_token_ids: tuple[int, ...],
+        lost: Callable[[int, str], None],
     ) -> None:
+        """``lost(number, what)`` is told of payloads that are gone and made again."""
         self._config, self._rooms, self._prompts, self._mixture = config, rooms, prompts, mixture
         self._stop_token_ids = stop_token_ids
         self._requests = score_requests(config, stop_token_ids)
         self.places: dict[int, Place] = {}
         """Where the slots are that are being filled."""
-        self.num_lost = 0
-        """Payloads that were gone and made again."""
+        self._lost = lost
 
     async def of(self, slots: Sequence[int]) -> list[Entry]:
         """Every rollout of some slots of one step, scored."""
@@ -103,7 +109,7 @@ class Rollouts:
                 scores = await self._score(source, groups[0].teacher, rollouts)
                 break
             except PayloadLost as error:  # with its node: nothing was trained on it, and it is sampled again
-                self.num_lost += 1
+                self._lost(1, f"rollouts of slots {slots} are sampled again: {error}")
                 cause = error
         else:
             raise RunError(f"rollouts of slots {slots} were lost {MOST_REPAIRS} times in a row, the last: {cause}")

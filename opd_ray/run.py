@@ -10,7 +10,7 @@ from typing import Any
 from opd_ray import config as configs
 from opd_ray import embedded, launch, preflight
 from opd_ray.capacity import cluster_capacity
-from opd_ray.checkpoint import Shelf
+from opd_ray.checkpoint import Checkpoint, Shelf
 from opd_ray.config import Config
 from opd_ray.driver import Driver
 from opd_ray.errors import InputError, RunError
@@ -47,10 +47,7 @@ def train(
     facts = preflight.check_files(config)
     with cluster() as dashboard:
         preflight.check_resources(config, cluster_capacity)
-        shelf = _shelf(config, run_dir)
-        start = shelf.check(resume=resume or auto_resume)
-        if start:
-            preflight.check_same_run(f"the checkpoint {start.where}", start.state["config"], config)
+        shelf, start = find_start(config, run_dir, resume=resume or auto_resume)
         run_dir.mkdir(parents=True, exist_ok=True)
         saved = run_dir / ".config.yaml.partial"
         saved.write_text(configs.to_yaml(config))
@@ -72,9 +69,17 @@ def train(
     return result
 
 
-def _shelf(config: Config, run_dir: Path) -> Shelf:
+def find_start(config: Config, run_dir: Path, *, resume: bool) -> tuple[Shelf, Checkpoint | None]:
+    """Where the checkpoints of a run go, and the one to resume from, if there is one. Needs a connection to Ray.
+
+    Raises InputError where checkpoints cannot be written, or the newest is damaged or of another run.
+    """
     location = config.checkpoint.directory or str(run_dir / "checkpoints")
-    return Shelf(location, launch.StorageTasks("://" not in location, config.deadlines.train_s))
+    shelf = Shelf(location, launch.StorageTasks("://" not in location, config.deadlines.train_s))
+    start = shelf.check(resume=resume)
+    if start:
+        preflight.check_same_run(f"the checkpoint {start.where}", start.state["config"], config)
+    return shelf, start
 
 
 def resolve(config: Config) -> Config:
