@@ -205,7 +205,7 @@ class Driver:
             await launch.begin(self._config, rooms, self._facts.eos_token_ids)
         except GroupLost:
             raise
-        except BaseException:
+        except Exception:
             self._session.close()  # rooms of which only some began are of no use to any run
             raise
         self._begun = True
