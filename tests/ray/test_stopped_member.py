@@ -1,0 +1,175 @@
+"""Workers that are stopped (SIGSTOP), which is worse than dead: they answer nothing, and their connections stay."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray._private import state
+
+from opd_ray import config as configs
+from opd_ray import run
+from opd_ray.config import Config
+from opd_ray.delivery import Delivery
+from opd_ray.pipeline import StepReport
+from opd_ray.preflight import Preflight
+from opd_ray.rooms import Rooms
+from opd_ray.session import Session
+from rollout_log import assert_each_prompt_once, rows
+
+pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
+
+SMALL = [
+    "rollout.engine=torch",
+    "rollout.max_response_tokens=24",
+    "rollout.max_num_seqs=16",
+    "buffer.prompts_per_step=8",
+    "evaluation.num_problems=0",
+    "evaluation.every_steps=0",
+    "metrics.rollout_log_every_steps=1",
+]
+PATIENCE_S = 150.0
+"""For what takes a few seconds on a machine that has nothing else to do."""
+Stop = Callable[[str], None]
+
+
+@pytest.fixture
+def stopped(ray_here: None) -> Iterator[dict[str, psutil.Process]]:
+    """The processes that a test stopped, by the names of their actors."""
+    found: dict[str, psutil.Process] = {}
+    yield found
+    for process in found.values():
+        if process.is_running():
+            process.kill()
+
+
+def stop(name: str, stopped: dict[str, psutil.Process]) -> None:
+    """Stops the process of an actor that is alive."""
+    [pid] = [actor["Pid"] for actor in state.actors().values() if (actor["Name"], actor["State"]) == (name, "ALIVE")]
+    stopped[name] = psutil.Process(pid)
+    os.kill(pid, signal.SIGSTOP)
+
+
+class OpenSession(Session):
+    """Rooms that the test can look into."""
+
+    def rooms(self, config: Config, facts: Preflight) -> Rooms:
+        self.here = super().rooms(config, facts)
+        return self.here
+
+
+@pytest.fixture
+def session(ray_here: None) -> Iterator[OpenSession]:
+    session = OpenSession()
+    yield session
+    session.close()
+    assert not ray.util.list_named_actors(all_namespaces=True)
+
+
+def assert_gone(stopped: dict[str, psutil.Process], *names: str) -> None:
+    assert sorted(stopped) == sorted(names)
+    _, alive = psutil.wait_procs(list(stopped.values()), timeout=60)
+    assert not alive, "a stopped process was left behind"
+
+
+def events(run_dir: Path, *kinds: str) -> list[dict[str, Any]]:
+    lines = (run_dir / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] in kinds]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.05)
+
+
+def test_a_broadcast_with_a_stopped_member_ends_by_its_deadline_and_the_run_goes_on_without_it(
+    world, stopped, session, tmp_path, monkeypatch
+):
+    """One of two generators stops as version 3 is sent; the other one goes on alone until its successor has come up."""
+    timeout_s, margin_s, at, steps = 3.0, 5.0, 3, 10
+    names: dict[int, list[str]] = {}
+    broadcast = Delivery.broadcast
+
+    async def broadcast_to_a_stopped_one(self: Delivery, version: int) -> None:
+        if version == at:
+            stop("student-generator-0", stopped)
+        await broadcast(self, version)
+
+    class Watch:
+        """Notes who is at work after each step, and holds the run two steps later until there are two again."""
+
+        async def on_step(self, report: StepReport) -> None:
+            pool = session.here.generators
+            names[report.step] = [member.name for member in pool.those("ready")]
+            if report.step == at + 2:
+                await until(lambda: len(pool.those("ready")) == 2)
+
+    monkeypatch.setattr(Delivery, "broadcast", broadcast_to_a_stopped_one)
+    options = ["rollout.num_generators=2", "rollout.min_generators=1", "rollout.prompts_per_call=2"]
+    options += [f"weights.timeout_s={timeout_s}", f"learner.steps={steps}", "checkpoint.every_steps=0"]
+    config = configs.load(None, [*world.overrides(), *SMALL, *options])
+    run_dir = tmp_path / "run"
+    summary = run.train(config, run_dir, session=session, observers=(Watch(),))
+
+    assert names[at - 1] == ["student-generator-0", "student-generator-1"]
+    assert names[at] == names[at + 1] == ["student-generator-1"]
+    assert names[steps] == ["student-generator-1", "student-generator-2"]
+    took = {
+        line["step"]: line["learner/weight_sync_s"]
+        for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        if "learner/weight_sync_s" in line
+    }
+    # The driver's wait for the one that is stopped, then the same broadcast to the others.
+    assert timeout_s < took[at] < timeout_s + margin_s + 8
+    assert max(took[step] for step in took if step != at) < timeout_s
+    assert summary["restarts_by_room"] == {"generate": 1}
+    assert_each_prompt_once(run_dir, steps=steps, prompts_per_step=8, max_staleness=2)
+    by_successor = [row for row in rows(run_dir) if row["worker"] == "student-generator-2"]
+    assert by_successor, "the successor got no work"
+    assert min(min(row["weight_versions"]) for row in by_successor) >= at + 2, "it began with the weights of then"
+    [lost] = events(run_dir, "worker_lost")
+    assert "student-generator-0" in lost["text"] and "update_weights() gave no answer" in lost["text"]
+    [failed] = events(run_dir, "broadcast")
+    assert failed["text"].startswith(f"weights: broadcast 1 of version {at} failed")
+    assert_gone(stopped, "student-generator-0")
+
+
+def test_a_stopped_scorer_is_replaced_and_a_stopped_learner_rank_goes_back_to_a_state_at_a_missed_heartbeat(
+    world, stopped, session, tmp_path
+):
+    """Both at once, in the middle of their work; no deadline of a call is anywhere near."""
+    at, steps, heartbeat_s = 5, 10, 8.0
+
+    class StopBoth:
+        async def on_step(self, report: StepReport) -> None:
+            if report.step == at and not stopped:
+                stop("learner-1", stopped)
+                stop("teacher-scorer-0", stopped)
+
+    options = ["learner.num_ranks=2", "learner.zero_stage=2", f"learner.steps={steps}"]
+    options += [f"recovery.heartbeat_s={heartbeat_s}", "checkpoint.every_steps=0", "checkpoint.memory_every_steps=2"]
+    config = configs.load(None, [*world.overrides(), *SMALL, *options])
+    run_dir = tmp_path / "run"
+    summary = run.train(config, run_dir, session=session, observers=(StopBoth(),))
+
+    assert summary["restarts_by_room"] == {"learn": 1, "teacher": 1}
+    assert_each_prompt_once(run_dir, steps=steps, prompts_per_step=8, max_staleness=2)
+    lost = events(run_dir, "worker_lost", "group_lost")
+    assert sorted((event["kind"], event["room"]) for event in lost) == [
+        ("group_lost", "learn"),
+        ("worker_lost", "teacher"),
+    ]
+    for name, event in zip(("learner-1", "teacher-scorer-0"), sorted(lost, key=lambda each: each["room"]), strict=True):
+        assert f"{name} on" in event["text"]
+        assert f"heartbeat gave no answer within {heartbeat_s:g} s" in event["text"]
+    assert_gone(stopped, "learner-1", "teacher-scorer-0")
+    assert {member.name for member in session.here.learner.members} == {"learner-0-again-1", "learner-1-again-1"}
