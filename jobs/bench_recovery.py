@@ -1,0 +1,127 @@
+"""What failures and checkpoints cost, measured side by side in the same rooms.
+
+    python jobs/bench_recovery.py [--steps N] [section.field=value ...]
+
+Two runs of the configured system tell the cost of checkpoints: one without, one that takes a snapshot with every step
+and writes every fifth. A third run loses a worker of every room, one after the other, to SIGKILL: the time from
+the kill to the next finished step, beside that of an undisturbed step, and how many steps had to be done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import click
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from opd_ray import config as configs
+from opd_ray import preflight, run
+from opd_ray.pipeline import StepReport
+from opd_ray.session import Session, cluster
+
+_QUIET = (
+    "guard.level=off",
+    "evaluation.num_problems=0",
+    "evaluation.every_steps=0",
+    "metrics.rollout_log_every_steps=0",
+)
+_WARMUP = 10
+_VICTIMS = {"student generator": "StudentGenerator", "teacher scorer": "Scorer", "learner rank": "Learner"}
+
+
+@dataclass
+class Killer:
+    """An observer that kills a worker every so many steps and waits for what follows."""
+
+    every_steps: int
+    times: dict[str, float] = field(default_factory=dict)
+    repeated: dict[str, int] = field(default_factory=dict)
+    _victims: list[str] = field(default_factory=lambda: list(_VICTIMS))
+    _killed: tuple[str, float, int] | None = None
+
+    async def on_step(self, report: StepReport) -> None:
+        """Ends the wait for the step after the last kill, or kills the next one."""
+        if self._killed is not None:
+            name, when, step = self._killed
+            # A restored run does steps again: it has recovered when it is where it was.
+            if report.step <= step:
+                self.repeated[name] = self.repeated.get(name, 0) + 1
+            self.times.setdefault(name, time.monotonic() - when)
+            if report.step > step:
+                self._killed = None
+        elif report.step % self.every_steps == self.every_steps - 1 and self._victims:
+            name = self._victims.pop(0)
+            os.kill(_process(_VICTIMS[name]).pid, signal.SIGKILL)
+            self._killed = (name, time.monotonic(), report.step)
+
+
+def _process(title: str) -> psutil.Process:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline() and process.cmdline()[0].startswith(f"ray::{title}"):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return min(found, key=psutil.Process.create_time)
+
+
+def _step_times(run_dir: Path) -> list[float]:
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [row["throughput/step_s"] for row in rows if "throughput/step_s" in row][_WARMUP:]
+
+
+@click.command()
+@click.option("--steps", default=60, show_default=True, help="Steps of each run.")
+@click.argument("overrides", nargs=-1)
+def main(steps: int, overrides: tuple[str, ...]) -> None:
+    """Measures the cost of checkpoints and of deaths."""
+    kinds = {
+        "without": ("checkpoint.every_steps=0", "checkpoint.memory_every_steps=0"),
+        "with": ("checkpoint.every_steps=5", "checkpoint.memory_every_steps=1"),
+    }
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    killer = Killer(every_steps=steps // 4)
+    base = [f"learner.steps={steps}", *_QUIET, *overrides]
+    with tempfile.TemporaryDirectory() as directory, cluster():
+        config = configs.load(None, base)
+        preflight.check_files(run.resolve(config))
+        session = Session()
+        try:
+            for attempt in range(2):  # in turn, so that what else the machine does falls on both
+                for kind, fields in kinds.items():
+                    run_dir = Path(directory) / f"{kind}-{attempt}"
+                    run.train(configs.load(None, [*base, *fields]), run_dir, session=session)
+                    times[kind] += _step_times(run_dir)
+            run.train(configs.load(None, base), Path(directory) / "kills", session=session, observers=(killer,))
+        finally:
+            session.close()
+    _show(times, killer)
+
+
+def _show(times: dict[str, list[float]], killer: Killer) -> None:
+    console = Console()
+    mean = {kind: sum(each) / len(each) for kind, each in times.items()}
+    console.print(
+        f"step without checkpoints {mean['without'] * 1000:.0f} ms, with a snapshot every step and a checkpoint every "
+        f"fifth {mean['with'] * 1000:.0f} ms: ratio {mean['with'] / mean['without']:.2f} "
+        f"(medians {median(times['without']) * 1000:.0f} and {median(times['with']) * 1000:.0f} ms)"
+    )
+    table = Table("killed", "until the next step, s", "steps done again")
+    for name in _VICTIMS:
+        if name in killer.times:
+            table.add_row(name, f"{killer.times[name]:.1f}", str(killer.repeated.get(name, 0)))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
