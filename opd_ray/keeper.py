@@ -7,6 +7,7 @@ rollouts are there already. Writing one goes on in the background while the loop
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -134,9 +135,12 @@ class Keeper:
     def back_to(self, step: int, changes: dict[str, Any]) -> None:
         """Forgets what is later than ``step``, and writes ``changes`` into the state of the newest that is left."""
         self._shelf.discard_after(step)
-        if self._newest is not None and self._newest.step > step:
-            self._newest = None
-        if (left := self._shelf.latest()) is not None:
+        if self._newest is not None:
+            kept = self._newest.step <= step
+            self._newest = dataclasses.replace(self._newest, state=self._newest.state | changes) if kept else None
+        left = self._shelf.latest()
+        self._where.checkpoint_step = left.step if left else None
+        if left is not None:
             self._shelf.amend(left, changes)
 
     async def save_now(self) -> None:

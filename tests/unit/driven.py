@@ -80,7 +80,7 @@ def drive(
             try:
                 return await driver.train(start, None, continued=start is not None)
             finally:
-                cast.final = cast.ranks  # before they are ended
+                cast.final, cast.at_the_end = cast.ranks, cast.world.living()  # before they are ended
                 if beside is not None:
                     beside.cancel()
                 session.close()

@@ -8,6 +8,7 @@ take no time, and the same seed gives the same run.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import selectors
 import time
@@ -108,8 +109,9 @@ class Store(Objects):
 class Actor:
     """An object whose methods are called from afar; it starts at its first call, when ``may_start`` is set."""
 
-    def __init__(self, name: str, make: Callable[[Actor], Any], world: World) -> None:
+    def __init__(self, name: str, make: Callable[[Actor], Any], world: World, serial: bool) -> None:
         self.name, self._make, self.world = name, make, world
+        self._turn = asyncio.Lock() if serial else contextlib.nullcontext()
         self.node = f"node-of-{name}"
         self.may_start, self.moves = asyncio.Event(), asyncio.Event()
         self.may_start.set()
@@ -139,29 +141,37 @@ class Actor:
     def go_on(self) -> None:
         self.moves.set()
 
-    def call(self, method: str, args: tuple[Any, ...], num_returns: int) -> Any:
+    def call(self, method: str, args: tuple[Any, ...], num_returns: int, at_once: bool) -> Any:
         answer = asyncio.get_running_loop().create_future()
         payload = self.world.objects.reserve() if num_returns == 2 else None
         self._answers.add(answer)
         if self._death is not None:
             self._fail(answer, self._death)
         else:
-            task = asyncio.get_running_loop().create_task(self._work(method, args, answer, payload))
+            task = asyncio.get_running_loop().create_task(self._work(method, args, answer, payload, at_once))
             self.world.tasks.add(task)
             task.add_done_callback(self.world.tasks.discard)
         return answer if payload is None else (answer, payload)
 
-    async def _work(self, method: str, args: tuple[Any, ...], answer: asyncio.Future[Any], payload: Ref | None) -> None:
+    async def _work(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        answer: asyncio.Future[Any],
+        payload: Ref | None,
+        at_once: bool,
+    ) -> None:
         try:
             await self._start()
-            self.world.before(self, method)
-            await self.moves.wait()
-            if self.is_dead:
-                return
-            values = [self.world.objects.get(arg) if isinstance(arg, Ref) else arg for arg in args]
-            outcome = getattr(self.inside, method)(*values)
-            if asyncio.iscoroutine(outcome):
-                outcome = await outcome
+            async with contextlib.nullcontext() if at_once else self._turn:
+                self.world.before(self, method)
+                await self.moves.wait()
+                if self.is_dead:
+                    return
+                values = [self.world.objects.get(arg) if isinstance(arg, Ref) else arg for arg in args]
+                outcome = getattr(self.inside, method)(*values)
+                if asyncio.iscoroutine(outcome):
+                    outcome = await outcome
             if payload is not None:
                 outcome, value = outcome
                 self.world.objects.fill(payload, value)
@@ -205,14 +215,14 @@ class Handle:
 
 
 class _Method:
-    def __init__(self, actor: Actor, method: str, num_returns: int = 1) -> None:
-        self._actor, self._method, self._num_returns = actor, method, num_returns
+    def __init__(self, actor: Actor, method: str, num_returns: int = 1, at_once: bool = False) -> None:
+        self._actor, self._method, self._num_returns, self._at_once = actor, method, num_returns, at_once
 
     def options(self, *, num_returns: int = 1, concurrency_group: str | None = None) -> _Method:
-        return _Method(self._actor, self._method, num_returns)
+        return _Method(self._actor, self._method, num_returns, concurrency_group is not None)
 
     def remote(self, *args: Any) -> Any:
-        return self._actor.call(self._method, args, self._num_returns)
+        return self._actor.call(self._method, args, self._num_returns, self._at_once)
 
 
 class World:
@@ -230,11 +240,14 @@ class World:
         """Called with every new actor."""
         self.tasks: set[asyncio.Task[None]] = set()
 
-    def spawning(self, role: str, make: Callable[[Actor], Any]) -> Callable[[int, int], Member]:
-        """Starts actors of a role, whose object is ``make(actor)``."""
+    def spawning(
+        self, role: str, make: Callable[[Actor], Any], *, serial: bool = False
+    ) -> Callable[[int, int], Member]:
+        """Starts actors of a role, whose object is ``make(actor)``; ``serial`` ones work off one call after another,
+        but for heartbeats."""
 
         def spawn(number: int, restart: int) -> Member:
-            actor = Actor(f"{role}-{number}" + (f"-again-{restart}" if restart else ""), make, self)
+            actor = Actor(f"{role}-{number}" + (f"-again-{restart}" if restart else ""), make, self, serial)
             self.actors.append(actor)
             self.starting(actor)
             return Member(Handle(actor), actor.name)

@@ -323,6 +323,8 @@ class Cast:
         self._ranks: dict[int, Ranks] = defaultdict(Ranks)
         self.final: list[FakeLearner] = []
         """The learner's ranks at the end of a run."""
+        self.at_the_end: list[Actor] = []
+        """All that were alive then."""
 
     def rooms(self) -> Rooms:
         config = self.config
@@ -330,7 +332,7 @@ class Cast:
             generators=self.pool(
                 "generate", "student-generator", self.generator, config.rollout.size, needs_weights=True
             ),
-            learner=Group("learn", self._spawn_rank, config.learner.num_ranks, config.deadlines.train_s),
+            learner=self._learner(),
             scorers={role: self._scorers(role) for role in config.scorers},
             teacher_generators=self.pool(
                 "teacher_generate", "teacher-generator", self.teacher_generator, PoolSize.fixed(1)
@@ -351,6 +353,11 @@ class Cast:
         spawn = self.world.spawning(f"{role}-scorer", lambda actor: self.scorer(actor, self.fabric, self.log))
         return Group(role, spawn, scorer.num_actors, self.config.deadlines.score_s)
 
+    def _learner(self) -> Group:
+        group = Group("learn", self._spawn_rank, self.config.learner.num_ranks, self.config.deadlines.train_s)
+        group.pings = "pings"
+        return group
+
     def _spawn_rank(self, rank: int, restart: int) -> Any:
         ranks = self._ranks[restart]
 
@@ -360,7 +367,7 @@ class Cast:
                 one.metrics = self.learner_metrics
             return one
 
-        member = self.world.spawning("learner", make)(rank, restart)
+        member = self.world.spawning("learner", make, serial=True)(rank, restart)
         ranks.actors.append(self.world.actors[-1])
         return member
 
