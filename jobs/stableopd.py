@@ -1,6 +1,6 @@
 """StableOPD, from a checkpoint to a better one; the same arguments as ``opd-ray train``.
 
-    python jobs/stableopd.py [--config FILE] [--run-dir DIR] [--resume] [section.field=value ...]
+    python jobs/stableopd.py [--config FILE] [--run-dir DIR] [--resume | --auto-resume] [section.field=value ...]
 
 Without arguments it trains the small embedded student on this machine. On a cluster:
 
