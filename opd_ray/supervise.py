@@ -135,8 +135,8 @@ class Supervisor:
         here = pool.those("starting", "joining", "ready")
         for _ in range(pool.target - len(here)):
             pool.grow()
-        # The last that came goes first, and one that is not up yet before one that works.
-        surplus = sorted(here, key=lambda member: (member.state == "ready", -member.num_calls, -member.since))
+        # One that is not up yet goes before one that works, then the one with the least to finish, the last that came.
+        surplus = sorted(here, key=lambda member: (member.state == "ready", member.num_calls, -member.since))
         for member in surplus[: max(0, len(here) - pool.target)]:
             self._say("worker_leaves", f"{pool.room}: {member.name} on {member.node} is let go", room=pool.room)
             if member.state == "starting":
