@@ -101,10 +101,13 @@ def main(warmup: int, steps: int, config_file: Path | None, overrides: tuple[str
     config = configs.load(config_file, [*overrides, *fixed])
     tokens = Tokens()
     with tempfile.TemporaryDirectory() as directory, PeakMemory() as memory:
-        run.train(config, Path(directory) / "bench", observers=(tokens,))
+        summary = run.train(config, Path(directory) / "bench", observers=(tokens,))
         lines = (Path(directory) / "bench" / "metrics.jsonl").read_text().splitlines()
     measured = [row for row in map(json.loads, lines) if "throughput/step_s" in row][warmup:]
     _show(measured, sum(tokens.steps[warmup:], Counter()), memory.peak_bytes)
+    if summary["restarts"]:
+        lost = ", ".join(f"{count} of {room}" for room, count in summary["restarts_by_room"].items())
+        click.echo(f"workers were lost and replaced meanwhile ({lost}): measure again", err=True)
 
 
 def _show(measured: list[dict[str, Any]], tokens: Counter[str], peak_bytes: int) -> None:
