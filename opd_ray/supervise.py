@@ -23,6 +23,7 @@ from opd_ray.room import Member, Room
 _TICK_S = 1.0
 _NEVER_RAN = "The actor never ran"
 """What Ray says of an actor that it placed on a node which was gone already."""
+_NOT_UP = "the others are not placed or still load their model"
 _BEATS = 4
 """Heartbeats within the time after which a worker that gave none counts as dead."""
 
@@ -110,7 +111,7 @@ class Supervisor:
                 pool = short[0]
                 raise RunError(
                     f"{pool.room}: {len(pool.those('ready', 'joining'))} of at least {pool.size.minimum} workers came "
-                    f"up within {deadline_s:g} s (deadlines.start_s); {pool.last_loss or 'none was placed so far'}; "
+                    f"up within {deadline_s:g} s (deadlines.start_s); {pool.last_loss or _NOT_UP}; "
                     "see the cluster's resources and the actors' logs in the Ray dashboard"
                 )
             await asyncio.sleep(0.05)
@@ -183,7 +184,7 @@ class Supervisor:
             raise RunError(
                 f"{pool.room}: has {len(pool.those('ready', 'joining'))} workers, fewer than its minimum of "
                 f"{pool.size.minimum}, for more than {limit:g} s (recovery.below_min_s); the last loss: "
-                f"{pool.last_loss or 'none, the workers are not placed'}; add nodes and go on with --resume"
+                f"{pool.last_loss or f'none, {_NOT_UP}'}; add nodes and go on with --resume"
             )
 
     def _look_at_demand(self) -> None:
