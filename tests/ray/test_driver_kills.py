@@ -1,0 +1,324 @@
+"""Drivers that die, and what their runs are worth afterwards: `kill -9`, SIGTERM, a full disk, damaged checkpoints.
+
+Where only the runtime is under test, engines and learner are fakes (fake_run.py, fake_learner.py); the rest, the Ray
+included, is real. Everything that a test says about a run comes from what is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from autoscaling_head import AutoscalingHead, autoscaling_head, fake_cluster
+from fake_run import FULL, POINTS, Driver, Drivers
+from killed_runs import (
+    LR,
+    PROMPTS_PER_STEP,
+    Run,
+    check_exactly_once,
+    check_model,
+    check_nothing_is_left_over,
+    check_start,
+    check_tensorboard,
+)
+from opd_ray.tasks.chain import draw_distinct, to_row
+
+pytestmark = pytest.mark.ray
+NUM_PROMPTS = 16
+"""An epoch is four steps."""
+FAKE = [
+    *("data.golden=null", "buffer.golden_per_prompt=0", "loss.golden.coef=0", "loss.reference.coef=0"),
+    *("guard.level=off", "evaluation.num_problems=0", "evaluation.every_steps=0"),
+    *(f"buffer.prompts_per_step={PROMPTS_PER_STEP}", "rollout.prompts_per_call=2", "rollout.max_response_tokens=8"),
+    *(f"learner.lr={LR}", "metrics.rollout_log_every_steps=1"),
+    *("checkpoint.every_steps=2", "checkpoint.keep=2", "checkpoint.memory_every_steps=0"),
+]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[AutoscalingHead]:
+    """A Ray whose workers know the fakes, and that stays when drivers die."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with autoscaling_head(fake_cluster({}, head={"CPU": 4})) as head:
+            yield head
+
+
+@pytest.fixture(scope="module")
+def drivers(head: AutoscalingHead) -> Iterator[Drivers]:
+    with Drivers(head.environment) as drivers:
+        yield drivers
+
+
+@pytest.fixture(scope="module")
+def small_world(world, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name the world's models, and so few prompts that a run sees each of them often."""
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    problems = draw_distinct(random.Random(1), "train", NUM_PROMPTS)
+    prompts.write_text("".join(json.dumps(to_row(problem)) + "\n" for problem in problems))
+    return [*world.overrides(), f"data.prompts={prompts}", *FAKE]
+
+
+# ---- kills ----
+
+
+def plan_of_kills(rng: random.Random) -> list[dict[str, Any]]:
+    """Eleven where something is half done, nine at any time after a number of steps."""
+    at_points = [
+        {"point": "started", "delay_s": rng.uniform(0, 3)},
+        {"point": "restoring", "delay_s": rng.uniform(0, 0.05)},
+        {"point": "training", "passing": rng.randint(1, 4), "delay_s": rng.uniform(0, 0.01)},
+        {"point": "broadcasting", "passing": rng.randint(2, 4), "delay_s": rng.uniform(0, 0.005)},
+        {"point": "logged", "passing": rng.randint(1, 4)},
+        {"point": "part written", "passing": 1},
+        {"point": "part written", "passing": rng.randint(2, 6)},
+        {"point": "sealing", "passing": rng.randint(1, 2)},
+        {"point": "sealed", "passing": rng.randint(1, 2)},
+        {"point": "pruning"},
+    ]
+    anywhere = [{"steps": rng.randint(1, 4), "delay_s": rng.uniform(0, 0.3)} for _ in range(8)]
+    rng.shuffle(kills := at_points + anywhere)
+    return [{"steps": 5, "delay_s": 0.0}, *kills, {"point": "exporting"}]
+
+
+def kill(run: Run, how: dict[str, Any]) -> None:
+    """Starts a driver and kills it."""
+    if "point" in how:
+        driver = run.start(kill=how)
+        assert driver.wait() == -signal.SIGKILL, f"{how}: {driver.printed()}"
+        return
+    before = len(run.metrics())
+    driver = run.start()
+    driver.wait_until(lambda: len(run.metrics()) >= before + how["steps"])
+    time.sleep(how["delay_s"])
+    driver.signal(signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL, f"{how}: {driver.printed()}"
+
+
+@pytest.mark.timeout(600)
+def test_twenty_kills_of_the_driver_lose_and_repeat_no_prompt(drivers, small_world, tmp_path):
+    """Each start goes on from the newest complete checkpoint; the final weights are those of the rollout log, in which
+    every prompt of every epoch stands once."""
+    steps = 120
+    run = Run(drivers, tmp_path / "run", *small_world, f"learner.steps={steps}")
+    kills = plan_of_kills(random.Random(20))
+    assert len(kills) == 20
+    assert {how.get("point") for how in kills} == {*POINTS, None}
+    for how in [*kills, None]:
+        noted, complete = len(run.journal()), run.complete()
+        kill(run, how) if how else run.finish()
+        check_start(run.journal()[noted:], complete)
+    assert run.complete() == steps
+    check_exactly_once(run.rollouts(), PROMPTS_PER_STEP, NUM_PROMPTS, max_staleness=2)
+    check_model(run)
+    check_tensorboard(run, steps)
+    check_nothing_is_left_over(run)
+    summary = json.loads((run.directory / "summary.json").read_text())
+    tokens = sum(len(row["response_tokens"]) for rows in run.rollouts() for row in rows)
+    assert (summary["steps"], summary["trained_tokens"]) == (steps, tokens)
+
+
+# ---- signals, and the same losses ----
+
+STEPS = 12
+SYNCHRONOUS = ["buffer.max_staleness=0", f"learner.steps={STEPS}"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(drivers, small_world, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A whole run; what a test changes in it is a copy."""
+    run = Run(drivers, tmp_path_factory.mktemp("undisturbed") / "run", *small_world, *SYNCHRONOUS)
+    run.finish()
+    check_model(run)
+    return run
+
+
+@pytest.mark.timeout(300)
+def test_a_run_that_was_ended_by_a_signal_and_then_killed_is_the_same_run(undisturbed, drivers, small_world, tmp_path):
+    """On SIGTERM the step under way is saved and the exit code is 143. After that, and after a kill, losses, rollouts
+    and weights of a synchronous run are bit for bit those of one that nobody touched."""
+    run = Run(drivers, tmp_path / "run", *small_world, *SYNCHRONOUS)
+    driver = run.start("checkpoint.every_steps=100")
+    driver.wait_until(lambda: len(run.metrics()) >= 3)
+    driver.signal(signal.SIGTERM)
+    assert driver.wait() == 143, driver.printed()
+    trained = [line["trained"] for line in run.journal() if "trained" in line]
+    saved = run.complete()
+    assert trained == list(range(1, saved + 1)), "what was trained is saved"
+    said = [line for line in driver.printed().splitlines() if line.startswith("opd-ray: ")]
+    assert len(said) == 1
+    assert f"ended by a signal after step {saved}; the checkpoint of step {saved} is written" in said[0]
+
+    noted = len(run.journal())
+    kill(run, {"point": "broadcasting", "passing": 4})
+    check_start(run.journal()[noted:], saved)
+    noted, complete = len(run.journal()), run.complete()
+    run.finish()
+    check_start(run.journal()[noted:], complete)
+    assert run.losses() == undisturbed.losses()
+    assert run.rollouts() == undisturbed.rollouts()
+    check_exactly_once(run.rollouts(), PROMPTS_PER_STEP, NUM_PROMPTS, max_staleness=0)
+    check_model(run)
+
+
+# ---- what cannot be written or read ----
+
+
+@pytest.mark.timeout(300)
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(drivers, small_world, tmp_path):
+    """The message names the file; as soon as there is space, the run goes on from the last checkpoint."""
+    run = Run(drivers, tmp_path / "run", *small_world, "learner.steps=1000")
+    driver = run.start()
+    driver.wait_until(lambda: run.complete() >= 2)
+    (run.directory / FULL).touch()
+    assert driver.wait() == 1, driver.printed()
+    complete = run.complete()
+    said = [line for line in driver.printed().splitlines() if line.startswith("opd-ray: ")]
+    assert len(said) == 1
+    assert f"{run.checkpoints}/step-{complete + 2}/learner-0-of-1." in said[0]
+    assert "cannot be written: no space is left (No space left on device)" in said[0]
+    (run.directory / FULL).unlink()
+    noted = len(run.journal())
+    run.finish(f"learner.steps={complete + 4}")
+    check_start(run.journal()[noted:], complete)
+    check_exactly_once(run.rollouts(), PROMPTS_PER_STEP, NUM_PROMPTS, max_staleness=2)
+    check_model(run)
+    check_nothing_is_left_over(run)
+
+
+def cut_state_json(run: Run) -> None:
+    state = run.checkpoints / f"step-{STEPS}" / "state.json"
+    state.write_bytes(state.read_bytes()[:100])
+
+
+def cut_learner_file(run: Run) -> None:
+    [part] = (run.checkpoints / f"step-{STEPS}").glob("learner-*")
+    part.write_bytes(part.read_bytes()[:-1])
+
+
+def foreign_state_json(run: Run) -> None:
+    (run.checkpoints / "step-99").mkdir()
+    (run.checkpoints / "step-99" / "state.json").write_text('{"step": 99}')
+
+
+def no_directory(run: Run) -> None:
+    shutil.rmtree(run.checkpoints)
+    run.checkpoints.write_text("somebody's notes")
+
+
+def another_run(run: Run) -> None:
+    """The run directory is new, but its checkpoints are those of a run with another seed."""
+    (run.directory / "config.yaml").unlink()
+
+
+def nothing(run: Run) -> None:
+    pass
+
+
+REFUSALS = [
+    (cut_state_json, [], r"step-12/state.json is damaged or cut off \(100 bytes, no JSON\); delete .* from step 10"),
+    (cut_learner_file, [], r"step-12/learner-0-of-1\..* has \d+ bytes, expected \d+ bytes; delete .* from step 10"),
+    (foreign_state_json, [], r'step-99/state.json is not a checkpoint\'s: expected "format": "opd_ray checkpoint"'),
+    (no_directory, [], "checkpoints.* a file is where a directory is needed"),
+    (another_run, ["seed=1"], "seed is 1, but the checkpoint .*step-12 has 0; continue it with seed=0"),
+    (nothing, ["data.task=math"], "data.task is math, but the run in .* has chain"),
+    (nothing, ["student.path={teacher}"], "student.path is .*teacher, but the run in .*student"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "more", "says"), REFUSALS, ids=lambda value: getattr(value, "__name__", None))
+def test_a_run_that_cannot_go_on_is_refused_in_one_line(
+    undisturbed, drivers, world, tmp_path, spoil: Callable[[Run], None], more: list[str], says: str
+):
+    """Exit code 2 before anything starts, and no file is touched."""
+    run = Run(drivers, tmp_path / "run")
+    shutil.copytree(undisturbed.directory, run.directory)
+    run.overrides = [*undisturbed.overrides[:-1], *run.overrides]
+    spoil(run)
+    before = contents(run.directory)
+    driver = run.start(*(each.format(teacher=world.teacher) for each in more))
+    assert driver.wait() == 2, driver.printed()
+    [line] = driver.printed().splitlines()
+    assert line.startswith("opd-ray: ")
+    assert re.search(says, line), line
+    assert contents(run.directory) == before
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# ---- the real engines and the real learner ----
+
+
+def kill_job(head: AutoscalingHead, driver: Driver) -> None:
+    """kill -9 of a driver and of all workers of this Ray, at once."""
+    workers = [
+        process
+        for raylet in head.raylets().values()
+        for process in raylet.children(recursive=True)
+        if process.name().startswith("ray::") and not process.name().endswith("Agent")  # a raylet dies with its agents
+    ]
+    driver.signal(signal.SIGKILL)
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
+
+
+@pytest.mark.vllm
+@pytest.mark.deepspeed
+@pytest.mark.timeout(600)
+def test_real_runs_go_on_after_kills_on_another_number_of_ranks(head, drivers, world, tmp_path):
+    """vLLM, torch and DeepSpeed, ZeRO-2 on two ranks: the driver dies in the middle of a step, then while a checkpoint
+    is written, then with all its workers; one rank with ZeRO-1 brings the run to its end."""
+    steps = 10
+    overrides = [
+        *world.overrides(),
+        *("buffer.prompts_per_step=8", "rollout.max_response_tokens=24", "rollout.max_num_seqs=16"),
+        *("rollout.kv_cache_bytes=33554432", "metrics.rollout_log_every_steps=1"),
+        *("evaluation.num_problems=0", "evaluation.every_steps=0"),
+        *("checkpoint.every_steps=2", "checkpoint.memory_every_steps=0", f"learner.steps={steps}"),
+    ]
+    run = Run(drivers, tmp_path / "run", *overrides, fakes=False)
+    ranks = ["learner.num_ranks=2", "learner.zero_stage=2"]
+
+    def until(end: Callable[[], None]) -> None:
+        """One start; its first step is the one after the newest checkpoint."""
+        before, complete = len(run.metrics()), run.complete()
+        end()
+        for step, line in enumerate(run.metrics()[before:], start=complete + 1):
+            assert line["step"] == step
+
+    def killed_at(kill: dict[str, Any], *more: str) -> None:
+        driver = run.start(*ranks, *more, kill=kill)
+        assert driver.wait(240) == -signal.SIGKILL, driver.printed()
+
+    def killed_with_its_workers() -> None:
+        before = len(run.metrics())
+        driver = run.start(*ranks, "rollout.engine=torch")
+        driver.wait_until(lambda: len(run.metrics()) > before, 240)
+        kill_job(head, driver)
+        assert driver.wait() == -signal.SIGKILL, driver.printed()
+
+    until(lambda: killed_at({"point": "training", "passing": 5, "delay_s": 0.02}, "rollout.engine=vllm"))
+    assert run.complete() in (2, 4)  # that of step 2 is written before that of step 4 begins
+    until(lambda: killed_at({"point": "part written", "passing": 2}, "rollout.engine=torch"))
+    until(killed_with_its_workers)
+    until(lambda: run.finish("learner.num_ranks=1", "learner.zero_stage=1", "rollout.engine=torch"))
+    assert run.complete() == steps
+    check_exactly_once(run.rollouts(), 8, 64, max_staleness=2)
+    check_nothing_is_left_over(run)
+    assert len(run.losses()) == steps
+    assert (run.directory / "student" / "model.safetensors").is_file()
