@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -39,6 +40,8 @@ from opd_ray.errors import InputError
 _ROOT = Path(__file__).resolve().parent.parent
 _LEFT_OUT = [".git", ".venv", "runs", "__pycache__", "*.egg-info", ".pytest_cache", ".ruff_cache", ".hypothesis"]
 _HEAD_DEADLINE_S = 120.0
+_JOB_STOP_S = 30.0
+"""How long a job that is stopped may take: it saves a checkpoint first."""
 _POLL_S = 0.5
 _STEP_LINE = re.compile(r"step +\d+/\d+ ")
 _OUTCOMES = (
@@ -109,7 +112,7 @@ def ray_head() -> Iterator[Any]:
             | {
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
                 "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nobody waits for this node's work
-                "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a job that is stopped saves a checkpoint first
+                "RAY_JOB_STOP_WAIT_TIME_S": f"{_JOB_STOP_S:.0f}",
             },
         )
     try:
@@ -189,20 +192,14 @@ def follow(client: Any, entrypoint: str, run_dir: Path) -> int:
             "env_vars": {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
         },
     )
-    shown = 0
-    try:
-        with _Display(run_dir) as display:
-            ended = False
-            while not ended:
-                time.sleep(_POLL_S)
-                ended = client.get_job_status(job).is_terminal()  # before the log, so that its end is not missed
-                text = client.get_job_logs(job)
-                whole = len(text) if ended else text.rfind("\n") + 1
-                display.show(text[shown:whole].splitlines())
-                shown = max(shown, whole)
-    except KeyboardInterrupt:
-        client.stop_job(job)
-        raise
+    with _Display(run_dir) as display:
+        try:
+            _until_ended(client, job, display)
+        except KeyboardInterrupt:
+            client.stop_job(job)
+            console.print("the job saves where it is and ends; Ctrl-C once more does not wait for it")
+            _until_ended(client, job, display, time.monotonic() + _JOB_STOP_S)
+            raise
     info = client.get_job_info(job)
     if info.status == "SUCCEEDED":
         return 0
@@ -211,11 +208,21 @@ def follow(client: Any, entrypoint: str, run_dir: Path) -> int:
     return info.driver_exit_code or 1
 
 
+def _until_ended(client: Any, job: str, display: _Display, deadline: float = math.inf) -> None:
+    """Shows what the job prints until it ends, or until ``deadline``."""
+    ended = False
+    while not ended and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+        ended = client.get_job_status(job).is_terminal()  # before the log, so that its end is not missed
+        display.show_log(client.get_job_logs(job), ended)
+
+
 class _Display:
     """The job's lines as they come; on a terminal a progress bar stands in for the step lines."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "progress.jsonl"
+        self._shown = 0
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -234,6 +241,12 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
+
+    def show_log(self, text: str, ended: bool) -> None:
+        """What is new in the job's log; a line that is not whole waits for its end."""
+        whole = len(text) if ended else text.rfind("\n") + 1
+        self.show(text[self._shown : whole].splitlines())
+        self._shown = max(self._shown, whole)
 
     def show(self, lines: list[str]) -> None:
         for line in lines:
