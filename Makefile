@@ -1,6 +1,6 @@
 # make demo    the whole system on this machine, from nothing (a few minutes)
 # make study   which part of StableOPD does what: 14 arms on 5 seeds, one report (runs/study); ARGS="--seeds 1" for one
-# make test    unit, contract, Ray, page and (with a CUDA device) GPU tests
+# make test    unit, contract, Ray, page and (with a CUDA device) GPU tests, two files at a time
 # make setup   only install, into .venv; DEVICE=gpu for a CUDA machine, PYTHON=... for another interpreter
 # make lint    ruff; make clean removes caches and .venv, but no runs
 #
@@ -8,6 +8,7 @@
 
 DEVICE ?= cpu
 ARGS ?=
+TESTS_AT_ONCE ?= 2
 RUN := .venv/bin/python
 
 # One thread per process: each actor is a process, and two threads in each are slower than one.
@@ -33,7 +34,7 @@ study: $(STAMP)
 	@$(RUN) jobs/ablation.py $(ARGS)
 
 test: $(STAMP)
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n $(TESTS_AT_ONCE) --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .
