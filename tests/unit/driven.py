@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import fake_ray
+from fake_workers import FakeGenerator, FakeLearner, FakeScorer
 from fakes import Cast, stream
 from opd_ray.checkpoint import Shelf
 from opd_ray.config import from_dict
@@ -103,3 +105,56 @@ def events(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """What the run said to events.jsonl."""
     lines = (run_dir / "events.jsonl").read_text().splitlines() if (run_dir / "events.jsonl").exists() else []
     return [event for line in lines if kind in (None, (event := json.loads(line))["kind"])]
+
+
+def in_no_hurry(cast):
+    """Everything takes a while, so that much is under way at any moment."""
+    cast.generator = type("Generator", (FakeGenerator,), {"takes_s": 2.0})
+    cast.scorer = type("Scorer", (FakeScorer,), {"takes_s": 0.5})
+    cast.learner = type("Learner", (FakeLearner,), {"takes_s": 1.0})
+
+
+def slow_learner(cast):
+    """All that may be sampled ahead is sampled when a step ends."""
+    in_no_hurry(cast)
+    cast.learner = type("Learner", (FakeLearner,), {"takes_s": 100.0})
+
+
+def assert_whole(cast, run_dir, steps=6, per_step=2):
+    """In the history of the final weights each prompt was trained on once, in the step that it belongs to, and the
+    rollout log says the same."""
+    slots = list(range(steps * per_step))
+    assert sorted(slot for rank in cast.final for slot in rank.trained) == slots
+    assert [rank.steps for rank in cast.final] == [list(range(steps))] * len(cast.final)
+    assert sorted(int(name.partition("-")[0]) for name in logged(run_dir)) == slots
+    for step in range(1, steps + 1):
+        names = json.loads((run_dir / "rollouts" / f"step-{step:06d}.parquet").read_text())
+        assert {int(name.partition("-")[0]) // per_step for name in names} == {step - 1}
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["steps"] == steps
+    assert (run_dir / "student" / "weights.txt").exists()
+    weights = {tuple(sorted(actor.inside.weights)) for actor in cast.world.actors if receives(cast, actor)}
+    assert len(weights) == 1, "everyone who is there has the same weights"
+
+
+def receives(cast, actor):
+    return actor in cast.at_the_end and actor.role in ("student-generator", "reference-scorer") and actor.inside
+
+
+def on_call(cast, method, number, do, role=None, name=None):
+    """Calls ``do(actor)`` at the ``number``-th call of a method of a role, or of one actor; returns whether it was."""
+    count, done = itertools.count(1), []
+    earlier = cast.world.before
+
+    def before(actor, called):
+        earlier(actor, called)
+        if called == method and role in (None, actor.role) and name in (None, actor.name) and next(count) == number:
+            done.append(actor)
+            do(actor)
+
+    cast.world.before = before
+    return done
+
+
+def die(actor):
+    actor.die()

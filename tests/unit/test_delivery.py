@@ -8,7 +8,7 @@ import pytest
 import fake_ray
 from driven import cast_of
 from fake_ray import actor_of
-from fakes import MANIFEST
+from fake_workers import MANIFEST
 from opd_ray.delivery import Delivery
 from opd_ray.errors import ActorError, GroupLost, WeightSyncError
 

@@ -11,7 +11,8 @@ from ray.exceptions import ObjectLostError
 
 import fake_ray
 from factories import meta
-from fakes import FakeGenerator, FakeScorer, make_pipeline
+from fake_workers import FakeGenerator, FakeScorer
+from fakes import make_pipeline
 from opd_ray.errors import MemberLost, RunError
 from opd_ray.messages import Entry
 
