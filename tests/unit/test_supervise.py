@@ -1,4 +1,4 @@
-"""The supervisor: replacements and their limits, minimum, heartbeats, growing, shrinking, draining, joining."""
+"""The supervisor: replacements and their limits, starting, minimum, heartbeats."""
 
 import asyncio
 import time
