@@ -222,7 +222,7 @@ def _generators(config: Config, number: int) -> _Asked:
 def _check_fits(asked: Mapping[str, _Asked], capacity: Capacity) -> None:
     for resource in dict.fromkeys(room.node_resource for room in asked.values()):
         there = capacity(resource)
-        if resource is not None and not there:
+        if resource is not None and not there.get(resource):
             room = next(name for name, room in asked.items() if room.node_resource == resource)
             raise InputError(
                 f"cluster: {room} ask for nodes with the custom resource {resource!r} (node_resource), but no node "

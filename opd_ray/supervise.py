@@ -72,7 +72,8 @@ class Supervisor:
         self._wake = asyncio.Event()
         self._problem: RunError | None = None
         self._bringing: set[Member] = set()
-        self._below: dict[str, float] = {}
+        self._below: dict[str, float | None] = {}
+        """Pools that were at strength once, and since when they are not."""
         self._looked = (time.monotonic(), 0.0, {pool.room: pool.work() for pool in pools})
 
     async def run(self) -> None:
@@ -101,7 +102,8 @@ class Supervisor:
 
     def below_min_s(self, room: str) -> float | None:
         """For how long a pool has had fewer ready workers than its minimum."""
-        return time.monotonic() - self._below[room] if room in self._below else None
+        since = self._below.get(room)
+        return None if since is None else time.monotonic() - since
 
     async def wait_for_minimum(self, deadline_s: float) -> None:
         """Until every pool has its minimum of workers up. Raises RunError, with the last loss, at the deadline."""
@@ -115,6 +117,8 @@ class Supervisor:
                     "see the cluster's resources and the actors' logs in the Ray dashboard"
                 )
             await asyncio.sleep(0.05)
+        for pool in self._pools:
+            self._below.setdefault(pool.room, None)
 
     def _lost(self, pool: Pool, member: Member, cause: str) -> None:
         try:
@@ -176,9 +180,11 @@ class Supervisor:
 
     def _check_strength(self, pool: Pool) -> None:
         if len(pool.those("ready", "joining")) >= pool.size.minimum:
-            self._below.pop(pool.room, None)
+            self._below[pool.room] = None
             return
-        since = self._below.setdefault(pool.room, time.monotonic())
+        if pool.room not in self._below:
+            return  # still on its first way up, which has a deadline of its own
+        since = self._below[pool.room] = self._below[pool.room] or time.monotonic()
         limit = self._config.recovery.below_min_s
         if time.monotonic() - since > limit:
             raise RunError(
