@@ -21,8 +21,8 @@ from opd_ray.config import PoolSize
 from opd_ray.errors import ActorError, GroupLost, MemberLost, OpdError, PayloadLost, StartFailed, WeightSyncError
 from opd_ray.room import Member, Room, Spawn, State
 
-_MOST_DEATHS = 3
-"""Workers that one call may take down before it is held to be the cause."""
+_MOST_DEATHS = 5
+"""Workers that one call may take down before it is held to be the cause; a long one may meet some spot nodes' end."""
 _GRACE_S = 5.0
 """How long a group whose collective broke is watched for the rank that died."""
 

@@ -141,13 +141,16 @@ def test_teacher_equal_to_student_gives_no_gradient(name: str, tail: str, k: int
 def test_the_tail_bucket_bounds_the_full_divergence_from_below(
     seed: int, k: int, scale: float, name: str, support: str
 ) -> None:
-    """Merging outcomes never raises a divergence, and a softmax's gradient cannot push all logits the same way."""
+    """Merging outcomes never raises a divergence, and a softmax's gradient cannot push all logits the same way.
+
+    A small tail is 1 minus a sum of float32 probabilities, which leaves few digits of its mass: hence the tolerances.
+    """
     tokens = batch(seed=seed, k=k, scale=scale, v=20)
     values = loss_of(tokens, divergence=name, support=support, tail="bucket")
     full = loss_of(tokens, divergence=name, support="full").detach()
     assert (values >= -1e-5).all()
-    assert (values <= full + 1e-4 * (1 + full)).all()
-    assert gradient_of(values, tokens.logits).sum(-1).abs().max() < 1e-4 * (1 + full.max())
+    assert (values <= full + 3e-3 * (1 + full)).all()
+    assert gradient_of(values, tokens.logits).sum(-1).abs().max() < 1e-3 * (1 + full.max())
 
 
 @settings(max_examples=60, deadline=None)

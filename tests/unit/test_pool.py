@@ -168,7 +168,7 @@ def test_a_call_that_is_given_up_while_it_waits_leaves_nothing_behind():
     fake_ray.run(scenario())
 
 
-def test_a_call_that_takes_down_three_workers_is_held_to_be_the_cause():
+def test_a_call_that_takes_down_five_workers_is_held_to_be_the_cause():
     async def scenario():
         world, pool = await desks(2)
         losses = Losses(pool)
@@ -178,10 +178,10 @@ def test_a_call_that_takes_down_three_workers_is_held_to_be_the_cause():
                 actor.die("killed by the kernel")
 
         world.before = before
-        with pytest.raises(ActorError, match="desk: one call took down 3 workers, the last: desk: clerk-") as caught:
+        with pytest.raises(ActorError, match="desk: one call took down 5 workers, the last: desk: clerk-") as caught:
             await pool.call("work", "poison")
         assert not isinstance(caught.value, MemberLost)
-        assert len(losses.lost) == 3
+        assert len(losses.lost) == 5
         world.before = lambda *_: None
         await until(lambda: len(pool.those("ready")) == 2)
         assert (await pool.call_one("tell", "harmless"))[1] == "harmless"
