@@ -208,13 +208,13 @@ class Driver:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def wait(self, timeout_s: float = 120.0) -> int:
+    def wait(self, timeout_s: float = 240.0) -> int:
         """Its exit code, negative for a signal. Raises TimeoutError."""
         if self.exit_code is None:
             self.exit_code = self._drivers.answer(timeout_s)["exit_code"]
         return self.exit_code
 
-    def wait_until(self, what: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    def wait_until(self, what: Callable[[], bool], timeout_s: float = 240.0) -> None:
         """Until something is so, or the driver has ended. Raises TimeoutError."""
         until = time.monotonic() + timeout_s
         while not what():

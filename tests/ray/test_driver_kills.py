@@ -107,7 +107,7 @@ def kill(run: Run, how: dict[str, Any]) -> None:
     assert driver.wait() == -signal.SIGKILL, f"{how}: {driver.printed()}"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_twenty_kills_of_the_driver_lose_and_repeat_no_prompt(drivers, small_world, tmp_path):
     """Each start goes on from the newest complete checkpoint; the final weights are those of the rollout log, in which
     every prompt of every epoch stands once."""
@@ -145,7 +145,7 @@ def undisturbed(drivers, small_world, tmp_path_factory: pytest.TempPathFactory) 
     return run
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_run_that_was_ended_by_a_signal_and_then_killed_is_the_same_run(undisturbed, drivers, small_world, tmp_path):
     """On SIGTERM the step under way is saved and the exit code is 143. After that, and after a kill, losses, rollouts
     and weights of a synchronous run are bit for bit those of one that nobody touched."""
@@ -176,7 +176,7 @@ def test_a_run_that_was_ended_by_a_signal_and_then_killed_is_the_same_run(undist
 # ---- what cannot be written or read ----
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(drivers, small_world, tmp_path):
     """The message names the file; as soon as there is space, the run goes on from the last checkpoint."""
     run = Run(drivers, tmp_path / "run", *small_world, "learner.steps=1000")
@@ -279,7 +279,7 @@ def kill_job(head: AutoscalingHead, driver: Driver) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.deepspeed
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_real_runs_go_on_after_kills_on_another_number_of_ranks(head, drivers, world, tmp_path):
     """vLLM, torch and DeepSpeed, ZeRO-2 on two ranks: the driver dies in the middle of a step, then while a checkpoint
     is written, then with all its workers; one rank with ZeRO-1 brings the run to its end."""
@@ -303,12 +303,12 @@ def test_real_runs_go_on_after_kills_on_another_number_of_ranks(head, drivers, w
 
     def killed_at(kill: dict[str, Any], *more: str) -> None:
         driver = run.start(*ranks, *more, kill=kill)
-        assert driver.wait(240) == -signal.SIGKILL, driver.printed()
+        assert driver.wait() == -signal.SIGKILL, driver.printed()
 
     def killed_with_its_workers() -> None:
         before = len(run.metrics())
         driver = run.start(*ranks, "rollout.engine=torch")
-        driver.wait_until(lambda: len(run.metrics()) > before, 240)
+        driver.wait_until(lambda: len(run.metrics()) > before)
         kill_job(head, driver)
         assert driver.wait() == -signal.SIGKILL, driver.printed()
 
