@@ -1,7 +1,7 @@
 """The command line: ``opd-ray train | status | preflight | evaluate | report``, the same as ``python -m opd_ray``.
 
-Exit codes: 0 done; 1 a failure while running; 2 refused input or configuration. Refusals and explained
-failures are one line on stderr (``--debug`` adds the traceback); anything else keeps its traceback.
+Exit codes: 0 done; 1 a failure while running; 2 refused input or configuration; 143 ended by a signal. Refusals and
+explained failures are one line on stderr (``--debug`` adds the traceback); anything else keeps its traceback.
 """
 
 from __future__ import annotations

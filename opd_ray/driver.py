@@ -43,6 +43,8 @@ from opd_ray.whereabouts import Whereabouts
 
 _BUFFER_IS_OLD = "buffer_is_old"
 """In the state of a snapshot that the run was rolled back to: its rollouts are of the attempt that went astray."""
+_MOST_IN_VAIN = 5
+"""Losses of a group in a row without a step beyond those before."""
 _PACKAGES = ("opd-ray", "torch", "transformers", "ray", "deepspeed", "pyarrow")
 
 
@@ -73,6 +75,7 @@ class Driver:
         self._writer: MetricsWriter | None = None
         self._begun = False
         self._down_since: dict[str, float] = {}
+        self._lost_at: dict[str, tuple[int, int]] = {}
 
     async def train(
         self, start: Checkpoint | None, before: Evaluation | None, *, continued: bool = False
@@ -107,7 +110,9 @@ class Driver:
             self._keeper,
             lambda metrics: self._writer.live(metrics),
         )
+        self._where.checkpoint_step = start.step if start else None
         self._go_back_to(start.step if start else 0, continued)
+        patience = self._config.deadlines.train_s
         reporting = asyncio.create_task(self._reporter.run(), name="status")
         try:
             with stop_signals() as stopping:
@@ -117,10 +122,12 @@ class Driver:
         except BaseException as error:
             self._where.enter("failed")
             self._where.note = str(error) or type(error).__name__
+            # A signal's grace time is over, or what was asked for is written: nothing more is waited for.
+            patience = 0.0 if isinstance(error, Terminated) else patience
             raise
         finally:
             reporting.cancel()
-            await self._keeper.close()
+            await self._keeper.close(patience)
             self._reporter.write()
             self._writer.close()
 
@@ -288,6 +295,14 @@ class Driver:
                 f"{error}; see that the cluster has a place for it, and go on with --resume"
             ) from error
         self._down_since[error.room] = since
+        furthest, losses = self._lost_at.get(error.room, (-1, 0))
+        losses = 1 if self._where.step > furthest else losses + 1
+        self._lost_at[error.room] = (max(furthest, self._where.step), losses)
+        if losses > _MOST_IN_VAIN:
+            raise RunError(
+                f"{error.room}: was lost {losses} times without getting beyond step {furthest}; the last: {error}; "
+                "mend the cause and go on with --resume"
+            ) from error
         count = self._restarts.count(error.room, str(error), now)
         self._say("group_lost", f"lost: {error}; room {error.room} is started anew ({count})", room=error.room)
         self._where.enter("restoring")

@@ -100,7 +100,12 @@ class Keeper:
 
     async def newest(self, *, healthy: bool = False) -> Snapshot | None:
         """The newest state to go back to, from memory if it is there; None where there is only the beginning."""
-        await self.flush()
+        try:
+            await self.flush()
+        except OpdError as error:
+            if self._newest is None:
+                raise
+            self._say("checkpoint_failed", f"checkpoint: {error}")
         if self._newest is not None and (self._newest.state["healthy"] or not healthy):
             return self._newest
         return await self.open(self._shelf.latest(healthy=healthy))
@@ -157,8 +162,11 @@ class Keeper:
         if snapshot is not None and snapshot.step != self._where.checkpoint_step:
             await self.write(snapshot)
 
-    async def close(self) -> None:
-        """Waits for what is being written, whether it succeeds or not."""
+    async def close(self, limit_s: float) -> None:
+        """Waits for what is being written, whether it succeeds or not, but not for longer than ``limit_s``."""
+        if self._writing is not None and not (await asyncio.wait([self._writing], timeout=limit_s))[0]:
+            self._writing.cancel()
+            self._writing = None
         try:
             await self.flush()
         except OpdError as error:

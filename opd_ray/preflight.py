@@ -11,6 +11,7 @@ where, and what to do. Paths are real here; what "embedded" and "student" stand 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_ray import config as configs
-from opd_ray import embedded
+from opd_ray import embedded, status
 from opd_ray import models as checkpoints
 from opd_ray.config import Config
 from opd_ray.data import Rows, read_prompts
@@ -96,7 +97,21 @@ def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
                 f"--run-dir {run_dir}: holds another run; add --resume to go on with it, or give another name"
             )
         return
+    _check_alone(run_dir)
     check_same_run(f"the run in {run_dir}", configs.to_dict(configs.load(saved)), config)
+
+
+def _check_alone(run_dir: Path) -> None:
+    """Refuses a run whose driver still works on it, as far as that can be seen from here."""
+    try:
+        last = status.read(run_dir / status.FILE)
+    except InputError:
+        return
+    if not last.ended and last.pid != os.getpid() and status.driver_alive(last):
+        raise InputError(
+            f"--run-dir {run_dir}: process {last.pid} on this machine is still working on this run; "
+            "wait for it, or end it first"
+        )
 
 
 def check_same_run(where: str, saved: Mapping[str, Any], config: Config) -> None:

@@ -18,7 +18,14 @@ from typing import Any, Literal
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 
 from opd_ray.errors import ActorError, EngineFailed, MemberLost, OpdError, PayloadLost, StartFailed, WeightSyncError
 
@@ -174,6 +181,8 @@ def explained(where: str, error: RayError) -> OpdError:
         return PayloadLost(f"{where}: an object that it needs is gone with the node that held it")
     if isinstance(cause, WeightSyncError):
         return WeightSyncError(f"{where}: {cause}")
+    if isinstance(cause, RuntimeEnvSetupError):
+        return StartFailed(f"{where}: the actor could not start: {_line(cause)}")
     if isinstance(error, RayActorError):
         return (StartFailed if error.actor_init_failed else MemberLost)(f"{where}: {_death(error)}")
     if isinstance(cause, EngineFailed | RayActorError | OutOfMemoryError):

@@ -22,7 +22,9 @@ from opd_ray.room import Member, Room
 
 _TICK_S = 1.0
 _NEVER_RAN = "The actor never ran"
-"""What Ray says of an actor that it placed on a node which was gone already."""
+"""What Ray says of an actor that it placed on a node which was gone already, and of one whose constructor crashed."""
+_MOST_NEVER_RAN = 5
+"""So many in a row are no death, since Ray takes a while to know that a node is gone; those after them are."""
 _NOT_UP = "the others are not placed or still load their model"
 _BEATS = 4
 """Heartbeats within the time after which a worker that gave none counts as dead."""
@@ -72,6 +74,7 @@ class Supervisor:
         self._wake = asyncio.Event()
         self._problem: RunError | None = None
         self._bringing: set[Member] = set()
+        self._never_ran: Counter[str] = Counter()
         self._below: dict[str, float | None] = {}
         """Pools that were at strength once, and since when they are not."""
         self._looked = (time.monotonic(), 0.0, {pool.room: pool.work() for pool in pools})
@@ -109,8 +112,10 @@ class Supervisor:
         """Until every pool has its minimum of workers up. Raises RunError, with the last loss, at the deadline."""
         until = time.monotonic() + deadline_s
         while short := [pool for pool in self._pools if len(pool.those("ready", "joining")) < pool.size.minimum]:
-            if time.monotonic() > until:
-                pool = short[0]
+            # Those that were at strength once have the time that a run gives a room to come back.
+            new = [pool for pool in short if pool.room not in self._below]
+            if new and time.monotonic() > until:
+                pool = new[0]
                 raise RunError(
                     f"{pool.room}: {len(pool.those('ready', 'joining'))} of at least {pool.size.minimum} workers came "
                     f"up within {deadline_s:g} s (deadlines.start_s); {pool.last_loss or _NOT_UP}; "
@@ -162,6 +167,7 @@ class Supervisor:
         try:
             if member.state == "starting":
                 await pool.bring_up(member, limit)
+            self._never_ran[pool.room] = 0
             if member.state == "joining":
                 await self._delivery.welcome(member)
         except StartFailed as error:
@@ -170,7 +176,8 @@ class Supervisor:
             pool.lose(member, str(error))
         except MemberLost as error:
             unplaced = member.node == "not placed yet" and time.monotonic() - member.since >= limit
-            if unplaced or _NEVER_RAN in str(error):
+            self._never_ran[pool.room] += _NEVER_RAN in str(error)
+            if unplaced or (_NEVER_RAN in str(error) and self._never_ran[pool.room] <= _MOST_NEVER_RAN):
                 pool.end(member)  # nowhere to be placed, or on a node that was just gone: no death, and asked for again
                 self._wake.set()
             else:

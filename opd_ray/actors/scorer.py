@@ -18,7 +18,7 @@ import pyarrow as pa
 from opd_ray import logs
 from opd_ray.config import ScorerConfig
 from opd_ray.engines import Rollout, Scores, ScoringEngine
-from opd_ray.errors import RunError
+from opd_ray.errors import EngineFailed, OpdError, RunError
 from opd_ray.messages import ScoreRequest, TransferGroup, WeightManifest, score_schema
 from opd_ray.node import this_node
 from opd_ray.weights.follower import Follower
@@ -143,7 +143,13 @@ class Scorer:
             self._follower.follow(self._engine.parameters(), **_rule(scorer))
 
     def _score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[int, pa.RecordBatch]:
-        scores = self._engine.score(_sequences(rollouts, request), request)
+        sequences = _sequences(rollouts, request)
+        try:
+            scores = self._engine.score(sequences, request)
+        except (OpdError, ValueError):
+            raise
+        except Exception as error:  # of a device or an engine that may be broken: another worker may do better
+            raise EngineFailed(f"the engine failed: {type(error).__name__}: {error}") from error
         return sum(len(each.logprobs) for each in scores), _payload(rollouts["rollout_id"], scores)
 
 

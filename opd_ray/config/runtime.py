@@ -85,7 +85,7 @@ class ElasticConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DeadlineConfig:
-    """How long the driver waits before it ends the run with an error that names the room."""
+    """How long the driver waits before a worker that gave no answer counts as lost."""
 
     start_s: float = Field(600.0, gt=0)
     """Placement, model loading and the rendezvous of one room."""
