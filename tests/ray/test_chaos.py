@@ -20,7 +20,7 @@ from rollout_log import assert_each_prompt_once
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.deepspeed]
 
-STEPS, RANKS = 100, 2
+STEPS, RANKS = 150, 2
 
 
 def processes(title: str) -> list[psutil.Process]:
@@ -94,6 +94,6 @@ def test_kills_at_random_moments_change_neither_the_steps_nor_what_is_learned(ra
     )
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} >= set(range(1, STEPS + 1))
-    # Undisturbed, seeds 0 to 4 of the default configuration come to .92 to .95 (README).
+    # Undisturbed, seeds 0 to 2 of the default configuration come to .92 to .94 in as many steps.
     assert summary["eval_after"]["accuracy_sampled"] > 0.85
     assert summary["max_truncation_rate"] < 0.2
