@@ -87,9 +87,9 @@ def train(
     resume = resume or (auto_resume and (run_dir / "config.yaml").is_file())
     config = _load(config_file, overrides, run_dir if resume else None)
     run_dir = (run_dir or _new_run_dir(config)).absolute()
-    from opd_ray import preflight
+    from opd_ray import resuming
 
-    preflight.check_run_dir(run_dir, config, resume)  # before the imports below, which take several seconds
+    resuming.check_run_dir(run_dir, config, resume)  # before the imports below, which take several seconds
     from opd_ray import run
 
     summary = run.train(config, run_dir, resume=resume, auto_resume=auto_resume)
@@ -126,9 +126,10 @@ def preflight(
     _set_debug(debug)
     config = _load(config_file, overrides, run_dir if resume else None)
     from opd_ray import preflight as checks
+    from opd_ray import resuming
 
     if run_dir is not None:
-        checks.check_run_dir(run_dir, config, resume)
+        resuming.check_run_dir(run_dir, config, resume)
     from opd_ray import run
 
     config = run.resolve(config)

@@ -5,7 +5,8 @@ members, so it is formed anew, just before a broadcast, when workers came or wen
 learner does not train gets the weights at once, in a group of its own with the learner; the others notice nothing.
 
 A broadcast in which a member died or stopped ends by its deadline. Members that gave no answer are dropped, and the
-broadcast is repeated with the others: until it succeeds, their engines do not step.
+broadcast is repeated with the others: until it succeeds, their engines do not step. Where all answer and it fails all
+the same, they get the weights one by one in the end, which tells who it is that cannot take them.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Delivery:
         """
         self.version = None  # a worker that comes up now waits for the end of this
         for attempt in range(1, _MOST_ATTEMPTS + 1):
-            failure = await self._attempt(version)
+            failure = await (self._attempt(version) if attempt < _MOST_ATTEMPTS else self._one_by_one(version))
             if failure is None:
                 self.version = version
                 return
@@ -82,14 +83,7 @@ class Delivery:
             if member.state != "joining" or self.version is None:
                 return
             receiver = _Receiver(member, self._generators, self._config.rollout.tensor_parallel_size)
-            ours, theirs = await self._groups([receiver])
-            failure = await self._together(
-                # Forming the group and sending are one call here, each within its limit.
-                self._learner.call_all(
-                    "send_weights", self._manifest(self.version), ours, deadline_s=2 * self._limit_s
-                ),
-                [(receiver, self._join_alone(receiver, theirs, self._manifest(self.version)))],
-            )
+            failure = await self._alone(receiver, self.version)
             if failure is not None:
                 self._generators.lose(member, failure)
             elif member.state == "joining":  # and was not told to leave meanwhile
@@ -115,6 +109,32 @@ class Delivery:
                     self._generators.admit(receiver.member)
         return failure
 
+    async def _one_by_one(self, version: int) -> str | None:
+        """Loses those to whom the learner cannot bring the weights alone; fails where that is everyone."""
+        failures: dict[_Receiver, str] = {}
+        receivers = self._receivers()
+        for receiver in receivers:
+            if failure := await self._alone(receiver, version):
+                failures[receiver] = failure
+            elif receiver.member.state == "joining":
+                self._generators.admit(receiver.member)
+        if receivers and len(failures) == len(receivers):
+            return next(iter(failures.values()))
+        for receiver, failure in failures.items():
+            if isinstance(receiver.room, Group):
+                raise GroupLost(failure, receiver.room.room)
+            receiver.room.lose(receiver.member, failure)
+        return None
+
+    async def _alone(self, receiver: _Receiver, version: int) -> str | None:
+        """The weights to one receiver, in a group of its own with the learner; why that failed, if so."""
+        ours, theirs = await self._groups([receiver])
+        return await self._together(
+            # Forming the group and sending are one call here, each within its limit.
+            self._learner.call_all("send_weights", self._manifest(version), ours, deadline_s=2 * self._limit_s),
+            [(receiver, self._join_alone(receiver, theirs, self._manifest(version)))],
+        )
+
     async def _form(self, receivers: Sequence[_Receiver]) -> str | None:
         self.num_rebuilds += 1
         ours, *theirs = await self._groups(receivers)
@@ -136,18 +156,31 @@ class Delivery:
     async def _together(
         self, learner: Awaitable[object], calls: Sequence[tuple[_Receiver, Awaitable[None]]]
     ) -> str | None:
-        """Both sides at once. Drops the members that are lost; returns the first failure."""
-        ours, *theirs = await asyncio.gather(learner, *(call for _, call in calls), return_exceptions=True)
+        """Both sides at once. Drops the members that are lost; returns the first failure.
+
+        When the learner has given up, so have all that are well: the others get a moment to say so.
+        """
+        ours = asyncio.ensure_future(learner)
+        asked = [asyncio.ensure_future(call) for _, call in calls]
+        try:
+            await asyncio.wait([ours])
+            if isinstance(lost := ours.exception(), GroupLost):
+                raise lost  # whatever the others say, it is not their failure
+            await asyncio.wait(asked, timeout=_MARGIN_S if ours.exception() else None)
+            answers = [_answer_of(call, receiver) for call, (receiver, _) in zip(asked, calls, strict=True)]
+        finally:
+            for call in (ours, *asked):
+                call.cancel()
         failures: list[BaseException] = []
-        for (receiver, _), outcome in zip(calls, theirs, strict=True):
+        for (receiver, _), outcome in zip(calls, answers, strict=True):
             if isinstance(outcome, MemberLost):
                 if isinstance(receiver.room, Group):
                     raise GroupLost(str(outcome), receiver.room.room) from outcome
                 receiver.room.lose(receiver.member, str(outcome))
             if isinstance(outcome, BaseException):
                 failures.append(outcome)
-        if isinstance(ours, BaseException):
-            failures.append(ours)
+        if failure := ours.exception():
+            failures.append(failure)
         for failure in failures:
             if not isinstance(failure, MemberLost | WeightSyncError):
                 raise failure
@@ -187,4 +220,15 @@ class Delivery:
 
     @property
     def _limit_s(self) -> float:
-        return self._config.weights.timeout_s + _MARGIN_S
+        # A wait without progress ends by the timeout; one that begins late in a transfer, by twice that.
+        return 2 * self._config.weights.timeout_s + _MARGIN_S
+
+
+def _answer_of(call: asyncio.Future[None], receiver: _Receiver) -> BaseException | None:
+    """How a call failed, if it did or gave no answer yet."""
+    if call.done():
+        return call.exception()
+    member = receiver.member
+    return MemberLost(
+        f"{receiver.room.room}: {member.name} on {member.node} gave no answer when the learner had failed"
+    )

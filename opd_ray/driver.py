@@ -180,6 +180,7 @@ class Driver:
         self._guard.restore(snapshot.state["guard"] if snapshot else self._guard_at_start)
         if (step := snapshot.step if snapshot else 0) < self._where.step:
             self._go_back_to(step, True)
+        self._summary.go_back(snapshot.state.get("summary") if snapshot else None)
         pipeline = self._pipeline(rooms, snapshot)
         await pipeline.broadcast(self._where.step)
         if self._summary.evaluated_before is None:

@@ -108,7 +108,7 @@ class Keeper:
             self._say("checkpoint_failed", f"checkpoint: {error}")
         if self._newest is not None and (self._newest.state["healthy"] or not healthy):
             return self._newest
-        return await self.open(self._shelf.latest(healthy=healthy))
+        return await self.open(await asyncio.to_thread(self._shelf.latest, healthy=healthy))
 
     async def open(self, checkpoint: Checkpoint | None) -> Snapshot | None:
         """A checkpoint's snapshot, its files in the object store."""
@@ -126,7 +126,7 @@ class Keeper:
         except PayloadLost as error:
             self._say("snapshot_lost", f"lost: the state of step {snapshot.step} in memory ({error})")
             self._newest = None
-        written = await self.open(self._shelf.latest())
+        written = await self.open(await asyncio.to_thread(self._shelf.latest))
         if written is not None:
             await self._hand_out(written)
         return written

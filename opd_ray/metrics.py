@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from ray.util.metrics import Gauge
@@ -70,7 +72,7 @@ class MetricsWriter:
         ``steps``: how many are planned."""
         purge_step = first_step + 1 if continued else None
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
-        self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._lines = _open_lines(run_dir / "metrics.jsonl")
         self._port = MetricsPort("/".join(run_dir.absolute().parts[-2:]), first_step, steps)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -93,6 +95,14 @@ class MetricsWriter:
         self._port.close()
         self._board.close()
         self._lines.close()
+
+
+def _open_lines(path: Path) -> TextIO:
+    """To append lines to; the end of one that a killed driver did not finish is cut off."""
+    if path.exists():
+        whole = path.read_bytes().rfind(b"\n") + 1
+        os.truncate(path, whole)
+    return path.open("a", encoding="utf-8", buffering=1)
 
 
 def port_name(name: str) -> str:

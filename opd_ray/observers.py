@@ -136,6 +136,10 @@ class Summary:
         """The student's evaluation before the first step, where an earlier start of this run has made it."""
         return Evaluation(**self._eval_before) if self._eval_before else None
 
+    def go_back(self, state: Mapping[str, Any] | None) -> None:
+        """The steps after a snapshot's ``state`` (None: all) are undone: their tokens no longer count as trained."""
+        self._trained_tokens = int((state or {}).get("trained_tokens", 0))
+
     def begin(self, before: Evaluation | None) -> None:
         """Notes the evaluation before the first step."""
         self._eval_before = asdict(before) if before else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_ray import config as configs
-from opd_ray import embedded, launch, preflight
+from opd_ray import embedded, launch, preflight, resuming
 from opd_ray.capacity import cluster_capacity
 from opd_ray.checkpoint import Checkpoint, Shelf
 from opd_ray.config import Config
@@ -42,7 +42,7 @@ def train(
     loads or a file is written, RunError for a failure while running and, once everything is written, where the
     guard stopped the run.
     """
-    preflight.check_run_dir(run_dir, config, resume)
+    resuming.check_run_dir(run_dir, config, resume)
     config = resolve(config)
     facts = preflight.check_files(config)
     with cluster() as dashboard:
@@ -78,7 +78,7 @@ def find_start(config: Config, run_dir: Path, *, resume: bool) -> tuple[Shelf, C
     shelf = Shelf(location, launch.StorageTasks("://" not in location, config.deadlines.train_s))
     start = shelf.check(resume=resume)
     if start:
-        preflight.check_same_run(f"the checkpoint {start.where}", start.state["config"], config)
+        resuming.check_same_run(f"the checkpoint {start.where}", start.state["config"], config)
     return shelf, start
 
 

@@ -143,14 +143,16 @@ class EngineThread:
                 waiting = [*self._running.values(), *(done for _, done in (*self._held, *self._inbox))]
                 waiting += [self._drain[1]] if self._drain else []
             for done in waiting:
-                done.set_exception(failure)
+                if not done.done():
+                    done.set_exception(failure)
 
     def _work(self, engine: GenerationEngine) -> None:
         with self._wake:
             self._wake.wait_for(lambda: self._inbox or self._drain or (self._running and not self._half_updated))
-            inbox, self._inbox = self._inbox, deque()
-        for handle, _ in inbox:
+        while self._inbox:
+            handle, _ = self._inbox[0]
             handle(engine)
+            self._inbox.popleft()  # only now: what fails is told of the failure like what waits behind it
         if self._drain is not None and (not self._running or self._half_updated):
             (run, done), self._drain = self._drain, None
             _settle(done, run, engine)

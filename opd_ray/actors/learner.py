@@ -133,10 +133,6 @@ class Learner:
         )
         self._state = LearnerState(self._engine, self._model, zero_stage=self._zero_stage, seed=config.seed)
 
-    def num_parameters(self) -> int:
-        """Parameters of the student; tied ones count once."""
-        return self._num_parameters
-
     def train_step(self, plan: StepPlan, fetch: Callable[[list[Any]], list[Any]] | None = None) -> StepOutcome:
         """One optimizer step; the same outcome on every rank.
 

@@ -282,7 +282,7 @@ class WeightsConfig:
     bucket_bytes: int = Field(64 * 2**20, gt=0)
     """Parameters are packed into messages of at most this size."""
     timeout_s: float = Field(120.0, gt=0)
-    """Deadline of one broadcast."""
+    """How long a broadcast may be without progress; a worker that gave no answer after twice that is dropped."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -250,6 +250,28 @@ def test_engines_that_took_part_in_a_failed_broadcast_do_not_step_before_it_is_r
     sending(scenario)
 
 
+def test_one_that_answers_but_cannot_take_the_weights_is_found_and_dropped():
+    """The bug: a generator with a broken device said so at every attempt, and four of them ended the run."""
+
+    async def scenario(one):
+        await one.send(0)
+
+        def before(actor, method):
+            if actor.name == "student-generator-1" and method == "update_weights":
+                raise WeightSyncError("its device is broken")
+
+        one.world.before = before
+        await one.send(1)
+        assert [name for name, _ in one.lost] == ["student-generator-1"]
+        assert "its device is broken" in one.lost[0][1]
+        assert one.receivers() == {"student-generator-0": (1, 1), "student-generator-2": (1, 1)}
+        assert one.delivery.version == 1
+        await one.send(2)
+        assert one.receivers() == {"student-generator-0": (2, 2), "student-generator-2": (2, 2)}
+
+    sending(scenario, number=3)
+
+
 def test_it_gives_up_when_it_fails_again_and_again():
     async def scenario(one):
         def before(actor, method):

@@ -177,6 +177,22 @@ def test_more_losses_of_a_group_than_allowed_end_the_run(tmp_path):
         drive(tmp_path, cast)
 
 
+def test_losses_that_come_again_at_the_same_step_end_the_run_however_seldom_they_are(tmp_path):
+    """The bug: what took longer than the window of recovery.max_restarts was tried again for ever."""
+    cast = cast_of(recovery={"window_s": 0.001}, checkpoint={"every_steps": 2, "memory_every_steps": 1})
+    cast.world.before = lambda actor, method: actor.die() if method == "export" else None
+    with pytest.raises(RunError, match="learn: was lost 6 times without getting beyond step 6"):
+        drive(tmp_path, cast)
+
+
+def test_tokens_of_steps_that_were_undone_do_not_count_as_trained(tmp_path):
+    quiet, _ = drive(tmp_path / "quiet", cast_of())
+    cast = cast_of(checkpoint={"every_steps": 0, "memory_every_steps": 2})
+    on_call(cast, "train_step", 4, die, role="learner")
+    mended, _ = drive(tmp_path / "mended", cast)
+    assert mended["trained_tokens"] == quiet["trained_tokens"]
+
+
 def test_an_error_of_the_learner_is_not_tried_again(tmp_path):
     cast = cast_of(lambda cast: setattr(cast, "learner", type("Learner", (FakeLearner,), {"fail_at": 3})))
     with pytest.raises(ActorError, match="learner lost at step 3"):

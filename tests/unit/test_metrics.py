@@ -131,3 +131,13 @@ def test_a_writer_names_its_run_and_leaves_out_what_is_not_finite(gauges, tmp_pa
     assert gauges.values["opd_learner_loss"][-1] == 0.5
     assert "opd_learner_grad_norm" not in gauges.values
     assert gauges.values["opd_run_steps"][-1] == 5
+
+
+def test_a_line_that_a_killed_driver_did_not_finish_takes_no_other_with_it(tmp_path):
+    """The bug: the first line of the resumed run was written behind the torn one, and both were lost."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a"')
+    writer = MetricsWriter(tmp_path, 1, continued=True)
+    writer.write(2, {"a": 3.0})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "a": 1.0}, {"step": 2, "a": 3.0}]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from checkpoints import (
     write_rollouts,
 )
 from opd_ray import config as configs
-from opd_ray import models, preflight
+from opd_ray import models, preflight, resuming, status
 from opd_ray.tasks import get_task
 
 SFT = {
@@ -333,12 +336,27 @@ def test_a_missing_engine_is_refused_with_how_to_install_it(
 
 def test_a_directory_with_another_run_needs_resume(setting: dict[str, str], tmp_path: Path) -> None:
     config, run_dir = configured(setting), tmp_path / "run"
-    preflight.check_run_dir(run_dir, config, resume=False)
-    assert "no run to resume" in refused(lambda: preflight.check_run_dir(run_dir, config, resume=True))
+    resuming.check_run_dir(run_dir, config, resume=False)
+    assert "no run to resume" in refused(lambda: resuming.check_run_dir(run_dir, config, resume=True))
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(configs.to_yaml(config))
-    assert "holds another run" in refused(lambda: preflight.check_run_dir(run_dir, config, resume=False))
-    preflight.check_run_dir(run_dir, config, resume=True)
+    assert "holds another run" in refused(lambda: resuming.check_run_dir(run_dir, config, resume=False))
+    resuming.check_run_dir(run_dir, config, resume=True)
+
+
+def test_a_run_that_somebody_still_works_on_is_not_resumed(setting: dict[str, str], tmp_path: Path) -> None:
+    config = configured(setting)
+    (tmp_path / "config.yaml").write_text(configs.to_yaml(config))
+    here = {"pid": os.getppid(), "host": socket.gethostname(), "phase": "training", "phase_since_s": 1.0, "step": 3}
+    rest = {"steps": 9, "version": 3, "last_step_s_ago": 1.0, "slots_taken": 0, "num_slots": 8, "buffered_slots": 0}
+    last = status.Status(
+        time=time.time(), **here, **rest, missing_slots=(), slots_at={}, checkpoint_step=None, rooms=()
+    )
+    status.write(tmp_path / status.FILE, last)
+    message = refused(lambda: resuming.check_run_dir(tmp_path, config, resume=True))
+    assert f"process {os.getppid()} on this machine is still working on this run" in message
+    status.write(tmp_path / status.FILE, replace(last, phase="failed"))
+    resuming.check_run_dir(tmp_path, config, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +365,7 @@ def test_a_directory_with_another_run_needs_resume(setting: dict[str, str], tmp_
 def test_a_resumed_run_must_be_the_same_run(setting: dict[str, str], tmp_path: Path, change: str) -> None:
     (tmp_path / "config.yaml").write_text(configs.to_yaml(configured(setting)))
     name, _, value = change.partition("=")
-    message = refused(lambda: preflight.check_run_dir(tmp_path, configured(setting | {name: value}), resume=True))
+    message = refused(lambda: resuming.check_run_dir(tmp_path, configured(setting | {name: value}), resume=True))
     assert message.startswith(f"--resume: {name.removesuffix('.code.path')}")
     assert "continue it with" in message
 
@@ -368,7 +386,7 @@ def test_a_resumed_run_must_be_the_same_run(setting: dict[str, str], tmp_path: P
 def test_a_resumed_run_may_change_what_does_not_matter(setting: dict[str, str], tmp_path: Path, change: str) -> None:
     (tmp_path / "config.yaml").write_text(configs.to_yaml(configured(setting)))
     name, _, value = change.partition("=")
-    preflight.check_run_dir(tmp_path, configured(setting | {name: value}), resume=True)
+    resuming.check_run_dir(tmp_path, configured(setting | {name: value}), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -395,6 +413,6 @@ def test_a_stand_in_continues_only_what_it_stood_for(
     (tmp_path / "config.yaml").write_text(configs.to_yaml(configured(setting | {name: str(path)})))
     now = configured(setting | {name: again})
     if same:
-        preflight.check_run_dir(tmp_path, now, resume=True)
+        resuming.check_run_dir(tmp_path, now, resume=True)
     else:
-        assert "--resume: data.golden is" in refused(lambda: preflight.check_run_dir(tmp_path, now, resume=True))
+        assert "--resume: data.golden is" in refused(lambda: resuming.check_run_dir(tmp_path, now, resume=True))

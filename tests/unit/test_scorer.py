@@ -12,7 +12,7 @@ from opd_ray.actors.scorer import Scorer
 from opd_ray.config import ScorerConfig
 from opd_ray.engines import Scores
 from opd_ray.engines.fake import FakeScoringEngine
-from opd_ray.errors import RunError
+from opd_ray.errors import EngineFailed, RunError
 from opd_ray.messages import ROLLOUT_SCHEMA, SCORE_SCHEMA, ScoreRequest, WeightManifest, score_schema
 
 CONFIG = ScorerConfig(path="first")
@@ -230,3 +230,25 @@ def test_scores_of_no_rollouts_have_no_rows():
     assert (tokens, len(scores)) == (0, 0)
     assert isinstance(scores, pa.RecordBatch)
     assert Scores.__dataclass_fields__.keys() == set(SCORE_SCHEMA.names) - {"rollout_id"}
+
+
+def test_an_engine_that_breaks_costs_the_worker_and_not_the_run():
+    """The bug: an error of the device ended the run, although another worker might have answered."""
+
+    class Broken(Recording):
+        def score(self, sequences, request):
+            raise RuntimeError("device-side assert")
+
+    scorer, _ = make(Broken())
+    with pytest.raises(EngineFailed, match="RuntimeError: device-side assert"):
+        score(scorer, rollouts((2, 3)))
+
+
+def test_a_rollout_that_the_engine_refuses_is_no_failure_of_the_engine():
+    class Refusing(Recording):
+        def score(self, sequences, request):
+            raise ValueError("longer than the model's context")
+
+    scorer, _ = make(Refusing())
+    with pytest.raises(ValueError, match="longer than"):
+        score(scorer, rollouts((2, 3)))

@@ -210,7 +210,7 @@ def test_a_broadcast_names_the_member_that_has_not_answered() -> None:
 
 
 def test_saving_restoring_and_exporting() -> None:
-    learn = room("learn", call("save_checkpoint", 40, "learner-0", "node-b"))
+    learn = room("learn", call("snapshot", 40, "learner-0", "node-b"))
     assert_says(explain(status("saving", learn)), "checkpoint of step 57", "42 s", "step 50", "learner-0 on node-b")
     assert "none is complete yet" in explain(status("saving", checkpoint_step=None))
     assert_says(explain(status("exporting", learn)), "the student is being exported since 42 s", "learner-0")
@@ -219,8 +219,8 @@ def test_saving_restoring_and_exporting() -> None:
     assert_says(
         text, "checkpoint of step 50 since 42 s", "room learn has 0 of at least 2 workers", "learner-0 and 1 more"
     )
-    text = explain(status("restoring", room("learn", call("load_checkpoint", 8)), checkpoint_step=None))
-    assert_says(text, "going back to the start", "load_checkpoint() since 8 s")
+    text = explain(status("restoring", room("learn", call("restore", 8)), checkpoint_step=None))
+    assert_says(text, "going back to the start", "restore() since 8 s")
 
 
 def test_starting_lists_the_rooms_that_are_not_up() -> None:
