@@ -101,6 +101,7 @@ class Delivery:
             manifest = self._manifest(version)
             failure = await self._together(
                 self._learner.call_all("send_weights", manifest, deadline_s=self._limit_s),
+                "update_weights",
                 [(receiver, self._ask(receiver, "update_weights", manifest)) for receiver in receivers],
             )
         if failure is None:
@@ -132,6 +133,7 @@ class Delivery:
         return await self._together(
             # Forming the group and sending are one call here, each within its limit.
             self._learner.call_all("send_weights", self._manifest(version), ours, deadline_s=2 * self._limit_s),
+            "update_weights",
             [(receiver, self._join_alone(receiver, theirs, self._manifest(version)))],
         )
 
@@ -140,6 +142,7 @@ class Delivery:
         ours, *theirs = await self._groups(receivers)
         failure = await self._together(
             self._learner.call_all("open_transport", ours, deadline_s=self._limit_s),
+            "connect",
             [(each, self._ask(each, "connect", group)) for each, group in zip(receivers, theirs, strict=True)],
         )
         self._formed = [] if failure else [receiver.member for receiver in receivers]
@@ -154,7 +157,7 @@ class Delivery:
         await receiver.room.ask(receiver.member, method, argument, deadline_s=self._limit_s)
 
     async def _together(
-        self, learner: Awaitable[object], calls: Sequence[tuple[_Receiver, Awaitable[None]]]
+        self, learner: Awaitable[object], method: str, calls: Sequence[tuple[_Receiver, Awaitable[None]]]
     ) -> str | None:
         """Both sides at once. Drops the members that are lost; returns the first failure.
 
@@ -167,7 +170,7 @@ class Delivery:
             if isinstance(lost := ours.exception(), GroupLost):
                 raise lost  # whatever the others say, it is not their failure
             await asyncio.wait(asked, timeout=_MARGIN_S if ours.exception() else None)
-            answers = [_answer_of(call, receiver) for call, (receiver, _) in zip(asked, calls, strict=True)]
+            answers = [_answer_of(call, receiver, method) for call, (receiver, _) in zip(asked, calls, strict=True)]
         finally:
             for call in (ours, *asked):
                 call.cancel()
@@ -224,11 +227,10 @@ class Delivery:
         return 2 * self._config.weights.timeout_s + _MARGIN_S
 
 
-def _answer_of(call: asyncio.Future[None], receiver: _Receiver) -> BaseException | None:
+def _answer_of(call: asyncio.Future[None], receiver: _Receiver, method: str) -> BaseException | None:
     """How a call failed, if it did or gave no answer yet."""
     if call.done():
         return call.exception()
     member = receiver.member
-    return MemberLost(
-        f"{receiver.room.room}: {member.name} on {member.node} gave no answer when the learner had failed"
-    )
+    where = f"{receiver.room.room}: {member.name} on {member.node}, {method}()"
+    return MemberLost(f"{where} gave no answer when the learner had given up; see its log in the Ray dashboard")

@@ -19,6 +19,7 @@ from opd_ray.actors.generator import GeneratorSettings, StudentGenerator, Teache
 from opd_ray.actors.learner import Learner
 from opd_ray.actors.recorder import Recorder
 from opd_ray.actors.scorer import Scorer
+from opd_ray.checkpoint.files import answer_or_payload
 from opd_ray.config import Config, LearnerConfig, PoolSize, RolloutConfig, TeacherConfig
 from opd_ray.engines.factory import load_tokenizer, make_generation_engine, make_scoring_engine
 from opd_ray.errors import DeadlineError, OpdError, RunError
@@ -199,15 +200,19 @@ class StorageTasks:
         self._at_once = asyncio.Semaphore(_TASKS_AT_ONCE)
 
     async def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        async with self._at_once:
-            return await self._receipt(function, ray.remote(function).options(**self._options).remote(*args))
+        answer, _ = await self._run(function, False, args)
+        return answer
 
     async def payload(self, function: Callable[..., Any], *args: Any) -> ObjectRef:
+        _, payload = await self._run(function, True, args)
+        return payload
+
+    async def _run(self, function: Callable[..., Any], stays: bool, args: tuple[Any, ...]) -> tuple[Any, ObjectRef]:
+        # One task for all functions: Ray starts worker processes for each task function, and keeps them apart.
+        task = ray.remote(answer_or_payload).options(num_returns=2, **self._options)
         async with self._at_once:
-            task = ray.remote(_with_receipt).options(num_returns=2, **self._options)
-            receipt, payload = task.remote(function, *args)
-            await self._receipt(function, receipt)
-            return payload
+            answer, payload = task.remote(function, stays, *args)
+            return await self._receipt(function, answer), payload
 
     async def _receipt(self, function: Callable[..., Any], ref: ObjectRef) -> Any:
         where = f"checkpoint: the task {function.__name__}"
@@ -219,10 +224,6 @@ class StorageTasks:
             raise error.cause if isinstance(error.cause, OpdError) else explained(where, error) from error
         except RayError as error:
             raise explained(where, error) from error
-
-
-def _with_receipt(function: Callable[..., Any], *args: Any) -> tuple[None, Any]:
-    return None, function(*args)
 
 
 async def load_golden_entries(config: Config, eos_token_ids: Sequence[int]) -> tuple[list[Entry], dict[str, int]]:

@@ -4,7 +4,8 @@ through the driver."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -88,6 +89,12 @@ def write_files(directory: str, files: Mapping[str, np.ndarray]) -> list[FileFac
     """Writes the bytes (uint8) of files below ``directory``, each whole or not at all."""
     storage = Storage(directory)
     return [storage.write(name, [content]) for name, content in files.items()]
+
+
+def answer_or_payload(function: Callable[..., Any], stays: bool, *args: Any) -> tuple[Any, Any]:
+    """What ``function(*args)`` returns, as the answer or, where it ``stays`` in the object store, as the payload."""
+    value = function(*args)
+    return (None, value) if stays else (value, None)
 
 
 def _order(arrays: Mapping[str, np.ndarray]) -> Sequence[str]:

@@ -38,34 +38,17 @@ class World:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Random models of two sizes with the embedded tokenizer, and problems of the chain task."""
-    import torch
-    from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoTokenizer
 
     from opd_ray.embedded import TEACHER_DIR
+    from random_models import save_random_model
 
     root = tmp_path_factory.mktemp("world")
     tokenizer = AutoTokenizer.from_pretrained(TEACHER_DIR)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2}
     for seed, name in enumerate(("student", "teacher")):
-        torch.manual_seed(seed)
-        config = Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=1 + seed,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=96,
-            initializer_range=0.1,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model = Qwen3ForCausalLM(config)
-        model.generation_config = GenerationConfig.from_model_config(config)
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+        layers = {"num_hidden_layers": 1 + seed, "initializer_range": 0.1}
+        save_random_model(root / name, tokenizer, seed=seed, **sizes, **layers)
     rng = random.Random(0)
     train = draw_distinct(rng, "train", 80)
     files = {

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import ray
-import torch
 from ray._private import internal_api
 from ray._private.state import state
-from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer
 
 from opd_ray import config as configs
 from opd_ray import run
+from random_models import save_random_model
 from rollout_log import rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
@@ -35,26 +35,9 @@ def small_store() -> Iterator[None]:
 def wide(world, tmp_path) -> dict[str, Path]:
     """Random models with hidden states that are large for how little there is to compute."""
     tokenizer = AutoTokenizer.from_pretrained(world.student)
+    narrow = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
     for name, width in WIDTHS.items():
-        torch.manual_seed(width)
-        config = Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            head_dim=32,
-            max_position_embeddings=96,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model = Qwen3ForCausalLM(config)
-        model.generation_config = GenerationConfig.from_model_config(config)
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+        save_random_model(tmp_path / name, tokenizer, seed=width, hidden_size=width, **narrow)
     return {name: tmp_path / name for name in WIDTHS}
 
 
