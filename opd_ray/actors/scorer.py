@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,9 @@ from opd_ray.engines import Rollout, Scores, ScoringEngine
 from opd_ray.errors import EngineFailed, OpdError, RunError
 from opd_ray.messages import ScoreRequest, TransferGroup, WeightManifest, score_schema
 from opd_ray.node import this_node
-from opd_ray.weights.follower import Follower
-from opd_ray.weights.receivers import make_receiver
+
+if TYPE_CHECKING:
+    from opd_ray.weights.follower import Follower
 
 _log = logs.get(__name__)
 
@@ -75,7 +76,10 @@ class Scorer:
         self._engine = self._worker.submit(make_engine).result()
         self._scorer = scorer
         self._follower: Follower | None = None
-        if member:
+        if member:  # torch is loaded by those that need it
+            from opd_ray.weights.follower import Follower
+            from opd_ray.weights.receivers import make_receiver
+
             receiver = make_receiver(weight_backend, self._engine.device)
             self._follower = Follower(self._engine.parameters(), receiver, **_rule(scorer))
 
