@@ -3,8 +3,8 @@
     python jobs/bench_recovery.py [--steps N] [section.field=value ...]
 
 Two runs of the configured system tell the cost of checkpoints: one without, one that takes a snapshot with every step
-and writes every fifth. A third run loses a worker of every room, one after the other, to SIGKILL: the time from
-the kill to the next finished step, beside that of an undisturbed step, and how many steps had to be done again.
+and writes every fifth. A third run loses a worker of every room, one after the other, to SIGKILL: the longest time
+between two finished steps after it, and how many steps had to be done again.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ _VICTIMS = {"student generator": "StudentGenerator", "teacher scorer": "Scorer",
 
 @dataclass
 class Killer:
-    """An observer that kills a worker every so many steps and waits for what follows."""
+    """An observer that kills a worker every so many steps and measures the pause that follows."""
 
     every_steps: int
-    times: dict[str, float] = field(default_factory=dict)
+    pauses: dict[str, float] = field(default_factory=dict)
+    """Victim to the longest time between two steps after its death."""
     repeated: dict[str, int] = field(default_factory=dict)
     _victims: list[str] = field(default_factory=lambda: list(_VICTIMS))
-    _killed: tuple[str, float, int] | None = None
+    _last: str | None = None
+    _step: int = 0
+    _at: float = field(default_factory=time.monotonic)
 
     async def on_step(self, report: StepReport) -> None:
-        """Ends the wait for the step after the last kill, or kills the next one."""
-        if self._killed is not None:
-            name, when, step = self._killed
-            # A restored run does steps again: it has recovered when it is where it was.
-            if report.step <= step:
-                self.repeated[name] = self.repeated.get(name, 0) + 1
-            self.times.setdefault(name, time.monotonic() - when)
-            if report.step > step:
-                self._killed = None
-        elif report.step % self.every_steps == self.every_steps - 1 and self._victims:
-            name = self._victims.pop(0)
-            os.kill(_process(_VICTIMS[name]).pid, signal.SIGKILL)
-            self._killed = (name, time.monotonic(), report.step)
+        """Notes the time since the step before, and kills the next one when it is time."""
+        now = time.monotonic()
+        if self._last is not None:
+            self.pauses[self._last] = max(self.pauses.get(self._last, 0.0), now - self._at)
+            if report.step <= self._step:
+                self.repeated[self._last] = self.repeated.get(self._last, 0) + 1
+        if report.step % self.every_steps == self.every_steps - 1 and report.step > self._step and self._victims:
+            self._last = self._victims.pop(0)
+            os.kill(_process(_VICTIMS[self._last]).pid, signal.SIGKILL)
+        self._step, self._at = max(self._step, report.step), now
 
 
 def _process(title: str) -> psutil.Process:
@@ -116,10 +116,10 @@ def _show(times: dict[str, list[float]], killer: Killer) -> None:
         f"fifth {mean['with'] * 1000:.0f} ms: ratio {mean['with'] / mean['without']:.2f} "
         f"(medians {median(times['without']) * 1000:.0f} and {median(times['with']) * 1000:.0f} ms)"
     )
-    table = Table("killed", "until the next step, s", "steps done again")
+    table = Table("killed", "longest pause between two steps, s", "steps done again")
     for name in _VICTIMS:
-        if name in killer.times:
-            table.add_row(name, f"{killer.times[name]:.1f}", str(killer.repeated.get(name, 0)))
+        if name in killer.pauses:
+            table.add_row(name, f"{killer.pauses[name]:.1f}", str(killer.repeated.get(name, 0)))
     console.print(table)
 
 
