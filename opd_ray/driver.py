@@ -187,12 +187,13 @@ class Driver:
             self._summary.begin(self._before or await self._evaluate(pipeline))
             say_evaluation("before", self._summary.evaluated_before)
         stopped = await self._steps(rooms, pipeline)
-        await self._keeper.flush()
         after = await self._evaluate(pipeline)
         say_evaluation("after", after)
         self._where.enter("exporting")
         await self._export(rooms)
-        return self._finish(after, stopped)
+        result = self._finish(after, stopped)
+        await self._keeper.flush(patient=True)
+        return result
 
     async def _bring_up(self, rooms: Rooms) -> None:
         """Until every group is whole and every pool has its minimum."""
@@ -321,7 +322,7 @@ class Driver:
         self._guard.rolled_back(step)
         # A run that is killed from here on resumes with the stronger setting, too, and without the old rollouts.
         changes = {"guard": self._guard.state(), _BUFFER_IS_OLD: True}
-        self._keeper.back_to(step, changes)
+        await self._keeper.back_to(step, changes)
         if snapshot is None:
             self._guard_at_start = self._guard.state()
         return dataclasses.replace(snapshot, state=snapshot.state | changes) if snapshot else None

@@ -9,6 +9,7 @@
         │   │   └── StartFailed its constructor raised
         │   └── GroupLost       so did one whose room holds state: the run goes back to a checkpoint
         ├── EngineFailed        an inference engine failed: its worker is replaced
+        ├── StorageUnavailable  checkpoints cannot be written or read at the moment: it is tried again
         ├── PayloadLost         an object is gone with its node: what it held is made again
         ├── Terminated          a signal ended the run; the CLI exits with 143
         └── WeightSyncError     weights did not reach every engine
@@ -76,6 +77,10 @@ class Terminated(RunError):
 
 class PayloadLost(RunError):
     """An object in Ray's store is gone with the node that held it."""
+
+
+class StorageUnavailable(RunError):
+    """A storage gave no answer, or an error that may pass by itself."""
 
 
 class EngineFailed(RunError):

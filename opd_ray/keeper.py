@@ -2,11 +2,13 @@
 
 Taking a snapshot is quick: every learner rank copies its share of the state to its host's memory, and the buffer's
 rollouts are there already. Writing one goes on in the background while the loop trains; the next one waits for it.
+While the storage does not answer the loop trains on, and the newest that is due is tried again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -14,10 +16,13 @@ from typing import Any
 
 from opd_ray.checkpoint import Checkpoint, Shelf, Snapshot
 from opd_ray.config import CheckpointConfig
-from opd_ray.errors import OpdError, PayloadLost
+from opd_ray.errors import OpdError, PayloadLost, StorageUnavailable
 from opd_ray.pipeline import Pipeline, StepReport
 from opd_ray.rooms import Rooms
 from opd_ray.whereabouts import Whereabouts
+
+_AGAIN_S = 20.0
+"""Pause before a write is tried again."""
 
 
 class Keeper:
@@ -38,10 +43,16 @@ class Keeper:
         self._state, self._where, self._say = state, where, say
         self.pipeline: Pipeline | None = None
         """What is watched; set by whoever makes it."""
-        self.metrics: dict[str, float] = {}
-        """Of the checkpoint that was written last."""
+        self.metrics: dict[str, float] = {"checkpoint/failed_writes": 0.0}
+        """How many writes failed, and of the checkpoint that was written last."""
         self._newest: Snapshot | None = None
+        self._due: Snapshot | None = None
         self._writing: asyncio.Task[None] | None = None
+        self._at_rest = asyncio.Event()
+        """Nothing is being written at this moment, though something may wait to be tried again."""
+        self._at_rest.set()
+        self._hurry = asyncio.Event()
+        """Somebody waits for the end of the writing."""
 
     async def on_step(self, report: StepReport) -> None:
         every, in_memory = self._config.every_steps, self._config.memory_every_steps
@@ -50,8 +61,12 @@ class Keeper:
         if due or (in_memory and report.step % in_memory == 0):
             snapshot = await self.take(report.step)
             if due:
-                await self.flush()
-                self._writing = asyncio.create_task(self.write(snapshot), name="write a checkpoint")
+                await self._at_rest.wait()
+                self._raise_failure()
+                self._due = snapshot
+                if self._writing is None:
+                    self._at_rest.clear()
+                    self._writing = asyncio.create_task(self._write_due(), name="write a checkpoint")
 
     async def take(self, step: int) -> Snapshot:
         """The state after ``step`` steps, between two of them."""
@@ -72,6 +87,27 @@ class Keeper:
             self._newest = snapshot
         return snapshot
 
+    async def _write_due(self) -> None:
+        """Writes the newest snapshot that is due; again while the storage does not answer, for ``retry_s`` at most."""
+        began = time.monotonic()
+        try:
+            while True:
+                snapshot = self._due
+                try:
+                    await self.write(snapshot)
+                    return
+                except StorageUnavailable as error:
+                    self.metrics["checkpoint/failed_writes"] += 1
+                    if self._hurry.is_set() or time.monotonic() - began >= self._config.retry_s:
+                        raise
+                    self._say("checkpoint_failed", f"checkpoint: step {snapshot.step} is tried again: {error}")
+                self._at_rest.set()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._hurry.wait(), _AGAIN_S)
+                self._at_rest.clear()
+        finally:
+            self._at_rest.set()
+
     async def write(self, snapshot: Snapshot) -> None:
         """Puts a snapshot on the shelf. One that is gone with its node is left out; other failures are raised."""
         began = time.monotonic()
@@ -81,17 +117,30 @@ class Keeper:
             self._say("checkpoint_lost", f"checkpoint: that of step {snapshot.step} is left out: {error}")
             return
         self._where.checkpoint_step = snapshot.step
-        self.metrics = {
+        self.metrics |= {
             "checkpoint/step": float(snapshot.step),
             "checkpoint/write_s": time.monotonic() - began,
             "checkpoint/bytes": float(sum(file.num_bytes for file in checkpoint.files.values())),
         }
 
-    async def flush(self) -> None:
-        """Waits until nothing is being written; raises what went wrong."""
+    async def flush(self, *, patient: bool = False) -> None:
+        """Waits until nothing is being written; raises what went wrong. What waits to be tried again is tried once
+        more, at once; with ``patient``, for as long as ``retry_s`` allows."""
         if self._writing is not None:
-            await asyncio.wait([self._writing])
+            if not patient:
+                self._hurry.set()
+            try:
+                await asyncio.wait([self._writing])
+            finally:
+                self._hurry.clear()
         self._raise_failure()
+
+    async def _settle(self) -> None:
+        """Waits until nothing is being written, whether it succeeds or not."""
+        try:
+            await self.flush()
+        except OpdError as error:
+            self._say("checkpoint_failed", f"checkpoint: {error}")
 
     def _raise_failure(self) -> None:
         if self._writing is not None and self._writing.done():
@@ -100,14 +149,12 @@ class Keeper:
 
     async def newest(self, *, healthy: bool = False) -> Snapshot | None:
         """The newest state to go back to, from memory if it is there; None where there is only the beginning."""
-        try:
-            await self.flush()
-        except OpdError as error:
-            if self._newest is None:
-                raise
-            self._say("checkpoint_failed", f"checkpoint: {error}")
         if self._newest is not None and (self._newest.state["healthy"] or not healthy):
             return self._newest
+        return await self._on_the_shelf(healthy=healthy)
+
+    async def _on_the_shelf(self, *, healthy: bool = False) -> Snapshot | None:
+        await self.flush(patient=True)
         return await self.open(await asyncio.to_thread(self._shelf.latest, healthy=healthy))
 
     async def open(self, checkpoint: Checkpoint | None) -> Snapshot | None:
@@ -126,7 +173,7 @@ class Keeper:
         except PayloadLost as error:
             self._say("snapshot_lost", f"lost: the state of step {snapshot.step} in memory ({error})")
             self._newest = None
-        written = await self.open(await asyncio.to_thread(self._shelf.latest))
+        written = await self._on_the_shelf()
         if written is not None:
             await self._hand_out(written)
         return written
@@ -137,16 +184,17 @@ class Keeper:
             if role in self._rooms.followers:
                 await self._rooms.followers[role].call_all("restore", facts, arrays)
 
-    def back_to(self, step: int, changes: dict[str, Any]) -> None:
+    async def back_to(self, step: int, changes: dict[str, Any]) -> None:
         """Forgets what is later than ``step``, and writes ``changes`` into the state of the newest that is left."""
-        self._shelf.discard_after(step)
+        await self._settle()
+        await asyncio.to_thread(self._shelf.discard_after, step)
         if self._newest is not None:
             kept = self._newest.step <= step
             self._newest = dataclasses.replace(self._newest, state=self._newest.state | changes) if kept else None
-        left = self._shelf.latest()
+        left = await asyncio.to_thread(self._shelf.latest)
         self._where.checkpoint_step = left.step if left else None
         if left is not None:
-            self._shelf.amend(left, changes)
+            await asyncio.to_thread(self._shelf.amend, left, changes)
 
     async def save_now(self) -> None:
         """Puts the newest state on the shelf, for good: that after the step under way or, while a state is being
@@ -155,19 +203,18 @@ class Keeper:
         if self.pipeline is not None:
             await self.pipeline.between_steps.acquire()
             self._where.enter("saving")
-            await self.flush()
+            await self._settle()
             saved = self._where.checkpoint_step == self._where.step
             snapshot = None if saved else await self.take(self._where.step)
-        await self.flush()
+        await self._settle()
         if snapshot is not None and snapshot.step != self._where.checkpoint_step:
             await self.write(snapshot)
 
     async def close(self, limit_s: float) -> None:
         """Waits for what is being written, whether it succeeds or not, but not for longer than ``limit_s``."""
-        if self._writing is not None and not (await asyncio.wait([self._writing], timeout=limit_s))[0]:
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._settle()
+        except TimeoutError:
             self._writing.cancel()
             self._writing = None
-        try:
-            await self.flush()
-        except OpdError as error:
-            self._say("checkpoint_failed", str(error))

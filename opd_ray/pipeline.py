@@ -204,6 +204,7 @@ class Pipeline:
                     step, entries, trained.metrics, {"wait_s": waited, **times}, trained.problem
                 )
                 self._where.finish_step(report.step)
+                self._where.enter("recording")
                 for observer in observers:
                     await observer.on_step(report)
             if order != "go on":

@@ -222,10 +222,14 @@ ROWS: dict[str, list[Panel]] = {
             "Last checkpoint",
             (Line("checkpoint/step", "checkpoint"), Line("run/step", "run")),
             "The gap is what a dead driver loses.",
+            width=6,
             decimals=0,
         ),
-        Panel("Writing", _lines("checkpoint/write_s"), "Seconds; the loop goes on meanwhile.", "s"),
-        Panel("Size", _lines("checkpoint/bytes"), "Of one checkpoint.", "bytes"),
+        Panel("Writing", _lines("checkpoint/write_s"), "Seconds; the loop goes on meanwhile.", "s", width=6),
+        Panel("Size", _lines("checkpoint/bytes"), "Of one checkpoint.", "bytes", width=6),
+        Panel(
+            "Failed writes", _lines("checkpoint/failed_writes"), "Running count; tried again.", width=6, decimals=0
+        ),
     ],
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from opd_ray.errors import InputError, OpdError, RunError
+from opd_ray.errors import InputError, OpdError, RunError, StorageUnavailable
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*@")
@@ -40,7 +40,8 @@ class Storage:
 
     Opened at its first use, so it can be sent to another process. A local file is written under another name, synced
     and renamed; a remote one appears as a whole where its store has it so, as S3, GCS and Azure do. Whatever goes
-    wrong is a RunError that names the file; a location that cannot be one is an InputError.
+    wrong is a RunError that names the file, a StorageUnavailable where it may pass by itself; a location that cannot be
+    one is an InputError.
     """
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
@@ -166,7 +167,10 @@ class Storage:
         except OpdError:
             raise
         except Exception as error:  # file systems raise what they like
-            raise RunError(f"{self.url(name)} cannot {doing}: {_reason(error)}") from error
+            what = f"{self.url(name)} cannot {doing}"
+            if lasting := _lasting_reason(error):
+                raise RunError(f"{what}: {lasting}") from error
+            raise StorageUnavailable(f"{what}: {_passing_reason(error)}") from error
 
 
 def _write_local(path: Path, chunks: Iterable[memoryview]) -> None:
@@ -210,8 +214,8 @@ def _open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     return filesystem, path.rstrip("/")
 
 
-def _reason(error: Exception) -> str:
-    """Why a file operation failed, and what to do about it."""
+def _lasting_reason(error: Exception) -> str | None:
+    """Why a file operation failed, and what to do about it, where it would fail again; None where that is not known."""
     code = getattr(error, "errno", None)
     elsewhere = "put it elsewhere (checkpoint.directory, --run-dir)"
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -224,5 +228,9 @@ def _reason(error: Exception) -> str:
         return "it is not there; look whether the location is right and what has deleted it"
     if isinstance(error, ImportError):
         return f"{error}; install that package on every node"
+    return None
+
+
+def _passing_reason(error: Exception) -> str:
     text = _PASSWORD.sub("", str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{text[:300]}; check the location, that its host is up, and this node's credentials for it"

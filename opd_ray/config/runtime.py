@@ -49,6 +49,8 @@ class CheckpointConfig:
     """Checkpoints kept; older ones are deleted."""
     memory_every_steps: int = Field(10, ge=0)
     """Keep a copy in Ray's object store every so many steps, from which a lost learner rank is replaced; 0 for none."""
+    retry_s: float = Field(900.0, ge=0)
+    """How long writing is tried again, while the run goes on, when the storage does not answer; then the run ends."""
     grace_s: float = Field(25.0, gt=0)
     """On SIGTERM: time to finish the step under way and save; then the run ends with what is saved already."""
 

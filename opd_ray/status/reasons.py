@@ -15,6 +15,8 @@ _OF_ROLLOUTS = ("generate", "score", "select", "measure")
 """Methods that make or look at rollouts."""
 _OF_WEIGHTS = ("update_weights", "connect", "send_weights", "open_transport")
 """Methods that take part in a broadcast."""
+_OF_RECORDS = ("write", "snapshot")
+"""Methods that note what a step was."""
 _MOST_GROUPS = 5
 """Groups of slots that are listed."""
 _SLOW: dict[str, str] = {
@@ -153,6 +155,11 @@ def _broadcasting(status: Status) -> _Reason:
     return f"{head}{_blame(_oldest(receivers, _OF_WEIGHTS) or _oldest(status.rooms, _OF_WEIGHTS))}", ()
 
 
+def _recording(status: Status) -> _Reason:
+    head = f"step {status.step} is being recorded since {status.phase_since_s:.0f} s (metrics, rollout log, snapshot)"
+    return f"{head}{_blame(_oldest(status.rooms, _OF_RECORDS))}", ()
+
+
 def _saving(status: Status) -> _Reason:
     newest = "none is complete yet" if status.checkpoint_step is None else f"newest: step {status.checkpoint_step}"
     head = f"a checkpoint of step {status.step} is being written since {status.phase_since_s:.0f} s ({newest})"
@@ -178,6 +185,7 @@ _EXPLAIN: dict[str, Callable[[Status], _Reason]] = {
     "waiting for rollouts": _waiting,
     "training": _training,
     "broadcasting": _broadcasting,
+    "recording": _recording,
     "saving": _saving,
     "restoring": _restoring,
     "exporting": _exporting,

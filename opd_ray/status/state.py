@@ -29,6 +29,7 @@ Phase = Literal[
     "waiting for rollouts",
     "training",
     "broadcasting",
+    "recording",
     "saving",
     "restoring",
     "exporting",

@@ -24,12 +24,12 @@ from rollout_log import assert_each_prompt_once, rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(900)]
 
-STEPS, PROMPTS_PER_STEP, MAX_STALENESS = 60, 8, 2
-GATES = {20: "grown", 40: "replaced", 55: "given back"}
+STEPS, PROMPTS_PER_STEP, MAX_STALENESS = 80, 8, 2
+GATES = {40: "grown", 60: "replaced", 75: "given back"}
 """Steps after which the run is held until the test has seen what it waits for; after those before, it goes on alone."""
 OVERRIDES = [
-    # One response at a time: the generators are what the learner waits for, unless it is held.
-    *("rollout.engine=torch", "rollout.max_num_seqs=1", "rollout.prompts_per_call=2", "rollout.max_response_tokens=32"),
+    # Long responses, one at a time: the generators are what the learner waits for, unless it is held.
+    *("rollout.engine=torch", "rollout.max_num_seqs=1", "rollout.prompts_per_call=2", "rollout.max_response_tokens=48"),
     *("rollout.num_generators=1", "rollout.min_generators=1", "rollout.max_generators=2"),
     *("rollout.node_resource=generator_node", "rollout.cpus_per_generator=1"),
     *("learner.num_ranks=2", "learner.placement=strict_pack", "learner.node_resource=learner_node"),
@@ -191,7 +191,7 @@ def _go_through_it(run: Watched, head: AutoscalingHead) -> None:
     run.until("demand", lambda: run.events("pool_resized"))
     run.until("two at work", lambda: run.num_ready() == 2)
     run.open("grown")
-    run.until("rollouts of both", lambda: len(run.workers()) == 2 and run.step() > 20)
+    run.until("rollouts of both", lambda: len(run.workers()) == 2 and run.step() > 40)
     before = head.raylets().keys()
     run.nodes["grown"] = len(before)
 

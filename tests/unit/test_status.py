@@ -209,6 +209,14 @@ def test_a_broadcast_names_the_member_that_has_not_answered() -> None:
     assert "learner-0" in explain(status("broadcasting", rooms[1], rooms[2]))
 
 
+def test_what_is_done_after_a_step_is_not_taken_for_its_broadcast() -> None:
+    """The bug: while the rollout log or a snapshot held the run up, the status spoke of a broadcast."""
+    rooms = (room("learn", call("snapshot", 40, "learner-0")), room("generate", call("generate", 99)), room("record"))
+    assert_says(explain(status("recording", *rooms)), "step 57 is being recorded since 42 s", "learner-0", "snapshot()")
+    rooms = (room("learn"), room("generate", call("generate", 99)), room("record", call("write", 41, "recorder-0")))
+    assert_says(explain(status("recording", *rooms)), "recorder-0", "write() since 41 s")
+
+
 def test_saving_restoring_and_exporting() -> None:
     learn = room("learn", call("snapshot", 40, "learner-0", "node-b"))
     assert_says(explain(status("saving", learn)), "checkpoint of step 57", "42 s", "step 50", "learner-0 on node-b")

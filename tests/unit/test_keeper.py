@@ -1,0 +1,108 @@
+"""Runs whose storage does not answer for a while: they train on, try again, and know when to give up."""
+
+import asyncio
+
+import pytest
+
+import fake_ray
+from driven import assert_whole, cast_of, die, drive, events, latest, logged, on_call
+from fake_workers import FakeLearner
+from opd_ray.errors import RunError, StorageUnavailable, Terminated
+
+LONG = {"learner": {"steps": 40}}
+
+
+def at_work(cast):
+    cast.learner = type("Learner", (FakeLearner,), {"takes_s": 7.0})
+
+
+class Outage:
+    """Writes fail while ``active`` says so; counts them."""
+
+    def __init__(self, cast, active):
+        self.failed = 0
+        store = cast.world.objects
+        fine = store.__call__
+
+        class Failing(type(store)):
+            async def __call__(inside, function, *args):  # noqa: N805
+                if function.__name__ == "write_arrays" and active():
+                    self.failed += 1
+                    raise StorageUnavailable("s3://bucket/step: SLOW_DOWN; check the location")
+                return await fine(function, *args)
+
+        store.__class__ = Failing
+
+
+def steps_done(cast):
+    return sum(event[0] == "train_step" for event in cast.log)
+
+
+def test_while_the_storage_does_not_answer_the_run_trains_on_and_writes_the_newest_afterwards(tmp_path):
+    cast = cast_of(at_work, **LONG)
+    outage = Outage(cast, lambda: 5 <= steps_done(cast) < 25)
+    at_the_end = []
+
+    async def meanwhile(stopping):
+        await fake_ray.until(lambda: steps_done(cast) == 24, most=100_000)
+        at_the_end.append(latest(tmp_path).step)
+
+    drive(tmp_path, cast, meanwhile=meanwhile)
+    assert_whole(cast, tmp_path, steps=40)
+    assert at_the_end == [4], "no step waited for the storage"
+    assert latest(tmp_path).step == 40
+    said = events(tmp_path, "checkpoint_failed")
+    assert 5 <= len(said) == outage.failed <= 12, "every 20 s of 140"
+    assert said[0]["text"].startswith("checkpoint: step 6 is tried again: s3://bucket/step: SLOW_DOWN")
+    assert [int(each["text"].split()[2]) for each in said] == sorted({each["step"] // 2 * 2 for each in said})
+
+
+def test_a_storage_that_does_not_answer_for_too_long_ends_the_run(tmp_path):
+    cast = cast_of(at_work, **LONG, checkpoint={"every_steps": 2, "retry_s": 100})
+    Outage(cast, lambda: steps_done(cast) >= 5)
+    with pytest.raises(RunError, match="SLOW_DOWN"):
+        drive(tmp_path, cast)
+    assert latest(tmp_path).step == 4
+    assert 19 <= steps_done(cast) <= 25, "tried again for 100 s, of 7 s a step"
+
+
+def test_the_last_checkpoint_is_waited_for_when_the_results_are_there(tmp_path):
+    cast = cast_of(at_work)
+    ends = []
+    Outage(cast, lambda: steps_done(cast) == 6 and not ends)
+
+    async def meanwhile(stopping):
+        await fake_ray.until((tmp_path / "summary.json").exists, most=100_000)
+        assert latest(tmp_path).step == 4
+        await asyncio.sleep(300)
+        ends.append(True)
+
+    drive(tmp_path, cast, meanwhile=meanwhile)
+    assert ends
+    assert latest(tmp_path).step == 6
+
+
+def test_a_signal_during_an_outage_does_not_wait_for_the_next_try(tmp_path):
+    """What is saved is the newest step, not the one that was waiting."""
+    cast = cast_of(at_work, **LONG, checkpoint={"every_steps": 7, "grace_s": 15.0})
+    back = []
+    Outage(cast, lambda: not back)
+
+    async def meanwhile(stopping):
+        await fake_ray.until(lambda: events(tmp_path, "checkpoint_failed"), most=100_000)
+        back.append(True)
+        stopping.set()
+
+    with pytest.raises(Terminated, match="the checkpoint of step 8 is written"):
+        drive(tmp_path, cast, meanwhile=meanwhile)
+    assert latest(tmp_path).step == 8
+
+
+def test_a_learner_that_is_lost_during_an_outage_comes_back_from_memory(tmp_path):
+    cast = cast_of(at_work, **LONG, checkpoint={"every_steps": 5, "memory_every_steps": 1})
+    Outage(cast, lambda: steps_done(cast) < 30)
+    on_call(cast, "train_step", 18, die, role="learner")
+    drive(tmp_path, cast)
+    assert_whole(cast, tmp_path, steps=40)
+    assert [event[1] for event in cast.log if event[0] == "train_step"] == [*range(17), *range(17, 40)]
+    assert len(logged(tmp_path)) == 80
