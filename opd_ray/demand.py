@@ -50,8 +50,9 @@ class Demand:
     """Watches the pools and says which should change by one worker.
 
     A pool grows after all its workers were busy, with more work at hand, for ``grow_after_s`` without a break, while
-    the learner waited for a good part of that time. It shrinks when over ``shrink_after_s`` its work would have fitted
-    into one worker less, and at no look it held the learner up. Every change of its size begins both anew.
+    the learner waited for a good part of that time, unless a worker is on its way. It shrinks when over
+    ``shrink_after_s`` its work would have fitted into one worker less, those on their way included, and at no look it
+    held the learner up. Every change of its size begins both anew.
     """
 
     def __init__(self, config: ElasticConfig) -> None:
@@ -73,7 +74,7 @@ class Demand:
         if pool is None or pool.size != size:  # this look was, in part, at a pool of another size
             self._pools[load.room] = _Watch(size, None, now, deque())
             return 0
-        if load.size == 0 or load.starting:
+        if load.size == 0:
             return 0
         config = self._config
         if load.busy_share < config.busy_share or load.num_calls <= load.size:
@@ -85,9 +86,10 @@ class Demand:
             pool.since = now
             pool.busy.clear()
         change = 0
-        if self._is_short(now, pool) and load.size < load.maximum:
+        whole = load.size + load.starting
+        if self._is_short(now, pool) and not load.starting and whole < load.maximum:
             change = 1
-        elif self._is_idle(now, pool, load.size) and load.size > load.minimum:
+        elif self._is_idle(now, pool, whole) and whole > load.minimum:
             change = -1
         if change:
             del self._pools[load.room]

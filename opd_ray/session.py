@@ -9,22 +9,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from opd_ray import launch, logs
 from opd_ray.config import Config
+from opd_ray.errors import InputError
 from opd_ray.preflight import Preflight
 from opd_ray.rooms import Rooms
+
+_CONNECT_S = 10.0
+_OTHERWISE = "start a head with `ray start --head`, or unset RAY_ADDRESS for a Ray of the run's own"
 
 
 @contextlib.contextmanager
 def cluster() -> Iterator[str | None]:
     """The cluster of `ray job submit` or of RAY_ADDRESS, or a Ray of its own that ends with the block.
 
-    Gives the address of its dashboard, if it has one and this call connected to it.
+    Gives the address of its dashboard, if it has one and this call connected to it. Raises InputError where RAY_ADDRESS
+    names no cluster that can be joined.
     """
     if ray.is_initialized():
         yield None
@@ -33,18 +40,39 @@ def cluster() -> Iterator[str | None]:
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     # A payload that is gone with its node is made again; Ray would complain of each that nobody asked for.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    # Left alone, Ray would also try, for many minutes, a cluster that somebody once started on this machine.
-    address = None if os.environ.get("RAY_ADDRESS") else "local"
-    context = ray.init(
-        address,
-        logging_level="WARNING",
-        log_to_driver=bool(os.environ.get("OPD_RAY_ACTOR_LOGS")),
-        job_config=logs.job_config(),
-    )
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_address(address)
+    try:
+        context = ray.init(
+            # Left alone, Ray would also try, for many minutes, a cluster that somebody once started on this machine.
+            None if address else "local",
+            logging_level="WARNING",
+            log_to_driver=bool(os.environ.get("OPD_RAY_ACTOR_LOGS")),
+            job_config=logs.job_config(),
+        )
+    except (ConnectionError, AuthenticationError) as error:
+        raise InputError(f"RAY_ADDRESS={address}: {error}; {_OTHERWISE}") from error
     try:
         yield context.dashboard_url
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raises InputError where nobody listens at an address; Ray would try it for many minutes."""
+    if "://" in address:
+        raise InputError(
+            f"RAY_ADDRESS={address} is no HOST:PORT, as `ray start` prints it; from outside the cluster, hand the run in "
+            "at its dashboard: `ray job submit --address http://HOST:8265 -- python jobs/stableopd.py`"
+        )
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return  # "auto" and "local" are Ray's to understand
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"RAY_ADDRESS={address}: nobody answers there ({error}); {_OTHERWISE}") from error
 
 
 def new_namespace() -> str:

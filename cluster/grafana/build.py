@@ -227,9 +227,7 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel("Writing", _lines("checkpoint/write_s"), "Seconds; the loop goes on meanwhile.", "s", width=6),
         Panel("Size", _lines("checkpoint/bytes"), "Of one checkpoint.", "bytes", width=6),
-        Panel(
-            "Failed writes", _lines("checkpoint/failed_writes"), "Running count; tried again.", width=6, decimals=0
-        ),
+        Panel("Failed writes", _lines("checkpoint/failed_writes"), "Running count; tried again.", width=6, decimals=0),
     ],
 }
 

@@ -63,6 +63,15 @@ def test_growth_goes_one_at_a_time_and_waits_for_the_worker() -> None:
     assert series([(each, 0.5) for each in sizes], demand) == [(20.0, 1), (25 * 5.0 + 20.0, 1)]
 
 
+def test_a_worker_that_finds_no_place_is_given_up_when_nobody_needs_it() -> None:
+    """The bug: a pool with a worker on its way, which may be for ever, never gave one back."""
+    needed, idle = load(starting=1), load(starting=1, busy=0.3, calls=0)
+    assert series([(needed, 0.9)] * 50 + [(idle, 0.0)] * 50)[0] == (60.0 + 5 * 49.0, -1)
+    assert series([(load(starting=1, busy=0.3, calls=0, minimum=3), 0.0)] * 50) == []
+    busy = load(starting=1, busy=0.9, calls=2)
+    assert series([(busy, 0.0)] * 50) == [], "without it the others would be full"
+
+
 def test_an_idle_pool_gives_back_one_at_a_time_down_to_its_minimum() -> None:
     demand, size, sizes = Demand(CONFIG), 4, []
     for number in range(100):
