@@ -68,6 +68,8 @@ class Delivery:
         """
         self.version = None  # a worker that comes up now waits for the end of this
         for attempt in range(1, _MOST_ATTEMPTS + 1):
+            if self._config.rollout.in_flight == "drain":
+                await asyncio.gather(*map(self._drain, self._generators.those("ready", "leaving")))
             failure = await (self._attempt(version) if attempt < _MOST_ATTEMPTS else self._one_by_one(version))
             if failure is None:
                 self.version = version
@@ -88,6 +90,13 @@ class Delivery:
                 self._generators.lose(member, failure)
             elif member.state == "joining":  # and was not told to leave meanwhile
                 self._generators.admit(member)
+
+    async def _drain(self, member: Member) -> None:
+        """Waits for a generator's unfinished responses, which may take longer than any broadcast."""
+        try:
+            await self._generators.ask(member, "drain")
+        except MemberLost as error:
+            self._generators.lose(member, str(error))
 
     async def _attempt(self, version: int) -> str | None:
         """Why it failed, if so."""

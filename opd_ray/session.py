@@ -63,7 +63,7 @@ def _check_address(address: str) -> None:
     """Raises InputError where nobody listens at an address; Ray would try it for many minutes."""
     if "://" in address:
         raise InputError(
-            f"RAY_ADDRESS={address} is no HOST:PORT, as `ray start` prints it; from outside the cluster, hand the run in "
+            f"RAY_ADDRESS={address} is no HOST:PORT, as `ray start` prints it; from outside, hand the run in "
             "at its dashboard: `ray job submit --address http://HOST:8265 -- python jobs/stableopd.py`"
         )
     host, _, port = address.rpartition(":")

@@ -54,7 +54,10 @@ class EngineThread:
         # What came in and was not looked at yet: each runs on the engine and settles the future beside it.
         self._inbox: deque[tuple[Callable[[GenerationEngine], None], Future]] = deque()
         self._running: dict[str, Future] = {}
-        self._drain: tuple[Callable[[GenerationEngine], Any], Future] | None = None
+        self._drained: list[Future] = []
+        """Whoever waits until nothing is unfinished."""
+        self._on_hold = False
+        """Do requests wait for a weight update?"""
         self._held: deque[tuple[GenerationRequest, Future]] = deque()
         self._failure: EngineFailed | None = None
         self._half_updated = False
@@ -73,21 +76,24 @@ class EngineThread:
         done: Future = Future()
         return self._enqueue(partial(_settle, done, run), done)
 
-    def drain_then(self, run: Callable[[GenerationEngine], Any]) -> Future:
-        """Runs ``run(engine)`` when nothing is unfinished; requests that come meanwhile wait."""
+    def drain(self) -> Future:
+        """Done when nothing is unfinished; requests that come from now on wait for the next weight update."""
         done: Future = Future()
-        return self._enqueue(partial(self._hold, run, done), done)
+        return self._enqueue(partial(self._hold, done), done)
 
-    def update(self, run: Callable[[GenerationEngine], Any], *, drain: bool) -> Future:
-        """Runs a weight update, with ``drain`` when nothing is unfinished."""
+    def update(self, run: Callable[[GenerationEngine], Any]) -> Future:
+        """Runs a weight update between two steps, and then lets in what waited for it."""
 
         def whole(engine: GenerationEngine) -> Any:
             self._half_updated = True
             outcome = run(engine)
-            self._half_updated = False
+            self._half_updated = self._on_hold = False
+            held, self._held = self._held, deque()
+            for request, waiting in held:
+                self._admit(request, waiting, engine)
             return outcome
 
-        return self.drain_then(whole) if drain else self.command(whole)
+        return self.command(whole)
 
     def abandon(self) -> Future:
         """Drops every unfinished request; their futures get a RunError, that of ``abandon`` their number."""
@@ -104,8 +110,9 @@ class EngineThread:
                 self._wake.notify()
         return done
 
-    def _hold(self, run: Callable[[GenerationEngine], Any], done: Future, _: GenerationEngine) -> None:
-        self._drain = (run, done)
+    def _hold(self, done: Future, _: GenerationEngine) -> None:
+        self._on_hold = True
+        self._drained.append(done)
 
     def _drop(self, done: Future, engine: GenerationEngine) -> None:
         engine.abort(list(self._running))
@@ -116,7 +123,7 @@ class EngineThread:
         done.set_result(len(dropped))
 
     def _admit(self, request: GenerationRequest, done: Future, engine: GenerationEngine) -> None:
-        if self._drain is not None:
+        if self._on_hold:
             self._held.append((request, done))
             return
         try:
@@ -141,24 +148,22 @@ class EngineThread:
             with self._wake:
                 self._failure = failure
                 waiting = [*self._running.values(), *(done for _, done in (*self._held, *self._inbox))]
-                waiting += [self._drain[1]] if self._drain else []
+                waiting += self._drained
             for done in waiting:
                 if not done.done():
                     done.set_exception(failure)
 
     def _work(self, engine: GenerationEngine) -> None:
         with self._wake:
-            self._wake.wait_for(lambda: self._inbox or self._drain or (self._running and not self._half_updated))
+            self._wake.wait_for(lambda: self._inbox or self._drained or (self._running and not self._half_updated))
         while self._inbox:
             handle, _ = self._inbox[0]
             handle(engine)
             self._inbox.popleft()  # only now: what fails is told of the failure like what waits behind it
-        if self._drain is not None and (not self._running or self._half_updated):
-            (run, done), self._drain = self._drain, None
-            _settle(done, run, engine)
-            held, self._held = self._held, deque()
-            for request, waiting in held:
-                self._admit(request, waiting, engine)
+        if self._drained and (not self._running or self._half_updated):
+            drained, self._drained = self._drained, []
+            for done in drained:
+                done.set_result(None)
         if self._running and not self._half_updated:
             for finished in engine.step():
                 self._running.pop(finished.request_id).set_result(finished)
@@ -297,13 +302,14 @@ class StudentGenerator(Generator):
         """Joins the group that weights are broadcast in."""
         await asyncio.wrap_future(self._engine.command(lambda engine: engine.connect(group)))
 
+    async def drain(self) -> None:
+        """Finishes what is unfinished; what comes meanwhile is begun after the next weight update."""
+        await asyncio.wrap_future(self._engine.drain())
+
     async def update_weights(self, manifest: WeightManifest) -> None:
-        """Receives one broadcast, in the way that rollout.in_flight chose for unfinished responses."""
-        in_flight = self._settings.in_flight
-        unfinished = "restart" if in_flight == "abort" else "keep"
-        update = self._engine.update(
-            lambda engine: engine.update_weights(manifest, unfinished), drain=in_flight == "drain"
-        )
+        """Receives one broadcast; unfinished responses go on or begin again, as rollout.in_flight says."""
+        unfinished = "restart" if self._settings.in_flight == "abort" else "keep"
+        update = self._engine.update(lambda engine: engine.update_weights(manifest, unfinished))
         await asyncio.wrap_future(update)
         logs.at(version=manifest.version)
         _log.info("has weights of version %d", manifest.version)

@@ -13,7 +13,7 @@ from opd_ray.status.state import STALE_S, CallStatus, Place, RoomStatus, Status
 _GENERATORS = ("generate", "teacher_generate")
 _OF_ROLLOUTS = ("generate", "score", "select", "measure")
 """Methods that make or look at rollouts."""
-_OF_WEIGHTS = ("update_weights", "connect", "send_weights", "open_transport")
+_OF_WEIGHTS = ("drain", "update_weights", "connect", "send_weights", "open_transport")
 """Methods that take part in a broadcast."""
 _OF_RECORDS = ("write", "snapshot")
 """Methods that note what a step was."""

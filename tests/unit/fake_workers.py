@@ -136,6 +136,9 @@ class FakeGenerator(Receiver):
         slots = [group.slot for group in groups for _ in range(group.num_responses)]
         return metas, pa.record_batch({"slot": slots, "source": [self.source] * len(slots)})
 
+    def drain(self) -> None:
+        self.log.append(("drain", self.actor.name))
+
     def abandon(self) -> int:
         self.log.append(("abandon", self.actor.name))
         return 0

@@ -8,7 +8,7 @@ import pytest
 import fake_ray
 from driven import cast_of
 from fake_ray import actor_of
-from fake_workers import MANIFEST
+from fake_workers import MANIFEST, FakeGenerator
 from opd_ray.delivery import Delivery
 from opd_ray.errors import ActorError, GroupLost, WeightSyncError
 
@@ -61,9 +61,9 @@ class Sending:
         return {actor.name: (actor.inside.version, len(actor.inside.weights)) for actor in living}
 
 
-def sending(scenario, number=2, **sections):
+def sending(scenario, number=2, prepare=lambda cast: None, **sections):
     async def whole():
-        one = Sending(cast_of(**{"rollout": {"num_generators": number}, **sections}))
+        one = Sending(cast_of(prepare, **{"rollout": {"num_generators": number}, **sections}))
         await one.up()
         await scenario(one)
 
@@ -392,3 +392,49 @@ def test_one_that_leaves_still_gets_the_weights_for_what_it_has_to_finish():
         assert one.pool.members[0].state == "leaving"
 
     sending(scenario)
+
+
+# ---- responses that are finished first ----
+
+
+def drains_for(seconds):
+    async def drain(self):
+        await asyncio.sleep(seconds)
+
+    def prepare(cast):
+        cast.generator = type("Generator", (FakeGenerator,), {"drain": drain})
+
+    return prepare
+
+
+DRAINING = {"rollout": {"num_generators": 2, "in_flight": "drain"}, "recovery": {"heartbeat_s": 0}}
+
+
+def test_responses_that_take_longer_than_a_broadcast_may_are_waited_for_before_it_begins():
+    """The bug: the learner sent at once, and generators that still finished their responses were dropped."""
+
+    async def scenario(one):
+        await one.send(1)
+        began = time.monotonic()
+        one.asked.clear()
+        await one.send(2)
+        assert 10 * TIMEOUT_S <= time.monotonic() - began < 11 * TIMEOUT_S
+        methods = [method for _, method in one.asked]
+        assert methods.count("drain") == 2
+        assert methods.index("send_weights") > max(i for i, method in enumerate(methods) if method == "drain")
+        assert one.lost == []
+        assert one.receivers() == {"student-generator-0": (2, 2), "student-generator-1": (2, 2)}
+
+    sending(scenario, prepare=drains_for(10 * TIMEOUT_S), **DRAINING)
+
+
+def test_a_generator_that_dies_while_it_finishes_its_responses_is_left_out():
+    async def scenario(one):
+        await one.send(1)
+        dying = one.world.named("student-generator-0")
+        one.world.before = lambda actor, method: dying.die() if (actor, method) == (dying, "drain") else None
+        await one.send(2)
+        assert [name for name, _ in one.lost] == ["student-generator-0"]
+        assert one.receivers() == {"student-generator-1": (2, 2)}
+
+    sending(scenario, prepare=drains_for(10.0), **DRAINING)
