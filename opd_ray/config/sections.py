@@ -150,8 +150,8 @@ class RolloutConfig:
     max_num_seqs: int = Field(64, ge=1)
     """Responses that one engine runs at once."""
     in_flight: Literal["keep", "drain", "abort"] = "keep"
-    """Unfinished responses at a weight update: keep on (prefix recomputed), drain (they are finished first, while new ones
-    wait), or abort (they begin again)."""
+    """Unfinished responses at a weight update: keep on (prefix recomputed), drain (finish them first, new ones wait),
+    or abort (begin them again)."""
     kv_cache_bytes: int = Field(256 * 2**20, gt=0)
     """Key-value cache of an engine on a CPU."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
