@@ -106,6 +106,7 @@ class Keeper:
                     await asyncio.wait_for(self._hurry.wait(), _AGAIN_S)
                 self._at_rest.clear()
         finally:
+            self._due = None
             self._at_rest.set()
 
     async def write(self, snapshot: Snapshot) -> None:
