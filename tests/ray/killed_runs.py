@@ -87,10 +87,17 @@ def check_nothing_is_left_over(run: Run) -> None:
         assert {f"{path.name}/{file.name}" for file in path.iterdir()} == written | {f"{path.name}/state.json"}
 
 
-def check_start(noted: list[dict[str, Any]], complete: int) -> None:
-    """One driver's learner went on from the checkpoint of step ``complete``, and from there step by step."""
-    trained = [line["trained"] for line in noted if "trained" in line]
-    restored = [line["restored"] for line in noted if "restored" in line]
+def check_start(run: Run, noted: int, complete: int) -> None:
+    """The learner that was started when the journal had ``noted`` lines went on from the checkpoint of step
+    ``complete``, and from there step by step.
+
+    A learner outlives its driver by a moment; what the one before did in it, after it was noted, does not count.
+    """
+    lines = run.journal()[noted:]
+    begun = [line["process"] for line in lines if "begun" in line]
+    ours = [line for line in lines if line["process"] == begun[-1]] if begun else []
+    trained = [line["trained"] for line in ours if "trained" in line]
+    restored = [line["restored"] for line in ours if "restored" in line]
     assert restored in ([complete], []) if complete else restored == []
     assert restored or not complete or not trained, "it trained without what it had learned"
     assert trained == list(range(complete + 1, complete + 1 + len(trained)))

@@ -119,7 +119,7 @@ def test_twenty_kills_of_the_driver_lose_and_repeat_no_prompt(drivers, small_wor
     for how in [*kills, None]:
         noted, complete = len(run.journal()), run.complete()
         kill(run, how) if how else run.finish()
-        check_start(run.journal()[noted:], complete)
+        check_start(run, noted, complete)
     assert run.complete() == steps
     check_exactly_once(run.rollouts(), PROMPTS_PER_STEP, NUM_PROMPTS, max_staleness=2)
     check_model(run)
@@ -163,10 +163,10 @@ def test_a_run_that_was_ended_by_a_signal_and_then_killed_is_the_same_run(undist
 
     noted = len(run.journal())
     kill(run, {"point": "broadcasting", "passing": 4})
-    check_start(run.journal()[noted:], saved)
+    check_start(run, noted, saved)
     noted, complete = len(run.journal()), run.complete()
     run.finish()
-    check_start(run.journal()[noted:], complete)
+    check_start(run, noted, complete)
     assert run.losses() == undisturbed.losses()
     assert run.rollouts() == undisturbed.rollouts()
     check_exactly_once(run.rollouts(), PROMPTS_PER_STEP, NUM_PROMPTS, max_staleness=0)
@@ -192,7 +192,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(drivers, smal
     (run.directory / FULL).unlink()
     noted = len(run.journal())
     run.finish(f"learner.steps={complete + 4}")
-    check_start(run.journal()[noted:], complete)
+    check_start(run, noted, complete)
     check_exactly_once(run.rollouts(), PROMPTS_PER_STEP, NUM_PROMPTS, max_staleness=2)
     check_model(run)
     check_nothing_is_left_over(run)

@@ -61,8 +61,9 @@ def test_every_query_names_metrics_that_a_run_exports(world, ray_here, tmp_path)
     run.train(configs.load(None, [*world.overrides(), *OPTIONS]), run_dir)
     # Ray exports every ten seconds, and keeps what a run set last for twenty.
     deadline = time.monotonic() + 30
-    while not re.search(r"^ray_opd_run_step{.*} 3\.0$", text := port(), re.MULTILINE):
-        assert time.monotonic() < deadline, "the last step never came to the metrics port"
+    last = [re.compile(rf"^ray_opd_{name}_step{{.*}} 3\.0$", re.MULTILINE) for name in ("run", "checkpoint")]
+    while not all(each.search(text := port()) for each in last):
+        assert time.monotonic() < deadline, "the last step and its checkpoint never came to the metrics port"
         time.sleep(1)
     lines = [line for line in text.splitlines() if line.startswith("ray_opd_")]
     assert all('run="runs/a"' in line for line in lines)
