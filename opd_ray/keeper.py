@@ -48,9 +48,9 @@ class Keeper:
         self._newest: Snapshot | None = None
         self._due: Snapshot | None = None
         self._writing: asyncio.Task[None] | None = None
-        self._at_rest = asyncio.Event()
-        """Nothing is being written at this moment, though something may wait to be tried again."""
-        self._at_rest.set()
+        self._may_go_on = asyncio.Event()
+        """Nothing is being written, or it failed already: the loop does not wait for a storage that does not answer."""
+        self._may_go_on.set()
         self._hurry = asyncio.Event()
         """Somebody waits for the end of the writing."""
 
@@ -61,11 +61,11 @@ class Keeper:
         if due or (in_memory and report.step % in_memory == 0):
             snapshot = await self.take(report.step)
             if due:
-                await self._at_rest.wait()
+                await self._may_go_on.wait()
                 self._raise_failure()
                 self._due = snapshot
                 if self._writing is None:
-                    self._at_rest.clear()
+                    self._may_go_on.clear()
                     self._writing = asyncio.create_task(self._write_due(), name="write a checkpoint")
 
     async def take(self, step: int) -> Snapshot:
@@ -89,25 +89,31 @@ class Keeper:
 
     async def _write_due(self) -> None:
         """Writes the newest snapshot that is due; again while the storage does not answer, for ``retry_s`` at most."""
-        began = time.monotonic()
+        failing_since: float | None = None
         try:
-            while True:
+            while self._due is not None:
                 snapshot = self._due
+                if failing_since is None:
+                    self._may_go_on.clear()
                 try:
                     await self.write(snapshot)
-                    return
                 except StorageUnavailable as error:
                     self.metrics["checkpoint/failed_writes"] += 1
-                    if self._hurry.is_set() or time.monotonic() - began >= self._config.retry_s:
+                    now = time.monotonic()
+                    failing_since = now if failing_since is None else failing_since
+                    if self._hurry.is_set() or now - failing_since >= self._config.retry_s:
                         raise
                     self._say("checkpoint_failed", f"checkpoint: step {snapshot.step} is tried again: {error}")
-                self._at_rest.set()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._hurry.wait(), _AGAIN_S)
-                self._at_rest.clear()
+                    self._may_go_on.set()
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._hurry.wait(), _AGAIN_S)
+                else:
+                    failing_since = None
+                    if self._due is snapshot:
+                        self._due = None
         finally:
             self._due = None
-            self._at_rest.set()
+            self._may_go_on.set()
 
     async def write(self, snapshot: Snapshot) -> None:
         """Puts a snapshot on the shelf. One that is gone with its node is left out; other failures are raised."""

@@ -1,6 +1,7 @@
 """Runs whose storage does not answer for a while: they train on, try again, and know when to give up."""
 
 import asyncio
+import itertools
 
 import pytest
 
@@ -17,10 +18,10 @@ def at_work(cast):
 
 
 class Outage:
-    """Writes fail while ``active`` says so; counts them."""
+    """Writes fail, after ``takes_s``, while ``active`` says so; counts them."""
 
-    def __init__(self, cast, active):
-        self.failed = 0
+    def __init__(self, cast, active, takes_s=0.0):
+        self.failed, self.takes_s = 0, takes_s
         store = cast.world.objects
         fine = store.__call__
 
@@ -28,6 +29,7 @@ class Outage:
             async def __call__(inside, function, *args):  # noqa: N805
                 if function.__name__ == "write_arrays" and active():
                     self.failed += 1
+                    await asyncio.sleep(self.takes_s)
                     raise StorageUnavailable("s3://bucket/step: SLOW_DOWN; check the location")
                 return await fine(function, *args)
 
@@ -55,6 +57,23 @@ def test_while_the_storage_does_not_answer_the_run_trains_on_and_writes_the_newe
     assert 5 <= len(said) == outage.failed <= 12, "every 20 s of 140"
     assert said[0]["text"].startswith("checkpoint: step 6 is tried again: s3://bucket/step: SLOW_DOWN")
     assert [int(each["text"].split()[2]) for each in said] == sorted({each["step"] // 2 * 2 for each in said})
+
+
+def test_the_loop_does_not_wait_for_a_write_that_has_failed_before(tmp_path):
+    """The bug: at each checkpoint that was due it waited for the end of what was tried again."""
+    cast = cast_of(at_work, **LONG)
+    Outage(cast, lambda: steps_done(cast) >= 5, takes_s=50.0)
+    times = []
+
+    class Clock:
+        async def on_step(self, report):
+            times.append(asyncio.get_running_loop().time())
+
+    with pytest.raises(RunError, match="SLOW_DOWN"):
+        drive(tmp_path, cast, observers=(Clock(),))
+    waits = [later - earlier > 2 * 7.0 for earlier, later in itertools.pairwise(times)]
+    assert sum(waits) == 1, "for the first one that failed, as for any that is being written"
+    assert steps_done(cast) == 40
 
 
 def test_a_storage_that_does_not_answer_for_too_long_ends_the_run(tmp_path):
