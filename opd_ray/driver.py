@@ -36,6 +36,7 @@ from opd_ray.pipeline import GuardOrder, Observer, Pipeline, StepReport, first_f
 from opd_ray.preflight import Preflight
 from opd_ray.reporting import Reporter
 from opd_ray.rooms import Rooms
+from opd_ray.runners import runner
 from opd_ray.session import Session
 from opd_ray.signals import stop_signals
 from opd_ray.supervise import Restarts, Supervisor
@@ -273,8 +274,8 @@ class Driver:
     async def _export(self, rooms: Rooms) -> None:
         """The trained student as a Hugging Face checkpoint in the run directory."""
         (_, files), *_ = await rooms.learner.call_all_for_payloads("export")
-        tasks = launch.StorageTasks(local=True, deadline_s=self._config.deadlines.train_s)
-        await tasks(write_files, str(self._run_dir / "student"), files)
+        here = runner(local=True, deadline_s=self._config.deadlines.train_s)
+        await here(write_files, str(self._run_dir / "student"), files)
 
     def _finish(self, after: Evaluation | None, stopped: StepReport | None) -> tuple[dict[str, Any], str | None]:
         result = self._summary.result(self._config, after)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import ray
-from ray import ObjectRef
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -19,14 +18,13 @@ from opd_ray.actors.generator import GeneratorSettings, StudentGenerator, Teache
 from opd_ray.actors.learner import Learner
 from opd_ray.actors.recorder import Recorder
 from opd_ray.actors.scorer import Scorer
-from opd_ray.checkpoint.files import answer_or_payload
 from opd_ray.config import Config, LearnerConfig, PoolSize, RolloutConfig, TeacherConfig
 from opd_ray.engines.factory import load_tokenizer, make_generation_engine, make_scoring_engine
 from opd_ray.errors import DeadlineError, OpdError, RunError
 from opd_ray.golden import load_golden
 from opd_ray.messages import REFERENCE, Entry
 from opd_ray.pool import Group, Pool
-from opd_ray.room import Member, Spawn, explained
+from opd_ray.room import Member, Spawn
 from opd_ray.rooms import Rooms
 from opd_ray.tasks import get_task
 
@@ -36,10 +34,6 @@ _PINGS = "pings"
 """Concurrency group of the actors that work off one call after another: it answers while they do."""
 _SHARE = 0.001
 """How much of a node_resource an actor takes: it says where, not how many."""
-
-
-_TASKS_AT_ONCE = 2
-"""Storage tasks under way at once: each that finds no idle worker starts a process."""
 
 
 def start_rooms(config: Config, *, namespace: str, max_context_tokens: int) -> Rooms:
@@ -186,44 +180,6 @@ def _spawning(
         return Member(actor.remote(*make.args, **make.keywords), name)
 
     return spawn
-
-
-class StorageTasks:
-    """Runs the functions of opd_ray.checkpoint.files as tasks: a Runner for a Shelf."""
-
-    def __init__(self, local: bool, deadline_s: float) -> None:
-        """``local``: only this node has the files; otherwise a task runs where its payload is."""
-        self._options: dict[str, Any] = {"num_cpus": 0}
-        if local:
-            self._options["scheduling_strategy"] = _here()
-        self._deadline_s = deadline_s
-        self._at_once = asyncio.Semaphore(_TASKS_AT_ONCE)
-
-    async def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        answer, _ = await self._run(function, False, args)
-        return answer
-
-    async def payload(self, function: Callable[..., Any], *args: Any) -> ObjectRef:
-        _, payload = await self._run(function, True, args)
-        return payload
-
-    async def _run(self, function: Callable[..., Any], stays: bool, args: tuple[Any, ...]) -> tuple[Any, ObjectRef]:
-        # One task for all functions: Ray starts worker processes for each task function, and keeps them apart.
-        task = ray.remote(answer_or_payload).options(num_returns=2, **self._options)
-        async with self._at_once:
-            answer, payload = task.remote(function, stays, *args)
-            return await self._receipt(function, answer), payload
-
-    async def _receipt(self, function: Callable[..., Any], ref: ObjectRef) -> Any:
-        where = f"checkpoint: the task {function.__name__}"
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(ref.future()), self._deadline_s)
-        except TimeoutError:
-            raise DeadlineError(f"{where} did not end within {self._deadline_s:g} s (deadlines.train_s)") from None
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, OpdError) else explained(where, error) from error
-        except RayError as error:
-            raise explained(where, error) from error
 
 
 async def load_golden_entries(config: Config, eos_token_ids: Sequence[int]) -> tuple[list[Entry], dict[str, int]]:

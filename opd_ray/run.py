@@ -10,7 +10,7 @@ from typing import Any
 from opd_ray import config as configs
 from opd_ray import embedded, launch, preflight, resuming
 from opd_ray.capacity import cluster_capacity
-from opd_ray.checkpoint import Checkpoint, Shelf
+from opd_ray.checkpoint import Checkpoint, Shelf, Storage
 from opd_ray.config import Config
 from opd_ray.driver import Driver
 from opd_ray.errors import InputError, RunError
@@ -21,6 +21,7 @@ from opd_ray.materials import prompt_stream
 from opd_ray.pipeline import Observer
 from opd_ray.preflight import Preflight
 from opd_ray.report import write_run_report
+from opd_ray.runners import runner
 from opd_ray.session import Session, cluster, new_namespace
 
 
@@ -74,8 +75,8 @@ def find_start(config: Config, run_dir: Path, *, resume: bool) -> tuple[Shelf, C
 
     Raises InputError where checkpoints cannot be written, or the newest is damaged or of another run.
     """
-    location = config.checkpoint.directory or str(run_dir / "checkpoints")
-    shelf = Shelf(location, launch.StorageTasks("://" not in location, config.deadlines.train_s))
+    storage = Storage(config.checkpoint.directory or run_dir / "checkpoints")
+    shelf = Shelf(storage, runner(local=storage.is_local, deadline_s=config.deadlines.train_s))
     start = shelf.check(resume=resume)
     if start:
         resuming.check_same_run(f"the checkpoint {start.where}", start.state["config"], config)

@@ -1,5 +1,4 @@
-"""What tasks write and read: arrays, record batches, files. They run where the files are, so that no payload passes
-through the driver."""
+"""What is written and read: arrays, record batches, files. :mod:`opd_ray.runners` says where these functions run."""
 
 from __future__ import annotations
 

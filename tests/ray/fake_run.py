@@ -100,8 +100,7 @@ def _put_fakes() -> None:
 
     launch.make_generation_engine, launch.make_scoring_engine = make_generation_engine, make_scoring_engine
     launch.load_tokenizer, launch.Learner = load_tokenizer, FakeLearner
-    shelf = run.Shelf
-    run.Shelf = lambda location, runner: shelf(FillingStorage(location), runner)
+    run.Storage = FillingStorage
 
 
 # ---- where a driver kills itself ----
@@ -126,7 +125,7 @@ class _Kill:
 
 def _put_points(kill: _Kill) -> None:
     """Lets the driver's own functions say where it is."""
-    from opd_ray import driver, launch, observers
+    from opd_ray import driver, launch, observers, runners
     from opd_ray.checkpoint import Shelf, write_arrays, write_batch
     from opd_ray.delivery import Delivery
     from opd_ray.keeper import Keeper
@@ -161,7 +160,7 @@ def _put_points(kill: _Kill) -> None:
     say(Group, "call_all", "training", first=True, when=lambda _, method, *__: method == "train_step")
     say(Delivery, "_together", "broadcasting", first=True)
     say(observers.RolloutLog, "on_step", "logged")
-    say(launch.StorageTasks, "__call__", "part written", when=lambda _, task, *__: task in (write_arrays, write_batch))
+    say(runners.InThreads, "__call__", "part written", when=lambda _, task, *__: task in (write_arrays, write_batch))
     say(os, "replace", "sealing", first=True, when=lambda _, target: str(target).endswith("state.json"))
     say(Shelf, "_seal", "sealed")
     say(Storage, "delete", "pruning", when=lambda _, name: name.endswith("state.json"))

@@ -67,7 +67,7 @@ def drive(
         with contextlib.ExitStack() as stack:
             for name, value in (
                 ("launch.start_rooms", lambda *_, **__: cast.rooms()),
-                ("launch.StorageTasks", lambda **_: cast.world.objects),
+                ("driver.runner", lambda **_: cast.world.objects),
                 ("launch.load_golden_entries", golden),
                 ("materials.prompt_stream", lambda *_, **__: stream()),
                 ("driver.stop_signals", signals),
