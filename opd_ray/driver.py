@@ -168,6 +168,7 @@ class Driver:
         self, rooms: Rooms, find: Callable[[], Awaitable[Snapshot | None]]
     ) -> tuple[dict[str, Any], str | None]:
         self._keeper.pipeline = None  # until the rooms hold a state there is none that a signal could save
+        self._supervisor.learner_waited_s = None
         await self._bring_up(rooms)
         snapshot = await find()
         if snapshot is None or not self._begun:
@@ -193,6 +194,7 @@ class Driver:
         self._where.enter("exporting")
         await self._export(rooms)
         result = self._finish(after, stopped)
+        self._where.enter("saving")
         await self._keeper.flush(patient=True)
         return result
 

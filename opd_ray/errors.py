@@ -9,7 +9,7 @@
         │   │   └── StartFailed its constructor raised
         │   └── GroupLost       so did one whose room holds state: the run goes back to a checkpoint
         ├── EngineFailed        an inference engine failed: its worker is replaced
-        ├── StorageUnavailable  checkpoints cannot be written or read at the moment: it is tried again
+        ├── StorageUnavailable  a storage does not answer at the moment; writing is tried again
         ├── PayloadLost         an object is gone with its node: what it held is made again
         ├── Terminated          a signal ended the run; the CLI exits with 143
         └── WeightSyncError     weights did not reach every engine

@@ -16,7 +16,7 @@ from typing import Any
 
 from opd_ray.checkpoint import Checkpoint, Shelf, Snapshot
 from opd_ray.config import CheckpointConfig
-from opd_ray.errors import OpdError, PayloadLost, StorageUnavailable
+from opd_ray.errors import DeadlineError, OpdError, PayloadLost, StorageUnavailable
 from opd_ray.pipeline import Pipeline, StepReport
 from opd_ray.rooms import Rooms
 from opd_ray.whereabouts import Whereabouts
@@ -51,6 +51,8 @@ class Keeper:
         self._may_go_on = asyncio.Event()
         """Nothing is being written, or it failed already: the loop does not wait for a storage that does not answer."""
         self._may_go_on.set()
+        self._ending = False
+        """Is ``save_now`` about to end the run?"""
         self._hurry = asyncio.Event()
         """Somebody waits for the end of the writing."""
 
@@ -97,7 +99,7 @@ class Keeper:
                     self._may_go_on.clear()
                 try:
                     await self.write(snapshot)
-                except StorageUnavailable as error:
+                except (StorageUnavailable, DeadlineError) as error:
                     self.metrics["checkpoint/failed_writes"] += 1
                     now = time.monotonic()
                     failing_since = now if failing_since is None else failing_since
@@ -133,14 +135,19 @@ class Keeper:
     async def flush(self, *, patient: bool = False) -> None:
         """Waits until nothing is being written; raises what went wrong. What waits to be tried again is tried once
         more, at once; with ``patient``, for as long as ``retry_s`` allows."""
-        if self._writing is not None:
-            if not patient:
-                self._hurry.set()
-            try:
-                await asyncio.wait([self._writing])
-            finally:
-                self._hurry.clear()
-        self._raise_failure()
+        if (writing := self._writing) is None:
+            return
+        if not patient:
+            self._hurry.set()
+        try:
+            await asyncio.wait([writing])
+        finally:
+            self._hurry.clear()
+        if self._writing is writing:
+            self._writing = None
+        if patient and self._ending and writing.exception():
+            await asyncio.get_running_loop().create_future()  # what ends the run saves, too, and says how that went
+        writing.result()  # each that waited for it gets its failure
 
     async def _settle(self) -> None:
         """Waits until nothing is being written, whether it succeeds or not."""
@@ -161,8 +168,9 @@ class Keeper:
         return await self._on_the_shelf(healthy=healthy)
 
     async def _on_the_shelf(self, *, healthy: bool = False) -> Snapshot | None:
-        await self.flush(patient=True)
-        return await self.open(await asyncio.to_thread(self._shelf.latest, healthy=healthy))
+        # Of one that is being written nobody knows whether it is of use to whoever asks for a healthy one.
+        await (self._settle() if healthy else self.flush(patient=True))
+        return await self.open(await self._shelf.latest(healthy=healthy))
 
     async def open(self, checkpoint: Checkpoint | None) -> Snapshot | None:
         """A checkpoint's snapshot, its files in the object store."""
@@ -194,19 +202,19 @@ class Keeper:
     async def back_to(self, step: int, changes: dict[str, Any]) -> None:
         """Forgets what is later than ``step``, and writes ``changes`` into the state of the newest that is left."""
         await self._settle()
-        await asyncio.to_thread(self._shelf.discard_after, step)
+        await self._shelf.discard_after(step)
         if self._newest is not None:
             kept = self._newest.step <= step
             self._newest = dataclasses.replace(self._newest, state=self._newest.state | changes) if kept else None
-        left = await asyncio.to_thread(self._shelf.latest)
+        left = await self._shelf.latest()
         self._where.checkpoint_step = left.step if left else None
         if left is not None:
-            await asyncio.to_thread(self._shelf.amend, left, changes)
+            await self._shelf.amend(left, changes)
 
     async def save_now(self) -> None:
         """Puts the newest state on the shelf, for good: that after the step under way or, while a state is being
         restored, that in memory. No other step begins."""
-        snapshot = self._newest
+        snapshot, self._ending = self._newest, True
         if self.pipeline is not None:
             await self.pipeline.between_steps.acquire()
             self._where.enter("saving")

@@ -10,9 +10,7 @@ start its processes anew, which takes longer than all the writing.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -23,6 +21,7 @@ from opd_ray.checkpoint import Runner
 from opd_ray.checkpoint.files import answer_or_payload
 from opd_ray.errors import DeadlineError, OpdError
 from opd_ray.room import explained
+from opd_ray.threads import in_thread
 
 _AT_ONCE = 2
 """Functions that run at the same time: the loop needs the processors, too."""
@@ -34,7 +33,7 @@ def runner(*, local: bool, deadline_s: float) -> Runner:
 
 
 class InThreads:
-    """Runs functions in threads of this process. A thread whose disk hangs does not keep the process from ending."""
+    """Runs functions in threads of this process, none of which keeps it from ending."""
 
     def __init__(self, deadline_s: float) -> None:
         self._deadline_s = deadline_s
@@ -50,20 +49,10 @@ class InThreads:
         return ray.get(arg, timeout=self._deadline_s) if isinstance(arg, ObjectRef) else arg
 
     async def _run(self, function: Callable[..., Any], call: Callable[[], Any]) -> Any:
-        done: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                done.set_result(call())
-            except BaseException as error:
-                done.set_exception(error)
-
         where = f"checkpoint: {function.__name__}"
         async with self._at_once:
-            done.set_running_or_notify_cancel()  # whoever gives up must not make set_result() fail later
-            threading.Thread(target=run, name=function.__name__, daemon=True).start()
             try:
-                return await asyncio.wait_for(asyncio.wrap_future(done), self._deadline_s)
+                return await asyncio.wait_for(in_thread(call), self._deadline_s)
             except (TimeoutError, GetTimeoutError):
                 raise _too_late(where, self._deadline_s) from None
             except RayError as error:

@@ -52,6 +52,8 @@ def cluster() -> Iterator[str | None]:
             job_config=logs.job_config(),
         )
     except (ConnectionError, AuthenticationError) as error:
+        if not address:
+            raise
         raise InputError(f"RAY_ADDRESS={address}: {error}; {_OTHERWISE}") from error
     try:
         yield context.dashboard_url
@@ -61,14 +63,14 @@ def cluster() -> Iterator[str | None]:
 
 def _check_address(address: str) -> None:
     """Raises InputError where nobody listens at an address; Ray would try it for many minutes."""
-    if "://" in address:
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
         raise InputError(
             f"RAY_ADDRESS={address} is no HOST:PORT, as `ray start` prints it; from outside, hand the run in "
             "at its dashboard: `ray job submit --address http://HOST:8265 -- python jobs/stableopd.py`"
         )
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        return  # "auto" and "local" are Ray's to understand
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
     except (OSError, OverflowError) as error:

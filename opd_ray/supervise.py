@@ -68,8 +68,9 @@ class Supervisor:
     ) -> None:
         self._config, self._pools, self._groups = config, pools, groups
         self._delivery, self._restarts, self._say = delivery, restarts, say
-        self.learner_waited_s: Callable[[], float] = lambda: 0.0
-        """Seconds that the learner has waited for rollouts so far: what demand goes by."""
+        self.learner_waited_s: Callable[[], float] | None = None
+        """Seconds that the learner has waited for rollouts so far: what demand goes by. None before there is one that
+        waits: how busy rooms are then tells nothing."""
         self._demand = Demand(config.elastic)
         self._wake = asyncio.Event()
         self._problem: RunError | None = None
@@ -201,7 +202,12 @@ class Supervisor:
             )
 
     def _look_at_demand(self) -> None:
-        now, waited = time.monotonic(), self.learner_waited_s()
+        now = time.monotonic()
+        if self.learner_waited_s is None:
+            self._demand = Demand(self._config.elastic)
+            self._looked = (now, 0.0, {pool.room: pool.work() for pool in self._pools})
+            return
+        waited = self.learner_waited_s()
         before, waited_before, work = self._looked
         wall = now - before
         if wall < self._config.elastic.every_s:

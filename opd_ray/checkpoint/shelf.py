@@ -26,14 +26,17 @@ from urllib.parse import quote
 from opd_ray.checkpoint.files import read_arrays, read_batch, write_arrays, write_batch
 from opd_ray.checkpoint.snapshot import Snapshot
 from opd_ray.checkpoint.storage import FileFact, Storage
-from opd_ray.errors import InputError, OpdError, RunError
+from opd_ray.errors import InputError, OpdError, RunError, StorageUnavailable
 from opd_ray.messages import Entry, RolloutMeta
+from opd_ray.threads import in_thread
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
 _FORMAT, _VERSION = "opd_ray checkpoint", 1
 _STATE = "state.json"
+_CALL_S = 120.0
+"""How long the small calls to the storage may take: listing, deleting, state.json."""
 _IN_STEP = re.compile(r"step-(\d+)/(.+)")
 _STEP = re.compile(r"step-(\d+)")
 _OURS = re.compile(r"\.?(state\.json|(learner|follower|payload)-.+\.[0-9a-f]{8}\.(safetensors|arrow))(\.partial)?")
@@ -79,6 +82,8 @@ class Shelf:
         self._storage = location if isinstance(location, Storage) else Storage(location)
         self._run = run
         self._lock = asyncio.Lock()
+        self._hanging: asyncio.Future[Any] | None = None
+        """A call that had no end by its deadline; what it still does must not meet another one."""
 
     @property
     def is_local(self) -> bool:
@@ -104,13 +109,9 @@ class Shelf:
         except RunError as error:
             raise InputError(f"checkpoints: {error}") from error
 
-    def latest(self, *, healthy: bool = False) -> Checkpoint | None:
+    async def latest(self, *, healthy: bool = False) -> Checkpoint | None:
         """The newest checkpoint, if there is one; with ``healthy``, the newest without an alarm."""
-        for step in reversed(self._complete(self._steps())):
-            checkpoint = self._open(step)
-            if not healthy or checkpoint.state["healthy"]:
-                return checkpoint
-        return None
+        return await self._do(self._latest, healthy)
 
     async def write(self, snapshot: Snapshot, keep: int) -> Checkpoint:
         """Writes a checkpoint, and deletes the oldest beyond ``keep``, but never the newest healthy one.
@@ -125,23 +126,23 @@ class Shelf:
         named = _with(snapshot, {ref: name for ref, (_, name, _) in jobs.items()})
         described = _plain(named)
         async with self._lock:
-            await asyncio.to_thread(self._tidy)
+            await self._do(self._tidy)
             try:
                 files = await _all(
                     [self._run(function, self._storage, name, ref) for function, name, ref in jobs.values()]
                 )
                 body = {"snapshot": described, "files": [dataclasses.asdict(file) for file in files]}
-                await asyncio.to_thread(self._seal, snapshot.step, body)
-                await asyncio.to_thread(self._tidy, keep)
+                await self._do(self._seal, snapshot.step, body)
+                await self._do(self._tidy, keep)
             except Exception:
                 with contextlib.suppress(OpdError):  # what was written takes space that the next one needs
-                    await asyncio.to_thread(self._tidy)
+                    await self._do(self._tidy)
                 raise
         return self._made(body)
 
     async def read(self, checkpoint: Checkpoint) -> Snapshot:
         """The snapshot, with every file read once into the object store. Raises RunError for a damaged file."""
-        otherwise = await asyncio.to_thread(self._otherwise, checkpoint.step)
+        otherwise = await self._do(self._otherwise, checkpoint.step)
         refs = await _all(
             [
                 self._run.payload(
@@ -152,22 +153,37 @@ class Shelf:
         )
         return _with(checkpoint.snapshot, dict(zip(checkpoint.files, refs, strict=True)))
 
-    def amend(self, checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Checkpoint:
+    async def amend(self, checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Checkpoint:
         """Writes other values into a checkpoint's state, all or none."""
         snapshot = dataclasses.replace(checkpoint.snapshot, state=checkpoint.state | dict(changes))
         files = [dataclasses.asdict(file) for file in checkpoint.files.values()]
         body = {"snapshot": _plain(snapshot), "files": files}
-        self._seal(checkpoint.step, body)
+        await self._do(self._seal, checkpoint.step, body)
         return self._made(body)
 
-    def discard_after(self, step: int) -> None:
+    async def discard_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps, the latest first: a run that goes back makes them anew."""
-        found = self._steps()
-        for later in sorted(self._usable(found), reverse=True):
-            if later > step:
-                self._delete(later, found[later])
+        await self._do(self._discard_after, step)
+
+    async def _do(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The outcome of a function that uses the storage. Raises StorageUnavailable when there is none in time."""
+        if self._hanging is None or self._hanging.done():
+            self._hanging = in_thread(function, *args)
+            await asyncio.wait([self._hanging], timeout=_CALL_S)
+            if self._hanging.done():
+                return self._hanging.result()
+        raise StorageUnavailable(
+            f"{self._storage.url()} gives no answer for more than {_CALL_S:g} s; see that what serves it is up"
+        )
 
     # ---- what lies there ----
+
+    def _latest(self, healthy: bool) -> Checkpoint | None:
+        for step in reversed(self._complete(self._steps())):
+            checkpoint = self._open(step)
+            if not healthy or checkpoint.state["healthy"]:
+                return checkpoint
+        return None
 
     def _steps(self) -> dict[int, dict[str, int | None]]:
         """Step to the files in its directory, as Storage.list has them."""
@@ -248,6 +264,12 @@ class Shelf:
         return Checkpoint(snapshot, {file.name: file for file in files}, self._storage.url(f"step-{snapshot.step}"))
 
     # ---- what changes it ----
+
+    def _discard_after(self, step: int) -> None:
+        found = self._steps()
+        for later in sorted(self._usable(found), reverse=True):
+            if later > step:
+                self._delete(later, found[later])
 
     def _seal(self, step: int, body: Mapping[str, Any]) -> None:
         """Makes the checkpoint be there."""

@@ -79,7 +79,8 @@ class AutoscalingHead:
             with contextlib.suppress(psutil.Error):
                 if process.name() == "raylet":
                     arguments = dict(each.lstrip("-").partition("=")[::2] for each in process.cmdline())
-                    found[arguments["node_id"]] = process
+                    if node := arguments.get("node_id"):  # one that has just ended has no arguments left
+                        found[node] = process
         return found
 
     def kill_node(self, node_id: str) -> None:

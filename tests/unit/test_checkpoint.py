@@ -54,7 +54,7 @@ def test_a_snapshot_comes_back_as_it_was(location: str, objects: Objects) -> Non
     written = asyncio.run(Shelf(location, objects).write(snapshot, 2))
     shelf = Shelf(location, objects)
     found = shelf.check(resume=True)
-    assert repr(found) == repr(shelf.latest()) == repr(written)
+    assert repr(found) == repr(asyncio.run(shelf.latest())) == repr(written)
     assert (found.step, found.state, found.where) == (3, snapshot.state, f"{location}/step-3")
     assert held(shelf, objects, found) == contents(objects, snapshot)
 
@@ -68,7 +68,7 @@ def test_a_payload_of_several_rollouts_is_written_and_read_once(shelf: Shelf, ob
     write(shelf, objects, 1)
     assert [name for name, _ in objects.calls] == ["write_arrays"] * 3 + ["write_batch"] * 4
     objects.calls.clear()
-    back = asyncio.run(shelf.read(shelf.latest()))
+    back = asyncio.run(shelf.read(asyncio.run(shelf.latest())))
     assert sorted(name for name, _ in objects.calls) == ["read_arrays"] * 3 + ["read_batch"] * 4
     first, second, _ = back.entries
     assert first.rollouts == second.rollouts
@@ -104,7 +104,7 @@ def test_two_at_once_wait_for_each_other(shelf: Shelf, objects: Objects, tmp_pat
 
     asyncio.run(both())
     assert steps_at(Storage(tmp_path)) == [1, 2]
-    assert held(shelf, objects, shelf.latest()) == contents(objects, make_snapshot(objects, 2))
+    assert held(shelf, objects, asyncio.run(shelf.latest())) == contents(objects, make_snapshot(objects, 2))
 
 
 def test_the_newest_are_kept(location: str, objects: Objects) -> None:
@@ -117,28 +117,28 @@ def test_the_newest_healthy_one_is_kept_beyond_the_number(shelf: Shelf, objects:
     write(shelf, objects, 1, 2, keep=1)
     write(shelf, objects, 3, 4, 5, keep=2, healthy=False)
     assert steps_at(Storage(tmp_path)) == [2, 4, 5]
-    assert (shelf.latest().step, shelf.latest(healthy=True).step) == (5, 2)
+    assert (asyncio.run(shelf.latest()).step, asyncio.run(shelf.latest(healthy=True)).step) == (5, 2)
     write(shelf, objects, 6, keep=2)
     assert steps_at(Storage(tmp_path)) == [5, 6]
 
 
 def test_without_a_healthy_one_there_is_none_to_go_back_to(shelf: Shelf, objects: Objects) -> None:
-    assert shelf.latest() is None
+    assert asyncio.run(shelf.latest()) is None
     write(shelf, objects, 1, healthy=False)
-    assert shelf.latest(healthy=True) is None
+    assert asyncio.run(shelf.latest(healthy=True)) is None
 
 
 def test_a_run_that_goes_back_discards_what_came_after_and_says_so(location: str, objects: Objects) -> None:
     shelf = Shelf(location, objects)
     write(shelf, objects, 2, 4, 6)
-    before = held(shelf, objects, shelf.latest())
-    shelf.discard_after(6)
-    assert held(shelf, objects, shelf.latest()) == before
-    shelf.discard_after(2)
+    before = held(shelf, objects, asyncio.run(shelf.latest()))
+    asyncio.run(shelf.discard_after(6))
+    assert held(shelf, objects, asyncio.run(shelf.latest())) == before
+    asyncio.run(shelf.discard_after(2))
     assert {name.split("/")[0] for name in Storage(location).list()} == {"step-2"}
-    expected = shelf.latest().state | {"guard": "stronger"}
-    amended = shelf.amend(shelf.latest(), {"guard": "stronger"})
-    assert amended.state == shelf.latest().state == expected
+    expected = asyncio.run(shelf.latest()).state | {"guard": "stronger"}
+    amended = asyncio.run(shelf.amend(asyncio.run(shelf.latest()), {"guard": "stronger"}))
+    assert amended.state == asyncio.run(shelf.latest()).state == expected
     assert asyncio.run(shelf.read(amended)).state == expected
 
 
@@ -155,7 +155,7 @@ def test_what_others_have_there_is_left_alone(shelf: Shelf, objects: Objects, tm
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     write(shelf, objects, 1, 2, 3, keep=1)
-    shelf.discard_after(2)
+    asyncio.run(shelf.discard_after(2))
     ours = {name for name, size in Storage(tmp_path).list().items() if size is not None}
     assert ours == set(theirs)
 
@@ -192,7 +192,7 @@ def test_a_failing_task_is_the_failure_of_the_write(shelf: Shelf, objects: Objec
 
 
 def files_of(shelf: Shelf, kind: str) -> list[Path]:
-    return [Path(shelf._storage.location, name) for name in shelf.latest().files if name.endswith(kind)]
+    return [Path(shelf._storage.location, name) for name in asyncio.run(shelf.latest()).files if name.endswith(kind)]
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "arrow"])
@@ -236,7 +236,7 @@ def test_a_damaged_state_is_refused_wherever_it_is(shelf: Shelf, objects: Object
         ):
             shelf.check(resume=True)
         with pytest.raises(RunError, match="is damaged or cut off"):
-            shelf.latest()
+            asyncio.run(shelf.latest())
 
 
 @pytest.mark.parametrize("foreign", ["[]", "3", "{}", '{"format": "another"}', '{"step": 4, "num_ranks": 2}'])
@@ -268,7 +268,7 @@ def test_a_damaged_one_is_no_obstacle_to_writing(shelf: Shelf, objects: Objects,
     (tmp_path / "step-2" / "state.json").write_text("")
     write(shelf, objects, 4, 6, keep=1)
     assert steps_at(Storage(tmp_path)) == [2, 6]
-    assert shelf.latest().step == 6
+    assert asyncio.run(shelf.latest()).step == 6
 
 
 def test_a_new_run_does_not_go_on_the_shelf_of_another(shelf: Shelf, objects: Objects, tmp_path: Path) -> None:

@@ -138,8 +138,8 @@ def test_a_kill_while_going_back_leaves_one_that_loads(location: str, objects: O
     seen = set()
 
     def act(shelf):
-        shelf.discard_after(2)
-        shelf.amend(shelf.latest(), {"guard": "stronger"})
+        asyncio.run(shelf.discard_after(2))
+        asyncio.run(shelf.amend(asyncio.run(shelf.latest()), {"guard": "stronger"}))
 
     for shelf in kill_everywhere(location, objects, snapshots, 3, act):
         found = shelf.check(resume=True)

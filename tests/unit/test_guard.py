@@ -293,7 +293,7 @@ rows = st.lists(
     st.fixed_dictionaries(
         dict.fromkeys(NAMES, numbers)
         | {
-            "rollouts/length": st.floats(0, 100),
+            "rollouts/length": st.just(0.0) | st.floats(0.01, 100),  # a mean of whole numbers
             "learner/advantage_other": st.floats(-9, 1),
             "learner/advantage_repetitive": st.floats(-9, 1),
             "learner/teacher_logprob_repetitive": st.floats(-9, 0),

@@ -8,6 +8,7 @@ import pytest
 import fake_ray
 from driven import assert_whole, cast_of, die, drive, events, latest, logged, on_call
 from fake_workers import FakeLearner
+from opd_ray.checkpoint import shelf
 from opd_ray.errors import RunError, StorageUnavailable, Terminated
 
 LONG = {"learner": {"steps": 40}}
@@ -125,3 +126,56 @@ def test_a_learner_that_is_lost_during_an_outage_comes_back_from_memory(tmp_path
     assert_whole(cast, tmp_path, steps=40)
     assert [event[1] for event in cast.log if event[0] == "train_step"] == [*range(17), *range(17, 40)]
     assert len(logged(tmp_path)) == 80
+
+
+def test_a_signal_while_the_last_checkpoint_is_waited_for_ends_the_run_as_signals_do(tmp_path):
+    """The bug: one of two that waited got the failure; the run ended as if it were saved, or with exit code 1."""
+    cast = cast_of(at_work, checkpoint={"every_steps": 6, "grace_s": 60.0})
+    Outage(cast, lambda: True)
+
+    async def meanwhile(stopping):
+        await fake_ray.until((tmp_path / "summary.json").exists, most=100_000)
+        await asyncio.sleep(5)
+        stopping.set()
+
+    with pytest.raises(Terminated, match="there is no checkpoint"):
+        drive(tmp_path, cast, meanwhile=meanwhile)
+
+
+def test_a_signal_while_the_last_checkpoint_is_being_written_fails_no_run_that_is_saved(tmp_path):
+    cast = cast_of(at_work, checkpoint={"every_steps": 6, "grace_s": 60.0})
+    back = []
+    Outage(cast, lambda: not back)
+
+    async def meanwhile(stopping):
+        await fake_ray.until((tmp_path / "summary.json").exists, most=100_000)
+        await asyncio.sleep(5)
+        back.append(True)
+        stopping.set()
+
+    drive(tmp_path, cast, meanwhile=meanwhile)
+    assert latest(tmp_path).step == 6
+
+
+def test_a_storage_that_hangs_is_one_that_does_not_answer(tmp_path, monkeypatch):
+    """The bug: listing and sealing had no deadline, and a call that hung held the loop for ever."""
+    monkeypatch.setattr(shelf, "_CALL_S", 30.0)
+    cast = cast_of(at_work, **LONG)
+    may_end, fine = asyncio.Event(), shelf.in_thread
+
+    def hanging(function, *args):
+        if function.__name__ == "_seal" and 5 <= steps_done(cast) < 25:
+            return asyncio.ensure_future(may_end.wait())
+        return fine(function, *args)
+
+    monkeypatch.setattr(shelf, "in_thread", hanging)
+
+    async def meanwhile(stopping):
+        await fake_ray.until(lambda: steps_done(cast) == 30, most=100_000)
+        assert latest(tmp_path).step == 4
+        may_end.set()
+
+    drive(tmp_path, cast, meanwhile=meanwhile)
+    assert_whole(cast, tmp_path, steps=40)
+    assert latest(tmp_path).step == 40
+    assert "gives no answer for more than 30 s" in events(tmp_path, "checkpoint_failed")[0]["text"]

@@ -140,6 +140,19 @@ def test_demand_raises_a_pool_to_its_maximum_and_idleness_lowers_it_to_its_minim
     supervised(scenario, prepare=slow(20.0), rollout=generators(2, 2, 4))
 
 
+def test_a_pool_is_not_made_smaller_before_there_is_a_learner_that_waits():
+    """The bug: while the first state was loaded, workers that nobody could need yet were given up."""
+
+    async def scenario(kept):
+        await asyncio.sleep(2000)
+        assert len(kept.ready()) == kept.pool.target == 4
+        kept.supervisor.learner_waited_s = lambda: 0.0
+        await asyncio.sleep(2000)
+        assert len(kept.ready()) == kept.pool.target == 2
+
+    supervised(scenario, prepare=slow(20.0), rollout=generators(4, 2, 4))
+
+
 def test_pools_of_a_fixed_size_stay_as_they_are():
     async def scenario(kept):
         kept.supervisor.learner_waited_s = time.monotonic

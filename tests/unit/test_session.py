@@ -25,7 +25,7 @@ def test_an_address_at_which_nobody_answers_is_refused_at_once(monkeypatch, free
         pytest.fail("joined a cluster that is not there")
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "localhost", "host:port"])
 def test_an_address_of_another_kind_is_refused(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     match = f"RAY_ADDRESS={address} is no HOST:PORT, .* hand the run in at its dashboard"
