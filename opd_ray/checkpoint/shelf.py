@@ -168,10 +168,11 @@ class Shelf:
     async def _do(self, function: Callable[..., Any], *args: Any) -> Any:
         """The outcome of a function that uses the storage. Raises StorageUnavailable when there is none in time."""
         if self._hanging is None or self._hanging.done():
-            self._hanging = in_thread(function, *args)
-            await asyncio.wait([self._hanging], timeout=_CALL_S)
-            if self._hanging.done():
-                return self._hanging.result()
+            call = in_thread(function, *args)
+            await asyncio.wait([call], timeout=_CALL_S)
+            if call.done():
+                return call.result()
+            self._hanging = call
         raise StorageUnavailable(
             f"{self._storage.url()} gives no answer for more than {_CALL_S:g} s; see that what serves it is up"
         )
