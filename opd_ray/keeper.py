@@ -142,7 +142,8 @@ class Keeper:
         try:
             await asyncio.wait([writing])
         finally:
-            self._hurry.clear()
+            if not patient:
+                self._hurry.clear()
         if self._writing is writing:
             self._writing = None
         if patient and self._ending and writing.exception():

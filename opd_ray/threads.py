@@ -1,12 +1,15 @@
-"""Threads for calls to what may hang, as a disk of another machine: none keeps the process from ending."""
+"""Threads for calls to what may hang and has no deadline of its own: a disk of another machine, torch's and NCCL's
+rendezvous with a process that is stopped. None keeps the process from ending."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
-from typing import Any
+from concurrent.futures import Executor, Future, wait
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 class _Daemons(Executor):
@@ -32,3 +35,12 @@ _DAEMONS = _Daemons()
 def in_thread(function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
     """The outcome of ``function(*args)``; a thread that nobody waits for any more is left to itself."""
     return asyncio.get_running_loop().run_in_executor(_DAEMONS, function, *args)
+
+
+def within(timeout_s: float, call: Callable[[], _T]) -> _T:
+    """What ``call`` returns or raises, for those who have no event loop; TimeoutError when it takes longer."""
+    done = _DAEMONS.submit(call)
+    wait([done], timeout_s)
+    if not done.done():
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
+    return done.result()

@@ -232,23 +232,19 @@ def test_scores_of_no_rollouts_have_no_rows():
     assert Scores.__dataclass_fields__.keys() == set(SCORE_SCHEMA.names) - {"rollout_id"}
 
 
-def test_an_engine_that_breaks_costs_the_worker_and_not_the_run():
-    """The bug: an error of the device ended the run, although another worker might have answered."""
-
-    class Broken(Recording):
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        # The bug: an error of the device ended the run, although another worker might have answered.
+        (RuntimeError("device-side assert"), (EngineFailed, "RuntimeError: device-side assert")),
+        (ValueError("longer than the model's context"), (ValueError, "longer than")),
+    ],
+)
+def test_an_engine_that_breaks_costs_the_worker_and_one_that_refuses_a_rollout_does_not(raised, expected):
+    class Failing(Recording):
         def score(self, sequences, request):
-            raise RuntimeError("device-side assert")
+            raise raised
 
-    scorer, _ = make(Broken())
-    with pytest.raises(EngineFailed, match="RuntimeError: device-side assert"):
-        score(scorer, rollouts((2, 3)))
-
-
-def test_a_rollout_that_the_engine_refuses_is_no_failure_of_the_engine():
-    class Refusing(Recording):
-        def score(self, sequences, request):
-            raise ValueError("longer than the model's context")
-
-    scorer, _ = make(Refusing())
-    with pytest.raises(ValueError, match="longer than"):
+    scorer, _ = make(Failing())
+    with pytest.raises(expected[0], match=expected[1]):
         score(scorer, rollouts((2, 3)))
