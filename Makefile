@@ -34,7 +34,7 @@ study: $(STAMP)
 	@$(RUN) jobs/ablation.py $(ARGS)
 
 test: $(STAMP)
-	@$(RUN) -m pytest -n $(TESTS_AT_ONCE) --dist loadfile $(ARGS)
+	@$(RUN) -m pytest -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .

@@ -64,6 +64,18 @@ def study_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "report.html"
 
 
+@pytest.fixture(scope="module")
+def seen_page(browser: Any, report: Path) -> Iterator[Any]:
+    """One for all tests that only look at it."""
+    yield from opened(browser, report)
+
+
+@pytest.fixture(scope="module")
+def seen_study(browser: Any, study_report: Path) -> Iterator[Any]:
+    """One for all tests that only look at it."""
+    yield from opened(browser, study_report)
+
+
 @pytest.fixture
 def page(browser: Any, report: Path) -> Iterator[Any]:
     yield from opened(browser, report)
@@ -102,22 +114,22 @@ def cards(page: Any) -> list[str]:
     return page.locator(".rollout header").all_inner_texts()
 
 
-def test_every_open_chart_is_drawn_and_nothing_is_wider_than_the_page(page):
-    charts = page.locator("div.group .plot")
+def test_every_open_chart_is_drawn_and_nothing_is_wider_than_the_page(seen_page):
+    charts = seen_page.locator("div.group .plot")
     assert charts.count() >= 12
     for index in range(charts.count()):
         assert charts.nth(index).locator(".scatterlayer .trace").count() > 0
-    assert page.evaluate("document.documentElement.scrollWidth") <= 1366
+    assert seen_page.evaluate("document.documentElement.scrollWidth") <= 1366
 
 
-def test_a_chart_has_each_seed_a_mean_a_band_and_the_guards_events(page):
-    accuracy = chart(page, "Accuracy")
-    assert lines(page, "Accuracy") == 2 * (2 + 1) + 2  # seeds and mean of each arm, and the bands' outlines
+def test_a_chart_has_each_seed_a_mean_a_band_and_the_guards_events(seen_page):
+    accuracy = chart(seen_page, "Accuracy")
+    assert lines(seen_page, "Accuracy") == 2 * (2 + 1) + 2  # seeds and mean of each arm, and the bands' outlines
     assert accuracy.locator(".scatterlayer .fills path.js-fill, .scatterlayer path.js-fill").count() == 2
     # Held-out points before and after for each arm, and two events on the line of each of two runs.
     assert accuracy.locator(".scatterlayer .points path").count() == 2 * 2 + 2 * 2
-    assert chart(page, "Truncation").locator(".key").inner_text() == "the teacher itself"
-    assert chart(page, "Truncation").locator(".shapelayer path").count() == 1
+    assert chart(seen_page, "Truncation").locator(".key").inner_text() == "the teacher itself"
+    assert chart(seen_page, "Truncation").locator(".shapelayer path").count() == 1
 
 
 def test_an_arm_is_hidden_in_every_chart_by_its_button(page):
@@ -238,8 +250,8 @@ def test_many_arms_begin_with_the_first_of_the_study_and_the_others_are_a_click_
     assert sum(pressed(study)) == 1 and drawn_arms(study) == {"SFT, 32 golden"}
 
 
-def test_no_two_arms_look_alike_in_the_legend(study):
-    looks = study.evaluate(
+def test_no_two_arms_look_alike_in_the_legend(seen_study):
+    looks = seen_study.evaluate(
         """[...document.querySelectorAll('#legend button')].map((button) =>
           getComputedStyle(button.querySelector('.swatch'), '::before').backgroundColor + button.dataset.mark)"""
     )
@@ -274,15 +286,15 @@ def test_rows_without_a_value_are_sorted_last_either_way(study):
         assert column(study, index)[-1] == "never" and column(study, index)[0] != "never"
 
 
-def test_the_golden_sets_sizes_are_the_ticks_of_their_chart(study):
-    plot = study.locator("#golden-plot")
+def test_the_golden_sets_sizes_are_the_ticks_of_their_chart(seen_study):
+    plot = seen_study.locator("#golden-plot")
     assert plot.locator(".xtick").all_text_contents() == ["32", "128", "512"]
     assert plot.locator(".scatterlayer path.js-line").count() == 2
     assert plot.locator(".scatterlayer .points path").count() == 2 * (3 * 3 + 3)
 
 
-def test_what_was_rolled_back_is_drawn_beside_the_curve_and_marked(study):
-    found = study.evaluate(
+def test_what_was_rolled_back_is_drawn_beside_the_curve_and_marked(seen_study):
+    found = seen_study.evaluate(
         """[...document.querySelectorAll('div.group .plot')[1].data].filter((trace) => /guard, /.test(trace.name))
           .map(({ name, mode, line, marker }) => [name, mode, line?.dash, marker?.symbol])"""
     )
