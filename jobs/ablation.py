@@ -28,10 +28,10 @@ _HERE = Path(__file__).resolve().parent
 @click.argument("overrides", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
 def main(seeds: str, arms: str, study: Path, directory: Path, overrides: tuple[str, ...]) -> None:
     """Run the arms of a study on several seeds, and compare them in one report."""
-    from opd_ray import study as studies
-    from opd_ray.claims import judge
     from opd_ray.report import ReferenceLine, write_report
-    from opd_ray.teacher_data import Rollouts
+    from opd_ray.study import study as studies
+    from opd_ray.study.claims import judge
+    from opd_ray.study.teacher_data import Rollouts
 
     read = studies.read_study(study, overrides, [name.strip() for name in arms.split(",") if name.strip()])
     numbers = _seeds(seeds)

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_ray import config as configs
-from opd_ray import run
-from opd_ray.pipeline import StepReport
+from opd_ray.run.train import train
+from opd_ray.watch.observers import StepReport
 
 _ROOMS_OF_SOURCE = {"student": ["generate"], "golden": [], "teacher": ["teacher_generate"]}
 """Who makes the rollouts of a source."""
@@ -101,7 +101,7 @@ def main(warmup: int, steps: int, config_file: Path | None, overrides: tuple[str
     config = configs.load(config_file, [*overrides, *fixed])
     tokens = Tokens()
     with tempfile.TemporaryDirectory() as directory, PeakMemory() as memory:
-        summary = run.train(config, Path(directory) / "bench", observers=(tokens,))
+        summary = train(config, Path(directory) / "bench", observers=(tokens,))
         lines = (Path(directory) / "bench" / "metrics.jsonl").read_text().splitlines()
     measured = [row for row in map(json.loads, lines) if "throughput/step_s" in row][warmup:]
     _show(measured, sum(tokens.steps[warmup:], Counter()), memory.peak_bytes)

@@ -24,9 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_ray import config as configs
-from opd_ray import preflight, run
-from opd_ray.pipeline import StepReport
-from opd_ray.session import Session, cluster
+from opd_ray.embedded.resolve import resolve
+from opd_ray.placement.session import Session, cluster
+from opd_ray.run import preflight
+from opd_ray.run.train import train
+from opd_ray.watch.observers import StepReport
 
 _QUIET = (
     "guard.level=off",
@@ -94,15 +96,15 @@ def main(steps: int, overrides: tuple[str, ...]) -> None:
     base = [f"learner.steps={steps}", *_QUIET, *overrides]
     with tempfile.TemporaryDirectory() as directory, cluster():
         config = configs.load(None, base)
-        preflight.check_files(run.resolve(config))
+        preflight.check_files(resolve(config))
         session = Session()
         try:
             for attempt in range(2):  # in turn, so that what else the machine does falls on both
                 for kind, fields in kinds.items():
                     run_dir = Path(directory) / f"{kind}-{attempt}"
-                    run.train(configs.load(None, [*base, *fields]), run_dir, session=session)
+                    train(configs.load(None, [*base, *fields]), run_dir, session=session)
                     times[kind] += _step_times(run_dir)
-            run.train(configs.load(None, base), Path(directory) / "kills", session=session, observers=(killer,))
+            train(configs.load(None, base), Path(directory) / "kills", session=session, observers=(killer,))
         finally:
             session.close()
     _show(times, killer)

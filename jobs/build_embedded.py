@@ -1,6 +1,6 @@
 """Builds the embedded teacher and a student from nothing, measures both, and ships the teacher if it passes.
 
-    python jobs/build_embedded.py [--seed 200] [--student-seed 100] [--output opd_ray/assets/chain_teacher]
+    python jobs/build_embedded.py [--seed 200] [--student-seed 100] [--output opd_ray/embedded/assets/chain_teacher]
 
 About three minutes on one core.  Exit code 0: both passed and the teacher was written; 1: a gate failed and
 nothing was.  Needed only after a change of the task or of the recipe in `opd_ray/embedded_models.py`.
@@ -21,8 +21,9 @@ from pathlib import Path
 
 import click
 
-from opd_ray import embedded, embedded_models
-from opd_ray.embedded_models import copy_probe, measure
+from opd_ray.embedded import models as embedded_models
+from opd_ray.embedded import prepare as embedded
+from opd_ray.embedded.models import copy_probe, measure
 from opd_ray.tasks import chain
 
 NUM_PROBLEMS = 512  # of the validation split; test stays for reports

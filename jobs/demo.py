@@ -96,7 +96,7 @@ def ray_head() -> Iterator[Any]:
     os.environ["RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES"] = ""
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
-    from opd_ray.node import free_port
+    from opd_ray.rooms.node import free_port
 
     port = free_port()
     console.print("starting a Ray head on this machine (about 10 s)")
@@ -125,7 +125,7 @@ def ray_head() -> Iterator[Any]:
 
 
 def _head_command(temp_dir: str, dashboard_port: int) -> list[str]:
-    from opd_ray.node import free_port
+    from opd_ray.rooms.node import free_port
 
     ports = {
         "port": free_port(),

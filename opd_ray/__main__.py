@@ -87,12 +87,12 @@ def train(
     resume = resume or (auto_resume and (run_dir / "config.yaml").is_file())
     config = _load(config_file, overrides, run_dir if resume else None)
     run_dir = (run_dir or _new_run_dir(config)).absolute()
-    from opd_ray import resuming
+    from opd_ray.run import resuming
 
     resuming.check_run_dir(run_dir, config, resume)  # before the imports below, which take several seconds
-    from opd_ray import run
+    from opd_ray.run import train as running
 
-    summary = run.train(config, run_dir, resume=resume, auto_resume=auto_resume)
+    summary = running.train(config, run_dir, resume=resume, auto_resume=auto_resume)
     click.echo(f"done: {_gain(summary)}{summary['steps']} steps in {summary['wall_s']:.0f} s; results in {run_dir}")
 
 
@@ -125,21 +125,23 @@ def preflight(
     """Check everything a training run needs, without loading a model."""
     _set_debug(debug)
     config = _load(config_file, overrides, run_dir if resume else None)
-    from opd_ray import preflight as checks
-    from opd_ray import resuming
+    from opd_ray.run import preflight as checks
+    from opd_ray.run import resuming
 
     if run_dir is not None:
         resuming.check_run_dir(run_dir, config, resume)
-    from opd_ray import run
+    from opd_ray.embedded.resolve import resolve
+    from opd_ray.placement.session import cluster
+    from opd_ray.run.train import find_start
 
-    config = run.resolve(config)
+    config = resolve(config)
     facts = checks.check_files(config)
-    with run.cluster():
-        from opd_ray.capacity import cluster_capacity
+    with cluster():
+        from opd_ray.placement.capacity import cluster_capacity
 
         checks.check_resources(config, cluster_capacity)
         if run_dir is not None:
-            run.find_start(config, run_dir.absolute(), resume=resume)
+            find_start(config, run_dir.absolute(), resume=resume)
     _print_table("preflight: nothing to object to", vars(facts))
 
 
@@ -153,12 +155,12 @@ def evaluate(checkpoint: str, config_file: Path | None, as_json: bool, debug: bo
     """Accuracy, truncation, repetition and length of CHECKPOINT on held-out problems."""
     _set_debug(debug)
     config = _load(config_file, overrides)
-    from opd_ray.models import inspect
+    from opd_ray.models.checkpoints import inspect
 
     inspect("CHECKPOINT", checkpoint)  # before Ray starts
-    from opd_ray import run
+    from opd_ray.run import evaluate as evaluation
 
-    result = run.evaluate(checkpoint, config)
+    result = evaluation.evaluate(checkpoint, config)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:

@@ -98,3 +98,9 @@ def near(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; known: {', '.join(options)}"
+
+
+def first_failure(failures: BaseExceptionGroup) -> BaseException:
+    """The failure that came first, out of a group of groups."""
+    first = failures.exceptions[0]
+    return first_failure(first) if isinstance(first, BaseExceptionGroup) else first

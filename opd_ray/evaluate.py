@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from opd_ray.config import Config
+from opd_ray.data.prompts import PromptStream
 from opd_ray.messages import PromptGroup, RolloutMeta, SamplingSettings, ScoreRequest
-from opd_ray.pool import Pool
-from opd_ray.prompts import PromptStream
+from opd_ray.rooms.pool import Pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ async def _ask_teacher(
 
 
 def teacher_view(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means out of the sums of :func:`opd_ray.measure.measure`; a mean over nothing is left out."""
+    """Means out of the sums of :func:`opd_ray.watch.recorder.measure`; a mean over nothing is left out."""
     repetitive, tokens = sums["repetitive_tokens"], sums["tokens"]
     pairs = {
         "teacher_logprob": (sums["teacher_logprob"], tokens),

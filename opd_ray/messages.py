@@ -13,7 +13,7 @@ of the sequence (for ``t = 0``: the last prompt position). Log-probs are in nats
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pyarrow as pa
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Source = Literal["student", "golden", "teacher"]
 """Who wrote a rollout: the student (on-policy), the golden data, or the teacher, live."""
+SOURCES: tuple[Source, ...] = get_args(Source)
 FinishReason = Literal["stop", "length"]
 REFERENCE = "reference"
 """The reference's role among the scorers; every other role is the name of a teacher."""
@@ -280,3 +281,44 @@ class GenerationRequest:
     prompt_tokens: tuple[int, ...]
     seed: int
     sampling: SamplingSettings
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """How many workers a pool has."""
+
+    start: int
+    minimum: int
+    maximum: int
+
+    @classmethod
+    def of(cls, start: int, minimum: int | None, maximum: int | None) -> PoolSize:
+        return cls(start, start if minimum is None else minimum, start if maximum is None else maximum)
+
+    @classmethod
+    def fixed(cls, number: int) -> PoolSize:
+        return cls(number, number, number)
+
+
+@dataclass(frozen=True)
+class Strength:
+    """The least that the guard asks of the next steps; the identity while it has not acted."""
+
+    golden_per_prompt: float = 0.0
+    golden_coef: float = 0.0
+    reference_kl_coef: float = 0.0
+    mask_truncated_tails: bool = False
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step came to; the same on every rank."""
+
+    metrics: dict[str, float]
+    """Means over all ranks' tokens, nats."""
+    problem: str | None = None
+    """Why the step was not taken: a loss or gradient that is not finite. Weights, optimizer and learning rate are
+    then as before, and the metric ``loss`` is nan."""
+    lost: tuple[str, ...] = ()
+    """Rollouts whose payloads are gone from the object store, on any rank. Nothing was computed; there are no metrics
+    and everything is as before."""

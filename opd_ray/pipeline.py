@@ -27,45 +27,25 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from opd_ray.batching import group_advantages, plan_step
-from opd_ray.buffer import ReplayBuffer
+from opd_ray.buffer.filling import MOST_REPAIRS, Rollouts
+from opd_ray.buffer.mixture import Mixture
+from opd_ray.buffer.plan import group_advantages, plan_step
+from opd_ray.buffer.replay import ReplayBuffer
+from opd_ray.buffer.slots import Slots
 from opd_ray.config import Config
-from opd_ray.delivery import Delivery
-from opd_ray.errors import PayloadLost, RunError
+from opd_ray.data.prompts import PromptStream
+from opd_ray.errors import PayloadLost, RunError, first_failure
 from opd_ray.evaluate import Evaluation, evaluate
-from opd_ray.guard import Guard, GuardEvent
-from opd_ray.messages import Entry, RolloutMeta
-from opd_ray.metrics import rollout_metrics, teacher_rollout_metrics
-from opd_ray.mixture import Mixture
-from opd_ray.prompts import PromptStream
-from opd_ray.rollouts import MOST_REPAIRS, Rollouts
+from opd_ray.messages import Entry, RolloutMeta, StepOutcome
 from opd_ray.rooms import Rooms
-from opd_ray.slots import Slots
 from opd_ray.status import Place
-from opd_ray.training import StepOutcome
-from opd_ray.whereabouts import Whereabouts
-
-
-@dataclasses.dataclass(frozen=True)
-class StepReport:
-    """One finished step, for whoever watches."""
-
-    step: int
-    """Finished optimizer steps, which is also the version of the weights they made."""
-    entries: Sequence[Entry]
-    metrics: dict[str, float]
-    evaluation: Evaluation | None
-    events: Sequence[GuardEvent] = ()
-    """What the guard said after this step."""
-
-
-class Observer(Protocol):
-    """Watches a run: metrics, rollout log, progress display, checkpoints, benchmarks."""
-
-    async def on_step(self, report: StepReport) -> None:
-        """Called after every step, in order; the learner waits for it."""
+from opd_ray.status.state import Whereabouts
+from opd_ray.watch.guard import Guard
+from opd_ray.watch.metrics import rollout_metrics, teacher_rollout_metrics
+from opd_ray.watch.observers import Observer, StepReport
+from opd_ray.weights.delivery import Delivery
 
 
 class GuardOrder(Exception):
@@ -323,9 +303,3 @@ class Pipeline:
 
 def _by_slot(entry: Entry) -> int:
     return entry.meta.slot
-
-
-def first_failure(failures: BaseExceptionGroup) -> BaseException:
-    """The failure that came first, out of a group of groups."""
-    first = failures.exceptions[0]
-    return first_failure(first) if isinstance(first, BaseExceptionGroup) else first

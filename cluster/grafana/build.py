@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_ray.metrics import port_name
+from opd_ray.watch.metrics import port_name
 
 OUTPUT = Path(__file__).with_name("opd-ray.json")
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}

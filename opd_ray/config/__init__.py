@@ -2,18 +2,13 @@
 
 ``load`` merges defaults, a YAML file and ``section.field=value`` overrides (OmegaConf), and checks types,
 ranges and names (pydantic). What needs a look outside — files, checkpoints, the cluster —
-is checked by :mod:`opd_ray.preflight`.
+is checked by :mod:`opd_ray.run.preflight`.
 """
 
+from opd_ray.config.guard import GuardConfig
 from opd_ray.config.loading import FieldDoc, describe, from_dict, load, to_dict, to_yaml
-from opd_ray.config.method import (
-    AdvantageConfig,
-    AnchorConfig,
-    ImportanceConfig,
-    LossConfig,
-    TermConfig,
-)
-from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, PoolSize, RecoveryConfig
+from opd_ray.config.method import AdvantageConfig, AnchorConfig, ImportanceConfig, LossConfig, TermConfig
+from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, RecoveryConfig
 from opd_ray.config.sections import (
     EMBEDDED,
     STUDENT,
@@ -30,7 +25,7 @@ from opd_ray.config.sections import (
     WeightsConfig,
 )
 from opd_ray.config.whole import Config
-from opd_ray.guard import GuardConfig
+from opd_ray.messages import PoolSize
 
 __all__ = [
     "EMBEDDED",

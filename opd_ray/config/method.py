@@ -12,8 +12,8 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from opd_ray import schedule
-from opd_ray.schedule import Schedule
+from opd_ray.config import schedule
+from opd_ray.config.schedule import Schedule
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 

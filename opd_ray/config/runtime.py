@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from opd_ray.config.method import STRICT
-
-
-@dataclasses.dataclass(frozen=True)
-class PoolSize:
-    """How many workers a pool has."""
-
-    start: int
-    minimum: int
-    maximum: int
-
-    @classmethod
-    def of(cls, start: int, minimum: int | None, maximum: int | None) -> PoolSize:
-        return cls(start, start if minimum is None else minimum, start if maximum is None else maximum)
-
-    @classmethod
-    def fixed(cls, number: int) -> PoolSize:
-        return cls(number, number, number)
+from opd_ray.messages import PoolSize
 
 
 def check_size(what: str, start: int, minimum: int | None, maximum: int | None) -> None:

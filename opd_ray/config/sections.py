@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from opd_ray import schedule
+from opd_ray.config import schedule
 from opd_ray.config.method import STRICT
-from opd_ray.config.runtime import PoolSize, check_size
-from opd_ray.schedule import Schedule
+from opd_ray.config.runtime import check_size
+from opd_ray.config.schedule import Schedule
+from opd_ray.messages import PoolSize
 
 EMBEDDED = "embedded"
 """Value of a path that stands for the small models and data that the package makes itself."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from opd_ray import schedule
+from opd_ray.config import schedule
+from opd_ray.config.guard import GuardConfig
 from opd_ray.config.method import STRICT, LossConfig
 from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, RecoveryConfig
 from opd_ray.config.sections import (
@@ -24,7 +25,7 @@ from opd_ray.config.sections import (
     TeacherConfig,
     WeightsConfig,
 )
-from opd_ray.guard import GuardConfig, Strength
+from opd_ray.messages import Strength
 
 if TYPE_CHECKING:
     from opd_ray.messages import Source

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -160,3 +161,26 @@ def read(path: Path) -> Status:
         raise InputError(
             f"{path}: not the status of a run of this version of opd_ray: {where + ': ' if where else ''}{first['msg']}"
         ) from None
+
+
+@dataclass
+class Whereabouts:
+    """The driver's phase, and since when; one for a run."""
+
+    phase: Phase = "starting"
+    since: float = field(default_factory=time.monotonic)
+    step: int = 0
+    """Finished optimizer steps."""
+    version: int = 0
+    """Of the weights that the generators hold."""
+    last_step_at: float | None = None
+    checkpoint_step: int | None = None
+    note: str | None = None
+    """How the run ended."""
+
+    def enter(self, phase: Phase) -> None:
+        if phase != self.phase:
+            self.phase, self.since = phase, time.monotonic()
+
+    def finish_step(self, step: int) -> None:
+        self.step, self.last_step_at = step, time.monotonic()

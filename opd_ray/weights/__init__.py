@@ -1,6 +1,6 @@
 """WeightTransport: the learner's side of a weight broadcast.
 
-The engines' side is :meth:`opd_ray.engines.GenerationEngine.connect` and ``update_weights``.
+The engines' side is :meth:`opd_ray.generate.engine.GenerationEngine.connect` and ``update_weights``.
 The driver starts both sides at once; neither side knows the other's actors.
 """
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from opd_ray.errors import WeightSyncError
 from opd_ray.messages import TransferGroup, WeightManifest
-from opd_ray.threads import within
+from opd_ray.rooms.threads import within
 from opd_ray.weights.manifest import dtype_name
 
 _GRACE_S = 1.0

@@ -28,7 +28,7 @@ from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast
 
 from opd_ray.errors import WeightSyncError
 from opd_ray.messages import TransferGroup, WeightManifest
-from opd_ray.threads import within
+from opd_ray.rooms.threads import within
 
 _T = TypeVar("_T")
 _NOTHING = WeightManifest(version=-1, names=(), dtypes=(), shapes=())

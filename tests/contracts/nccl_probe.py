@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 from vllm.distributed.weight_transfer import nccl_engine
 
-from opd_ray.engines.vllm import init_info, update_info
 from opd_ray.errors import WeightSyncError
+from opd_ray.generate.vllm import init_info, update_info
 from opd_ray.messages import TransferGroup, WeightManifest
 from opd_ray.weights.nccl import LimitedNcclInitInfo, NcclTransport
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from opd_ray.engines import Rollout
-from opd_ray.engines.torch_scoring import TorchScoringEngine
 from opd_ray.errors import RunError, WeightSyncError
 from opd_ray.messages import ScoreRequest, TransferGroup
-from opd_ray.weights.follower import Follower
+from opd_ray.score.engine import Rollout
+from opd_ray.score.follower import Follower
+from opd_ray.score.torch import TorchScoringEngine
 from opd_ray.weights.gloo import GlooTransport
 from opd_ray.weights.manifest import manifest_of, weights_of
 from opd_ray.weights.receivers import GlooReceiver

@@ -19,10 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine_host import EngineHost
-from opd_ray.engines import GenerationEngine
-from opd_ray.engines.fake import FakeGenerationEngine
-from opd_ray.engines.torch import TorchGenerationEngine
 from opd_ray.errors import InputError, WeightSyncError
+from opd_ray.generate.engine import GenerationEngine
+from opd_ray.generate.fake import FakeGenerationEngine
+from opd_ray.generate.torch import TorchGenerationEngine
 from opd_ray.messages import Finished, GenerationRequest, SamplingSettings, TransferGroup, WeightManifest
 from opd_ray.weights.gloo import GlooTransport
 from opd_ray.weights.manifest import manifest_of, weights_of
@@ -115,7 +115,7 @@ def _build(kind: str, path: Path | None, host: EngineHost) -> GenerationEngine:
     if kind == "torch":
         return TorchGenerationEngine(path=str(path), device="cpu", max_num_seqs=MAX_NUM_SEQS)
     return host.build(
-        "opd_ray.engines.vllm:VllmGenerationEngine",
+        "opd_ray.generate.vllm:VllmGenerationEngine",
         path=str(path),
         max_num_seqs=MAX_NUM_SEQS,
         max_context_tokens=MAX_CONTEXT_TOKENS,

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen3ForCausalLM
 
 from engine_host import EngineHost
-from opd_ray.engines import Rollout, Scores, ScoringEngine
-from opd_ray.engines.fake import FakeScoringEngine
-from opd_ray.engines.torch_scoring import TorchScoringEngine
 from opd_ray.errors import InputError
 from opd_ray.messages import ScoreRequest
+from opd_ray.score.engine import Rollout, Scores, ScoringEngine
+from opd_ray.score.fake import FakeScoringEngine
+from opd_ray.score.torch import TorchScoringEngine
 
 VOCAB_SIZE = 32
 MAX_CONTEXT_TOKENS = 96
@@ -33,7 +33,7 @@ def engine(request: pytest.FixtureRequest, tiny_model: dict[str, Path], vllm_hos
     if request.param == "fake":
         return FakeScoringEngine(vocab_size=VOCAB_SIZE)
     if request.param == "vllm":
-        return vllm_host.build("opd_ray.engines.vllm_scoring:VllmScoringEngine", path=path, kv_cache_bytes=16 * 2**20)
+        return vllm_host.build("opd_ray.score.vllm:VllmScoringEngine", path=path, kv_cache_bytes=16 * 2**20)
     sizes = {
         "torch": {},
         "torch-one-row": {"max_batch_tokens": 1},
@@ -253,7 +253,7 @@ def test_another_checkpoint_can_be_loaded(
     model.save_pretrained(tmp_path)
     path = str(tiny_model[variant])
     if kind == "vllm":
-        engine = vllm_host.build("opd_ray.engines.vllm_scoring:VllmScoringEngine", path=path, kv_cache_bytes=16 * 2**20)
+        engine = vllm_host.build("opd_ray.score.vllm:VllmScoringEngine", path=path, kv_cache_bytes=16 * 2**20)
     else:
         engine = TorchScoringEngine(path=path, device="cpu")
     engine.load(str(tmp_path))

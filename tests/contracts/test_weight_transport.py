@@ -16,7 +16,7 @@ import stopped_member
 from engine_host import EngineHost
 from opd_ray.errors import InputError, WeightSyncError
 from opd_ray.messages import TransferGroup
-from opd_ray.node import free_port
+from opd_ray.rooms.node import free_port
 from opd_ray.weights import make_transport
 from opd_ray.weights.gloo import GlooTransport, plan_buckets
 from opd_ray.weights.manifest import manifest_of, weights_of

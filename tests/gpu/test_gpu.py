@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from opd_ray.batching import plan_step
+from opd_ray.buffer.plan import plan_step
 from opd_ray.config import from_dict
-from opd_ray.engines import Rollout
-from opd_ray.engines.torch import TorchGenerationEngine
-from opd_ray.engines.torch_scoring import TorchScoringEngine
+from opd_ray.generate.torch import TorchGenerationEngine
 from opd_ray.messages import (
     Coefficients,
     GenerationRequest,
@@ -25,8 +23,10 @@ from opd_ray.messages import (
     TransferGroup,
     WeightManifest,
 )
-from opd_ray.node import free_port
-from opd_ray.weights.follower import Follower
+from opd_ray.rooms.node import free_port
+from opd_ray.score.engine import Rollout
+from opd_ray.score.follower import Follower
+from opd_ray.score.torch import TorchScoringEngine
 from opd_ray.weights.receivers import make_receiver
 from scored_rollouts import scored_entries
 
@@ -42,7 +42,7 @@ GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=12, st
 
 
 def make_learner(path: Path, dtype: str, gpus: float):
-    from opd_ray.actors.learner import Learner
+    from opd_ray.learn.learner import Learner
 
     config = from_dict(
         {
@@ -130,7 +130,7 @@ def test_a_scorer_on_the_device_follows_the_learner(learner, tiny_model):
 
 def test_vllm_on_the_device_agrees_with_the_torch_engine(tiny_model):
     pytest.importorskip("vllm", reason="needs vLLM's CUDA build")
-    from opd_ray.engines.vllm import VllmGenerationEngine
+    from opd_ray.generate.vllm import VllmGenerationEngine
 
     path = str(tiny_model["untied"])
     engines = (

@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 import yaml
 
-from opd_ray.node import free_port
+from opd_ray.rooms.node import free_port
 
 _MARK = "OPD_RAY_TEST_HEAD"
 """Variable that everything the head starts inherits, also where its parent is gone."""

@@ -40,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Random models of two sizes with the embedded tokenizer, and problems of the chain task."""
     from transformers import AutoTokenizer
 
-    from opd_ray.embedded import TEACHER_DIR
+    from opd_ray.embedded.prepare import TEACHER_DIR
     from random_models import save_random_model
 
     root = tmp_path_factory.mktemp("world")

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 
 from opd_ray.config import Config
-from opd_ray.messages import StepPlan, TransferGroup, WeightManifest
-from opd_ray.node import free_port, node_ip, this_node
-from opd_ray.training import StepOutcome
+from opd_ray.messages import StepOutcome, StepPlan, TransferGroup, WeightManifest
+from opd_ray.rooms.node import free_port, node_ip, this_node
 
 VOCAB_SIZE = 32
 JOURNAL = "learner.jsonl"
@@ -83,7 +82,7 @@ class Bigram:
 
 
 class FakeLearner:
-    """What the driver calls of opd_ray.actors.learner.Learner, on a Bigram."""
+    """What the driver calls of opd_ray.learn.learner.Learner, on a Bigram."""
 
     def __init__(self, config: Config, rank: int) -> None:
         torch.set_num_threads(1)

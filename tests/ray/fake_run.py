@@ -27,9 +27,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from opd_ray.checkpoint.storage import FileFact, Storage
-from opd_ray.engines.fake import FakeGenerationEngine, FakeScoringEngine
+from opd_ray.generate.fake import FakeGenerationEngine
 from opd_ray.messages import GenerationRequest
+from opd_ray.score.fake import FakeScoringEngine
+from opd_ray.snapshots.storage import FileFact, Storage
 
 POINTS = (
     "started",  # the rooms' actors were asked for, none is up
@@ -96,7 +97,8 @@ def load_tokenizer(path: str) -> FewWords:
 
 def _put_fakes() -> None:
     from fake_learner import FakeLearner
-    from opd_ray import launch, run
+    from opd_ray.placement import launch
+    from opd_ray.run import train as run
 
     launch.make_generation_engine, launch.make_scoring_engine = make_generation_engine, make_scoring_engine
     launch.load_tokenizer, launch.Learner = load_tokenizer, FakeLearner
@@ -125,11 +127,13 @@ class _Kill:
 
 def _put_points(kill: _Kill) -> None:
     """Lets the driver's own functions say where it is."""
-    from opd_ray import driver, launch, observers, runners
-    from opd_ray.checkpoint import Shelf, write_arrays, write_batch
-    from opd_ray.delivery import Delivery
-    from opd_ray.keeper import Keeper
-    from opd_ray.pool import Group
+    from opd_ray.placement import launch
+    from opd_ray.rooms.group import Group
+    from opd_ray.run import driver
+    from opd_ray.snapshots import Shelf, runners, write_arrays, write_batch
+    from opd_ray.snapshots.keeper import Keeper
+    from opd_ray.watch import observers
+    from opd_ray.weights.delivery import Delivery
 
     def say(
         owner: Any, name: str, point: str, *, first: bool = False, when: Callable[..., bool] = lambda *_: True
@@ -172,7 +176,8 @@ def _put_points(kill: _Kill) -> None:
 
 def serve() -> None:
     """Forks a driver for every line of stdin, and says its pid and then its exit status; one driver at a time."""
-    from opd_ray import __main__, run  # noqa: F401  (what drivers would import, once for all of them)
+    from opd_ray import __main__
+    from opd_ray.run import train as run  # noqa: F401  (what drivers would import, once for all of them)
 
     for line in sys.stdin:
         order = json.loads(line)

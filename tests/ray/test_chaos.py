@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from opd_ray import run
 from opd_ray.config import load
-from opd_ray.pipeline import StepReport
+from opd_ray.run.train import train
+from opd_ray.watch.observers import StepReport
 from rollout_log import assert_each_prompt_once
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.deepspeed]
@@ -83,7 +83,7 @@ def test_kills_at_random_moments_change_neither_the_steps_nor_what_is_learned(ra
     }
     killer = Killer(dict(victims), rng)
     run_dir = tmp_path / "run"
-    summary = run.train(config, run_dir, observers=(killer,))
+    summary = train(config, run_dir, observers=(killer,))
     assert not killer.victims, "a step that was to be followed by a kill never came"
     assert sorted(killer.killed) == sorted(title for title, _ in victims.values())
     by_room = summary["restarts_by_room"]

@@ -83,10 +83,11 @@ def _placement_groups() -> list[dict[str, Any]]:
 
 def drive() -> None:
     """`opd-ray train`, with gates: directory, then overrides."""
-    from opd_ray import config, run
+    from opd_ray import config
+    from opd_ray.run.train import train
 
     directory, *overrides = sys.argv[1:]
-    run.train(config.load(None, overrides), Path(directory) / "run", observers=(Gates(Path(directory)),))
+    train(config.load(None, overrides), Path(directory) / "run", observers=(Gates(Path(directory)),))
 
 
 # ---- in the test's ----

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 
 import learner_ranks
 from learner_ranks import NUM_STEPS, SIZES, Ranks, assert_same_curve, config_with, make_hosts, plain_training, poison
-from opd_ray.batching import count
+from opd_ray.buffer.plan import count
 from opd_ray.config import Config
 from opd_ray.errors import InputError, RunError, WeightSyncError
-from opd_ray.heads import load_head
+from opd_ray.learn.microbatch import fetch_payloads
 from opd_ray.messages import Entry, StepPlan, TransferGroup
-from opd_ray.node import free_port
-from opd_ray.training import fetch_payloads
+from opd_ray.models.heads import load_head
+from opd_ray.rooms.node import free_port
 from opd_ray.weights.receivers import GlooReceiver
 from scored_rollouts import Scoring, scored_entries
 

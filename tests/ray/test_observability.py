@@ -14,9 +14,10 @@ import ray
 
 import exported
 from opd_ray import config as configs
-from opd_ray import logs, run
-from opd_ray.losses.diagnostics import RATIOS
-from opd_ray.metrics import port_name
+from opd_ray.learn.losses.diagnostics import RATIOS
+from opd_ray.rooms import logs
+from opd_ray.run.train import train
+from opd_ray.watch.metrics import port_name
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
@@ -58,7 +59,7 @@ def port() -> str:
 
 def test_every_query_names_metrics_that_a_run_exports(world, ray_here, tmp_path):
     run_dir = tmp_path / "runs" / "a"
-    run.train(configs.load(None, [*world.overrides(), *OPTIONS]), run_dir)
+    train(configs.load(None, [*world.overrides(), *OPTIONS]), run_dir)
     # Ray exports every ten seconds, and keeps what a run set last for twenty.
     deadline = time.monotonic() + 30
     last = [re.compile(rf"^ray_opd_{name}_step{{.*}} 3\.0$", re.MULTILINE) for name in ("run", "checkpoint")]
@@ -83,7 +84,7 @@ def test_a_worker_s_log_line_names_actor_room_node_step_and_version(ray_here):
     class Worker:
         async def work(self) -> str:
             logs.at(version=4)
-            logs.get("opd_ray.actors.generator").bind(step=5).info("weights received")
+            logs.get("opd_ray.generate.generator").bind(step=5).info("weights received")
             return ray.get_runtime_context().get_worker_id()
 
     options = {"name": "student-generator-7", "runtime_env": {"env_vars": {logs.ROOM_VARIABLE: "generate"}}}
@@ -94,7 +95,7 @@ def test_a_worker_s_log_line_names_actor_room_node_step_and_version(ray_here):
     [line] = [json.loads(each) for each in file.read_text().splitlines() if each.startswith("{")]
     expected = {
         "levelname": "INFO",
-        "name": "opd_ray.actors.generator",
+        "name": "opd_ray.generate.generator",
         "message": "weights received",
         "actor_name": "student-generator-7",
         "room": "generate",

@@ -12,7 +12,7 @@ from ray._private.state import state
 from transformers import AutoTokenizer
 
 from opd_ray import config as configs
-from opd_ray import run
+from opd_ray.run.train import train
 from random_models import save_random_model
 from rollout_log import rows
 
@@ -62,7 +62,7 @@ def test_a_run_whose_payloads_are_larger_than_the_object_store_spills_and_goes_o
         f"learner.steps={steps}",
     ]
     run_dir = tmp_path / "run"
-    summary = run.train(configs.load(None, [*world.overrides(), *options]), run_dir)
+    summary = train(configs.load(None, [*world.overrides(), *options]), run_dir)
 
     assert summary["restarts"] == 0
     logged = [row for row in rows(run_dir) if row["source"] == "student"]

@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from opd_ray import config as configs
-from opd_ray import run
+from opd_ray.buffer.mixture import Mixture
 from opd_ray.config import Config
-from opd_ray.embedded import TEACHER_DIR
-from opd_ray.mixture import Mixture
-from opd_ray.session import Session
+from opd_ray.embedded.prepare import TEACHER_DIR
+from opd_ray.embedded.resolve import resolve
+from opd_ray.placement.session import Session
+from opd_ray.run.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
@@ -75,7 +76,7 @@ def session(world, ray_here) -> Iterator[Session]:
         f"rollout.max_response_tokens={BUDGET}",
     ]
     rooms_for = configs.load(None, [*world.overrides(), *SMALL, *rooms])
-    session = Session(run.resolve(rooms_for))
+    session = Session(resolve(rooms_for))
     yield session
     session.close()
 
@@ -105,12 +106,12 @@ def overrides(name: str, world, config: Config) -> list[str]:
     return small
 
 
-def train(name: str, world, session: Session, run_dir: Path) -> Outcome:
+def run(name: str, world, session: Session, run_dir: Path) -> Outcome:
     path = DIRECTORY / f"{name}.yaml"
     config = configs.load(path, overrides(name, world, configs.load(path)))
     try:
         # A teacher that writes has rooms of its own: its generators keep to one teacher.
-        summary = run.train(config, run_dir, session=None if config.buffer.uses_teacher_rollouts else session)
+        summary = train(config, run_dir, session=None if config.buffer.uses_teacher_rollouts else session)
     except BaseException:
         session.close()  # the next recipe starts its rooms anew
         raise
@@ -239,7 +240,7 @@ CHECKS: dict[str, Callable[[Outcome], None]] = {name: globals()[f"check_{name}"]
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains(name, world, session, tmp_path):
-    outcome = train(name, world, session, tmp_path / "run")
+    outcome = run(name, world, session, tmp_path / "run")
     config = outcome.config
     assert len(outcome.steps) == config.learner.steps
     assert {row["source"] for row in outcome.rows} == set(config.sources)

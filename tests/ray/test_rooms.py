@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opd_ray import config as configs
-from opd_ray import launch
-from opd_ray.delivery import Delivery
 from opd_ray.errors import ActorError, RunError
 from opd_ray.messages import PromptGroup, SamplingSettings, ScoreRequest
+from opd_ray.placement import launch
 from opd_ray.rooms import Rooms
+from opd_ray.weights.delivery import Delivery
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 

@@ -12,8 +12,9 @@ import ray
 import torch
 
 from opd_ray import config as configs
-from opd_ray import run
-from opd_ray.embedded import TEACHER_DIR
+from opd_ray.embedded.prepare import TEACHER_DIR
+from opd_ray.run.evaluate import evaluate
+from opd_ray.run.train import train
 from rollout_log import assert_each_prompt_once
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
@@ -30,9 +31,9 @@ SMALL = [
 TORCH = [*SMALL, "rollout.engine=torch"]
 
 
-def train(world, run_dir: Path, *overrides: str, resume: bool = False, observers=()):
+def run(world, run_dir: Path, *overrides: str, resume: bool = False, observers=()):
     config = configs.load(None, [*world.overrides(), *overrides])
-    return run.train(config, run_dir, resume=resume, observers=observers)
+    return train(config, run_dir, resume=resume, observers=observers)
 
 
 @pytest.mark.vllm
@@ -42,7 +43,7 @@ def test_the_default_rooms_train_and_leave_a_complete_run_behind(world, ray_here
     The shipped teacher stands in for the student, so that there is an accuracy to compare afterwards.
     """
     options = [*SMALL, f"student.path={TEACHER_DIR}", "rollout.max_response_tokens=48", "learner.lr=1e-4"]
-    summary = train(world, tmp_path / "run", *options, "learner.steps=6", "checkpoint.every_steps=3")
+    summary = run(world, tmp_path / "run", *options, "learner.steps=6", "checkpoint.every_steps=3")
     run_dir = tmp_path / "run"
     saved = json.loads((run_dir / "summary.json").read_text())
     assert saved == json.loads(json.dumps(summary))
@@ -95,7 +96,7 @@ def check_export(world, run_dir, options, expected):
     assert any(not torch.equal(before[name], after[name]) for name in before)
     for engine in ("torch", "vllm"):
         config = configs.load(None, [*world.overrides(), *options, f"rollout.engine={engine}"])
-        again = run.evaluate(str(run_dir / "student"), config)
+        again = evaluate(str(run_dir / "student"), config)
         # One answer of 32 may differ where two tokens are nearly equal.
         assert again["accuracy_greedy"] == pytest.approx(expected["accuracy_greedy"], abs=0.04)
         assert again["num_problems"] == expected["num_problems"]
@@ -107,7 +108,7 @@ def test_draining_generators_and_zero_ranks(world, ray_here, tmp_path):
     options += ["loss.student.divergence=k1", "loss.importance.correction=clip", "loss.reduction=sequence"]
     options += ["loss.reference.coef=0"]
     options += ["learner.num_ranks=2", "learner.zero_stage=2", "learner.steps=4", "evaluation.num_problems=0"]
-    summary = train(world, tmp_path / "run", *TORCH, *options)
+    summary = run(world, tmp_path / "run", *TORCH, *options)
     assert summary["method"] == "opd+mixture"
     assert summary["eval_before"] is None
     assert summary["staleness"]["max"] <= 2
@@ -120,9 +121,9 @@ def test_draining_generators_and_zero_ranks(world, ray_here, tmp_path):
 def test_a_resumed_run_goes_on_where_the_checkpoint_is(world, ray_here, tmp_path):
     """The second half trains the prompts that the first half did not, at the steps that were left, on more ranks."""
     options = [*TORCH, "checkpoint.every_steps=2", "evaluation.num_problems=0", "buffer.max_staleness=0"]
-    train(world, tmp_path / "run", *options, "learner.steps=2")
+    run(world, tmp_path / "run", *options, "learner.steps=2")
     changes = ["learner.steps=4", "rollout.in_flight=abort", "learner.num_ranks=2"]
-    train(world, tmp_path / "run", *options, *changes, resume=True)
+    run(world, tmp_path / "run", *options, *changes, resume=True)
     assert_each_prompt_once(tmp_path / "run", steps=4, prompts_per_step=8, max_staleness=0)
     resumed = [row for row in logged(tmp_path / "run") if row["source"] == "student" and row["step"] == 3]
     assert {version for row in resumed for version in row["weight_versions"]} == {2}
@@ -141,7 +142,7 @@ class KillGenerator:
 def test_a_generator_that_dies_is_replaced_and_the_run_tells_its_name_and_node(world, ray_here, tmp_path):
     """The only one there is: its prompts wait for the new one."""
     options = [*TORCH, "learner.steps=6", "evaluation.num_problems=0"]
-    summary = train(world, tmp_path / "run", *options, observers=(KillGenerator(),))
+    summary = run(world, tmp_path / "run", *options, observers=(KillGenerator(),))
     assert summary["restarts"] == 1
     assert summary["restarts_by_room"] == {"generate": 1}
     assert_each_prompt_once(tmp_path / "run", steps=6, prompts_per_step=8, max_staleness=2)

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 import ray
 
-from opd_ray.checkpoint import Storage, read_arrays, read_batch, write_arrays, write_batch
 from opd_ray.errors import DeadlineError, PayloadLost, RunError, StorageUnavailable
-from opd_ray.runners import InTasks, InThreads
+from opd_ray.snapshots import Storage, read_arrays, read_batch, write_arrays, write_batch
+from opd_ray.snapshots.runners import InTasks, InThreads
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 

@@ -16,13 +16,12 @@ import ray
 from ray._private import state
 
 from opd_ray import config as configs
-from opd_ray import run
 from opd_ray.config import Config
-from opd_ray.delivery import Delivery
-from opd_ray.pipeline import StepReport
-from opd_ray.preflight import Preflight
+from opd_ray.placement.session import Session
 from opd_ray.rooms import Rooms
-from opd_ray.session import Session
+from opd_ray.run.train import train
+from opd_ray.watch.observers import StepReport
+from opd_ray.weights.delivery import Delivery
 from rollout_log import assert_each_prompt_once, rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
@@ -61,8 +60,8 @@ def stop(name: str, stopped: dict[str, psutil.Process]) -> None:
 class OpenSession(Session):
     """Rooms that the test can look into."""
 
-    def rooms(self, config: Config, facts: Preflight) -> Rooms:
-        self.here = super().rooms(config, facts)
+    def rooms(self, config: Config, max_context_tokens: int) -> Rooms:
+        self.here = super().rooms(config, max_context_tokens)
         return self.here
 
 
@@ -118,7 +117,7 @@ def test_a_broadcast_with_a_stopped_member_ends_by_its_deadline_and_the_run_goes
     options += [f"weights.timeout_s={timeout_s}", f"learner.steps={steps}", "checkpoint.every_steps=0"]
     config = configs.load(None, [*world.overrides(), *SMALL, *options])
     run_dir = tmp_path / "run"
-    summary = run.train(config, run_dir, session=session, observers=(Watch(),))
+    summary = train(config, run_dir, session=session, observers=(Watch(),))
 
     assert names[at - 1] == ["student-generator-0", "student-generator-1"]
     assert names[at] == names[at + 1] == ["student-generator-1"]
@@ -159,7 +158,7 @@ def test_a_stopped_scorer_is_replaced_and_a_stopped_learner_rank_goes_back_to_a_
     options += [f"recovery.heartbeat_s={heartbeat_s}", "checkpoint.every_steps=0", "checkpoint.memory_every_steps=2"]
     config = configs.load(None, [*world.overrides(), *SMALL, *options])
     run_dir = tmp_path / "run"
-    summary = run.train(config, run_dir, session=session, observers=(StopBoth(),))
+    summary = train(config, run_dir, session=session, observers=(StopBoth(),))
 
     assert summary["restarts_by_room"] == {"learn": 1, "teacher": 1}
     assert_each_prompt_once(run_dir, steps=steps, prompts_per_step=8, max_staleness=2)

@@ -4,7 +4,8 @@ import asyncio
 
 from fake_ray import World
 from opd_ray.config import PoolSize
-from opd_ray.pool import Group, Pool
+from opd_ray.rooms.group import Group
+from opd_ray.rooms.pool import Pool
 
 DEADLINE_S = 50.0
 

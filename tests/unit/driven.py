@@ -15,10 +15,10 @@ from unittest import mock
 import fake_ray
 from fake_workers import FakeGenerator, FakeLearner, FakeScorer
 from fakes import Cast, stream
-from opd_ray.checkpoint import Shelf
 from opd_ray.config import from_dict
-from opd_ray.driver import Driver
-from opd_ray.session import Session
+from opd_ray.placement.session import Session
+from opd_ray.run.driver import Driver
+from opd_ray.snapshots import Shelf
 
 FACTS: Any = SimpleNamespace(eos_token_ids=(0,), max_context_tokens=64)
 
@@ -66,11 +66,11 @@ def drive(
 
         with contextlib.ExitStack() as stack:
             for name, value in (
-                ("launch.start_rooms", lambda *_, **__: cast.rooms()),
-                ("driver.runner", lambda **_: cast.world.objects),
-                ("launch.load_golden_entries", golden),
-                ("materials.prompt_stream", lambda *_, **__: stream()),
-                ("driver.stop_signals", signals),
+                ("placement.launch.start_rooms", lambda *_, **__: cast.rooms()),
+                ("run.driver.runner", lambda **_: cast.world.objects),
+                ("placement.launch.load_golden_entries", golden),
+                ("run.dataset.prompt_stream", lambda *_, **__: stream()),
+                ("run.driver.stop_signals", signals),
             ):
                 stack.enter_context(mock.patch(f"opd_ray.{name}", value))
             shelf = Shelf(str(run_dir / "checkpoints"), cast.world.objects)

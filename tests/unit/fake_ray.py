@@ -19,7 +19,7 @@ from unittest import mock
 from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
 
 from opd_ray.errors import PayloadLost
-from opd_ray.room import Member
+from opd_ray.rooms.room import Member
 from shelves import Objects, Ref
 
 

@@ -22,8 +22,7 @@ import pyarrow as pa
 from factories import meta
 from fake_ray import Actor
 from opd_ray.errors import RunError, WeightSyncError
-from opd_ray.messages import Entry, PromptGroup, SamplingSettings, StepPlan, TransferGroup, WeightManifest
-from opd_ray.training import StepOutcome
+from opd_ray.messages import Entry, PromptGroup, SamplingSettings, StepOutcome, StepPlan, TransferGroup, WeightManifest
 
 MANIFEST = WeightManifest(0, ("w",), ("float32",), ((1,),))
 

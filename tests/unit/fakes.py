@@ -23,15 +23,16 @@ from fake_workers import (
     Ranks,
     Worker,
 )
-from opd_ray.buffer import GoldenSet, ReplayBuffer
+from opd_ray.buffer.replay import GoldenSet, ReplayBuffer
 from opd_ray.config import Config, PoolSize, from_dict
-from opd_ray.delivery import Delivery
-from opd_ray.guard import Guard
+from opd_ray.data.prompts import PromptStream, Shuffled
 from opd_ray.messages import Entry
 from opd_ray.pipeline import Pipeline
-from opd_ray.pool import Group, Pool
-from opd_ray.prompts import PromptStream, Shuffled
 from opd_ray.rooms import Rooms
+from opd_ray.rooms.group import Group
+from opd_ray.rooms.pool import Pool
+from opd_ray.watch.guard import Guard
+from opd_ray.weights.delivery import Delivery
 
 
 class Cast:

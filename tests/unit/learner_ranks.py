@@ -17,14 +17,15 @@ import torch
 from ray.exceptions import ObjectLostError
 from transformers import AutoModelForCausalLM
 
-from opd_ray.actors.learner import Learner
-from opd_ray.batching import collate, count, plan_step
+from opd_ray.buffer.plan import count, plan_step
 from opd_ray.config import Config, from_dict
-from opd_ray.heads import ResponseModel, load_heads
-from opd_ray.losses.diagnostics import finish
-from opd_ray.messages import SCORE_SCHEMA, Coefficients, Entry, StepPlan, TransferGroup, WeightManifest
-from opd_ray.objective import Objective
-from opd_ray.training import StepOutcome, fetch_payloads, lr_factor
+from opd_ray.learn.heads import ResponseModel
+from opd_ray.learn.learner import Learner
+from opd_ray.learn.losses.diagnostics import finish
+from opd_ray.learn.microbatch import collate, fetch_payloads, lr_factor
+from opd_ray.learn.objective import Objective
+from opd_ray.messages import SCORE_SCHEMA, Coefficients, Entry, StepOutcome, StepPlan, TransferGroup, WeightManifest
+from opd_ray.models.heads import load_heads
 from scored_rollouts import scored_entries
 
 SIZES = [(3, 9), (8, 2), (5, 14), (1, 1), (6, 6)], [(4, 12), (2, 5)]

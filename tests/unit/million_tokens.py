@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from opd_ray.batching import MicroBatch, Segment
 from opd_ray.config import from_dict
-from opd_ray.heads import FrozenHead, ResponseHead
-from opd_ray.losses import ScoredTokens
+from opd_ray.learn.heads import ResponseHead
+from opd_ray.learn.losses import ScoredTokens
+from opd_ray.learn.microbatch import MicroBatch, Segment
+from opd_ray.learn.objective import Objective
 from opd_ray.messages import Coefficients, Count, Denominators
-from opd_ray.objective import Objective
+from opd_ray.models.heads import FrozenHead
 
 ROLLOUTS, LENGTH = 1000, 1000
 TOKENS, VOCABULARY, HIDDEN = ROLLOUTS * LENGTH, 256, 8

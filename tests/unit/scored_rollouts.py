@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from opd_ray.heads import FrozenHead
 from opd_ray.messages import ROLLOUT_SCHEMA, SCORE_SCHEMA, Entry, RolloutMeta, Source
+from opd_ray.models.heads import FrozenHead
 
 VOCABULARY = 32  # of conftest's tiny_model
 HIDDEN = 16

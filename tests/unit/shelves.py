@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from factories import meta
-from opd_ray.checkpoint import Checkpoint, Shelf, Snapshot
 from opd_ray.messages import Entry
+from opd_ray.snapshots import Checkpoint, Shelf, Snapshot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Ref:
 
 
 class Objects:
-    """Objects by their refs; runs functions at once, as :class:`opd_ray.checkpoint.Runner` says."""
+    """Objects by their refs; runs functions at once, as :class:`opd_ray.snapshots.shelf.Runner` says."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()

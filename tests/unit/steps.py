@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from opd_ray.batching import collate, count, plan_step
+from opd_ray.buffer.plan import count, plan_step
 from opd_ray.config import Config, from_dict
-from opd_ray.heads import FrozenHead, ResponseModel
-from opd_ray.losses.diagnostics import finish
+from opd_ray.learn.heads import ResponseModel
+from opd_ray.learn.losses.diagnostics import finish
+from opd_ray.learn.microbatch import collate, fetch_payloads
+from opd_ray.learn.objective import Objective
 from opd_ray.messages import Coefficients, Entry, StepPlan
-from opd_ray.objective import Objective
-from opd_ray.training import fetch_payloads
+from opd_ray.models.heads import FrozenHead
 from scored_rollouts import head_of
 
 COEFFICIENTS = Coefficients(student=0.7, golden=0.4, teacher=0.2, reference=0.3)

@@ -7,8 +7,9 @@ import pytest
 import fake_ray
 from driven import cast_of
 from fake_workers import MANIFEST
-from opd_ray.delivery import Delivery
-from opd_ray.supervise import Restarts, Supervisor
+from opd_ray.placement.restarts import Restarts
+from opd_ray.placement.supervisor import Supervisor
+from opd_ray.weights.delivery import Delivery
 
 
 class Kept:

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from factories import entry, golden
-from opd_ray.buffer import GoldenSet, ReplayBuffer
-from opd_ray.prompts import Shuffled
+from opd_ray.buffer.replay import GoldenSet, ReplayBuffer
+from opd_ray.data.prompts import Shuffled
 
 
 def golden_set(num_golden=3, by_prompt=None):

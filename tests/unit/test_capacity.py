@@ -12,8 +12,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay import node_provider
 
-from opd_ray import capacity
-from opd_ray.capacity import Limits, limits_of, most
+from opd_ray.placement import capacity
+from opd_ray.placement.capacity import Limits, limits_of, most
 
 MANIFEST = Path(__file__).parents[2] / "cluster" / "kuberay-cluster.yaml"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from opd_ray.checkpoint import Shelf, Snapshot, Storage, storage
 from opd_ray.errors import InputError, RunError
+from opd_ray.snapshots import Shelf, Snapshot, Storage, storage
 from shelves import Objects, contents, held, make_snapshot
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_ray.checkpoint import Shelf, Snapshot, Storage, storage
+from opd_ray.snapshots import Shelf, Snapshot, Storage, storage
 from shelves import Objects, contents, held, make_snapshot
 
 

@@ -18,8 +18,10 @@ import pytest
 from checkpoints import CHARACTERS, make_checkpoint, make_setting, write_jsonl
 from opd_ray import __main__ as command_line
 from opd_ray import config as configs
-from opd_ray import run, status
+from opd_ray import status
 from opd_ray.errors import RunError
+from opd_ray.run import evaluate as evaluation
+from opd_ray.run import train as running
 from opd_ray.status import CallStatus, RoomStatus, Status
 
 Outcome = tuple[int, str, str]
@@ -33,8 +35,9 @@ def call(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("OPD_RAY_DEBUG", "")  # and so taken back after a test that asked for tracebacks
-    monkeypatch.setattr(run, "cluster", contextlib.nullcontext)
-    for module in ("run", "capacity"):
+    for module in ("run.train", "run.evaluate", "placement.session"):
+        monkeypatch.setattr(f"opd_ray.{module}.cluster", contextlib.nullcontext)
+    for module in ("run.train", "run.evaluate", "placement.capacity"):
         monkeypatch.setattr(f"opd_ray.{module}.cluster_capacity", lambda node_resource=None: {"CPU": 2.0})
 
     def call(*arguments: str) -> Outcome:
@@ -182,7 +185,7 @@ def _trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[configs.Config, Path
         calls.append((config, run_dir, resume, auto_resume))
         return {"steps": 3, "wall_s": 1.0, "eval_before": None, "eval_after": None}
 
-    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(running, "train", train)
     return calls
 
 
@@ -222,7 +225,7 @@ def test_evaluate_prints_a_table_or_json(
     call: Callable[..., Outcome], setting: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = {"accuracy_greedy": 0.5, "num_problems": 8}
-    monkeypatch.setattr(run, "evaluate", lambda checkpoint, config: result)
+    monkeypatch.setattr(evaluation, "evaluate", lambda checkpoint, config: result)
     code, out, _ = call("evaluate", setting["student.path"], "--json")
     assert code == 0
     assert json.loads(out) == result
@@ -344,7 +347,7 @@ def test_a_failure_while_running_is_one_line_and_a_traceback_only_on_demand(
     def train(*_: object, **__: object) -> None:
         raise RunError("learn: learner-0 died\n(node a)")
 
-    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(running, "train", train)
     assert call("train", *overrides(setting)) == (1, "", "opd-ray: learn: learner-0 died (node a)\n")
     code, _, err = call("train", "--debug", *overrides(setting))
     assert code == 1
@@ -357,7 +360,7 @@ def test_an_unexpected_exception_keeps_its_traceback(
     def train(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(running, "train", train)
     with pytest.raises(ZeroDivisionError):
         command_line.main(["train", *overrides(setting)])
 

@@ -16,8 +16,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 import kuberay_crd
 from opd_ray import config as configs
-from opd_ray.capacity import limits_of, most
 from opd_ray.config import Config
+from opd_ray.placement.capacity import limits_of, most
 
 ROOT = Path(__file__).parents[2]
 DIRECTORY = ROOT / "cluster"

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from checkpoints import write_jsonl
-from opd_ray.data import read_golden, read_prompts
+from opd_ray.data.files import read_golden, read_prompts
 from opd_ray.errors import InputError
 
 GOOD = {"prompt": "1+1=", "answer": "2"}

@@ -9,8 +9,8 @@ import fake_ray
 from driven import cast_of
 from fake_ray import actor_of
 from fake_workers import MANIFEST, FakeGenerator
-from opd_ray.delivery import Delivery
 from opd_ray.errors import ActorError, GroupLost, WeightSyncError
+from opd_ray.weights.delivery import Delivery
 
 TIMEOUT_S = 120.0
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pytest
 
 from opd_ray.config import ElasticConfig
-from opd_ray.demand import Demand, RoomLoad
+from opd_ray.placement.demand import Demand, RoomLoad
 
 CONFIG = ElasticConfig(every_s=5, grow_after_s=15, shrink_after_s=60, busy_share=0.9)
 

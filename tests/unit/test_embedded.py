@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd_ray import embedded, embedded_models
-from opd_ray.embedded_models import EOS_ID, IGNORED, PAD_ID, VOCABULARY, copy_probe, measure
+from opd_ray.embedded import models as embedded_models
+from opd_ray.embedded import prepare as embedded
+from opd_ray.embedded.models import EOS_ID, IGNORED, PAD_ID, VOCABULARY, copy_probe, measure
 from opd_ray.errors import InputError
 from opd_ray.tasks import chain
 

@@ -7,10 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from opd_ray.actors.generator import EngineThread, GeneratorSettings, StudentGenerator, TeacherGenerator
-from opd_ray.engines.fake import FakeGenerationEngine
 from opd_ray.errors import EngineFailed, RunError, WeightSyncError
-from opd_ray.messages import ROLLOUT_SCHEMA, GenerationRequest, PromptGroup, SamplingSettings, WeightManifest
+from opd_ray.generate.engine_thread import EngineThread
+from opd_ray.generate.fake import FakeGenerationEngine
+from opd_ray.generate.generator import GeneratorSettings, StudentGenerator, TeacherGenerator
+from opd_ray.messages import (
+    ROLLOUT_SCHEMA,
+    GenerationRequest,
+    PromptGroup,
+    SamplingSettings,
+    WeightManifest,
+)
 
 NEVER_STOP = SamplingSettings(temperature=1.0, top_p=1.0, max_response_tokens=6, stop_token_ids=())
 

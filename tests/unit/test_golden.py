@@ -11,10 +11,11 @@ import pytest
 
 from checkpoints import CHARACTERS as TOKENS
 from checkpoints import configured, encode, make_checkpoint, make_setting, refused, write_jsonl, write_rollouts
-from opd_ray import golden, preflight
 from opd_ray.config import Config
-from opd_ray.data import read_prompts
+from opd_ray.data import golden
+from opd_ray.data.files import read_prompts
 from opd_ray.messages import ROLLOUT_SCHEMA
+from opd_ray.run import preflight
 
 EOS = (1, 2)
 NO_PROBLEMS = {"without_eos": 0, "eos_inside": 0, "over_length": 0, "wrong": 0}

@@ -8,7 +8,15 @@ from ray.exceptions import ObjectLostError
 import fake_ray
 from desks import DEADLINE_S, Desk, group_of, held
 from fake_ray import until
-from opd_ray.errors import ActorError, GroupLost, InputError, PayloadLost, RunError, StartFailed, WeightSyncError
+from opd_ray.errors import (
+    ActorError,
+    GroupLost,
+    InputError,
+    PayloadLost,
+    RunError,
+    StartFailed,
+    WeightSyncError,
+)
 
 
 def test_a_lost_rank_is_the_group_s_loss_although_others_report_a_broken_collective_first():

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from opd_ray.guard import Guard, GuardConfig, GuardEvent, Strength
+from opd_ray.config.guard import GuardConfig
+from opd_ray.messages import Strength
+from opd_ray.watch.guard import Guard, GuardEvent
 
 LEVELS = ("off", "warn", "act", "rollback", "stop")
 NAMES = (

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from opd_ray import logs
-from opd_ray.node import this_node
+from opd_ray.rooms import logs
+from opd_ray.rooms.node import this_node
+from opd_ray.watch.events import Events
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_the_nearest_word_on_a_field_counts(here, caplog):
 
 
 def test_an_event_is_one_line_for_people_and_one_for_machines(tmp_path, capsys):
-    events = logs.Events(tmp_path / "events.jsonl")
+    events = Events(tmp_path / "events.jsonl")
     events.say("start", "begins")
     events.at(step=4, version=4)
     events.say("death", "generate: student-generator-1 died", room="generate", node=Path("n"), waited_s=math.nan)
@@ -76,9 +77,9 @@ def test_an_event_is_one_line_for_people_and_one_for_machines(tmp_path, capsys):
 
 def test_a_resumed_run_goes_on_behind_a_line_that_was_cut_off(tmp_path):
     path = tmp_path / "events.jsonl"
-    logs.Events(path).say("start", "first")
+    Events(path).say("start", "first")
     path.write_bytes(path.read_bytes() + b'{"time": "2026-0')
-    events = logs.Events(path)
+    events = Events(path)
     events.say("start", "second")
     events.say("end", "third")
     lines = path.read_text().splitlines()
@@ -87,7 +88,7 @@ def test_a_resumed_run_goes_on_behind_a_line_that_was_cut_off(tmp_path):
 
 def test_a_file_that_cannot_be_written_costs_no_run(tmp_path, capsys):
     (tmp_path / "events.jsonl").mkdir()
-    logs.Events(tmp_path / "events.jsonl").say("death", "a worker died")
+    Events(tmp_path / "events.jsonl").say("death", "a worker died")
     captured = capsys.readouterr()
     assert captured.out == "a worker died\n"
     assert "events.jsonl was not written" in captured.err and "only here" in captured.err

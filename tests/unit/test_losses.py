@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from opd_ray.config import AnchorConfig, LossConfig
 from opd_ray.errors import RunError
-from opd_ray.losses import ScoredTokens, TokenBatch
-from opd_ray.losses.divergences import diverge, forward_kl, jsd, reverse_kl
-from opd_ray.losses.support import Outcomes, compare
-from opd_ray.losses.terms import reference_loss, source_loss
+from opd_ray.learn.losses import ScoredTokens, TokenBatch
+from opd_ray.learn.losses.divergences import diverge, forward_kl, jsd, reverse_kl
+from opd_ray.learn.losses.support import Outcomes, compare
+from opd_ray.learn.losses.terms import reference_loss, source_loss
 from token_batches import N, V, batch, gradient_of, identity, scored
 
 NAMES = ("reverse_kl", "forward_kl", "jsd")

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_ray.config import AdvantageConfig, LossConfig
-from opd_ray.losses import TokenBatch, TokenLoss
-from opd_ray.losses.advantage import advantages, discounted, log_ratios
-from opd_ray.losses.diagnostics import student_metrics, topk_overlap
-from opd_ray.losses.terms import source_loss
+from opd_ray.learn.losses import TokenBatch, TokenLoss
+from opd_ray.learn.losses.advantage import advantages, discounted, log_ratios
+from opd_ray.learn.losses.diagnostics import student_metrics, topk_overlap
+from opd_ray.learn.losses.terms import source_loss
 from token_batches import N, V, batch, gradient_of, scored
 
 ONE = {"teacher": 1.0}

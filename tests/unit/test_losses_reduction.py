@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_ray.losses.reduction import before_repetition, token_weights
+from opd_ray.learn.losses.reduction import before_repetition, token_weights
 from opd_ray.messages import Count
 
 REDUCTIONS = ("token", "sequence", "sum")

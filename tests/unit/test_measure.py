@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from opd_ray.measure import measure
 from opd_ray.messages import ROLLOUT_SCHEMA, SCORE_SCHEMA
+from opd_ray.watch.recorder import measure
 
 LENGTHS = (9, 30, 1, 14)
 

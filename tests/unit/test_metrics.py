@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from factories import meta
-from opd_ray import metrics
-from opd_ray.metrics import MetricsPort, MetricsWriter, port_name, rollout_metrics
+from opd_ray.watch import metrics
+from opd_ray.watch.metrics import MetricsPort, MetricsWriter, port_name, rollout_metrics
 
 
 def test_rollout_metrics_by_hand():

@@ -4,12 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_ray import schedule
-from opd_ray.config import from_dict
-from opd_ray.guard import Strength
-from opd_ray.messages import ScoreRequest
-from opd_ray.mixture import Mixture, StepMix
-from opd_ray.scoring import roles_of, score_requests
+from opd_ray.buffer.mixture import Mixture, StepMix
+from opd_ray.config import from_dict, schedule
+from opd_ray.messages import ScoreRequest, Strength
+from opd_ray.score.requests import roles_of, score_requests
 
 
 def test_a_schedule_is_straight_between_its_points_and_constant_outside():

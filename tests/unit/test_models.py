@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from opd_ray.errors import InputError
-from opd_ray.models import load_causal_lm
+from opd_ray.models.checkpoints import load_causal_lm
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])

@@ -14,13 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from opd_ray.batching import collate
 from opd_ray.errors import RunError
-from opd_ray.heads import ResponseModel
-from opd_ray.losses.diagnostics import finish
+from opd_ray.learn.heads import ResponseModel
+from opd_ray.learn.losses.diagnostics import finish
+from opd_ray.learn.microbatch import collate, fetch_payloads
 from opd_ray.messages import SCORE_SCHEMA, Coefficients, Entry
 from opd_ray.repetition import repeated_ngrams
-from opd_ray.training import fetch_payloads
 from scored_rollouts import Scoring, head_of, scored_entries
 from steps import COEFFICIENTS, Step, config_with, cut, take, whole
 

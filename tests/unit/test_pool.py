@@ -26,7 +26,7 @@ from opd_ray.errors import (
     StartFailed,
     WeightSyncError,
 )
-from opd_ray.room import _death, explained
+from opd_ray.rooms.room import _death, explained
 
 # ---- what a failure means ----
 

@@ -23,7 +23,9 @@ from checkpoints import (
     write_rollouts,
 )
 from opd_ray import config as configs
-from opd_ray import models, preflight, resuming, status
+from opd_ray import status
+from opd_ray.models import checkpoints as models
+from opd_ray.run import preflight, resuming
 from opd_ray.tasks import get_task
 
 SFT = {

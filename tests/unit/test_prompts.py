@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_ray.prompts import PromptStream, Shuffled
+from opd_ray.data.prompts import PromptStream, Shuffled
 
 
 @given(num_rows=st.integers(1, 50), seed=st.integers(0, 1000), epoch=st.integers(0, 5))

@@ -12,13 +12,14 @@ import pytest
 import yaml
 
 from opd_ray import config as configs
-from opd_ray import preflight, run
 from opd_ray.config import Config
-from opd_ray.data import read_golden, read_prompts
-from opd_ray.embedded import TEACHER_DIR, EmbeddedPaths
+from opd_ray.data.files import read_golden, read_prompts
+from opd_ray.data.golden import is_privileged
+from opd_ray.embedded.prepare import TEACHER_DIR, EmbeddedPaths
+from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
-from opd_ray.golden import is_privileged
-from opd_ray.models import inspect
+from opd_ray.models.checkpoints import inspect
+from opd_ray.run import preflight
 from opd_ray.tasks.chain import ChainTask, split_of
 
 DIRECTORY = Path(__file__).parents[2] / "jobs" / "recipes"
@@ -79,7 +80,7 @@ def leaves(raw: Any, prefix: str = "") -> Iterator[str]:
 @pytest.fixture
 def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedPaths:
     """Embedded models and data without building a student: the shipped teacher and small files stand in."""
-    from opd_ray import embedded
+    from opd_ray.embedded import prepare as embedded
 
     problems = embedded.problem_sets(0)
     for name in ("prompts", "golden", "validation", "test"):
@@ -127,7 +128,7 @@ def test_the_head_says_source_loss_and_what_to_adapt(name):
 def test_a_recipe_passes_preflight_on_the_embedded_models(name, paths, monkeypatch):
     """With relative paths from the root of the checkout, where the README runs them."""
     monkeypatch.chdir(DIRECTORY.parents[1])
-    config = run.resolve(load(name))
+    config = resolve(load(name))
     facts = preflight.check_files(config)
     assert facts.num_prompts > 0
     assert facts.num_golden > 0 or not (config.uses_golden or is_privileged(config))

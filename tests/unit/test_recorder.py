@@ -6,9 +6,9 @@ import pytest
 from ray.exceptions import ObjectLostError
 
 from factories import meta
-from opd_ray.actors import recorder as module
-from opd_ray.actors.recorder import Recorder
 from opd_ray.messages import ROLLOUT_SCHEMA, SCORE_SCHEMA, Entry
+from opd_ray.watch import recorder as module
+from opd_ray.watch.recorder import Recorder
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from driven import cast_of, drive, latest
 from opd_ray.config import from_dict
-from opd_ray.observers import Summary
+from opd_ray.run.summary import Summary
 
 NAN = {"loss": math.nan}
 

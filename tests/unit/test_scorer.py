@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from opd_ray.actors.scorer import Scorer
 from opd_ray.config import ScorerConfig
-from opd_ray.engines import Scores
-from opd_ray.engines.fake import FakeScoringEngine
 from opd_ray.errors import EngineFailed, RunError
 from opd_ray.messages import ROLLOUT_SCHEMA, SCORE_SCHEMA, ScoreRequest, WeightManifest, score_schema
+from opd_ray.score.engine import Scores
+from opd_ray.score.fake import FakeScoringEngine
+from opd_ray.score.scorer import Scorer
 
 CONFIG = ScorerConfig(path="first")
 NOTHING = WeightManifest(0, (), (), ())
@@ -127,7 +127,7 @@ def test_states_beyond_half_precision_are_reported():
 
 
 def test_a_batch_larger_than_a_column_is_refused(monkeypatch):
-    monkeypatch.setattr("opd_ray.actors.scorer._MOST_VALUES", 7)
+    monkeypatch.setattr("opd_ray.score.scorer._MOST_VALUES", 7)
     scorer, _ = make()
     with pytest.raises(RunError, match="2 rollouts have 8 values of logprobs.*lower rollout.prompts_per_call"):
         score(scorer, rollouts((2, 3), (4, 5)))

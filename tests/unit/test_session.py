@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from opd_ray.errors import InputError
-from opd_ray.session import cluster
+from opd_ray.placement.session import cluster
 
 
 @pytest.fixture

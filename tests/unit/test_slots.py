@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from opd_ray.slots import Slots
+from opd_ray.buffer.slots import Slots
 
 
 def test_slots_are_numbered_in_order_and_limited_by_capacity():

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 import safetensors.numpy
 
-from opd_ray.checkpoint import (
+from opd_ray.errors import InputError, RunError
+from opd_ray.snapshots import (
     FileFact,
     Storage,
     read_arrays,
@@ -24,7 +25,6 @@ from opd_ray.checkpoint import (
     write_batch,
     write_files,
 )
-from opd_ray.errors import InputError, RunError
 
 ARRAYS = {
     "half": np.arange(3, dtype=np.float16),

@@ -5,9 +5,11 @@ import re
 
 import pytest
 
-from opd_ray.claims import judge
 from opd_ray.errors import InputError
-from opd_ray.study import Row, outcomes, read_study, run_directory, run_study, shared_rooms, table
+from opd_ray.study.arms import run_directory
+from opd_ray.study.claims import judge
+from opd_ray.study.outcomes import Row, outcomes, table
+from opd_ray.study.study import read_study, run_study, shared_rooms
 
 STUDY = """
 common: {learner: {steps: 7}}

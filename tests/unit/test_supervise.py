@@ -10,7 +10,7 @@ from driven import cast_of
 from fake_ray import until
 from fake_workers import FakeGenerator
 from opd_ray.errors import GroupLost, RunError, StartFailed
-from opd_ray.supervise import Restarts
+from opd_ray.placement.restarts import Restarts
 from supervised import Kept, generators, supervised
 
 # ---- replacement ----

@@ -8,10 +8,10 @@ import pytest
 import torch
 from ray.exceptions import ObjectLostError, OutOfDiskError, OwnerDiedError, RayTaskError
 
-from opd_ray.batching import count
+from opd_ray.buffer.plan import count
 from opd_ray.config import LearnerConfig
+from opd_ray.learn.microbatch import disable_dropout, fetch_payloads, is_loss, lost_rollouts, lr_factor
 from opd_ray.messages import Coefficients, StepPlan
-from opd_ray.training import disable_dropout, fetch_payloads, is_loss, lost_rollouts, lr_factor
 from scored_rollouts import scored_entries
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from opd_ray.losses import ScoredTokens, TokenBatch
+from opd_ray.learn.losses import ScoredTokens, TokenBatch
 
 N, V = 7, 11
 

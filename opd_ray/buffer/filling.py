@@ -1,0 +1,133 @@
+"""Makes what steps train on: rollouts sampled by generators, scored by teachers and reference.
+
+Payloads stay where they were made; one that is gone with its node before it was trained on is made again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from opd_ray.buffer.mixture import Mixture
+from opd_ray.buffer.replay import ReplayBuffer
+from opd_ray.config import Config
+from opd_ray.data.prompts import PromptStream
+from opd_ray.errors import PayloadLost, RunError
+from opd_ray.messages import Entry, PromptGroup, SamplingSettings, Source, Strength
+from opd_ray.rooms import Rooms
+from opd_ray.rooms.pool import Pool
+from opd_ray.score.requests import roles_of, score_requests
+from opd_ray.status import Place
+
+MOST_REPAIRS = 10
+"""How often in a row what a node took with it is made again before the cause must be another."""
+
+
+class Rollouts:
+    """Asks the rooms for the rollouts of slots, and for the scores of golden ones."""
+
+    def __init__(
+        self,
+        config: Config,
+        rooms: Rooms,
+        prompts: PromptStream,
+        mixture: Mixture,
+        stop_token_ids: tuple[int, ...],
+        lost: Callable[[int, str], None],
+    ) -> None:
+        """``lost(number, what)`` is told of payloads that are gone and made again."""
+        self._config, self._rooms, self._prompts, self._mixture = config, rooms, prompts, mixture
+        self._stop_token_ids = stop_token_ids
+        self._requests = score_requests(config, stop_token_ids)
+        self.places: dict[int, Place] = {}
+        """Where the slots are that are being filled."""
+        self._lost = lost
+
+    async def of(self, slots: Sequence[int]) -> list[Entry]:
+        """Every rollout of some slots of one step, scored."""
+        config = self._config
+        per_step = config.buffer.prompts_per_step
+        step, mix = slots[0] // per_step, self._mixture.at(slots[0] // per_step)
+        prompts = [self._prompts[slot] for slot in slots]
+        budget = SamplingSettings(
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            max_response_tokens=config.rollout.budget(step),
+            stop_token_ids=self._stop_token_ids,
+            top_k=config.student_top_k,
+        )
+        teachers = dataclasses.replace(budget, temperature=config.rollout.teacher_temperature, top_p=1.0, top_k=0)
+        calls = []
+        # Prompts of one teacher go together, so that a payload has one route.
+        for name in sorted({prompt.teacher for prompt in prompts}):
+            routed = [prompt for prompt in prompts if prompt.teacher == name]
+            student = _asking(routed, lambda _: mix.student_per_prompt)
+            teacher = _asking(routed, lambda prompt: mix.teacher_responses(prompt.slot % per_step, per_step))
+            if student:
+                calls.append(self._sample(self._rooms.generators, "student", student, budget))
+            # Only the first teacher writes; what it would write for another one's prompts is not that one's.
+            if teacher and (name == "teacher" or config.loss.teachers == "weighted"):
+                calls.append(self._sample(self._rooms.teacher_generators, "teacher", teacher, teachers))
+        sampled = await asyncio.gather(*calls)
+        for slot in slots:
+            self.places.pop(slot, None)
+        return [entry for entries in sampled for entry in entries]
+
+    def golden(self, step: int, buffer: ReplayBuffer, strength: Strength) -> list[Entry]:
+        """The step's golden rollouts, which are taken from the buffer's."""
+        paired = self._config.buffer.golden_pairing == "prompt"
+        prompt_ids = [self._prompts[slot].prompt_id for slot in buffer.slots_of(step)] if paired else []
+        num_golden = self._mixture.at(step, strength).num_golden if len(buffer.golden) else 0
+        return buffer.golden.take(num_golden, prompt_ids)
+
+    async def with_scores(self, golden: Sequence[Entry]) -> list[Entry]:
+        """Golden rollouts with the scores that their loss compares with, if it does."""
+        if not self._requests.get("golden"):
+            return list(golden)
+        scored: list[Entry] = []
+        for name in sorted({entry.meta.teacher for entry in golden}):
+            routed = [entry for entry in golden if entry.meta.teacher == name]
+            rows = [entry.row for entry in routed]
+            _, rollouts = await self._rooms.recorder.call("select", routed[0].rollouts, rows)
+            scores = await self._score("golden", name, rollouts)
+            scored += [Entry(entry.meta, row, rollouts, scores) for row, entry in enumerate(routed)]
+        return scored
+
+    async def _sample(
+        self, pool: Pool, source: Source, groups: Sequence[PromptGroup], sampling: SamplingSettings
+    ) -> list[Entry]:
+        """Scored rollouts of some prompts of one teacher, by one source; unwanted teacher rollouts are left out."""
+        slots = [group.slot for group in groups]
+        for _ in range(MOST_REPAIRS):
+            self.places |= dict.fromkeys(slots, "generate")
+            metas, rollouts = await pool.call("generate", groups, sampling)
+            self.places |= dict.fromkeys(slots, "score")
+            try:
+                scores = await self._score(source, groups[0].teacher, rollouts)
+                break
+            except PayloadLost as error:  # with its node: nothing was trained on it, and it is sampled again
+                self._lost(1, f"rollouts of slots {slots} are sampled again: {error}")
+                cause = error
+        else:
+            raise RunError(f"rollouts of slots {slots} were lost {MOST_REPAIRS} times in a row, the last: {cause}")
+        entries = [Entry(meta, row, rollouts, scores) for row, meta in enumerate(metas)]
+        wanted = self._config.buffer.teacher_filter
+        if source == "student" or wanted == "none":
+            return entries
+        return [entry for entry in entries if (entry.meta.correct if wanted == "correct" else not entry.meta.truncated)]
+
+    async def _score(self, source: Source, teacher: str, rollouts: Any) -> dict[str, Any]:
+        """Role to scores of a payload, from all that the source's loss compares with, at once."""
+        requests = roles_of(self._config, self._requests[source], teacher)
+        answers = await asyncio.gather(
+            *(self._rooms.scorers[role].call("score", rollouts, request) for role, request in requests.items())
+        )
+        return {role: scores for role, (_, scores) in zip(requests, answers, strict=True)}
+
+
+def _asking(prompts: Sequence[PromptGroup], responses: Any) -> list[PromptGroup]:
+    """The prompts that get a response at all, with as many as ``responses(prompt)``."""
+    asked = [dataclasses.replace(prompt, num_responses=responses(prompt)) for prompt in prompts]
+    return [prompt for prompt in asked if prompt.num_responses]

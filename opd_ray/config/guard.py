@@ -1,0 +1,68 @@
+"""The configuration of the guard (:mod:`opd_ray.watch.guard`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_SHARES = ("truncated_token_share", "truncation_rate", "repetition_rate")
+
+
+def _yaml_off(level: Any) -> Any:
+    """YAML reads a bare ``off`` as false."""
+    return "off" if level is False else level
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=_STRICT)
+class GuardConfig:
+    """What raises an alarm, and how far the guard may go; thresholds of three are (warn, act, roll back)."""
+
+    level: Annotated[Literal["off", "warn", "act", "rollback", "stop"], BeforeValidator(_yaml_off)] = "act"
+    """The most the guard may do; each level includes those before it."""
+    truncated_token_share: tuple[float, float, float] = (0.1, 0.25, 0.7)
+    """Share of the tokens that stand in truncated rollouts; the earliest sign of inflation."""
+    truncation_rate: tuple[float, float, float] = (0.1, 0.25, 0.5)
+    """Share of rollouts that are truncated."""
+    repetition_rate: tuple[float, float, float] = (0.05, 0.15, 0.4)
+    """Share of rollouts whose tail is repetitive."""
+    entropy: tuple[float, float, float] = (0.02, 0.01, 0.003)
+    """Entropy in nats under which a student with vanishing gradient, whom the teacher contradicts, is deterministic."""
+    grad_norm: float = Field(0.02, gt=0)
+    """Gradient norm that counts as vanishing."""
+    length_ratio: float = Field(1.5, gt=1)
+    """Mean length over that of the first steps; warns only, for a student may rightly learn to write more."""
+    repetitive_share: float = Field(0.05, ge=0, le=1)
+    """Share of repetitive tokens from which their advantage is compared with that of the others."""
+    endorsed_logprob: float = Field(-1.0, le=0)
+    """Teacher's mean log-prob from which it endorses what the student writes; on repetitive tokens it warns only."""
+    window_steps: int = Field(3, ge=1)
+    """Steps over which a signal is averaged; it is silent until it has been seen that often."""
+    warmup_steps: int = Field(5, ge=1)
+    """First steps, whose mean length is the measure of length_ratio."""
+    patience_steps: int = Field(5, ge=1)
+    """Steps between two actions, and steps of quiet after which a signal is announced anew."""
+    num_notches: int = Field(2, ge=1)
+    """Equal parts in which the strength rises from what is configured to its limits."""
+    max_golden_per_prompt: float = Field(2.0, ge=0)
+    """Limit of golden rollouts for each on-policy prompt; 0 leaves them alone."""
+    max_golden_coef: float = Field(3.0, ge=0)
+    """Limit of λ_gold, which rises with the golden share."""
+    max_reference_kl_coef: float = Field(0.1, ge=0)
+    """Limit of β_KL; 0 leaves it alone."""
+    mask_truncated_tails: bool = True
+    """Whether the first action also takes the tails of truncated rollouts out of the loss."""
+    max_rollbacks: int = Field(2, ge=0)
+    """Rollbacks of one run; then it is stopped, where level allows."""
+    max_non_finite_steps: int = Field(3, ge=1)
+    """Steps in a row without a finite loss after which the run is stopped, whatever the level but off."""
+
+    def __post_init__(self) -> None:
+        for name in _SHARES:
+            thresholds = getattr(self, name)
+            if list(thresholds) != sorted(thresholds) or not 0 <= thresholds[0] <= thresholds[2] < 1:
+                raise ValueError(f"{name}: expected 0 ≤ warn ≤ act ≤ roll back < 1, got {thresholds}")
+        if list(self.entropy) != sorted(self.entropy, reverse=True) or self.entropy[2] < 0:
+            raise ValueError(f"entropy: expected warn ≥ act ≥ roll back ≥ 0, got {self.entropy}")

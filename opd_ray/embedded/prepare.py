@@ -1,0 +1,177 @@
+"""The embedded default: a teacher that ships with the package, a student built once per seed, and their data.
+
+`prepare` returns paths of ordinary files: Hugging Face checkpoints and JSONL.  From there on nothing in the
+loop knows that the models are small.  The student of a seed takes 10 to 20 seconds of one core and is kept in
+the cache (`OPD_RAY_CACHE`, else `~/.cache/opd_ray`), in a directory named after everything that decides its
+content, so that an edited recipe or another torch never finds an old student.
+
+    prompts      8,192 train problems, drawn by the seed
+    golden       128 train problems with the concise solution, drawn by the seed
+    validation   512 problems, the same for every seed
+    test         1,024 problems, the same for every seed
+
+How the problems look is in `opd_ray.tasks.chain`, how the models learn in `opd_ray.embedded_models`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from opd_ray.embedded import models as embedded_models
+from opd_ray.embedded.models import Report
+from opd_ray.errors import InputError
+from opd_ray.tasks import chain
+from opd_ray.tasks.chain import Problem
+
+TEACHER_DIR = Path(__file__).parent / "assets" / "chain_teacher"
+NUM_PROMPTS = 8192
+NUM_GOLDEN = 128
+MOST_GOLDEN = 8192
+NUM_VALIDATION = 512
+NUM_TEST = 1024
+
+_SOURCES = (Path(__file__), Path(embedded_models.__file__), Path(chain.__file__))
+_PACKAGES = ("torch", "transformers", "tokenizers")
+_PLAIN_LINE_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class EmbeddedPaths:
+    """Where the models (checkpoint directories) and the data (JSONL files) of one seed lie."""
+
+    student: Path
+    teacher: Path
+    prompts: Path
+    golden: Path
+    validation: Path
+    test: Path
+
+
+def prepare(seed: int, cache_dir: Path | None = None, progress: Report | None = None) -> EmbeddedPaths:
+    """The embedded models and data of ``seed``, built now if the cache does not hold them.
+
+    ``progress`` is called with (what, steps done, steps in all); by default a bar on stderr, or a plain line
+    now and then where stderr is no terminal.  Two processes may prepare one seed at the same time: a
+    directory appears in the cache complete or not at all, and the first one stays.
+    """
+    root = cache_dir or cache_root()
+    final = root / f"chain-{cache_key(seed)}-seed{seed}"
+    if not final.is_dir():
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            building = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
+        except OSError as error:
+            raise InputError(
+                f"cannot write to the cache {root} ({error.strerror}); set OPD_RAY_CACHE to a writable directory"
+            ) from error
+        try:
+            with contextlib.nullcontext(progress) if progress else terminal_progress() as report:
+                _build(seed, building, report)
+            _publish(building, final)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return EmbeddedPaths(
+        student=final / "student",
+        teacher=TEACHER_DIR,
+        prompts=final / "prompts.jsonl",
+        golden=final / "golden.jsonl",
+        validation=final / "validation.jsonl",
+        test=final / "test.jsonl",
+    )
+
+
+def golden_file(seed: int, count: int) -> Path:
+    """The first ``count`` golden solutions of ``seed``, beside its 128; more of them are drawn as those were."""
+    directory = prepare(seed).golden.parent
+    path = directory / f"golden-{count}.jsonl"
+    if not path.exists():
+        partial = directory / f".golden-{count}-{os.getpid()}"
+        problems = chain.draw_distinct(random.Random(f"golden {seed}"), "train", count)
+        write_rows(partial, problems, with_solutions=True)
+        partial.rename(path)
+    return path
+
+
+def cache_root() -> Path:
+    """`OPD_RAY_CACHE`, or `~/.cache/opd_ray`."""
+    configured = os.environ.get("OPD_RAY_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "opd_ray"
+
+
+def cache_key(seed: int) -> str:
+    """Twelve hex digits over all that decides a student and its data: code, package versions and seed."""
+    digest = hashlib.sha256(f"seed {seed}".encode())
+    for source in _SOURCES:
+        digest.update(source.read_bytes())
+    for package in _PACKAGES:
+        digest.update(f"{package} {importlib.metadata.version(package)}".encode())
+    return digest.hexdigest()[:12]
+
+
+def problem_sets(seed: int) -> dict[str, list[Problem]]:
+    """The problems of the four JSONL files, by file name without suffix; no problem twice in a set."""
+    return {
+        "prompts": chain.draw_distinct(random.Random(f"prompts {seed}"), "train", NUM_PROMPTS),
+        "golden": chain.draw_distinct(random.Random(f"golden {seed}"), "train", NUM_GOLDEN),
+        # Not by the seed: runs of different seeds are compared on the same problems.
+        "validation": chain.draw_distinct(random.Random("validation"), "validation", NUM_VALIDATION),
+        "test": chain.draw_distinct(random.Random("test"), "test", NUM_TEST),
+    }
+
+
+def _build(seed: int, directory: Path, report: Report) -> None:
+    for name, problems in problem_sets(seed).items():
+        write_rows(directory / f"{name}.jsonl", problems, with_solutions=name == "golden")
+    embedded_models.save(embedded_models.build_student(seed, report), directory / "student")
+
+
+def write_rows(path: Path, problems: Sequence[Problem], *, with_solutions: bool = False) -> None:
+    """One JSON object a line: id, prompt, answer, and the concise solution as response if asked for."""
+    rows = (chain.to_row(problem, with_solution=with_solutions) for problem in problems)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _publish(building: Path, final: Path) -> None:
+    """Moves the finished directory to its name; if another process was first, its equal result stays."""
+    building.chmod(0o755)  # mkdtemp makes it private, and workers may run as another user
+    try:
+        building.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+
+
+@contextlib.contextmanager
+def terminal_progress() -> Iterator[Report]:
+    """A bar on stderr if that is a terminal, else a line at the start, every ten seconds and at the end."""
+    console = Console(file=sys.stderr)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("preparing the embedded models")
+            yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        return
+    printed_s = float("-inf")
+
+    def plain(what: str, done: int, total: int) -> None:
+        nonlocal printed_s
+        if time.monotonic() - printed_s >= _PLAIN_LINE_EVERY_S or done == total:
+            printed_s = time.monotonic()
+            print(f"{what}: {100 * done // total} %", file=sys.stderr, flush=True)
+
+    yield plain

@@ -1,0 +1,73 @@
+"""From "embedded" in a configuration to the paths of the models and data that it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from opd_ray import config as configs
+from opd_ray.config import Config
+from opd_ray.data.golden import is_privileged
+from opd_ray.embedded import prepare as embedded
+from opd_ray.errors import InputError
+
+
+def resolve(config: Config) -> Config:
+    """Replaces what stands for the embedded models and data by their paths, building them where needed."""
+    config = _without_foreign_golden(config)
+    data = config.data
+    golden = str(data.golden).partition(":")[0]
+    if configs.EMBEDDED in (config.student.path, data.prompts, golden, data.evaluation):
+        paths = embedded.prepare(config.seed)
+
+        def path(value: str | None, built: Path) -> str | None:
+            return str(built) if value == configs.EMBEDDED else value
+
+        config = dataclasses.replace(
+            config,
+            student=dataclasses.replace(config.student, path=path(config.student.path, paths.student)),
+            data=dataclasses.replace(
+                data,
+                prompts=path(data.prompts, paths.prompts),
+                golden=_golden(data.golden, paths.golden, config.seed),
+                evaluation=path(data.evaluation, paths.test),
+            ),
+        )
+
+    stand_ins = {configs.STUDENT: config.student.path, configs.EMBEDDED: str(embedded.TEACHER_DIR)}
+
+    def scorer(section: Any) -> Any:
+        return dataclasses.replace(section, path=stand_ins.get(section.path, section.path))
+
+    return dataclasses.replace(
+        config,
+        teacher=scorer(config.teacher),
+        more_teachers={name: scorer(teacher) for name, teacher in config.more_teachers.items()},
+        reference=scorer(config.reference),
+    )
+
+
+def _without_foreign_golden(config: Config) -> Config:
+    """The embedded golden solutions answer the embedded prompts: never mixed into other data."""
+    data = config.data
+    if data.prompts == configs.EMBEDDED or not str(data.golden).startswith(configs.EMBEDDED):
+        return config
+    if config.uses_golden or is_privileged(config):
+        raise InputError(
+            f"data.prompts is {data.prompts}, but data.golden is the embedded one, of another task; "
+            "give data.golden=FILE, or leave golden rollouts out: loss.golden.coef=0 buffer.golden_per_prompt=0"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(data, golden=None))
+
+
+def _golden(value: str | None, built: Path, seed: int) -> str | None:
+    """A golden file: as given, the embedded one, or as many embedded solutions as "embedded:N" asks for."""
+    kind, _, count = str(value).partition(":")
+    if kind != configs.EMBEDDED or value is None:
+        return value
+    if not count:
+        return str(built)
+    if not count.isdigit() or not 0 < int(count) <= embedded.MOST_GOLDEN:
+        raise InputError(f"data.golden={value}: expected embedded:N with N from 1 to {embedded.MOST_GOLDEN}")
+    return str(embedded.golden_file(seed, int(count)))

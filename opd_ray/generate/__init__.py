@@ -1,0 +1,36 @@
+"""GENERATE: students (and teachers) that write rollouts.
+
+The engine is made inside the actor, so that only an actor imports an inference library.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opd_ray.config import RolloutConfig
+from opd_ray.generate.engine import GenerationEngine
+
+
+def make_generation_engine(
+    path: str, rollout: RolloutConfig, weight_backend: str, max_context_tokens: int
+) -> GenerationEngine:
+    """The configured engine on the student's checkpoint."""
+    shared: dict[str, Any] = {
+        "path": path,
+        "dtype": rollout.dtype,
+        "max_num_seqs": rollout.max_num_seqs,
+        "max_context_tokens": max_context_tokens,
+        "weight_backend": weight_backend,
+    }
+    if rollout.engine == "torch":
+        from opd_ray.generate.torch import TorchGenerationEngine
+
+        return TorchGenerationEngine(**shared, device="cuda" if rollout.gpus_per_generator else "cpu")
+    from opd_ray.generate.vllm import VllmGenerationEngine
+
+    return VllmGenerationEngine(
+        **shared,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        kv_cache_bytes=rollout.kv_cache_bytes,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+    )

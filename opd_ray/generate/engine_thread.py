@@ -1,0 +1,150 @@
+"""The one thread that an inference engine lives in, inside its actor."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+from opd_ray.errors import EngineFailed, RunError
+from opd_ray.generate.engine import GenerationEngine
+from opd_ray.messages import (
+    GenerationRequest,
+)
+
+
+class EngineThread:
+    """Owns an engine: builds it, steps it while it has requests, runs commands in between.
+
+    Every call returns a future. When the engine fails, all of them get EngineFailed: one that failed is not stepped
+    again. After a weight update that failed half way, it is not stepped until one succeeds.
+    """
+
+    def __init__(self, make_engine: Callable[[], GenerationEngine]) -> None:
+        # What came in and was not looked at yet: each runs on the engine and settles the future beside it.
+        self._inbox: deque[tuple[Callable[[GenerationEngine], None], Future]] = deque()
+        self._running: dict[str, Future] = {}
+        self._drained: list[Future] = []
+        """Whoever waits until nothing is unfinished."""
+        self._on_hold = False
+        """Do requests wait for a weight update?"""
+        self._held: deque[tuple[GenerationRequest, Future]] = deque()
+        self._failure: EngineFailed | None = None
+        self._half_updated = False
+        self._wake = threading.Condition()
+        self._started: Future = Future()
+        threading.Thread(target=self._run, args=(make_engine,), name="engine", daemon=True).start()
+        self._started.result()
+
+    def submit(self, request: GenerationRequest) -> Future:
+        """A future of the request's Finished."""
+        done: Future = Future()
+        return self._enqueue(partial(self._admit, request, done), done)
+
+    def command(self, run: Callable[[GenerationEngine], Any]) -> Future:
+        """Runs ``run(engine)`` between two steps."""
+        done: Future = Future()
+        return self._enqueue(partial(_settle, done, run), done)
+
+    def drain(self) -> Future:
+        """Done when nothing is unfinished; requests that come from now on wait for the next weight update."""
+        done: Future = Future()
+        return self._enqueue(partial(self._hold, done), done)
+
+    def update(self, run: Callable[[GenerationEngine], Any]) -> Future:
+        """Runs a weight update between two steps, and then lets in what waited for it."""
+
+        def whole(engine: GenerationEngine) -> Any:
+            self._half_updated = True
+            outcome = run(engine)
+            self._half_updated = self._on_hold = False
+            held, self._held = self._held, deque()
+            for request, waiting in held:
+                self._admit(request, waiting, engine)
+            return outcome
+
+        return self.command(whole)
+
+    def abandon(self) -> Future:
+        """Drops every unfinished request; their futures get a RunError, that of ``abandon`` their number."""
+        done: Future = Future()
+        return self._enqueue(partial(self._drop, done), done)
+
+    def _enqueue(self, handle: Callable[[GenerationEngine], None], done: Future) -> Future:
+        done.set_running_or_notify_cancel()  # a caller that gives up must not make set_result() fail later
+        with self._wake:
+            if self._failure is not None:
+                done.set_exception(self._failure)
+            else:
+                self._inbox.append((handle, done))
+                self._wake.notify()
+        return done
+
+    def _hold(self, done: Future, _: GenerationEngine) -> None:
+        self._on_hold = True
+        self._drained.append(done)
+
+    def _drop(self, done: Future, engine: GenerationEngine) -> None:
+        engine.abort(list(self._running))
+        dropped = [*self._running.values(), *(waiting for _, waiting in self._held)]
+        self._running, self._held = {}, deque()
+        for waiting in dropped:
+            waiting.set_exception(RunError("the response was abandoned: its run ended or went back to a checkpoint"))
+        done.set_result(len(dropped))
+
+    def _admit(self, request: GenerationRequest, done: Future, engine: GenerationEngine) -> None:
+        if self._on_hold:
+            self._held.append((request, done))
+            return
+        try:
+            engine.submit(request)
+        except Exception as error:  # a request that the engine refuses fails alone
+            done.set_exception(error)
+        else:
+            self._running[request.request_id] = done
+
+    def _run(self, make_engine: Callable[[], GenerationEngine]) -> None:
+        try:
+            engine = make_engine()
+        except BaseException as error:
+            self._started.set_exception(error)
+            return
+        self._started.set_result(None)
+        try:
+            while True:
+                self._work(engine)
+        except BaseException as error:
+            failure = EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
+            with self._wake:
+                self._failure = failure
+                waiting = [*self._running.values(), *(done for _, done in (*self._held, *self._inbox))]
+                waiting += self._drained
+            for done in waiting:
+                if not done.done():
+                    done.set_exception(failure)
+
+    def _work(self, engine: GenerationEngine) -> None:
+        with self._wake:
+            self._wake.wait_for(lambda: self._inbox or self._drained or (self._running and not self._half_updated))
+        while self._inbox:
+            handle, _ = self._inbox[0]
+            handle(engine)
+            self._inbox.popleft()  # only now: what fails is told of the failure like what waits behind it
+        if self._drained and (not self._running or self._half_updated):
+            drained, self._drained = self._drained, []
+            for done in drained:
+                done.set_result(None)
+        if self._running and not self._half_updated:
+            for finished in engine.step():
+                self._running.pop(finished.request_id).set_result(finished)
+
+
+def _settle(done: Future, run: Callable[[GenerationEngine], Any], engine: GenerationEngine) -> None:
+    """Puts the outcome of ``run(engine)`` into ``done``."""
+    try:
+        done.set_result(run(engine))
+    except Exception as error:
+        done.set_exception(error)

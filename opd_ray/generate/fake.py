@@ -1,0 +1,74 @@
+"""Engines without a model, for tests of everything around them: deterministic, instant, no torch.
+
+Token t of a response is a function of the request's seed and t, so a test can predict it; its
+log-prob is that of a uniform draw. Weight updates only change the version that new tokens carry.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from opd_ray.generate.engine import Unfinished, response_budget
+from opd_ray.messages import Finished, GenerationRequest, TransferGroup, WeightManifest
+
+
+class FakeGenerationEngine:
+    """GenerationEngine that draws uniform tokens, one per response and step."""
+
+    def __init__(self, *, vocab_size: int = 32, max_num_seqs: int = 64, max_context_tokens: int = 1024) -> None:
+        self.weight_version = 0
+        self.connected: list[TransferGroup] = []
+        """Every group that ``connect`` was called with, in order."""
+        self._vocab_size = vocab_size
+        self._max_num_seqs = max_num_seqs
+        self._max_context_tokens = max_context_tokens
+        self._requests: dict[str, tuple[GenerationRequest, int]] = {}
+        self._versions: dict[str, list[int]] = {}
+
+    def submit(self, request: GenerationRequest) -> None:
+        self._requests[request.request_id] = (request, response_budget(request, self._max_context_tokens))
+        self._versions[request.request_id] = []
+
+    def step(self) -> list[Finished]:
+        finished = []
+        for request_id in list(self._requests)[: self._max_num_seqs]:
+            versions = self._versions[request_id]
+            versions.append(self.weight_version)
+            request, budget = self._requests[request_id]
+            stopped = self._token(request, len(versions) - 1) in request.sampling.stop_token_ids
+            if stopped or len(versions) >= budget:
+                finished.append(self._finish(request, versions, stopped))
+                self.abort([request_id])
+        return finished
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._requests.pop(request_id, None)
+            self._versions.pop(request_id, None)
+
+    def connect(self, group: TransferGroup) -> None:
+        self.connected.append(group)
+
+    def update_weights(self, manifest: WeightManifest, unfinished: Unfinished) -> None:
+        self.weight_version = manifest.version
+        if unfinished == "restart":
+            self._versions = {request_id: [] for request_id in self._versions}
+
+    def _token(self, request: GenerationRequest, position: int) -> int:
+        return random.Random(f"{request.seed}/{position}").randrange(self._vocab_size)
+
+    def _finish(self, request: GenerationRequest, versions: list[int], stopped: bool) -> Finished:
+        tokens = [self._token(request, position) for position in range(len(versions))]
+        top_k = min(request.sampling.top_k, self._vocab_size)
+        return Finished(
+            request_id=request.request_id,
+            tokens=np.asarray(tokens, dtype=np.int32),
+            logprobs=np.full(len(tokens), -math.log(self._vocab_size), dtype=np.float32),
+            weight_versions=np.asarray(versions, dtype=np.int32),
+            finish_reason="stop" if stopped else "length",
+            topk_ids=np.tile(np.arange(top_k, dtype=np.int32), (len(tokens), 1)) if top_k else None,
+        )

@@ -1,0 +1,220 @@
+"""Generators: an engine that samples responses; the student's takes in new weights while it does.
+
+The engine runs in a thread of its own, which alternates commands (submit, update, connect) and engine
+steps; a command therefore always runs between two steps and never races with one.
+Knows nothing of slots' accounting, of scoring or of training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from opd_ray.errors import RunError
+from opd_ray.generate.engine import GenerationEngine
+from opd_ray.generate.engine_thread import EngineThread
+from opd_ray.messages import (
+    ROLLOUT_SCHEMA,
+    Finished,
+    GenerationRequest,
+    PromptGroup,
+    RolloutMeta,
+    SamplingSettings,
+    Source,
+    TransferGroup,
+    WeightManifest,
+)
+from opd_ray.repetition import is_repetitive, tail_period
+from opd_ray.rooms import logs
+from opd_ray.rooms.node import this_actor, this_node
+from opd_ray.tasks import Task
+
+_log = logs.get(__name__)
+
+
+@dataclass(frozen=True)
+class GeneratorSettings:
+    """What may change from run to run without another engine."""
+
+    task: Task
+    """Verifies the answers."""
+    in_flight: str
+    """rollout.in_flight."""
+    repetition_window_chars: int
+    repetition_ratio: float
+    teacher_path: str
+    """Checkpoint that a TeacherGenerator samples with."""
+
+
+class Generator(ABC):
+    """Samples responses (an async Ray actor). Its subclasses say for whom."""
+
+    source: Source
+
+    def __init__(
+        self,
+        *,
+        make_engine: Callable[[], GenerationEngine],
+        load_tokenizer: Callable[[], Any],
+        settings: GeneratorSettings,
+    ) -> None:
+        self._engine = EngineThread(make_engine)
+        self._tokenizer = load_tokenizer()
+        self._settings = settings
+        self._name = this_actor()
+        self._request_ids = itertools.count()
+
+    async def node(self) -> str:
+        return this_node()
+
+    async def begin(self, settings: GeneratorSettings) -> None:
+        """Another run: drops what is left of the one before."""
+        await self.abandon()
+        self._settings = settings
+
+    async def generate(
+        self, groups: Sequence[PromptGroup], sampling: SamplingSettings
+    ) -> tuple[tuple[RolloutMeta, ...], pa.RecordBatch]:
+        """Samples every response of every group; a row per response, in order. Raises RunError when abandoned."""
+        owners = [(group, i) for group in groups for i in range(group.num_responses)]
+        requests = [
+            GenerationRequest(str(next(self._request_ids)), group.prompt_tokens, group.seed + i, sampling)
+            for group, i in owners
+        ]
+        finished = await asyncio.gather(*(asyncio.wrap_future(self._engine.submit(each)) for each in requests))
+        texts = self._tokenizer.batch_decode([each.tokens for each in finished], skip_special_tokens=True)
+        metas = tuple(
+            self._meta(group, i, each, text) for (group, i), each, text in zip(owners, finished, texts, strict=True)
+        )
+        return metas, self._payload([group for group, _ in owners], finished, metas, texts)
+
+    async def abandon(self) -> int:
+        """Drops every unfinished response, whose callers get a RunError; returns how many there were."""
+        return await asyncio.wrap_future(self._engine.abandon())
+
+    def _meta(self, group: PromptGroup, index: int, finished: Finished, text: str) -> RolloutMeta:
+        settings = self._settings
+        stopped = finished.finish_reason == "stop"
+        return RolloutMeta(
+            rollout_id=self._rollout_id(group.slot, index),
+            slot=group.slot,
+            prompt_id=group.prompt_id,
+            source=self.source,
+            num_prompt_tokens=len(group.prompt_tokens),
+            num_response_tokens=len(finished.tokens),
+            finish_reason=finished.finish_reason,
+            correct=stopped and settings.task.verify(text, group.row),
+            repetitive=is_repetitive(
+                text, window_chars=settings.repetition_window_chars, ratio=settings.repetition_ratio
+            ),
+            **self._behaviour(finished),
+            teacher=group.teacher,
+            tail_period=tail_period(finished.tokens),
+            worker=self._name,
+        )
+
+    def _payload(
+        self,
+        groups: Sequence[PromptGroup],
+        finished: Sequence[Finished],
+        metas: Sequence[RolloutMeta],
+        texts: Sequence[str],
+    ) -> pa.RecordBatch:
+        columns = {
+            "rollout_id": [meta.rollout_id for meta in metas],
+            "slot": [meta.slot for meta in metas],
+            "prompt_id": [meta.prompt_id for meta in metas],
+            "source": [meta.source for meta in metas],
+            "prompt_tokens": [group.prompt_tokens for group in groups],
+            "response_tokens": [each.tokens for each in finished],
+            "topk_ids": [() if each.topk_ids is None else each.topk_ids.ravel() for each in finished],
+            "privileged_prompt_tokens": [group.privileged_prompt_tokens for group in groups],
+            "finish_reason": [meta.finish_reason for meta in metas],
+            "correct": [meta.correct for meta in metas],
+            "text": list(texts),
+        }
+        return pa.RecordBatch.from_pydict(columns | self._behaviour_columns(finished), schema=ROLLOUT_SCHEMA)
+
+    @abstractmethod
+    def _rollout_id(self, slot: int, index: int) -> str:
+        """Unlike that of any other source's rollout."""
+
+    @abstractmethod
+    def _behaviour(self, finished: Finished) -> dict[str, Any]:
+        """The meta's view of the weights that sampled."""
+
+    @abstractmethod
+    def _behaviour_columns(self, finished: Sequence[Finished]) -> dict[str, list[Any]]:
+        """The payload's."""
+
+
+class StudentGenerator(Generator):
+    """Samples responses with the student's current weights."""
+
+    source = "student"
+
+    async def connect(self, group: TransferGroup) -> None:
+        """Joins the group that weights are broadcast in."""
+        await asyncio.wrap_future(self._engine.command(lambda engine: engine.connect(group)))
+
+    async def drain(self) -> None:
+        """Finishes what is unfinished; what comes meanwhile is begun after the next weight update."""
+        await asyncio.wrap_future(self._engine.drain())
+
+    async def update_weights(self, manifest: WeightManifest) -> None:
+        """Receives one broadcast; unfinished responses go on or begin again, as rollout.in_flight says."""
+        unfinished = "restart" if self._settings.in_flight == "abort" else "keep"
+        update = self._engine.update(lambda engine: engine.update_weights(manifest, unfinished))
+        await asyncio.wrap_future(update)
+        logs.at(version=manifest.version)
+        _log.info("has weights of version %d", manifest.version)
+
+    def _rollout_id(self, slot: int, index: int) -> str:
+        return f"{slot}-{index}"
+
+    def _behaviour(self, finished: Finished) -> dict[str, Any]:
+        return {
+            "oldest_version": int(finished.weight_versions[0]),
+            "newest_version": int(finished.weight_versions[-1]),
+            "mean_version": float(np.mean(finished.weight_versions)),
+            "mean_behaviour_logprob": float(np.mean(finished.logprobs)),
+        }
+
+    def _behaviour_columns(self, finished: Sequence[Finished]) -> dict[str, list[Any]]:
+        return {
+            "behaviour_logprobs": [each.logprobs for each in finished],
+            "weight_versions": [each.weight_versions for each in finished],
+        }
+
+
+class TeacherGenerator(Generator):
+    """Samples responses with the teacher's weights: rollouts to imitate, without a policy that is a student's."""
+
+    source = "teacher"
+
+    async def begin(self, settings: GeneratorSettings) -> None:
+        """Another run. Raises RunError when it has another teacher, which would need another engine."""
+        if settings.teacher_path != self._settings.teacher_path:
+            raise RunError(
+                f"a teacher's generator was started on {self._settings.teacher_path}, but this run asks for "
+                f"{settings.teacher_path}; runs that share their rooms must agree on teacher.path"
+            )
+        await super().begin(settings)
+
+    def _rollout_id(self, slot: int, index: int) -> str:
+        return f"{slot}-t{index}"
+
+    def _behaviour(self, finished: Finished) -> dict[str, Any]:
+        return {"oldest_version": -1, "newest_version": -1, "mean_version": -1.0, "mean_behaviour_logprob": math.nan}
+
+    def _behaviour_columns(self, finished: Sequence[Finished]) -> dict[str, list[Any]]:
+        empty: list[Any] = [() for _ in finished]
+        return {"behaviour_logprobs": empty, "weight_versions": empty}

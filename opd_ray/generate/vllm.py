@@ -1,0 +1,196 @@
+"""GenerationEngine on vLLM, and what both vLLM engines share: an in-process LLMEngine, driven by ``step``.
+
+Importing vLLM binds the process's memory and turns ``torch.set_num_threads`` into a no-op on
+CPUs, so each engine belongs in a process of its own; the import happens in the constructors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from opd_ray.errors import WeightSyncError
+from opd_ray.generate.engine import Unfinished, response_budget
+from opd_ray.messages import Finished, GenerationRequest, TransferGroup, WeightManifest
+from opd_ray.models.vllm import (
+    build,
+    cache_bytes,
+    columns,
+    context_limit,
+    prepare_process,
+    prompt_input,
+    vocabulary_size,
+)
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+_WORKER_BACKENDS = {"gloo": "gloo", "nccl": "limited_nccl"}
+"""weights.backend to the transfer backend of vLLM's workers (see opd_ray.weights.vllm_worker)."""
+
+
+class VllmGenerationEngine:
+    """GenerationEngine on vLLM.
+
+    Log-probs are those of the sampled distribution (after temperature and top-p); greedy requests report the
+    untempered distribution. Of the top_k ids those outside of a top-p nucleus smaller than k are arbitrary.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        dtype: str = "float32",
+        tensor_parallel_size: int = 1,
+        max_num_seqs: int = 64,
+        max_context_tokens: int | None = None,
+        kv_cache_bytes: int = 256 * 2**20,
+        gpu_memory_utilization: float = 0.85,
+        max_batch_tokens: int = 8192,
+        weight_backend: str = "gloo",
+    ) -> None:
+        """``max_context_tokens`` caps prompt + response, by default at what the checkpoint allows;
+        ``kv_cache_bytes`` counts on CPUs, ``gpu_memory_utilization`` on GPUs; ``max_batch_tokens``
+        bounds the tokens of one step, prefills and recomputed prefixes included."""
+        prepare_process()
+        from vllm.config import WeightTransferConfig
+
+        self._backend = weight_backend
+        self._max_context_tokens = context_limit(path, max_context_tokens)
+        self._engine = build(
+            model=path,
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel_size,
+            max_num_seqs=max_num_seqs,
+            max_model_len=self._max_context_tokens,
+            **_prefill_arguments(max_batch_tokens, self._max_context_tokens),
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_memory_bytes=cache_bytes(kv_cache_bytes),
+            # On CPUs the bookkeeping of the prefix cache costs a tenth of the tokens per second.
+            enable_prefix_caching=torch.cuda.is_available(),
+            logprobs_mode="processed_logprobs",
+            max_logprobs=-1,
+            weight_transfer_config=WeightTransferConfig(backend=_WORKER_BACKENDS[weight_backend]),
+            worker_extension_cls="opd_ray.weights.vllm_worker.WorkerExtension",
+        )
+        self._vocab_size = vocabulary_size(self._engine)
+        self._unfinished: dict[str, GenerationRequest] = {}
+        self._serve_version(0)
+
+    def submit(self, request: GenerationRequest) -> None:
+        budget = response_budget(request, self._max_context_tokens)
+        self._unfinished[request.request_id] = request
+        parameters = _sampling_params(request, budget, self._top_k(request))
+        self._engine.add_request(request.request_id, prompt_input(request.prompt_tokens), parameters)
+
+    def step(self) -> list[Finished]:
+        finished = []
+        for output in self._engine.step():
+            completion = output.outputs[0]
+            top_k = self._top_k(self._unfinished.pop(output.request_id))
+            logprobs, ids = columns(completion.logprobs, len(completion.token_ids), top_k)
+            finished.append(
+                Finished(
+                    request_id=output.request_id,
+                    tokens=np.asarray(completion.token_ids, dtype=np.int32),
+                    logprobs=logprobs[:, 0].copy(),
+                    weight_versions=_per_token(completion.weight_versions),
+                    finish_reason=completion.finish_reason,
+                    topk_ids=ids[:, 1:].copy() if top_k else None,
+                )
+            )
+        return finished
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        unfinished = [request_id for request_id in request_ids if self._unfinished.pop(request_id, None)]
+        self._engine.abort_request(unfinished)
+
+    def connect(self, group: TransferGroup) -> None:
+        self._on_workers("opd_connect", init_info(self._backend, group), "join the transfer group")
+
+    def update_weights(self, manifest: WeightManifest, unfinished: Unfinished) -> None:
+        begun_again = list(self._unfinished.values()) if unfinished == "restart" else []
+        self._engine.abort_request([request.request_id for request in begun_again])
+        info = update_info(self._backend, manifest)
+        self._on_workers("opd_update_weights", info, f"load weight version {manifest.version}")
+        # Preempts what runs and empties the prefix cache, so every prefix is recomputed: KV
+        # entries of the old weights under the new ones shift the log-probs without an error.
+        self._engine.reset_prefix_cache(reset_running_requests=True)
+        self._serve_version(manifest.version)
+        for request in begun_again:
+            self.submit(request)
+
+    def _top_k(self, request: GenerationRequest) -> int:
+        return min(request.sampling.top_k, self._vocab_size)
+
+    def _serve_version(self, version: int) -> None:
+        self.weight_version = version
+        # vLLM labels each step's tokens with it and returns the spans with the finished response.
+        self._engine.set_weight_version(str(version))
+
+    def _on_workers(self, method: str, info: dict[str, Any], action: str) -> None:
+        try:
+            self._engine.collective_rpc(method, args=(info,))
+        except WeightSyncError:
+            raise
+        except Exception as error:
+            raise WeightSyncError(
+                f"weights: a vLLM engine on backend {self._backend} could not {action}: {error}; "
+                "its weights may be of two versions: do not step it before an update has succeeded"
+            ) from error
+
+
+def init_info(backend: str, group: TransferGroup) -> dict[str, Any]:
+    """How a worker joins ``group``, as our backends "limited_nccl" and "gloo" want it."""
+    shared = {"rank_offset": group.rank, "world_size": group.world_size, "timeout_s": group.timeout_s}
+    if backend == "nccl":
+        where = {"master_address": group.host, "master_port": group.port}
+        return shared | where | {"packed": True, "packed_buffer_size_bytes": group.bucket_bytes}
+    return shared | {"host": group.host, "port": group.port, "bucket_bytes": group.bucket_bytes}
+
+
+def update_info(backend: str, manifest: WeightManifest) -> dict[str, Any]:
+    """What one broadcast brings, as vLLM's backend "nccl" or our "gloo" wants it."""
+    info: dict[str, Any] = {
+        "names": list(manifest.names),
+        "dtype_names": list(manifest.dtypes),
+        "shapes": [list(shape) for shape in manifest.shapes],
+    }
+    return info if backend == "nccl" else info | {"version": manifest.version}
+
+
+def _per_token(spans: Any) -> np.ndarray:
+    """vLLM's (version, start, end) spans as one version per token."""
+    versions = [int(span.version) for span in spans]
+    return np.repeat(np.asarray(versions, dtype=np.int32), [span.end - span.start for span in spans])
+
+
+def _sampling_params(request: GenerationRequest, max_tokens: int, top_k: int) -> SamplingParams:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = request.sampling
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=max_tokens,
+        seed=request.seed,
+        # The checkpoint's own EOS is ignored: the request names every token that ends it.
+        ignore_eos=True,
+        stop_token_ids=list(sampling.stop_token_ids),
+        logprobs=top_k,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _prefill_arguments(max_batch_tokens: int, max_context_tokens: int) -> dict[str, Any]:
+    if torch.cuda.is_available():
+        return {"max_num_batched_tokens": max_batch_tokens}
+    # vLLM rewinds a request's random generator when its prefix takes more than one step, which a
+    # CPU generator refuses ("does not use offset"): prefixes stay whole there.
+    return {"max_num_batched_tokens": max(max_batch_tokens, max_context_tokens), "enable_chunked_prefill": False}

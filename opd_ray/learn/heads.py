@@ -1,0 +1,166 @@
+"""Output layers: the student's, which runs in pieces under its loss, and those of frozen models, loaded alone.
+
+A causal LM is a body that turns tokens into hidden states and a head that turns these into logits. The states are
+small (H numbers a token), the logits are not (V), so the student's body hands out states of response tokens only, and
+:class:`ResponseModel` leaves it to the loss to ask its head for as many logits at a time as it can hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from opd_ray.errors import InputError
+from opd_ray.models.heads import LogitTransform, transform_of
+
+_PROBE_TOKENS = 4
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
+"""Largest difference of two ways to the same logits, relative to their size, by precision."""
+
+
+LossOfRows = Callable[[int, torch.Tensor], torch.Tensor]
+"""(number of a piece, its logits [n, V]) to that piece's share of the loss."""
+
+
+class Consumer(Protocol):
+    """What the loss of one micro-batch is to the student's head."""
+
+    def __call__(self, hidden: torch.Tensor, head: ResponseHead) -> torch.Tensor:
+        """The loss, from states [N, H] and the layer that makes logits of them."""
+
+
+class ResponseHead(torch.nn.Linear):
+    """An output layer whose forward pass can hold a whole loss.
+
+    DeepSpeed's ZeRO-3 gathers a module's parameters around its forward and its backward pass. With the loss inside
+    they are gathered once each, however many pieces the loss cuts its tokens into, so ranks whose numbers of pieces
+    differ still take part in the same collectives.
+    """
+
+    consumer: Consumer | None = None
+    transform: LogitTransform = LogitTransform()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) if self.consumer is None else self.consumer(hidden, self)
+
+    def sum_losses(self, hidden: torch.Tensor, sizes: Sequence[int], loss: LossOfRows) -> torch.Tensor:
+        """Σ loss(i, logits of the i-th piece of ``hidden``), pieces of ``sizes`` rows that make up all of it.
+
+        Logits and whatever a loss computes from them live for one piece only: its gradient is taken at once, and what
+        stays for the backward pass is the gradient of ``hidden`` and that of the layer.
+        """
+        return _SumOfPieces.apply(hidden, self.weight, self.bias, self.transform, tuple(sizes), loss)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, V] float32, with gradient; they stay for the backward pass."""
+        return self.transform(torch.nn.functional.linear(hidden, self.weight, self.bias))
+
+
+class _SumOfPieces(torch.autograd.Function):
+    """ResponseHead.sum_losses."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        transform: LogitTransform,
+        sizes: tuple[int, ...],
+        loss: LossOfRows,
+    ) -> torch.Tensor:
+        layer = [tensor.detach().requires_grad_() for tensor in (weight, bias) if tensor is not None]
+        of_hidden = torch.empty_like(hidden)
+        of_layer = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in layer]
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for index, (rows, target) in enumerate(zip(hidden.split(sizes), of_hidden.split(sizes), strict=True)):
+            states = rows.detach().requires_grad_()
+            with torch.enable_grad():
+                value = loss(index, transform(torch.nn.functional.linear(states, *layer)))
+            of_states, *of_piece = torch.autograd.grad(value, [states, *layer])
+            target.copy_(of_states)
+            for gradient, part in zip(of_layer, of_piece, strict=True):
+                gradient.add_(part)
+            total += value.detach()
+        context.save_for_backward(of_hidden, *of_layer)
+        context.dtype = weight.dtype
+        return total.float()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_hidden, *of_layer = context.saved_tensors
+        scaled = [(part * gradient).to(context.dtype) for part in of_layer]
+        return of_hidden * gradient.to(of_hidden.dtype), *(scaled + [None])[:2], None, None, None
+
+
+class ResponseModel(torch.nn.Module):
+    """A causal LM that ends in a loss on its response tokens; its [B, T, V] logits never exist."""
+
+    def __init__(self, causal_lm: torch.nn.Module) -> None:
+        """Changes the class of the output layer of ``causal_lm``, which otherwise works as before.
+
+        Raises InputError when body and output layer do not make the model's own logits.
+        """
+        super().__init__()
+        self.causal_lm = causal_lm
+        config = causal_lm.config.get_text_config()
+        _check_head(causal_lm, config)
+        head = causal_lm.get_output_embeddings()
+        head.__class__ = ResponseHead
+        head.transform = transform_of(config)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.causal_lm.get_output_embeddings().out_features
+
+    def consume(self, consumer: Consumer) -> None:
+        """Sets what the next forward pass ends in. Apart from it, as DeepSpeed looks for tensors in its arguments."""
+        self.causal_lm.get_output_embeddings().consumer = consumer
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, logit_index: torch.Tensor
+    ) -> torch.Tensor:
+        """What the consumer makes of the states at ``logit_index`` [N] in the flattened ``input_ids`` [B, T].
+
+        Without an attention mask: rows are padded on the right, where causal attention never looks;
+        packed rows are told apart by their ``position_ids``.
+        """
+        body = self.causal_lm.base_model
+        hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        head = self.causal_lm.get_output_embeddings()
+        try:
+            return head(hidden.flatten(0, 1).index_select(0, logit_index))
+        finally:
+            head.consumer = None
+
+
+@torch.no_grad()
+def _check_head(causal_lm: torch.nn.Module, config: Any) -> None:
+    """Body, output layer and transform must give what the model itself gives."""
+    name = type(causal_lm).__name__
+    head = causal_lm.get_output_embeddings()
+    if type(head) is not torch.nn.Linear and not isinstance(head, ResponseHead):
+        raise InputError(
+            f"student: the output layer of {name} is a {type(head).__name__}, expected a linear layer; "
+            "use an architecture with a plain lm_head"
+        )
+    vocabulary = causal_lm.get_input_embeddings().num_embeddings
+    tokens = torch.arange(_PROBE_TOKENS, device=head.weight.device)[None] % vocabulary
+    own = causal_lm(input_ids=tokens, use_cache=False).logits.float()
+    hidden = causal_lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    ours = transform_of(config)(torch.nn.functional.linear(hidden, head.weight, head.bias)).log_softmax(-1)
+    difference = float((ours - own.log_softmax(-1)).abs().max())
+    tolerance = _PROBE_TOLERANCE.get(head.weight.dtype, 1e-3) * max(1.0, float(own.std()))
+    if not difference <= tolerance:
+        raise InputError(
+            f"student: {name} does something unknown to its logits (log-probs differ by {difference:.2g} nats from "
+            "body and output layer); known are logit_scale, logits_scaling, final_logit_softcapping in config.json"
+        )
+
+
+def chunk_rows(vocab_size: int, logits_mb: int) -> int:
+    """Tokens whose float32 logits fill ``logits_mb`` MiB; at least 1."""
+    return max(1, math.floor(logits_mb * 2**20 / (4 * vocab_size)))

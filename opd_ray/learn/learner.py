@@ -1,0 +1,412 @@
+"""Learner: one data-parallel rank of the trainer, under DeepSpeed.
+
+The driver calls ``train_step``, ``send_weights``, ``snapshot``, ``restore`` and ``export`` on every
+rank at once: under ZeRO they are collective, and a rank that is left out makes the others wait. A
+rank knows its own plan and the step's global denominators, nothing of the buffer or of the
+generators. It is a plain class; :mod:`opd_ray.placement.launch` makes it an actor.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opd_ray.config import Config
+from opd_ray.errors import InputError, RunError
+from opd_ray.learn.heads import ResponseModel
+from opd_ray.learn.losses.diagnostics import finish
+from opd_ray.learn.microbatch import (
+    Payload,
+    collate,
+    disable_dropout,
+    fetch_payloads,
+    is_loss,
+    lost_rollouts,
+    lr_factor,
+)
+from opd_ray.learn.objective import MicroBatchLoss, Objective
+from opd_ray.learn.state import LearnerState
+from opd_ray.messages import StepOutcome, StepPlan, TransferGroup, WeightManifest
+from opd_ray.models.checkpoints import load_causal_lm, local_directory
+from opd_ray.models.heads import load_heads
+from opd_ray.rooms import logs
+from opd_ray.rooms.node import free_port, node_ip, this_node
+from opd_ray.weights import make_transport
+from opd_ray.weights.manifest import manifest_of, weights_of
+
+_log = logs.get(__name__)
+
+_WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+
+
+class Learner:
+    """Trains the student on the plans of one rank, and hands its weights out.
+
+    The process joins the other ranks once, by ``setup``; ``begin`` starts a run and may be called again for the
+    next one.
+    """
+
+    def __init__(self, config: Config, rank: int) -> None:
+        """``config`` says where and with how many others this process trains; later runs keep to that."""
+        self._config = config
+        self._rank = rank
+        self._num_ranks = config.learner.num_ranks
+        self._cuda = config.learner.gpus_per_rank > 0
+        # DeepSpeed guesses its accelerator from the machine; a CPU run on a GPU node must say so.
+        os.environ["DS_ACCELERATOR"] = "cuda" if self._cuda else "cpu"
+        if not self._cuda:
+            torch.set_num_threads(max(1, int(config.learner.cpus_per_rank)))
+        self._device = torch.device("cuda", 0) if self._cuda else torch.device("cpu")
+        self._transport = make_transport(config.weight_backend)
+        self._engine: Any = None
+
+    def node(self) -> str:
+        return this_node()
+
+    def node_address(self) -> tuple[str, int]:
+        """(IP address, free port) of this process's node, where rank 0 lets the others meet."""
+        return node_ip(), free_port()
+
+    def setup(self, master_host: str, master_port: int) -> None:
+        """Joins the other ranks; once in a process, blocks for all of them."""
+        os.environ |= {
+            "MASTER_ADDR": master_host,
+            "MASTER_PORT": str(master_port),
+            "RANK": str(self._rank),
+            "LOCAL_RANK": "0",  # Ray shows each actor only its own GPU
+            "WORLD_SIZE": str(self._num_ranks),
+        }
+        timeout = timedelta(seconds=max(self._config.deadlines.start_s, self._config.deadlines.train_s))
+        backend = "nccl" if self._cuda else "gloo"
+        _import_deepspeed().init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+    def begin(self, config: Config, student_path: str, stop_token_ids: Sequence[int]) -> None:
+        """Loads the student and builds engine, optimizer and objective of a run; blocks for all ranks.
+
+        ``stop_token_ids`` is the EOS set, the first id standing for all. What an earlier run left is freed. Raises
+        InputError when the run needs other ranks than the process has, or a model cannot be used.
+        """
+        asked = (config.learner.num_ranks, config.learner.gpus_per_rank > 0)
+        if asked != (self._num_ranks, self._cuda):
+            raise InputError(
+                f"learner: a run on {asked[0]} ranks (GPU: {asked[1]}) was begun on {self._num_ranks} (GPU: "
+                f"{self._cuda}); start new learner actors for it"
+            )
+        self._end()
+        self._config = config
+        self._student_path = local_directory(student_path)
+        self._zero_stage = config.learner.zero_stage
+        if self._zero_stage == 0 and config.learner.dtype == "bfloat16":
+            # DeepSpeed 0.19 without ZeRO accumulates bfloat16 gradients in bfloat16, and allocates AdamW's state
+            # by an empty step that its bias correction counts: the first update is 0.74 of what it should be.
+            self._zero_stage = 1
+        self._stop_token_ids = tuple(stop_token_ids)
+        torch.manual_seed(config.seed)
+        self._model = self._load_student()
+        self._num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        self._module = ResponseModel(self._model)
+        self._objective = Objective(
+            config,
+            vocab_size=self._module.vocab_size,
+            stop_token_ids=self._stop_token_ids,
+            heads=load_heads(config, str(self._student_path), self._device),
+        )
+        learner = config.learner
+        optimizer = torch.optim.AdamW(
+            self._module.parameters(),
+            lr=learner.lr,
+            betas=learner.adam_betas,
+            weight_decay=learner.weight_decay,
+            fused=True,
+        )
+        self._engine, *_ = _import_deepspeed().initialize(
+            model=self._module,
+            optimizer=optimizer,
+            lr_scheduler=lambda basic: torch.optim.lr_scheduler.LambdaLR(basic, functools.partial(lr_factor, learner)),
+            config=self._engine_config(),
+        )
+        self._state = LearnerState(self._engine, self._model, zero_stage=self._zero_stage, seed=config.seed)
+
+    def train_step(self, plan: StepPlan, fetch: Callable[[list[Any]], list[Any]] | None = None) -> StepOutcome:
+        """One optimizer step; the same outcome on every rank.
+
+        ``fetch`` turns refs into RecordBatches (``ray.get`` unless told). Where payloads of any rank are gone from the
+        object store, or where a loss or the gradient is not finite on any rank, no rank takes the step, and the
+        outcome says which rollouts are lost or to blame. Raises RunError when a payload does not fit its plan.
+        """
+        payloads, lost = self._fetch(plan, fetch or _ray_get())
+        # Agreed on before anything collective: a rank without its payloads would leave the others waiting in it.
+        if lost := tuple(sorted({rollout for each in self._everyones(lost) for rollout in each})):
+            return StepOutcome({}, lost=lost)
+        last = len(plan.micro_batches) - 1
+        names: tuple[str, ...] = ()
+        problems: list[str] = []
+        totals = torch.zeros((), dtype=torch.float64, device=self._device)
+        for index in range(len(plan.micro_batches)):
+            self._engine.set_gradient_accumulation_boundary(index == last)
+            loss = self._backward(plan, index, payloads)
+            problems += [loss.problem] if loss.problem else []
+            names = tuple(sorted(loss.metrics))
+            totals = totals + torch.stack([loss.metrics[name] for name in names]).double()
+        lr = self._engine.get_lr()[0]
+        grad_norm = self._optimizer_step()
+        if self._num_ranks > 1:
+            torch.distributed.all_reduce(totals)
+        metrics = finish(dict(zip(names, totals.tolist(), strict=True)))
+        metrics |= {"grad_norm": grad_norm, "lr": lr, "trained_tokens": float(plan.denominators.tokens)}
+        logs.at(step=plan.step + 1, version=plan.step + 1)
+        _log.info("trained %d tokens, gradient norm %.3g", plan.denominators.tokens, grad_norm)
+        if math.isfinite(grad_norm):
+            return StepOutcome(metrics)
+        return StepOutcome(metrics | {"loss": math.nan}, self._explain(problems, grad_norm))
+
+    def manifest(self, version: int) -> WeightManifest:
+        """What ``send_weights`` will send."""
+        return manifest_of(weights_of(self._model), version)
+
+    def open_transport(self, group: TransferGroup) -> None:
+        """Rank 0 forms the weight-transfer group; the other ranks take no part in it and return at once."""
+        if self._rank == 0:
+            self._transport.open(group)
+
+    def send_weights(self, manifest: WeightManifest, group: TransferGroup | None = None) -> None:
+        """Broadcasts the weights from rank 0. Collective under ZeRO-3; elsewhere the other ranks return at once.
+
+        With a ``group``, in that one, which is formed for this broadcast and closed after it; the group of
+        ``open_transport`` stays as it is. Raises WeightSyncError when a member does not answer in time; the learner
+        goes on, and may open another group.
+        """
+        weights = self._full_weights()
+        try:
+            if self._rank == 0 and group is None:
+                self._transport.send(manifest, weights)
+            elif self._rank == 0:
+                self._send_once(manifest, group, weights)
+        finally:
+            if self._zero_stage == 3:
+                for _ in weights:  # every rank gathers every parameter, also after a failure of rank 0
+                    pass
+
+    def _send_once(
+        self, manifest: WeightManifest, group: TransferGroup, weights: Iterator[tuple[str, torch.Tensor]]
+    ) -> None:
+        transport = make_transport(self._config.weight_backend)
+        try:
+            transport.open(group)
+            transport.send(manifest, weights)
+        finally:
+            transport.close()
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """The state between two steps: what all ranks agree on, for JSON, and this rank's share of the arrays.
+
+        Collective. The arrays of all ranks together are the whole state (see opd_ray.learner_state), also before the
+        first step and after one that was not taken.
+        """
+        return self._state.facts(), self._state.arrays()
+
+    def restore(
+        self, facts: Mapping[str, Any], parts: Sequence[Any], fetch: Callable[[Any], Any] | None = None
+    ) -> None:
+        """Continues from a ``snapshot`` of any number of ranks at any ZeRO stage; after ``begin`` or in mid-run.
+
+        ``parts`` are refs of all ranks' arrays, which ``fetch`` (``ray.get`` unless told) resolves one at a time.
+        The random generators go on where the number of ranks is the same, and else begin anew for the configured
+        seed and the rank. Raises RunError when the state is not this model's or not whole.
+        """
+        self._state.restore(facts, parts, fetch or _ray_get())
+
+    def export(self) -> tuple[int, dict[str, np.ndarray]]:
+        """A Hugging Face checkpoint in the student's original dtype: its size in bytes, and each file as uint8.
+
+        Collective under ZeRO-3; all but rank 0 return (0, {}). Every file of the student's directory that is not a
+        weight file (tokenizer, chat template, generation settings, config) is taken as it is.
+        """
+        state = {}
+        names = {name for name, _ in self._model.named_parameters()}
+        for name, weight in self._full_weights():
+            if self._rank == 0 and name in names:
+                state[name] = weight.detach().to("cpu", self._original_dtype, copy=True)
+        if self._rank != 0:
+            return 0, {}
+        state |= {name: buffer.cpu() for name, buffer in _persistent_buffers(self._model)}
+        with tempfile.TemporaryDirectory() as directory:
+            self._write_checkpoint(Path(directory), state)
+            files = {file.name: np.fromfile(file, dtype=np.uint8) for file in sorted(Path(directory).iterdir())}
+        return sum(map(len, files.values())), files
+
+    def _write_checkpoint(self, directory: Path, state: dict[str, torch.Tensor]) -> None:
+        from transformers import GenerationConfig
+
+        if (self._student_path / "generation_config.json").exists():
+            # Published ones can be invalid (a temperature without sampling) and then refuse to be saved; the
+            # original is copied below.
+            self._model.generation_config = GenerationConfig()
+        self._model.save_pretrained(directory, state_dict=state)
+        for file in self._student_path.iterdir():
+            if file.is_file() and not file.name.endswith(_WEIGHT_FILES):
+                shutil.copyfile(file, directory / file.name)
+        if len(self._stop_token_ids) > 1:
+            # Whoever serves the student must stop where the run did: at the teacher's EOS as well.
+            path = directory / "generation_config.json"
+            settings = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(settings | {"eos_token_id": list(self._stop_token_ids)}, indent=2) + "\n")
+
+    def _load_student(self) -> torch.nn.Module:
+        from transformers.utils import is_flash_attn_2_available
+
+        learner = self._config.learner
+        dtype = getattr(torch, learner.dtype)
+        flash = self._cuda and dtype == torch.bfloat16 and is_flash_attn_2_available()
+        attention = "flash_attention_2" if flash else "sdpa"
+        model = load_causal_lm(self._student_path, dtype="auto", attn_implementation=attention)
+        self._original_dtype = model.dtype
+        # Not model.to(dtype), which would also cast rotary frequencies and so blur long positions.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(self._device, dtype)
+        model = model.to(self._device).train()
+        disable_dropout(model)
+        if learner.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    def _engine_config(self) -> dict[str, Any]:
+        """DeepSpeed's configuration; buckets no larger than the model, as it allocates them whole."""
+        learner = self._config.learner
+        bucket = min(self._num_parameters, 200_000_000)
+        bfloat16 = learner.dtype == "bfloat16"
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,  # not used: boundaries and denominators are ours
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0 if self._clips_here else learner.gradient_clip,
+            "steps_per_print": 2**31,
+            "bf16": {"enabled": bfloat16},
+            "zero_optimization": {
+                "stage": self._zero_stage,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
+                "stage3_prefetch_bucket_size": min(self._num_parameters, 50_000_000),
+                # DeepSpeed keeps parameters below this size whole; its 100 000 would keep a small model whole.
+                "stage3_param_persistence_threshold": min(100_000, self._num_parameters // 1000),
+            },
+        }
+        if bfloat16:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        return config
+
+    @property
+    def _clips_here(self) -> bool:
+        """Without ZeRO, DeepSpeed steps the plain optimizer and reports no gradient norm."""
+        return self._zero_stage == 0
+
+    def _fetch(self, plan: StepPlan, fetch: Callable[[Any], Any]) -> tuple[dict[int, Payload], tuple[str, ...]]:
+        """The payloads of a plan, or else which of its rollouts lost theirs."""
+        try:
+            return fetch_payloads(plan, fetch), ()
+        except Exception as error:
+            if not is_loss(error):
+                raise
+        lost = lost_rollouts(plan, fetch)
+        return ({}, lost) if lost else (fetch_payloads(plan, fetch), ())
+
+    def _everyones(self, value: Any) -> list[Any]:
+        """Each rank's ``value``, on every rank."""
+        values = [value] * self._num_ranks
+        if self._num_ranks > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def _backward(self, plan: StepPlan, index: int, payloads: dict[int, Payload]) -> MicroBatchLoss:
+        """Accumulates the gradient of one micro-batch."""
+        batch = collate(plan.micro_batches[index], payloads, packing=self._config.learner.packing).to(self._device)
+        try:
+            loss = self._objective.of(batch, plan.denominators, plan.coefficients)
+        except RunError as error:
+            raise RunError(f"learner rank {self._rank}, step {plan.step}: {error}") from None
+        self._module.consume(loss)
+        value = self._engine(batch.input_ids, batch.position_ids, batch.logit_index)
+        # DeepSpeed averages gradients over ranks, but the loss is already divided by global counts.
+        self._engine.backward(value * self._num_ranks, scale_wrt_gas=False)
+        return loss
+
+    def _optimizer_step(self) -> float:
+        """Clips, steps optimizer and schedule; the global gradient norm before clipping.
+
+        A norm that is not finite means that nothing was stepped and the gradients are gone, on every rank.
+        """
+        if not self._clips_here:
+            self._engine.step()
+            # ZeRO skips a step whose gradient is not finite, and keeps the norm of the step before.
+            return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
+        clip = self._config.learner.gradient_clip
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), clip))
+        if math.isfinite(grad_norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return grad_norm
+
+    def _explain(self, problems: list[str], grad_norm: float) -> str:
+        """One text for all ranks from what each of them saw."""
+        texts = [f"rank {rank}: {text}" for rank, found in enumerate(self._everyones(problems)) for text in found]
+        if texts:
+            return "; ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
+        return f"the gradient norm is {grad_norm} although the loss is finite; lower learner.lr, or train in float32"
+
+    def _end(self) -> None:
+        """Frees what the last run held."""
+        if self._engine is None:
+            return
+        self._engine.destroy()
+        self._engine = self._module = self._model = self._objective = self._state = None
+        gc.collect()
+        if self._cuda:
+            torch.cuda.empty_cache()
+
+    def _full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each parameter whole, valid until the next is asked for; every rank must ask under ZeRO-3."""
+        if self._zero_stage < 3:
+            yield from ((name, parameter.data) for name, parameter in weights_of(self._model))
+            return
+        import deepspeed
+
+        for name, parameter in weights_of(self._model):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield name, parameter.data
+
+
+def _persistent_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    saved = model.state_dict().keys()
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
+def _ray_get() -> Callable[[Any], Any]:
+    import ray
+
+    return ray.get
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, quiet, and told not to compile its shared-memory extension (a minute at first use)."""
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its ZeRO-3 collectives go by names that torch 2.13 deprecates, and each call says so again.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+    return deepspeed

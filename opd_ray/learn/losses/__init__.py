@@ -1,0 +1,146 @@
+"""Per-token losses: pure functions of tensors.
+
+A loss returns one value per response token and knows nothing of rollouts, ranks or reductions;
+:mod:`opd_ray.learn.losses.reduction` weighs the values with the step's global denominators.
+
+    support       which outcomes two models are compared on, and what becomes of the rest
+    divergences   reverse KL, forward KL, JSD on these outcomes
+    estimators    k2 and k3 on the sampled token
+    advantage     k1, task reward and importance weights: the policy gradient
+    terms         the loss of one source, and the anchor, as the configuration asks for them
+    diagnostics   what is logged beside them
+    reduction     from one value per token to one number per step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+
+import torch
+
+MAX_LOG_RATIO = 20.0
+"""Bound on the logarithm of a probability ratio, whose exponential would overflow float32 beyond 88."""
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""A frozen model's output layer: hidden states [n, H] to logits [n, V] float32."""
+
+
+@dataclass(frozen=True)
+class ScoredTokens:
+    """A frozen model's opinion on N tokens; nats, float32, no gradient. See SCORE_SCHEMA."""
+
+    logprobs: torch.Tensor
+    """[N] log-prob of the token that was sampled."""
+    topk_ids: torch.Tensor
+    """[N, k] int64; k may be 0."""
+    topk_logprobs: torch.Tensor
+    """[N, k] under the full softmax."""
+    given_logprobs: torch.Tensor | None = None
+    """[N, k'] of the rollout's own topk_ids; None unless asked for."""
+    stop_logprobs: torch.Tensor | None = None
+    """[N] log P(stop); None unless asked for."""
+    hidden: torch.Tensor | None = None
+    """[N, H] in front of the output layer; None unless asked for."""
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ScoredTokens:
+        """The same change to every tensor."""
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+    def rows(self, rows: slice) -> ScoredTokens:
+        return self.map(lambda tensor: tensor[rows])
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """N response tokens of one source, scored by the same models.
+
+    Tokens of the EOS set count as one outcome, the first of the set: :attr:`logprobs` and :meth:`logprobs_of`
+    give it the probability of them all (METHOD §3). ``plain_logprobs`` are those of the tokens as they are.
+    """
+
+    logits: torch.Tensor
+    """[N, V] float32: the student's logits that predict each token; carries the gradient."""
+    tokens: torch.Tensor
+    """[N] int64: the tokens that were sampled (or, for golden rollouts, given)."""
+    behaviour_logprobs: torch.Tensor
+    """[N] float32: log μ(y_t|s_t) of the student that sampled; nan for golden and teacher rollouts."""
+    teachers: Mapping[str, ScoredTokens] = field(default_factory=dict)
+    """By name; empty where the loss compares with none."""
+    reference: ScoredTokens | None = None
+    """None where no reference is asked for."""
+    given_ids: torch.Tensor | None = None
+    """[N, k'] int64: the student's most probable tokens when it sampled; None unless asked for."""
+    reward_advantages: torch.Tensor | None = None
+    """[N] float32: Entry.reward_advantage of each token's rollout; None counts as 0."""
+    teacher_advantages: torch.Tensor | None = None
+    """[N] float32: the teacher's part of the advantage where all of it is data (policy=behaviour)."""
+    stop_token_ids: tuple[int, ...] = ()
+    """The EOS set, as it is merged; empty or one id for nothing to merge."""
+
+    def detached(self) -> TokenBatch:
+        """The same without gradient, for what is logged; the pass over the vocabulary is not made again."""
+        copy = replace(self, logits=self.logits.detach())
+        copy.__dict__["log_normalizer"] = self.log_normalizer.detach()
+        return copy
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.logits.shape[-1]
+
+    @property
+    def merges_stops(self) -> bool:
+        return len(self.stop_token_ids) > 1
+
+    @cached_property
+    def log_normalizer(self) -> torch.Tensor:
+        """[N] log Σ exp(logits), with gradient; one pass over the vocabulary for every term of the loss."""
+        return self.logits.logsumexp(-1)
+
+    @cached_property
+    def plain_logprobs(self) -> torch.Tensor:
+        """[N] log π_θ(y_t|s_t) of the tokens as they are, with gradient."""
+        return self.logits.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1) - self.log_normalizer
+
+    @cached_property
+    def logprobs(self) -> torch.Tensor:
+        """[N] log π_θ(y_t|s_t) with the EOS set as one outcome, with gradient."""
+        if not self.merges_stops:
+            return self.plain_logprobs
+        return torch.where(is_any_of(self.tokens, self.stop_token_ids), self.stop_logprobs, self.plain_logprobs)
+
+    @cached_property
+    def stop_logprobs(self) -> torch.Tensor:
+        """[N] log P(stop), with gradient; raises IndexError without an EOS set."""
+        return self.logits[:, list(self.stop_token_ids)].logsumexp(-1) - self.log_normalizer
+
+    def logprobs_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """[N, k] log-probs of ``ids`` [N, k], with gradient; the first stop id stands for the whole set."""
+        logprobs = self.logits.gather(-1, ids) - self.log_normalizer.unsqueeze(-1)
+        if not self.merges_stops:
+            return logprobs
+        return torch.where(ids == self.stop_token_ids[0], self.stop_logprobs.unsqueeze(-1), logprobs)
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """One value per token, and per-token quantities worth logging (detached)."""
+
+    values: torch.Tensor
+    """[N] float32."""
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Name to [N]; averaged over all tokens of the source before they are logged."""
+
+
+def is_any_of(ids: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:
+    """bool, in the shape of ``ids``; faster than torch.isin for the handful of ids of an EOS set."""
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for id_ in wanted:
+        found |= ids == id_
+    return found

@@ -1,0 +1,147 @@
+"""The outcomes on which student and frozen model are compared, and what becomes of the mass outside (METHOD §4.3).
+
+A support is the teacher's top-k, the student's top-k, or the whole vocabulary. Outside a top-k support the mass is
+
+    bucket         one more outcome: the exact divergence of the two distributions with their tails merged,
+                   non-negative, a lower bound of the full one and equal to it for k ≥ V
+    renormalise    divided away on both sides
+    stop_gradient  left out of the sum; see :func:`opd_ray.learn.losses.divergences.diverge`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from opd_ray.config.method import Support, Tail
+from opd_ray.errors import RunError
+from opd_ray.learn.losses import Head, ScoredTokens, TokenBatch, is_any_of
+
+MIN_TAIL_MASS = torch.finfo(torch.float32).eps
+"""Smallest tail mass that is told from 0, near what float32 log-probs resolve. Without this floor a
+teacher whose rounded top-k sums to 1 would make the divergence infinite."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Two distributions over the same K outcomes at each of N tokens, in log-probs."""
+
+    log_p: torch.Tensor
+    """[N, K] of the student, with gradient."""
+    log_q: torch.Tensor
+    """[N, K] of the frozen model."""
+    known: torch.Tensor | None = None
+    """[N, K] or [1, K] bool: False where an entry is no outcome; None when all are."""
+    truncated: bool = False
+    """The sums of both stay below 1, as mass outside is left out."""
+
+    def total(self, terms: torch.Tensor) -> torch.Tensor:
+        """[N] sum of ``terms`` [N, K] over the outcomes."""
+        return (terms if self.known is None else terms.masked_fill(~self.known, 0.0)).sum(-1)
+
+
+def compare(batch: TokenBatch, scored: ScoredTokens, support: Support, tail: Tail, head: Head | None) -> Outcomes:
+    """Student and scorer on a support; ``head`` is the scorer's output layer, for support=full.
+
+    Raises RunError when the scores lack what the support needs.
+    """
+    if support == "full":
+        return _on_vocabulary(batch, scored, head)
+    if support == "teacher_top_k":
+        ids, log_q = scored.topk_ids, scored.topk_logprobs
+    else:
+        ids, log_q = batch.given_ids, scored.given_logprobs
+    if ids is None or log_q is None or ids.shape[-1] == 0:
+        raise RunError(
+            f"support={support} needs log-probs of {'the top-k' if support == 'teacher_top_k' else 'given ids'} "
+            "(k ≥ 1), but the scores have none; ask the scorer for them"
+        )
+    return _with_tail(*_on_ids(batch, scored, ids, log_q), tail, complete=ids.shape[-1] >= batch.vocab_size)
+
+
+def _on_ids(
+    batch: TokenBatch, scored: ScoredTokens, ids: torch.Tensor, log_q: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(log_p, log_q, known) on ids [N, k].
+
+    Models of one family may pad their vocabulary differently: an id that the student does not have cannot be
+    sampled (p = 0), and q's mass on it counts as tail. Of the EOS set only the first id is an outcome; another
+    one stands in for it where it is the only one in the support.
+    """
+    foreign = ids >= batch.vocab_size
+    known = ~foreign if bool(foreign.any()) else None
+    ids = ids.clamp(max=batch.vocab_size - 1)
+    if batch.merges_stops:
+        first, *others = batch.stop_token_ids
+        other = is_any_of(ids, tuple(others))
+        if bool(other.any()):
+            stands_in = other & (other.cumsum(-1) == 1) & ~(ids == first).any(-1, keepdim=True)
+            if scored.stop_logprobs is None:
+                raise RunError(
+                    "the EOS set has several ids, but the scores lack stop_logprobs; ask the scorer for them"
+                )
+            ids = torch.where(stands_in, first, ids)
+            log_q = torch.where(stands_in, scored.stop_logprobs.unsqueeze(-1), log_q)
+            outcome = ~other | stands_in
+            known = outcome if known is None else known & outcome
+    if known is not None:
+        log_q = log_q.masked_fill(~known, 0.0)  # may be −inf, which would turn a masked gradient into nan
+    return batch.logprobs_of(ids), log_q, known
+
+
+def _on_vocabulary(batch: TokenBatch, scored: ScoredTokens, head: Head | None) -> Outcomes:
+    """Both distributions over the ids that the two models share; padding ids of the larger one are left out."""
+    if head is None or scored.hidden is None:
+        raise RunError("the full vocabulary needs the scorer's hidden states, but the scores have none; ask for them")
+    with torch.no_grad():
+        logits = head(scored.hidden)
+        size = min(logits.shape[-1], batch.vocab_size)
+        log_q = _merged(logits[:, :size].log_softmax(-1), batch.stop_token_ids)
+    ours = batch.logits[:, :size]
+    normalizer = batch.log_normalizer if size == batch.vocab_size else ours.logsumexp(-1)
+    log_p = _merged(ours - normalizer.unsqueeze(-1), batch.stop_token_ids)
+    if not batch.merges_stops:
+        return Outcomes(log_p, log_q)
+    known = torch.ones(1, size, dtype=torch.bool, device=log_p.device)
+    known[:, list(batch.stop_token_ids[1:])] = False
+    return Outcomes(log_p, log_q, known)
+
+
+def _merged(logprobs: torch.Tensor, stop_token_ids: tuple[int, ...]) -> torch.Tensor:
+    """log-probs [N, V] whose first stop id holds the mass of the set; the others keep theirs and must be masked."""
+    if len(stop_token_ids) < 2:
+        return logprobs
+    index = torch.tensor(stop_token_ids[:1], device=logprobs.device)
+    together = logprobs[:, list(stop_token_ids)].logsumexp(-1, keepdim=True)
+    return logprobs.index_copy(-1, index, together)
+
+
+def _with_tail(
+    log_p: torch.Tensor, log_q: torch.Tensor, known: torch.Tensor | None, tail: Tail, complete: bool
+) -> Outcomes:
+    if complete:
+        return Outcomes(log_p, log_q, known)
+    if tail == "stop_gradient":
+        return Outcomes(log_p, log_q, known, truncated=True)
+    inside_p, inside_q = log_p, log_q
+    if known is not None:
+        inside_p, inside_q = (logprobs.masked_fill(~known, -torch.inf) for logprobs in (log_p, log_q))
+    if tail == "renormalise":
+        # A row without a single known outcome has nothing to compare; 0 keeps it finite.
+        mass_p, mass_q = (inside.logsumexp(-1, keepdim=True) for inside in (inside_p, inside_q))
+        return Outcomes(log_p - mass_p.clamp(min=-1e4), log_q - mass_q.clamp(min=-1e4), known)
+    if known is not None:
+        known = torch.nn.functional.pad(known, (0, 1), value=True)
+    p_tail, q_tail = (tail_mass(inside).log().unsqueeze(-1) for inside in (inside_p, inside_q))
+    return Outcomes(torch.cat((log_p, p_tail), -1), torch.cat((log_q, q_tail), -1), known)
+
+
+def tail_mass(logprobs: torch.Tensor) -> torch.Tensor:
+    """1 − Σ exp(logprobs) over the last dimension, float32, at least MIN_TAIL_MASS.
+
+    −expm1(logsumexp) in float64 keeps the digits that 1 − sum would cancel: float32 log-probs near 0 know
+    the mass that is missing from 1 much better than float32 sums do. The clamp is on the probability
+    and not on its logarithm, so the gradient at an empty tail is 0 instead of 0 · ∞.
+    """
+    return (-torch.expm1(logprobs.double().logsumexp(-1))).float().clamp(min=MIN_TAIL_MASS)

@@ -1,0 +1,279 @@
+"""Hugging Face checkpoints: what one says about itself without loading its weights, and loading them.
+
+Preflight compares the facts of student, teacher and reference. Every failure is an InputError of one
+line that begins with the configuration field the checkpoint came from, as ``teacher.path=/some/where``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opd_ray.config import STUDENT, Config, ScorerConfig
+from opd_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_HUB_TIMEOUT_S = 10.0
+_MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """One checkpoint: what must agree between models that score each other's tokens."""
+
+    name: str
+    """Where it was configured and what as: "student.path=/checkpoints/student"."""
+    vocab_size: int
+    """Width of the output layer."""
+    eos_token_ids: tuple[int, ...]
+    """Every token that ends a response; the tokenizer's own EOS comes first."""
+    pad_token_id: int
+    context_tokens: int | None
+    """Longest sequence by its configuration; None where it sets no limit."""
+    tied_embeddings: bool
+    tokenizer: Any = field(repr=False, compare=False)
+
+
+def inspect(config_field: str, path: str) -> ModelFacts:
+    """Facts of the checkpoint directory or Hub id ``path``; InputError if it is missing, incomplete or unreadable."""
+    name = f"{config_field}={path}"
+    local_only = _locate(name, path)
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=local_only).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_only)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, … by the kind of damage
+        raise InputError(f"{name}: not a checkpoint that transformers can read ({_brief(error)})") from None
+    try:
+        generation = GenerationConfig.from_pretrained(path, local_files_only=local_only)
+    except OSError:
+        generation = None  # the file is optional: config.json then says what EOS is
+    eos = _eos_ids(name, generation, config, tokenizer)
+    largest = max(tokenizer.get_vocab().values())
+    if max(largest, *eos) >= config.vocab_size:
+        raise InputError(
+            f"{name}: its tokenizer or EOS has token id {max(largest, *eos)}, but config.json gives the model "
+            f"vocab_size {config.vocab_size}; use the tokenizer the model was trained with"
+        )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else getattr(config, "pad_token_id", None)
+    return ModelFacts(
+        name=name,
+        vocab_size=config.vocab_size,
+        eos_token_ids=eos,
+        pad_token_id=eos[0] if pad is None else pad,
+        context_tokens=getattr(config, "max_position_embeddings", None),
+        tied_embeddings=bool(config.tie_word_embeddings),
+        tokenizer=tokenizer,
+    )
+
+
+def inspect_run(config: Config) -> dict[str, ModelFacts]:
+    """Facts of every model that a run loads: "student", the scorers by role, and a teacher that writes rollouts."""
+    used: dict[str, ScorerConfig] = dict(config.scorers)
+    if config.buffer.uses_teacher_rollouts:
+        used.setdefault("teacher", config.teacher)
+    student = inspect("student.path", config.student.path)
+    found = {"student": student}
+    for role, scorer in used.items():
+        name = f"{field_of(config, role)}.path"
+        if scorer.path in (config.student.path, STUDENT):
+            found[role] = dataclasses.replace(student, name=f"{name}={config.student.path}")
+        else:
+            found[role] = inspect(name, scorer.path)
+    return found
+
+
+def field_of(config: Config, role: str) -> str:
+    """The configuration section of a role: "teacher", "more_teachers.code", "reference"."""
+    return f"more_teachers.{role}" if role in config.more_teachers else role
+
+
+def load_causal_lm(path: str | Path, **options: Any) -> Any:
+    """The model in ``path``; refuses weights that are incomplete, which transformers would fill with noise."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(
+            f"{path}: its weights lack {len(missing)} of the model's parameters ({missing[0]}, ...); "
+            "the files do not belong to its config.json, or were not saved whole"
+        )
+    return model
+
+
+def local_directory(path: str) -> Path:
+    """Where the files of a checkpoint directory or of a Hub id lie on this node."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path))
+
+
+def check_agreement(student: ModelFacts, scorer: ModelFacts) -> frozenset[int]:
+    """Refuses a scorer whose ordinary token ids mean something else than the student's.
+
+    Tokenizers are compared, not output layers: these are padded, and to different sizes within one family. Added
+    tokens (chat markup, EOS) may have other names, as Qwen2.5's and DeepSeek-R1-Distill-Qwen's do; returns the ids
+    of the student's tokens that the scorer reads as others, which a prompt must not contain.
+    """
+    ours, theirs = student.tokenizer.get_vocab(), scorer.tokenizer.get_vocab()
+    if ours == theirs:
+        return frozenset()
+    our_own, their_own = ours.items() - theirs.items(), theirs.items() - ours.items()
+    added, their_added = student.tokenizer.get_added_vocab(), scorer.tokenizer.get_added_vocab()
+    wrong = [item for item in our_own if item[0] not in added]
+    wrong += [item for item in their_own if item[0] not in their_added]
+    if wrong:
+        token, id_ = min(wrong, key=lambda item: (item[1], item[0]))
+        raise InputError(
+            f"vocabularies differ: token {token!r} is {_id(theirs, token)} in {scorer.name} but {_id(ours, token)} "
+            f"in {student.name} (the first of {len(dict(wrong))} differences, at id {id_}); "
+            "use models of one tokenizer"
+        )
+    return frozenset(id_ for _, id_ in our_own)
+
+
+def eos_set(student: ModelFacts, scorers: Mapping[str, tuple[ModelFacts, Sequence[int] | None]]) -> tuple[int, ...]:
+    """Every token that ends a response for one of the models, the student's own first.
+
+    ``scorers``: role to its facts and the EOS ids that ``role.eos_token_ids`` gives instead of its checkpoint's.
+    P(stop) is summed over this set (METHOD §3). Raises InputError for an id that the student's tokenizer does not
+    have, or has as a token of ordinary text: summed in, it would end responses in their middle.
+    """
+    names = {id_: token for token, id_ in student.tokenizer.get_vocab().items()}
+    found = dict.fromkeys(student.eos_token_ids)
+    for role, (facts, given) in scorers.items():
+        where = f"{facts.name} ends with" if given is None else f"{role}.eos_token_ids names"
+        for id_ in facts.eos_token_ids if given is None else given:
+            if id_ not in names:
+                raise InputError(
+                    f"{where} token {id_}, which the tokenizer of {student.name} does not have (its ids go to "
+                    f"{max(names)}); {_other_eos(role)}"
+                )
+            if id_ not in found and not _is_markup(student.tokenizer, id_, names[id_]):
+                raise InputError(
+                    f"{where} token {id_}, which is {names[id_]!r} in {student.name}: ordinary text, no end of a "
+                    f"response; {_other_eos(role)}"
+                )
+            found[id_] = None
+    return tuple(found)
+
+
+def _other_eos(role: str) -> str:
+    return f"set {role}.eos_token_ids to ids of the student's that end a response, as [1]"
+
+
+def _is_markup(tokenizer: Any, id_: int, token: str) -> bool:
+    """Is it a token that may end a text: special, or written like one?"""
+    added = tokenizer.added_tokens_decoder.get(id_)
+    return id_ in tokenizer.all_special_ids or (added is not None and added.special) or bool(_MARKUP.fullmatch(token))
+
+
+def _locate(name: str, path: str) -> bool:
+    """Checks that the checkpoint is there and complete; True when only local files can be had."""
+    directory = Path(path)
+    if directory.is_dir():
+        _check_directory(name, directory)
+        return True
+    if directory.exists():
+        raise InputError(f"{name}: is a file; give the directory that has config.json and the weights")
+    if not _REPO_ID.fullmatch(path):
+        raise InputError(f"{name}: no such directory; give a Hugging Face checkpoint directory")
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        # One request with a deadline: from_pretrained alone would retry for half a minute without a network.
+        HfApi().model_info(path, timeout=_HUB_TIMEOUT_S)
+        return False
+    except Exception as error:
+        if isinstance(try_to_load_from_cache(path, "config.json"), str):
+            return True
+        raise InputError(
+            f"{name}: neither a directory here nor a checkpoint of the Hugging Face Hub or its local cache "
+            f"({_brief(error)}); give an existing directory or org/name"
+        ) from None
+
+
+def _check_directory(name: str, directory: Path) -> None:
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{name}: has no config.json; give a directory that save_pretrained wrote")
+    if not any((directory / file).is_file() for file in _TOKENIZER_FILES):
+        raise InputError(f"{name}: has no tokenizer (tokenizer.json); save the model's tokenizer beside its weights")
+    weights = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
+    if not weights:
+        raise InputError(f"{name}: has no weights (*.safetensors or pytorch_model*.bin); is the download complete?")
+    for index in directory.glob("*.index.json"):
+        try:
+            missing = sorted(
+                {
+                    shard
+                    for shard in json.loads(index.read_text())["weight_map"].values()
+                    if not (directory / shard).is_file()
+                }
+            )
+        except (ValueError, KeyError, AttributeError):
+            raise InputError(f"{name}: {index.name} is damaged; fetch the checkpoint again") from None
+        if missing:
+            raise InputError(f"{name}: {index.name} names {missing[0]}, which is not there; is the download complete?")
+    for file in weights:
+        _check_safetensors(name, file)
+
+
+def _check_safetensors(name: str, file: Path) -> None:
+    """Opens the file's header, which tells a truncated file from a whole one without reading it."""
+    if file.suffix != ".safetensors":
+        return
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            tensors.keys()
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{name}: {file.name} is damaged ({_brief(error)}); fetch the checkpoint again") from None
+
+
+def _eos_ids(name: str, generation: Any, config: Any, tokenizer: Any) -> tuple[int, ...]:
+    for source in (generation, config):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            ids = dict.fromkeys([found] if isinstance(found, int) else found)
+            return tuple(sorted(ids, key=lambda id_: id_ != tokenizer.eos_token_id))
+    raise InputError(f"{name}: neither generation_config.json nor config.json has eos_token_id; set it")
+
+
+def _id(vocabulary: Mapping[str, int], token: str) -> str:
+    return f"id {vocabulary[token]}" if token in vocabulary else "absent"
+
+
+def _brief(error: Exception) -> str:
+    """The first line of a foreign error, which may have many."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load_model(path: str, dtype: str, device: str | None) -> PreTrainedModel:
+    """The frozen model in ``path``; ``device`` defaults to a GPU if there is one."""
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_causal_lm(path, dtype=getattr(torch, dtype))
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,264 @@
+"""Starts the actors and the tasks of a run: placement, names, environment."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from opd_ray.config import Config, LearnerConfig, PoolSize, RolloutConfig, TeacherConfig
+from opd_ray.data.golden import load_golden
+from opd_ray.errors import DeadlineError, OpdError, RunError
+from opd_ray.generate import make_generation_engine
+from opd_ray.generate.generator import GeneratorSettings, StudentGenerator, TeacherGenerator
+from opd_ray.learn.learner import Learner
+from opd_ray.messages import REFERENCE, Entry
+from opd_ray.models.checkpoints import load_tokenizer
+from opd_ray.rooms import Rooms, logs
+from opd_ray.rooms.group import Group
+from opd_ray.rooms.pool import Pool
+from opd_ray.rooms.room import Member, Spawn
+from opd_ray.score import make_scoring_engine
+from opd_ray.score.scorer import Scorer
+from opd_ray.tasks import get_task
+from opd_ray.watch.recorder import Recorder
+
+_CONCURRENT_CALLS = 1000
+"""Calls that an async actor holds at once; what they wait for is the engine."""
+_PINGS = "pings"
+"""Concurrency group of the actors that work off one call after another: it answers while they do."""
+_SHARE = 0.001
+"""How much of a node_resource an actor takes: it says where, not how many."""
+
+
+def start_rooms(config: Config, *, namespace: str, max_context_tokens: int) -> Rooms:
+    """Creates every actor of a run; returns at once, while they load their models."""
+    writes = config.buffer.uses_teacher_rollouts
+    return Rooms(
+        generators=start_generators(config, namespace=namespace, max_context_tokens=max_context_tokens),
+        learner=_learner(config, namespace),
+        scorers={role: _scorers(role, config, namespace, max_context_tokens) for role in config.scorers},
+        teacher_generators=_teacher_generators(config, namespace, max_context_tokens) if writes else None,
+        recorder=_recorder(config, namespace),
+    )
+
+
+def start_generators(config: Config, *, namespace: str, max_context_tokens: int, alone: bool = False) -> Pool:
+    """The pool of student generators; ``alone`` without a learner whose weights they would have to wait for."""
+    rollout = config.rollout
+    make = partial(StudentGenerator, **_generator(config, config.student.path, rollout, max_context_tokens))
+    spawn = _spawn_generator("generate", "student-generator", make, config, namespace)
+    return Pool("generate", spawn, rollout.size, config.deadlines.generate_s, needs_weights=not alone)
+
+
+def _teacher_generators(config: Config, namespace: str, max_context_tokens: int) -> Pool:
+    """Generators on the teacher, as large as the student's."""
+    rollout = dataclasses.replace(config.rollout, dtype=config.teacher.dtype)
+    make = partial(TeacherGenerator, **_generator(config, config.teacher.path, rollout, max_context_tokens))
+    spawn = _spawn_generator("teacher_generate", "teacher-generator", make, config, namespace)
+    return Pool("teacher_generate", spawn, PoolSize.fixed(rollout.teacher_generators), config.deadlines.generate_s)
+
+
+def _generator(config: Config, path: str, rollout: RolloutConfig, max_context_tokens: int) -> dict[str, Any]:
+    return {
+        "make_engine": partial(make_generation_engine, path, rollout, config.weight_backend, max_context_tokens),
+        "load_tokenizer": partial(load_tokenizer, config.student.path),
+        "settings": _settings(config),
+    }
+
+
+def _settings(config: Config) -> GeneratorSettings:
+    return GeneratorSettings(
+        task=get_task(config.data.task),
+        in_flight=config.rollout.in_flight,
+        repetition_window_chars=config.metrics.repetition_window_chars,
+        repetition_ratio=config.metrics.repetition_ratio,
+        teacher_path=config.teacher.path,
+    )
+
+
+def _spawn_generator(room: str, role: str, make: partial[Any], config: Config, namespace: str) -> Spawn:
+    rollout = config.rollout
+    resources = _resources(
+        rollout.cpus_per_generator, rollout.gpus_per_generator * rollout.tensor_parallel_size, rollout.node_resource
+    )
+    return _spawning(room, role, make, namespace, resources, max_concurrency=_CONCURRENT_CALLS)
+
+
+def _scorers(role: str, config: Config, namespace: str, max_context_tokens: int) -> Pool | Group:
+    scorer = config.scorers[role]
+    # A golden solution in the prompt makes sequences longer than any that the student sees.
+    privileged = isinstance(scorer, TeacherConfig) and scorer.privileged
+    longest = config.student.max_context_tokens if privileged else max_context_tokens
+    make = partial(
+        Scorer,
+        make_engine=partial(make_scoring_engine, scorer, longest),
+        scorer=scorer,
+        weight_backend=config.weight_backend,
+        member=scorer.follows_student,
+    )
+    resources = _resources(scorer.cpus_per_actor, scorer.gpus_per_actor, scorer.node_resource)
+    spawn = _spawning(role, f"{role}-scorer", make, namespace, resources, max_concurrency=_CONCURRENT_CALLS)
+    if scorer.follows_student:
+        return Group(role, spawn, scorer.num_actors, config.deadlines.score_s)
+    return Pool(role, spawn, scorer.size, config.deadlines.score_s)
+
+
+def _learner(config: Config, namespace: str) -> Group:
+    learner = config.learner
+    resources = _resources(learner.cpus_per_rank, learner.gpus_per_rank, learner.node_resource)
+    together = _together(learner, resources)
+
+    def spawn(rank: int, restart: int) -> Member:
+        place = {}
+        if together is not None:
+            place["scheduling_strategy"] = PlacementGroupSchedulingStrategy(together, rank)
+        make = partial(Learner, config, rank)
+        return _spawning("learn", "learner", make, namespace, resources, pings=True, **place)(rank, restart)
+
+    group = Group("learn", spawn, learner.num_ranks, config.deadlines.train_s)
+    group.pings = _PINGS
+    if together is not None:
+        group.on_stop = partial(remove_placement_group, together)
+    return group
+
+
+def _together(learner: LearnerConfig, resources: dict[str, Any]) -> PlacementGroup | None:
+    """Reserves the ranks' places at once, so that they are near each other; it outlives the ranks that it holds."""
+    bundle = {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"], **resources["resources"]}
+    bundle = {name: amount for name, amount in bundle.items() if amount}
+    if not bundle:
+        return None
+    return placement_group([dict(bundle) for _ in range(learner.num_ranks)], strategy=learner.placement.upper())
+
+
+def _recorder(config: Config, namespace: str) -> Pool:
+    """On this process's node, where the run directory is."""
+    here = {"pings": True, "scheduling_strategy": _here()}
+    spawn = _spawning("record", "recorder", partial(Recorder), namespace, _resources(0, 0, None), **here)
+    pool = Pool("record", spawn, PoolSize.fixed(1), config.deadlines.train_s)
+    pool.pings = _PINGS
+    return pool
+
+
+def _here() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def _resources(cpus: float, gpus: float, node_resource: str | None) -> dict[str, Any]:
+    return {"num_cpus": cpus, "num_gpus": gpus, "resources": {node_resource: _SHARE} if node_resource else {}}
+
+
+def _spawning(
+    room: str,
+    role: str,
+    make: partial[Any],
+    namespace: str,
+    resources: dict[str, Any],
+    *,
+    pings: bool = False,
+    **options: Any,
+) -> Spawn:
+    """Starts actors of one role, which carry it in their names; ``pings`` for those that are not asynchronous."""
+    variables = {
+        "OMP_NUM_THREADS": str(max(1, int(resources["num_cpus"]))),
+        "TOKENIZERS_PARALLELISM": "false",
+        logs.ROOM_VARIABLE: room,
+    }
+
+    def spawn(number: int, restart: int) -> Member:
+        name = f"{role}-{number}" + (f"-again-{restart}" if restart else "")
+        actor_class = ray.remote(concurrency_groups={_PINGS: 1})(make.func) if pings else ray.remote(make.func)
+        actor = actor_class.options(
+            name=name, namespace=namespace, runtime_env={"env_vars": variables}, **resources, **options
+        )
+        return Member(actor.remote(*make.args, **make.keywords), name)
+
+    return spawn
+
+
+async def load_golden_entries(config: Config, eos_token_ids: Sequence[int]) -> tuple[list[Entry], dict[str, int]]:
+    """The golden rollouts, read by a task so that they need not pass through the driver, and its count of the rows."""
+    load = ray.remote(load_golden).options(num_cpus=0, num_returns=3, scheduling_strategy=_here())
+    metas, payload, report = load.remote(config, tuple(eos_token_ids))
+    limit = config.deadlines.start_s
+    both = asyncio.gather(asyncio.wrap_future(metas.future()), asyncio.wrap_future(report.future()))
+    try:
+        rows, counts = await asyncio.wait_for(both, limit)
+    except TimeoutError:
+        raise DeadlineError(
+            f"golden: {config.data.golden} was not read within {limit:g} s; see the task load_golden in the dashboard"
+        ) from None
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, OpdError) else error from None
+    return [Entry(meta, row, payload) for row, meta in enumerate(rows)], counts
+
+
+async def up(config: Config, rooms: Rooms) -> None:
+    """Waits for the groups that were started or restarted, and makes the learner's ranks know each other. Raises
+    GroupLost when one is lost meanwhile."""
+    limit = config.deadlines.start_s
+    await asyncio.gather(*(_group_up(group, limit) for group in (rooms.learner, *rooms.followers.values())))
+
+
+async def _group_up(group: Group, limit: float) -> None:
+    if group.is_up:
+        return
+    await group.up(limit)
+    if group.room == "learn":
+        host, port = (await group.call_all("node_address", deadline_s=limit))[0]
+        await group.call_all("setup", host, port, deadline_s=limit)
+    group.is_up = True
+
+
+async def begin(config: Config, rooms: Rooms, stop_token_ids: Sequence[int]) -> None:
+    """A run begins, or begins anew, in rooms that are up: the learner loads its student, scorers their checkpoints
+    where they have others or followed a student, generators drop what they had left. No process starts anew.
+
+    The generators get the student's weights by the first broadcast. Raises RunError when the run needs a room that is
+    not there, or one with other engines.
+    """
+    _check_rooms(config, rooms)
+    limit = config.deadlines.start_s
+    scorers = config.scorers
+    # Those that follow the student receive every broadcast, whether this run asks them anything or not.
+    known = {**config.teachers, REFERENCE: config.reference}
+    scorers |= {role: known[role] for role in rooms.followers if role in known}
+    generators = [rooms.generators]
+    if rooms.teacher_generators is not None and config.buffer.uses_teacher_rollouts:
+        generators.append(rooms.teacher_generators)
+    await asyncio.gather(
+        rooms.learner.call_all("begin", config, config.student.path, tuple(stop_token_ids), deadline_s=limit),
+        *(rooms.scorers[role].begin(scorer, deadline_s=limit) for role, scorer in scorers.items()),
+        *(pool.begin(_settings(config), deadline_s=limit) for pool in generators),
+    )
+
+
+async def abandon(rooms: Rooms) -> None:
+    """Drops what the generators still work on for a run that ended or went back."""
+    for pool in filter(None, (rooms.generators, rooms.teacher_generators)):
+        await pool.call_all("abandon")
+
+
+def _check_rooms(config: Config, rooms: Rooms) -> None:
+    missing = [role for role in config.scorers if role not in rooms.scorers]
+    if config.buffer.uses_teacher_rollouts and rooms.teacher_generators is None:
+        missing.append("teacher_generate")
+    if missing:
+        raise RunError(
+            f"this run needs the room {missing[0]}, but the rooms that are up are {', '.join(rooms.all)}; "
+            "start rooms for all that any of the runs needs"
+        )
+
+
+def stop(*rooms: Pool | Group) -> None:
+    """Ends every actor of the rooms."""
+    for room in rooms:
+        room.stop()

@@ -1,0 +1,104 @@
+"""Rooms that are up: started for one run, or kept for several runs one after another.
+
+Starting the rooms (placement, imports, models, rendezvous) takes as long as a short run. A study therefore keeps
+them, and each of its runs only loads its own student.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+
+import ray
+from ray.exceptions import AuthenticationError
+
+from opd_ray.config import Config
+from opd_ray.errors import InputError
+from opd_ray.placement import launch
+from opd_ray.rooms import Rooms, logs
+
+_CONNECT_S = 10.0
+_OTHERWISE = "start a head with `ray start --head`, or unset RAY_ADDRESS for a Ray of the run's own"
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[str | None]:
+    """The cluster of `ray job submit` or of RAY_ADDRESS, or a Ray of its own that ends with the block.
+
+    Gives the address of its dashboard, if it has one and this call connected to it. Raises InputError where RAY_ADDRESS
+    names no cluster that can be joined.
+    """
+    if ray.is_initialized():
+        yield None
+        return
+    # It says with every start that token authentication is on, which is what we want.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    # A payload that is gone with its node is made again; Ray would complain of each that nobody asked for.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_address(address)
+    try:
+        context = ray.init(
+            # Left alone, Ray would also try, for many minutes, a cluster that somebody once started on this machine.
+            None if address else "local",
+            logging_level="WARNING",
+            log_to_driver=bool(os.environ.get("OPD_RAY_ACTOR_LOGS")),
+            job_config=logs.job_config(),
+        )
+    except (ConnectionError, AuthenticationError) as error:
+        if not address:
+            raise
+        raise InputError(f"RAY_ADDRESS={address}: {error}; {_OTHERWISE}") from error
+    try:
+        yield context.dashboard_url
+    finally:
+        ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raises InputError where nobody listens at an address; Ray would try it for many minutes."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        raise InputError(
+            f"RAY_ADDRESS={address} is no HOST:PORT, as `ray start` prints it; from outside, hand the run in "
+            "at its dashboard: `ray job submit --address http://HOST:8265 -- python jobs/stableopd.py`"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"RAY_ADDRESS={address}: nobody answers there ({error}); {_OTHERWISE}") from error
+
+
+def new_namespace() -> str:
+    """A Ray namespace of its own, in which actors can have plain names."""
+    return f"opd-ray-{uuid.uuid4().hex[:8]}"
+
+
+class Session:
+    """Rooms for one run after another, all with the same actors and engines."""
+
+    def __init__(self, rooms_for: Config | None = None) -> None:
+        """``rooms_for`` asks for every room that any of the runs needs; by default the first run's own."""
+        self._rooms_for = rooms_for
+        self._rooms: Rooms | None = None
+
+    def rooms(self, config: Config, max_context_tokens: int) -> Rooms:
+        """The rooms for a run: those of the run before, or new ones, whose actors are starting."""
+        if self._rooms is None:
+            self._rooms = launch.start_rooms(
+                self._rooms_for or config, namespace=new_namespace(), max_context_tokens=max_context_tokens
+            )
+        return self._rooms
+
+    def close(self) -> None:
+        """Ends the actors."""
+        if self._rooms is not None:
+            launch.stop(*self._rooms.all.values(), self._rooms.recorder)
+            self._rooms = None

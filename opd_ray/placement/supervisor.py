@@ -1,0 +1,232 @@
+"""Keeps the rooms of a run at strength: notices the dead, replaces them, lets pools grow and shrink.
+
+The supervisor runs beside the pipeline, in the same event loop. A worker counts as lost when a call to it says so
+(its process died, its node went, it gave no answer by a deadline) or when it misses a heartbeat. Pools get a
+replacement, up to ``recovery.max_restarts`` in ``recovery.window_s``; the loss of a Group is raised as GroupLost, for
+whoever can restore a state. A pool that stays below its minimum ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from opd_ray.config import Config
+from opd_ray.errors import GroupLost, MemberLost, RunError, StartFailed
+from opd_ray.placement.demand import Demand, RoomLoad
+from opd_ray.placement.restarts import Restarts
+from opd_ray.rooms.group import Group
+from opd_ray.rooms.pool import Pool
+from opd_ray.rooms.room import Member, Room
+from opd_ray.weights.delivery import Delivery
+
+_TICK_S = 1.0
+_NEVER_RAN = "The actor never ran"
+"""What Ray says of an actor that it placed on a node which was gone already, and of one whose constructor crashed."""
+_MOST_NEVER_RAN = 5
+"""So many in a row are no death, since Ray takes a while to know that a node is gone; those after them are."""
+_NOT_UP = "the others are not placed or still load their model"
+_BEATS = 4
+"""Heartbeats within the time after which a worker that gave none counts as dead."""
+
+
+class Supervisor:
+    """Watches pools and groups while ``run`` runs."""
+
+    def __init__(
+        self,
+        config: Config,
+        pools: Sequence[Pool],
+        groups: Sequence[Group],
+        delivery: Delivery,
+        restarts: Restarts,
+        say: Callable[..., None],
+    ) -> None:
+        self._config, self._pools, self._groups = config, pools, groups
+        self._delivery, self._restarts, self._say = delivery, restarts, say
+        self.learner_waited_s: Callable[[], float] | None = None
+        """Seconds that the learner has waited for rollouts so far: what demand goes by. None before there is one that
+        waits: how busy rooms are then tells nothing."""
+        self._demand = Demand(config.elastic)
+        self._wake = asyncio.Event()
+        self._problem: RunError | None = None
+        self._bringing: set[Member] = set()
+        self._never_ran: Counter[str] = Counter()
+        self._below: dict[str, float | None] = {}
+        """Pools that were at strength once, and since when they are not."""
+        self._looked = (time.monotonic(), 0.0, {pool.room: pool.work() for pool in pools})
+
+    async def run(self) -> None:
+        """Until cancelled. Raises RunError when a pool cannot be kept at strength, GroupLost for a silent group."""
+        for pool in self._pools:
+            pool.on_loss = self._lost
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                if self._config.recovery.heartbeat_s:
+                    tasks.create_task(self._listen(tasks), name="heartbeats")
+                while True:
+                    if self._problem:
+                        raise self._problem
+                    for pool in self._pools:
+                        self._tend(pool, tasks)
+                    self._look_at_demand()
+                    self._wake.clear()
+                    try:
+                        await asyncio.wait_for(self._wake.wait(), _TICK_S)
+                    except TimeoutError:
+                        continue
+        finally:
+            self._bringing.clear()
+            for pool in self._pools:
+                pool.on_loss = None
+
+    def below_min_s(self, room: str) -> float | None:
+        """For how long a pool has had fewer ready workers than its minimum."""
+        since = self._below.get(room)
+        return None if since is None else time.monotonic() - since
+
+    async def wait_for_minimum(self, deadline_s: float) -> None:
+        """Until every pool has its minimum of workers up. Raises RunError, with the last loss, at the deadline."""
+        until = time.monotonic() + deadline_s
+        while short := [pool for pool in self._pools if len(pool.those("ready", "joining")) < pool.size.minimum]:
+            # Those that were at strength once have the time that a run gives a room to come back.
+            new = [pool for pool in short if pool.room not in self._below]
+            if new and time.monotonic() > until:
+                pool = new[0]
+                raise RunError(
+                    f"{pool.room}: {len(pool.those('ready', 'joining'))} of at least {pool.size.minimum} workers came "
+                    f"up within {deadline_s:g} s (deadlines.start_s); {pool.last_loss or _NOT_UP}; "
+                    "see the cluster's resources and the actors' logs in the Ray dashboard"
+                )
+            await asyncio.sleep(0.05)
+        for pool in self._pools:
+            self._below.setdefault(pool.room, None)
+
+    def _lost(self, pool: Pool, member: Member, cause: str) -> None:
+        try:
+            count = self._restarts.count(pool.room, cause, time.monotonic())
+        except RunError as problem:
+            self._problem = problem
+        else:
+            self._say(
+                "worker_lost",
+                f"lost: {cause}; another takes its place ({count})",
+                room=pool.room,
+                worker=member.name,
+                node=member.node,
+            )
+        self._wake.set()
+
+    def _tend(self, pool: Pool, tasks: asyncio.TaskGroup) -> None:
+        """Brings a pool to its target size, one way or the other."""
+        here = pool.those("starting", "joining", "ready")
+        for _ in range(pool.target - len(here)):
+            pool.grow()
+        # One that is not up yet goes before one that works, then the one with the least to finish, the last that came.
+        surplus = sorted(here, key=lambda member: (member.state == "ready", member.num_calls, -member.since))
+        for member in surplus[: max(0, len(here) - pool.target)]:
+            self._say("worker_leaves", f"{pool.room}: {member.name} on {member.node} is let go", room=pool.room)
+            if member.state == "starting":
+                pool.end(member)  # it has nothing to finish but its start
+            else:
+                member.become("leaving")
+        for member in pool.those("leaving"):
+            if not member.num_calls or time.monotonic() - member.since > self._config.recovery.drain_s:
+                pool.end(member)  # calls that it still had go to another worker
+        for member in pool.those("starting", "joining"):
+            if member not in self._bringing:
+                self._bringing.add(member)
+                tasks.create_task(self._bring_up(pool, member), name=f"bring up {member.name}")
+        self._check_strength(pool)
+
+    async def _bring_up(self, pool: Pool, member: Member) -> None:
+        limit = self._config.deadlines.start_s
+        try:
+            if member.state == "starting":
+                await pool.bring_up(member, limit)
+            self._never_ran[pool.room] = 0
+            if member.state == "joining":
+                await self._delivery.welcome(member)
+        except StartFailed as error:
+            if not pool.has_been_up:
+                raise  # another would fail in the same way
+            pool.lose(member, str(error))
+        except MemberLost as error:
+            unplaced = member.node == "not placed yet" and time.monotonic() - member.since >= limit
+            self._never_ran[pool.room] += _NEVER_RAN in str(error)
+            if unplaced or (_NEVER_RAN in str(error) and self._never_ran[pool.room] <= _MOST_NEVER_RAN):
+                pool.end(member)  # nowhere to be placed, or on a node that was just gone: no death, and asked for again
+                self._wake.set()
+            else:
+                pool.lose(member, str(error))
+        finally:
+            self._bringing.discard(member)
+
+    def _check_strength(self, pool: Pool) -> None:
+        if len(pool.those("ready", "joining")) >= pool.size.minimum:
+            self._below[pool.room] = None
+            return
+        if pool.room not in self._below:
+            return  # still on its first way up, which has a deadline of its own
+        since = self._below[pool.room] = self._below[pool.room] or time.monotonic()
+        limit = self._config.recovery.below_min_s
+        if time.monotonic() - since > limit:
+            raise RunError(
+                f"{pool.room}: has {len(pool.those('ready', 'joining'))} workers, fewer than its minimum of "
+                f"{pool.size.minimum}, for more than {limit:g} s (recovery.below_min_s); the last loss: "
+                f"{pool.last_loss or f'none, {_NOT_UP}'}; add nodes and go on with --resume"
+            )
+
+    def _look_at_demand(self) -> None:
+        now = time.monotonic()
+        if self.learner_waited_s is None:
+            self._demand = Demand(self._config.elastic)
+            self._looked = (now, 0.0, {pool.room: pool.work() for pool in self._pools})
+            return
+        waited = self.learner_waited_s()
+        before, waited_before, work = self._looked
+        wall = now - before
+        if wall < self._config.elastic.every_s:
+            return
+        loads = []
+        self._looked = (now, waited, {pool.room: pool.work() for pool in self._pools})
+        for pool in self._pools:
+            busy, there = (new - old for new, old in zip(self._looked[2][pool.room], work[pool.room], strict=True))
+            loads.append(
+                RoomLoad(
+                    room=pool.room,
+                    size=len(pool.those("ready")),
+                    starting=len(pool.those("starting", "joining")),
+                    minimum=pool.size.minimum,
+                    maximum=pool.size.maximum,
+                    busy_share=min(1.0, busy / there) if there > 0 else 0.0,
+                    num_calls=pool.num_calls,
+                )
+            )
+        change = self._demand.look(now, loads, min(1.0, max(0.0, waited - waited_before) / wall))
+        for pool in self._pools:
+            if by := change.get(pool.room, 0):
+                pool.target = min(pool.size.maximum, max(pool.size.minimum, pool.target + by))
+                what = "has more to do than its workers can" if by > 0 else "could do with one worker less"
+                self._say("pool_resized", f"{pool.room}: {what}; it goes to {pool.target}", room=pool.room)
+
+    async def _listen(self, tasks: asyncio.TaskGroup) -> None:
+        """Asks every worker that is up for a sign of life, again and again."""
+        limit = self._config.recovery.heartbeat_s
+        while True:
+            await asyncio.sleep(limit / _BEATS)
+            rooms: list[Room] = [*self._pools, *self._groups]
+            await asyncio.gather(*(self._beat(room, member) for room in rooms for member in list(room.members)))
+
+    async def _beat(self, room: Room, member: Member) -> None:
+        if member.state in ("starting", "gone"):
+            return
+        try:
+            await room.ping(member, self._config.recovery.heartbeat_s)
+        except MemberLost as error:
+            if isinstance(room, Pool):
+                room.lose(member, str(error))
+            elif member in room.members:
+                raise GroupLost(str(error), room.room) from error

@@ -1,0 +1,162 @@
+"""Rooms of actors, and what becomes of a call whose actor is lost.
+
+    Pool    workers without a state of the run (generators, scorers, the recorder): a call whose worker dies, hangs or
+            loses its engine goes to another one; the pool may grow and shrink
+    Group   workers that hold state (learner ranks, scorers that follow the student): a loss is the group's loss
+
+Who replaces a lost worker is the supervisor's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ray import ObjectRef
+
+from opd_ray.errors import (
+    ActorError,
+    MemberLost,
+)
+from opd_ray.messages import PoolSize
+from opd_ray.rooms.room import Member, Room, Spawn, State
+
+_MOST_DEATHS = 5
+"""Workers that one call may take down before it is held to be the cause; a long one may meet some spot nodes' end."""
+_GRACE_S = 5.0
+"""How long a group whose collective broke is watched for the rank that died."""
+
+
+class Pool(Room):
+    """Interchangeable workers, between a minimum and a maximum of them."""
+
+    def __init__(
+        self, room: str, spawn: Spawn, size: PoolSize, deadline_s: float, *, needs_weights: bool = False
+    ) -> None:
+        """``needs_weights``: a worker that is up is of use only when it has the student's current weights."""
+        super().__init__(room, deadline_s)
+        self.size, self.target, self.needs_weights = size, size.start, needs_weights
+        self.num_reissued = 0
+        """Calls that went to another worker because theirs was lost."""
+        self.on_loss: Callable[[Pool, Member, str], None] | None = None
+        """Told of every worker that is lost; without it, a loss is the caller's failure."""
+        self.has_been_up = False
+        """Has any worker ever come up?"""
+        self._spawn = spawn
+        self._begun_with: tuple[Any, ...] | None = None
+        self._numbers = itertools.count()
+        self._waiting: list[asyncio.Future[None]] = []
+        for _ in range(size.start):
+            self.grow()
+
+    @property
+    def num_calls(self) -> int:
+        return super().num_calls + len(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Calls for which no worker is ready."""
+        return len(self._waiting)
+
+    def those(self, *states: State) -> list[Member]:
+        return [member for member in self.members if member.state in states]
+
+    def grow(self) -> Member:
+        """Starts one more actor."""
+        member = self._spawn(next(self._numbers), 0)
+        self.members.append(member)
+        return member
+
+    async def bring_up(self, member: Member, deadline_s: float) -> None:
+        """Waits until an actor has started. It is then ready, or about to join those that have the weights."""
+        member.node = await self.ask(member, "node", deadline_s=deadline_s)
+        self.has_been_up = True
+        if self._begun_with is not None:
+            await self.ask(member, "begin", *self._begun_with, deadline_s=deadline_s)
+        if member.state == "starting":
+            self.admit(member) if not self.needs_weights else member.become("joining")
+
+    async def begin(self, *args: Any, deadline_s: float) -> None:
+        """Another run: tells all members, and those that come later."""
+        self._begun_with = args
+        await self.call_all("begin", *args, deadline_s=deadline_s)
+
+    async def up(self, deadline_s: float) -> None:
+        """Brings up every actor that is starting."""
+        await asyncio.gather(*(self.bring_up(member, deadline_s) for member in self.those("starting")))
+
+    def admit(self, member: Member) -> None:
+        """Gives a member work from now on."""
+        member.become("ready")
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    def lose(self, member: Member, cause: str) -> None:
+        """A member is dead, or of no use: it is ended, and whoever replaces it is told."""
+        if member.state == "gone":
+            return
+        self.last_loss = cause
+        self.end(member)
+        if self.on_loss is not None:
+            self.on_loss(self, member, cause)
+
+    async def call(self, method: str, *args: Any) -> tuple[Any, ObjectRef]:
+        """(answer, ref to the payload) of the least loaded member; waits for one that is ready.
+
+        A call whose member is lost goes to another one, so ``method`` must bear being called twice.
+        Raises ActorError when a member raises, or when the call takes down one member after another.
+        """
+        return await self._of_any(self.ask_for_payload, method, args)
+
+    async def call_one(self, method: str, *args: Any) -> Any:
+        """The same for a method without a payload."""
+        return await self._of_any(self.ask, method, args)
+
+    async def _of_any(self, ask: Callable[..., Awaitable[Any]], method: str, args: tuple[Any, ...]) -> Any:
+        for death in itertools.count(1):
+            member = await self._ready()
+            try:
+                return await ask(member, method, *args)
+            except MemberLost as error:
+                self.lose(member, str(error))
+                if self.on_loss is None:
+                    raise
+                if death == _MOST_DEATHS:
+                    raise ActorError(f"{self.room}: one call took down {death} workers, the last: {error}") from error
+                self.num_reissued += 1
+        raise AssertionError("unreachable")
+
+    async def call_all(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
+        """The answers of all members that are ready; those that are lost meanwhile give none."""
+        answers = await asyncio.gather(
+            *(self._one(member, method, args, deadline_s) for member in self.those("ready", "joining"))
+        )
+        return [answer for answered, answer in answers if answered]
+
+    async def _one(
+        self, member: Member, method: str, args: tuple[Any, ...], deadline_s: float | None
+    ) -> tuple[bool, Any]:
+        try:
+            return True, await self.ask(member, method, *args, deadline_s=deadline_s)
+        except MemberLost as error:
+            self.lose(member, str(error))
+            if self.on_loss is None:
+                raise
+            return False, None
+
+    async def _ready(self) -> Member:
+        while not (ready := self.those("ready")):
+            if self.on_loss is None and not self.members:
+                raise ActorError(f"{self.room}: no worker is left; the last was lost: {self.last_loss}")
+            future = asyncio.get_running_loop().create_future()
+            self._waiting.append(future)
+            try:
+                await future
+            finally:
+                if future in self._waiting:
+                    self._waiting.remove(future)
+        return min(ready, key=lambda each: each.num_calls)

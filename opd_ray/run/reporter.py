@@ -1,0 +1,149 @@
+"""Says where a run stands: status.json every few seconds, and the reason on the console while nothing moves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from opd_ray import status
+from opd_ray.config import Config
+from opd_ray.placement.restarts import Restarts
+from opd_ray.placement.supervisor import Supervisor
+from opd_ray.rooms import Rooms
+from opd_ray.rooms.group import Group
+from opd_ray.rooms.pool import Pool
+from opd_ray.rooms.room import Room
+from opd_ray.snapshots.keeper import Keeper
+from opd_ray.status import CallStatus, RoomStatus, StallWatch, Status
+from opd_ray.status.state import Whereabouts
+from opd_ray.weights.delivery import Delivery
+
+
+class Reporter:
+    """Puts together what the driver's parts know."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        rooms: Rooms,
+        where: Whereabouts,
+        supervisor: Supervisor,
+        restarts: Restarts,
+        delivery: Delivery,
+        keeper: Keeper,
+        live: Callable[[dict[str, float]], None],
+    ) -> None:
+        """``live`` takes the metrics that also change while no step is done."""
+        self._config, self._run_dir, self._rooms, self._where = config, run_dir, rooms, where
+        self._supervisor, self._restarts = supervisor, restarts
+        self._delivery, self._keeper, self._live = delivery, keeper, live
+        self.num_restores = 0
+        """How often the run went back to an earlier state because one was lost."""
+        self._stalls = StallWatch(config.metrics.stall_s)
+        self._work = {room.room: (0.0, 0.0) for room in self._every}
+
+    @property
+    def _every(self) -> list[Pool | Group]:
+        return [*self._rooms.all.values(), self._rooms.recorder]
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            now = self.write()
+            if reason := self._stalls.look(time.monotonic(), now):
+                print(f"nothing has moved: {reason}", flush=True)
+            await asyncio.sleep(status.WRITE_EVERY_S)
+
+    def write(self) -> Status:
+        """Writes the file; a disk that is full costs the file, not the run."""
+        now = self.status()
+        self._live(self.metrics())
+        with contextlib.suppress(OSError):
+            status.write(self._run_dir / status.FILE, now)
+        return now
+
+    def status(self) -> Status:
+        where, pipeline = self._where, self._keeper.pipeline
+        slots, missing, places = pipeline.slots() if pipeline else (None, [], {})
+        return Status(
+            time=time.time(),
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            phase=where.phase,
+            phase_since_s=time.monotonic() - where.since,
+            step=where.step,
+            steps=self._config.learner.steps,
+            version=where.version,
+            last_step_s_ago=time.monotonic() - where.last_step_at if where.last_step_at is not None else None,
+            slots_taken=slots.num_taken if slots else 0,
+            num_slots=self._config.buffer.num_slots,
+            buffered_slots=len(pipeline.buffered()[0]) if pipeline else 0,
+            missing_slots=tuple(missing),
+            slots_at=places,
+            checkpoint_step=where.checkpoint_step,
+            rooms=tuple(map(self._room, self._every)),
+            note=where.note,
+            below_min_limit_s=self._config.recovery.below_min_s,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """The state of the rooms and of what keeps them, under the names that metrics have."""
+        by_room = self._restarts.by_room
+        values = {"restarts/total": float(sum(by_room.values()))}
+        for room in self._every:
+            ready = room.those("ready") if isinstance(room, Pool) else room.members
+            values[f"pool/{room.room}_ready"] = float(len(ready))
+            values[f"pool/{room.room}_starting"] = float(len(_starting(room)))
+            minimum = room.size.minimum if isinstance(room, Pool) else room.size
+            values[f"pool/{room.room}_minimum"] = float(minimum)
+            values[f"restarts/{room.room}"] = float(by_room[room.room])
+        pipeline = self._keeper.pipeline
+        return values | {
+            "recovery/lost_payloads": float(pipeline.num_lost_payloads if pipeline else 0),
+            "recovery/restores": float(self.num_restores),
+            "recovery/reissued_calls": float(sum(pool.num_reissued for pool in self._rooms.pools)),
+            "weights/group_size": float(self._delivery.group_size),
+            "weights/rebuilds": float(self._delivery.num_rebuilds),
+            "weights/failed_broadcasts": float(self._delivery.num_failed),
+            **self._keeper.metrics,
+        }
+
+    def _room(self, room: Pool | Group) -> RoomStatus:
+        now, starting = time.monotonic(), _starting(room)
+        busy, there = room.work()
+        busy_before, there_before = self._work[room.room]
+        self._work[room.room] = (busy, there)
+        elastic = isinstance(room, Pool)
+        return RoomStatus(
+            room=room.room,
+            ready=len(room.members) - len(starting),
+            starting=len(starting),
+            minimum=room.size.minimum if elastic else room.size,
+            maximum=room.size.maximum if elastic else room.size,
+            waiting=room.num_waiting if elastic else 0,
+            calls=status.oldest_calls(
+                CallStatus(member.name, member.node, method, now - since)
+                for member in room.members
+                for method, since in member.calls.values()
+            ),
+            num_calls=room.num_calls,
+            restarts=self._restarts.by_room[room.room],
+            last_loss=room.last_loss,
+            below_min_s=self._supervisor.below_min_s(room.room),
+            busy_share=min(1.0, (busy - busy_before) / (there - there_before)) if there > there_before else 0.0,
+            spawning=tuple(
+                CallStatus(member.name, member.node, member.state, now - member.since) for member in starting
+            ),
+            calls_done=room.calls_done,
+            deadline_s=room.deadline_s,
+        )
+
+
+def _starting(room: Room) -> list:
+    return [member for member in room.members if member.state in ("starting", "joining")]

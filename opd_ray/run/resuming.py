@@ -1,0 +1,112 @@
+"""May a run write where it is told to, and does ``--resume`` continue the same run? Looked at before a model loads.
+
+Refusals are InputErrors of one line, as those of :mod:`opd_ray.run.preflight`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from opd_ray import config as configs
+from opd_ray import status
+from opd_ray.config import Config
+from opd_ray.embedded import prepare as embedded
+from opd_ray.errors import InputError
+
+# A run that resumes must agree with the run it continues in these sections and fields: they decide what step n
+# trains on, or in what form the checkpoint is. Anything else (steps, deadlines, actors, …) may change on the way.
+_FIXED_BY_RUN = (
+    "seed",
+    "student",
+    "teacher",
+    "more_teachers",
+    "reference",
+    "data",
+    "rollout.responses_per_prompt",
+    "rollout.max_response_tokens",
+    "rollout.temperature",
+    "rollout.top_p",
+    "rollout.teacher_temperature",
+    "buffer",
+    "loss",
+    "learner.dtype",
+)
+_FREE = ("min_actors", "max_actors", "node_resource")
+_FREE += ("num_actors", "cpus_per_actor", "gpus_per_actor", "max_batch_tokens", "gpu_memory_utilization", "engine")
+_FREE += ("max_staleness", "evaluation")
+"""Leaves of fixed sections that may change all the same: where and how fast, not what."""
+
+
+def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
+    """Refuses to write over another run, and to continue a run as a different one."""
+    saved = run_dir / "config.yaml"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"--run-dir {run_dir}: is a file; give a new directory")
+    if resume and not saved.is_file():
+        raise InputError(f"--run-dir {run_dir}: has no run to resume (no config.yaml); leave out --resume to start one")
+    if not resume:
+        if saved.exists():
+            raise InputError(
+                f"--run-dir {run_dir}: holds another run; add --resume to go on with it, or give another name"
+            )
+        return
+    _check_alone(run_dir)
+    check_same_run(f"the run in {run_dir}", configs.to_dict(configs.load(saved)), config)
+
+
+def _check_alone(run_dir: Path) -> None:
+    """Refuses a run whose driver still works on it, as far as that can be seen from here."""
+    try:
+        last = status.read(run_dir / status.FILE)
+    except InputError:
+        return
+    if not last.ended and last.pid != os.getpid() and status.driver_alive(last):
+        raise InputError(
+            f"--run-dir {run_dir}: process {last.pid} on this machine is still working on this run; "
+            "wait for it, or end it first"
+        )
+
+
+def check_same_run(where: str, saved: Mapping[str, Any], config: Config) -> None:
+    """Refuses to continue what was trained with other models, data or losses; ``saved`` is its configuration."""
+    before, now = dict(_leaves(saved)), dict(_leaves(configs.to_dict(config)))
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        fixed = any(name == each or name.startswith(f"{each}.") for each in _FIXED_BY_RUN)
+        if fixed and name.rpartition(".")[2] not in _FREE and old != new and not _stands_for(new, old, before):
+            raise InputError(
+                f"--resume: {name} is {_yaml(new)}, but {where} has {_yaml(old)}; "
+                f"continue it with {name}={_yaml(old)} or give another --run-dir"
+            )
+
+
+def _stands_for(new: Any, old: Any, before: Mapping[str, Any]) -> bool:
+    """Is ``new`` a stand-in ("embedded", "embedded:N", "student") that the saved run resolved to ``old``?"""
+    if new == configs.STUDENT:
+        return old == before["student.path"]
+    kind, _, count = str(new).partition(":")
+    if kind != configs.EMBEDDED or not isinstance(old, str):
+        return False
+    if count:
+        return Path(old).name == f"golden-{count}.jsonl"
+    path = Path(old)
+    made_here = path == embedded.TEACHER_DIR or path.is_relative_to(embedded.cache_root())
+    return made_here and not path.name.startswith("golden-")
+
+
+def _leaves(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a nested configuration as ``section.field`` and value."""
+    for name, value in raw.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _yaml(value: Any) -> str:
+    """A value as an override takes it."""
+    return value if isinstance(value, str) else json.dumps(value)

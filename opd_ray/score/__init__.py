@@ -1,0 +1,30 @@
+"""SCORE: what teachers and reference think of the rollouts.
+
+The engine is made inside the actor, so that only an actor imports an inference library.
+"""
+
+from __future__ import annotations
+
+from opd_ray.config import ScorerConfig
+from opd_ray.score.engine import ScoringEngine
+
+
+def make_scoring_engine(scorer: ScorerConfig, max_context_tokens: int | None) -> ScoringEngine:
+    """The configured engine on a scorer's checkpoint, which sets the longest sequence where that is None."""
+    if scorer.engine == "torch":
+        from opd_ray.score.torch import TorchScoringEngine
+
+        return TorchScoringEngine(
+            path=scorer.path,
+            dtype=scorer.dtype,
+            device="cuda" if scorer.gpus_per_actor else "cpu",
+            max_batch_tokens=scorer.max_batch_tokens,
+        )
+    from opd_ray.score.vllm import VllmScoringEngine
+
+    return VllmScoringEngine(
+        path=scorer.path,
+        dtype=scorer.dtype,
+        max_context_tokens=max_context_tokens,
+        gpu_memory_utilization=scorer.gpu_memory_utilization,
+    )

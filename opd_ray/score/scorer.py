@@ -1,0 +1,214 @@
+"""Scorer: one model that gives its log-probs of rollouts. Every teacher and the reference are pools of it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from opd_ray.config import ScorerConfig
+from opd_ray.errors import EngineFailed, OpdError, RunError
+from opd_ray.messages import ScoreRequest, TransferGroup, WeightManifest, score_schema
+from opd_ray.rooms import logs
+from opd_ray.rooms.node import this_node
+from opd_ray.score.engine import Rollout, Scores, ScoringEngine
+
+if TYPE_CHECKING:
+    from opd_ray.score.follower import Follower
+
+_log = logs.get(__name__)
+
+_PER_RUN = ("path", "weight", "privileged", "eos_token_ids", "update", "update_every_steps", "update_decay")
+"""Fields of the configuration that may change from run to run; the others need another actor."""
+_MOST_VALUES = 2**31 - 1
+"""A list column of Arrow counts its values in int32."""
+_URGENT, _USUAL = 0, 1
+
+
+class Worker:
+    """A thread that owns the engine and works off its calls, urgent ones first."""
+
+    def __init__(self) -> None:
+        self._calls: queue.PriorityQueue[tuple[int, int, Callable[[], Any], Future]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    def submit(self, run: Callable[[], Any], priority: int = _USUAL) -> Future:
+        """A future of the outcome of ``run()``."""
+        done: Future = Future()
+        done.set_running_or_notify_cancel()  # a caller that gives up must not make set_result() fail later
+        self._calls.put((priority, next(self._numbers), run, done))
+        return done
+
+    async def call(self, run: Callable[[], Any], priority: int = _USUAL) -> Any:
+        """The outcome of ``run()``."""
+        return await asyncio.wrap_future(self.submit(run, priority))
+
+    def _run(self) -> None:
+        while True:
+            _, _, run, done = self._calls.get()
+            try:
+                done.set_result(run())
+            except BaseException as error:
+                done.set_exception(error)
+
+
+class Scorer:
+    """Scores batches of rollouts (an async Ray actor); a weight update goes ahead of the batches that wait.
+
+    ``make_engine`` builds the engine on ``scorer.path``. One that is a ``member`` of the weight-transfer group takes
+    part in every broadcast, whether its run's ``scorer.update`` follows the student or not.
+    """
+
+    def __init__(
+        self, *, make_engine: Callable[[], ScoringEngine], scorer: ScorerConfig, weight_backend: str, member: bool
+    ) -> None:
+        self._worker = Worker()
+        self._engine = self._worker.submit(make_engine).result()
+        self._scorer = scorer
+        self._follower: Follower | None = None
+        if member:  # torch is loaded by those that need it
+            from opd_ray.score.follower import Follower
+            from opd_ray.weights.receivers import make_receiver
+
+            receiver = make_receiver(weight_backend, self._engine.device)
+            self._follower = Follower(self._engine.parameters(), receiver, **_rule(scorer))
+
+    async def node(self) -> str:
+        return this_node()
+
+    async def begin(self, scorer: ScorerConfig) -> None:
+        """Another run: its checkpoint, unless that is the one at hand and unchanged, and its way to follow the student.
+
+        Raises RunError for a setting that needs another actor.
+        """
+        await self._worker.call(partial(self._begin, scorer))
+
+    async def score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[int, pa.RecordBatch]:
+        """Returns the number of response tokens scored, and a row of SCORE_SCHEMA per rollout.
+
+        Raises RunError for a rollout without what ``request`` needs: topk_ids (given) or privileged_prompt_tokens.
+        """
+        return await self._worker.call(partial(self._score, rollouts, request))
+
+    async def connect(self, group: TransferGroup) -> None:
+        """Joins the group that weights are broadcast in."""
+        await self._worker.call(partial(self._following().connect, group), _URGENT)
+        _log.info("joined the weight-transfer group of %d as rank %d", group.world_size, group.rank)
+
+    async def update_weights(self, manifest: WeightManifest) -> None:
+        """Receives one broadcast, and does with it what ``update`` says."""
+        await self._worker.call(partial(self._following().update, manifest), _URGENT)
+        logs.at(version=manifest.version)
+        _log.info("follows weights of version %d", manifest.version)
+
+    async def snapshot(self) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+        """What a later run needs to follow the student from here on: {"version"}, and float32 weights by name."""
+        return await self._worker.call(self._following().snapshot, _URGENT)
+
+    async def restore(self, facts: dict[str, int], arrays: dict[str, np.ndarray]) -> None:
+        """Goes on from a ``snapshot``. Raises RunError when it is of another model."""
+        await self._worker.call(partial(self._following().restore, facts, arrays), _URGENT)
+
+    def _following(self) -> Follower:
+        if self._follower is None:
+            raise RunError(
+                "this scorer is no member of the weight-transfer group; start it with update other than fixed"
+            )
+        return self._follower
+
+    def _begin(self, scorer: ScorerConfig) -> None:
+        for field in dataclasses.fields(ScorerConfig):
+            ours, theirs = getattr(self._scorer, field.name), getattr(scorer, field.name)
+            if field.name not in _PER_RUN and ours != theirs:
+                raise RunError(
+                    f"a scorer was started with {field.name}={ours}, but this run asks for {theirs}; "
+                    "runs that share their rooms must agree on it"
+                )
+        if scorer.follows_student and self._follower is None:
+            raise RunError(
+                f"a scorer was started as a fixed one, but this run asks for update={scorer.update}; "
+                "start the rooms with it following the student"
+            )
+        moved = self._scorer.follows_student and self._following().version > 0
+        if moved or scorer.path != self._scorer.path:
+            self._engine.load(scorer.path)
+        self._scorer = scorer
+        if self._follower is not None:
+            self._follower.follow(self._engine.parameters(), **_rule(scorer))
+
+    def _score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[int, pa.RecordBatch]:
+        sequences = _sequences(rollouts, request)
+        try:
+            scores = self._engine.score(sequences, request)
+        except (OpdError, ValueError):
+            raise
+        except Exception as error:  # of a device or an engine that may be broken: another worker may do better
+            raise EngineFailed(f"the engine failed: {type(error).__name__}: {error}") from error
+        return sum(len(each.logprobs) for each in scores), _payload(rollouts["rollout_id"], scores)
+
+
+def _rule(scorer: ScorerConfig) -> dict[str, Any]:
+    return {"update": scorer.update, "every_steps": scorer.update_every_steps, "decay": scorer.update_decay}
+
+
+def _sequences(rollouts: pa.RecordBatch, request: ScoreRequest) -> list[Rollout]:
+    prompts = rollouts["privileged_prompt_tokens" if request.privileged else "prompt_tokens"]
+    columns = zip(rollouts["rollout_id"], prompts, rollouts["response_tokens"], rollouts["topk_ids"], strict=True)
+    sequences = []
+    for rollout_id, prompt, response, topk_ids in columns:
+        if request.privileged and len(prompt) == 0:
+            raise RunError(
+                f"rollout {rollout_id} has no privileged_prompt_tokens, but a privileged teacher is to score it; "
+                "give its prompt a golden solution in data.golden"
+            )
+        if request.given and (len(topk_ids) == 0) != (len(response) == 0):
+            raise RunError(
+                f"rollout {rollout_id} carries no topk_ids, but their log-probs are asked for; sample it with top_k"
+            )
+        tokens = np.asarray(response.values)
+        given = np.asarray(topk_ids.values).reshape(len(tokens), -1) if request.given else None
+        sequences.append(Rollout(np.asarray(prompt.values), tokens, given))
+    return sequences
+
+
+def _payload(rollout_ids: pa.Array, scores: Sequence[Scores]) -> pa.RecordBatch:
+    hidden = [each.hidden for each in scores]
+    half = any(states.dtype == np.float16 and states.size for states in hidden)
+    for rollout_id, states in zip(rollout_ids, hidden, strict=True):
+        if not np.isfinite(states).all():
+            raise RunError(
+                f"rollout {rollout_id}: its hidden states are not finite"
+                + (" in float16; score with dtype=float32" if half else "")
+            )
+    schema = score_schema(pa.float16() if half else pa.float32())
+    columns = [
+        rollout_ids,
+        *(
+            _lists([getattr(each, field.name).ravel() for each in scores], field)
+            for field in schema
+            if field.name != "rollout_id"
+        ),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _lists(rows: Sequence[np.ndarray], field: pa.Field) -> pa.ListArray:
+    """A list column from one array per row, without going through Python numbers."""
+    ends = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
+    if ends[-1] > _MOST_VALUES:
+        raise RunError(
+            f"{len(rows)} rollouts have {ends[-1]} values of {field.name}, more than one batch can hold "
+            f"({_MOST_VALUES}); lower rollout.prompts_per_call"
+        )
+    flat: Any = np.concatenate(rows) if rows else np.empty(0)
+    return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(flat, type=field.type.value_type))

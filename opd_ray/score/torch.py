@@ -1,0 +1,206 @@
+"""ScoringEngine as one padded forward pass of a transformers model per batch. Runs on CPUs and on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opd_ray.errors import InputError
+from opd_ray.messages import ScoreRequest
+from opd_ray.models.checkpoints import load_model
+from opd_ray.models.heads import transform_of
+from opd_ray.score.engine import Rollout, Scores
+
+_LOGITS_BYTES = 256 * 2**20
+"""Float32 logits that are held at once; their exponentials take as much again."""
+
+_PROBE_TOKENS = 4
+
+
+class TorchScoringEngine:
+    """Exact scores; the output layer is applied to a chunk of tokens at a time, so that a batch of N tokens never has
+    its [N, vocabulary] logits in memory."""
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        dtype: str = "float32",
+        device: str | None = None,
+        max_batch_tokens: int = 8192,
+        logits_bytes: int = _LOGITS_BYTES,
+    ) -> None:
+        """``max_batch_tokens`` bounds rows × longest row of one pass; ``device`` defaults to a GPU if there is one.
+
+        Raises InputError for a model that does something unknown to its logits behind the output layer.
+        """
+        self._dtype, self._device = dtype, device
+        self._max_batch_tokens, self._logits_bytes = max_batch_tokens, logits_bytes
+        self.load(path)
+
+    def load(self, path: str) -> None:
+        self._model = None  # two models need not fit
+        self._model = load_model(path, self._dtype, self._device)
+        self._head = self._model.get_output_embeddings()
+        self._vocab_size = self._head.weight.shape[0]
+        self._transform = transform_of(self._model.config.get_text_config())
+        self._gather: _Gather | None = None
+        self._check_head(path)
+        self._head.register_forward_pre_hook(lambda _, inputs: self._gather and self._gather(inputs[0]))
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Every parameter of the model, tied ones under each of their names; writing to them changes the scores."""
+        return dict(self._model.named_parameters(remove_duplicate=False))
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[Rollout], request: ScoreRequest) -> list[Scores]:
+        self._check_tokens(sequences, request)
+        scores: dict[int, Scores] = {}
+        for batch in self._batches(sequences):
+            rows = [sequences[index] for index in batch]
+            scores.update(zip(batch, self._score_batch(rows, request), strict=True))
+        return [scores[index] for index in range(len(sequences))]
+
+    def _check_tokens(self, sequences: Sequence[Rollout], request: ScoreRequest) -> None:
+        parts = [part for row in sequences for part in (row.prompt_tokens, row.response_tokens)]
+        largest = max([*request.stop_token_ids, *(int(part.max()) for part in parts if len(part))], default=0)
+        if largest >= self._vocab_size:
+            raise ValueError(
+                f"token {largest} is not among the {self._vocab_size} of {type(self._model).__name__}; "
+                "score with models of the student's tokenizer"
+            )
+
+    def _batches(self, sequences: Sequence[Rollout]) -> Iterator[list[int]]:
+        """Indices of ``sequences``, longest first, in groups whose padded size keeps to the bound."""
+        lengths = [len(sequence.prompt_tokens) + len(sequence.response_tokens) for sequence in sequences]
+        order = sorted(range(len(sequences)), key=lambda index: -lengths[index])
+        while order:
+            num_rows = max(1, self._max_batch_tokens // max(1, lengths[order[0]]))
+            yield order[:num_rows]
+            order = order[num_rows:]
+
+    def _score_batch(self, rows: list[Rollout], request: ScoreRequest) -> list[Scores]:
+        lengths = [len(row.response_tokens) for row in rows]
+        tokens = _joined([row.response_tokens for row in rows])
+        given = np.concatenate([row.given_ids for row in rows]) if request.given else np.empty((len(tokens), 0))
+        columns = [torch.from_numpy(ids.astype(np.int64)).to(self.device) for ids in (tokens, given)]
+        hidden = self._hidden(rows)
+        size = max(1, self._logits_bytes // (4 * self._vocab_size))
+        chunks = []
+        for start in range(0, max(1, len(tokens)), size):
+            chunk = slice(start, start + size)
+            logits = self._transform(self._head(hidden[chunk]))
+            chunks.append(_token_scores(logits, *(ids[chunk] for ids in columns), request))
+        whole = {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
+        whole["hidden"] = _portable(hidden if request.hidden else hidden[:, :0])
+        return _split(whole, lengths)
+
+    def _hidden(self, rows: list[Rollout]) -> Tensor:
+        """[N, H] in front of the output layer: what predicts the response tokens of the rows, packed in order."""
+        sequences = [np.concatenate([row.prompt_tokens, row.response_tokens]).astype(np.int64) for row in rows]
+        input_ids, attention_mask = _pad_right(sequences, self.device)
+        # Position t predicts token t + 1.
+        where = [
+            index * input_ids.shape[1] + len(row.prompt_tokens) - 1 + np.arange(len(row.response_tokens))
+            for index, row in enumerate(rows)
+        ]
+        self._gather = _Gather(torch.from_numpy(_joined(where)).to(self.device))
+        try:
+            self._model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            return self._gather.hidden
+        finally:
+            self._gather = None
+
+    @torch.inference_mode()
+    def _check_head(self, path: str) -> None:
+        """The output layer and the known transform must give what the model gives."""
+        seen: list[Tensor] = []
+        handle = self._head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.clone()))
+        tokens = torch.arange(_PROBE_TOKENS, device=self.device)[None] % self._vocab_size
+        try:
+            logits = self._model(input_ids=tokens, use_cache=False).logits.float()
+        finally:
+            handle.remove()
+        expected = logits - logits.amax(-1, keepdim=True)
+        difference = float((self._transform(seen[0]) - expected).abs().max())
+        tolerance = (1e-3 if self._model.dtype == torch.float32 else 0.3) * max(1.0, float(logits.std()))
+        if not difference <= tolerance:
+            raise InputError(
+                f"{path}: {type(self._model).__name__} does something unknown to its logits (they differ by "
+                f"{difference:.2g} from its output layer's); known are logit_scale, logits_scaling and "
+                "final_logit_softcapping in config.json"
+            )
+
+
+class _Gather:
+    """Takes the rows of interest from what enters the output layer, and passes on only the first of them."""
+
+    def __init__(self, where: Tensor) -> None:
+        self._where = where
+        self.hidden: Tensor
+
+    def __call__(self, states: Tensor) -> tuple[Tensor]:
+        self.hidden = states.flatten(0, 1).index_select(0, self._where)
+        return (self.hidden[:1],)
+
+
+def _token_scores(logits: Tensor, tokens: Tensor, given: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
+    """Scores of N tokens and of N × k' given ones from the logits [N, vocabulary] that predict them, which it changes.
+
+    The largest of each row is 0, so that float32 resolves the small masses outside of a top-k.
+    """
+    log_normalizer = logits.logsumexp(1, keepdim=True)
+    stops = list(request.stop_token_ids)
+    stop_logprobs = logits.new_zeros(0)
+    if stops:
+        together = logits[:, stops].logsumexp(1)
+        logits[:, stops[0]] = together
+        logits[:, stops[1:]] = -torch.inf
+        tokens = torch.where(torch.isin(tokens, tokens.new_tensor(stops)), stops[0], tokens)
+        stop_logprobs = together - log_normalizer[:, 0]
+    vocab_size = logits.shape[1]
+    top = logits.topk(min(request.top_k, vocab_size - len(stops[1:])), dim=1)
+    beyond = given >= vocab_size  # padding of a larger output layer
+    given_logits = logits.gather(1, given.clamp(max=vocab_size - 1)).masked_fill(beyond, -torch.inf)
+    return {
+        "logprobs": (logits.gather(1, tokens[:, None]) - log_normalizer)[:, 0],
+        "topk_ids": top.indices.to(torch.int32),
+        "topk_logprobs": top.values - log_normalizer,
+        "given_logprobs": given_logits - log_normalizer,
+        "stop_logprobs": stop_logprobs,
+    }
+
+
+def _portable(hidden: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16; float16 keeps more of its digits, and the scorer checks the range."""
+    return hidden.to(torch.float16 if hidden.dtype == torch.bfloat16 else hidden.dtype).cpu().numpy()
+
+
+def _split(whole: Mapping[str, np.ndarray], lengths: Sequence[int]) -> list[Scores]:
+    """The packed columns as one Scores per row; a column of no tokens has none in any row."""
+    ends = np.cumsum(lengths)
+    return [
+        Scores(**{name: column[end - length : end] for name, column in whole.items()})
+        for end, length in zip(ends, lengths, strict=True)
+    ]
+
+
+def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(rows).astype(np.int64)
+
+
+def _pad_right(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [R, longest] padded with 0, and the mask of real ones."""
+    lengths = torch.tensor([len(row) for row in rows])
+    input_ids = torch.zeros((len(rows), int(lengths.max())), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = torch.from_numpy(row)
+    mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    return input_ids.to(device), mask.to(device, torch.int64)

@@ -1,0 +1,369 @@
+"""Where a run's snapshots are kept: one directory per step, complete or absent.
+
+    step-50/state.json                          the snapshot without its arrays; the checkpoint is there when this is
+    step-50/learner-0-of-2.9f3c21d0.safetensors     one per rank that saved
+    step-50/follower-reference.9f3c21d0.safetensors
+    step-50/payload-0.9f3c21d0.arrow            rollouts and scores in the buffer
+
+state.json is written last and deleted first, so a kill at any moment leaves the other checkpoints usable. The digits
+are of one attempt to write: what an earlier one left, or still writes, is never mistaken for a part of another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import re
+import secrets
+import zlib
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
+
+from opd_ray.errors import InputError, OpdError, RunError, StorageUnavailable
+from opd_ray.messages import Entry, RolloutMeta
+from opd_ray.rooms.threads import in_thread
+from opd_ray.snapshots.files import read_arrays, read_batch, write_arrays, write_batch
+from opd_ray.snapshots.snapshot import Snapshot
+from opd_ray.snapshots.storage import FileFact, Storage
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+_FORMAT, _VERSION = "opd_ray checkpoint", 1
+_STATE = "state.json"
+_CALL_S = 120.0
+"""How long the small calls to the storage may take: listing, deleting, state.json."""
+_IN_STEP = re.compile(r"step-(\d+)/(.+)")
+_STEP = re.compile(r"step-(\d+)")
+_OURS = re.compile(r"\.?(state\.json|(learner|follower|payload)-.+\.[0-9a-f]{8}\.(safetensors|arrow))(\.partial)?")
+"""Names of files that may be deleted; whatever else lies in a step's directory is somebody's."""
+
+
+class Runner(Protocol):
+    """Runs functions of opd_ray.snapshots.files where the files are; they get the values of refs among ``args``."""
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
+        """What ``function(*args)`` returns; raises what it raises."""
+
+    def payload(self, function: Callable[..., Any], *args: Any) -> Awaitable[ObjectRef]:
+        """A ref to what ``function(*args)`` has returned; raises what it raises."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint."""
+
+    snapshot: Snapshot
+    """With names of files in the place of refs."""
+    files: Mapping[str, FileFact]
+    """By name."""
+    where: str
+    """Its directory, for messages."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps it has behind it."""
+        return self.snapshot.step
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self.snapshot.state
+
+
+class Shelf:
+    """The checkpoints of one run. Only one process may write here at a time."""
+
+    def __init__(self, location: str | Storage, run: Runner) -> None:
+        """``location`` is a directory or a URI; nothing is opened yet."""
+        self._storage = location if isinstance(location, Storage) else Storage(location)
+        self._run = run
+        self._lock = asyncio.Lock()
+        self._hanging: asyncio.Future[Any] | None = None
+        """A call that had no end by its deadline; what it still does must not meet another one."""
+
+    @property
+    def is_local(self) -> bool:
+        """Does only this node have the files?"""
+        return self._storage.is_local
+
+    def check(self, *, resume: bool) -> Checkpoint | None:
+        """The checkpoint to resume from, if there is one.
+
+        Raises InputError, before anything is loaded, when files cannot be written, read and deleted here; when the
+        newest checkpoint is damaged, incomplete, of another format or not one of opd_ray; and, unless ``resume``,
+        when there are checkpoints of another run.
+        """
+        try:
+            self._storage.probe()
+            steps = self._complete(self._steps())
+            if steps and not resume:
+                raise RunError(
+                    f"{self._storage.url()} holds checkpoints of another run, up to step {steps[-1]}; add --resume to "
+                    "go on with it, or give another checkpoint.directory"
+                )
+            return self._intact(steps[-1]) if steps else None
+        except RunError as error:
+            raise InputError(f"checkpoints: {error}") from error
+
+    async def latest(self, *, healthy: bool = False) -> Checkpoint | None:
+        """The newest checkpoint, if there is one; with ``healthy``, the newest without an alarm."""
+        return await self._do(self._latest, healthy)
+
+    async def write(self, snapshot: Snapshot, keep: int) -> Checkpoint:
+        """Writes a checkpoint, and deletes the oldest beyond ``keep``, but never the newest healthy one.
+
+        ``snapshot`` is taken as it is at the call. One that fails or is killed leaves the others as they were.
+        """
+        attempt = secrets.token_hex(4)
+        jobs = {
+            ref: (function, f"step-{snapshot.step}/{stem}.{attempt}.{kind}", ref)
+            for function, stem, kind, ref in _parts(snapshot)
+        }
+        named = _with(snapshot, {ref: name for ref, (_, name, _) in jobs.items()})
+        described = _plain(named)
+        async with self._lock:
+            await self._do(self._tidy)
+            try:
+                files = await _all(
+                    [self._run(function, self._storage, name, ref) for function, name, ref in jobs.values()]
+                )
+                body = {"snapshot": described, "files": [dataclasses.asdict(file) for file in files]}
+                await self._do(self._seal, snapshot.step, body)
+                await self._do(self._tidy, keep)
+            except Exception:
+                with contextlib.suppress(OpdError):  # what was written takes space that the next one needs
+                    await self._do(self._tidy)
+                raise
+        return self._made(body)
+
+    async def read(self, checkpoint: Checkpoint) -> Snapshot:
+        """The snapshot, with every file read once into the object store. Raises RunError for a damaged file."""
+        otherwise = await self._do(self._otherwise, checkpoint.step)
+        refs = await _all(
+            [
+                self._run.payload(
+                    read_batch if name.endswith(".arrow") else read_arrays, self._storage, fact, otherwise
+                )
+                for name, fact in checkpoint.files.items()
+            ]
+        )
+        return _with(checkpoint.snapshot, dict(zip(checkpoint.files, refs, strict=True)))
+
+    async def amend(self, checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Checkpoint:
+        """Writes other values into a checkpoint's state, all or none."""
+        snapshot = dataclasses.replace(checkpoint.snapshot, state=checkpoint.state | dict(changes))
+        files = [dataclasses.asdict(file) for file in checkpoint.files.values()]
+        body = {"snapshot": _plain(snapshot), "files": files}
+        await self._do(self._seal, checkpoint.step, body)
+        return self._made(body)
+
+    async def discard_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, the latest first: a run that goes back makes them anew."""
+        await self._do(self._discard_after, step)
+
+    async def _do(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The outcome of a function that uses the storage. Raises StorageUnavailable when there is none in time."""
+        if self._hanging is None or self._hanging.done():
+            call = in_thread(function, *args)
+            await asyncio.wait([call], timeout=_CALL_S)
+            if call.done():
+                return call.result()
+            self._hanging = call
+        raise StorageUnavailable(
+            f"{self._storage.url()} gives no answer for more than {_CALL_S:g} s; see that what serves it is up"
+        )
+
+    # ---- what lies there ----
+
+    def _latest(self, healthy: bool) -> Checkpoint | None:
+        for step in reversed(self._complete(self._steps())):
+            checkpoint = self._open(step)
+            if not healthy or checkpoint.state["healthy"]:
+                return checkpoint
+        return None
+
+    def _steps(self) -> dict[int, dict[str, int | None]]:
+        """Step to the files in its directory, as Storage.list has them."""
+        steps: dict[int, dict[str, int | None]] = {}
+        for name, size in self._storage.list().items():
+            if directory := _STEP.fullmatch(name):
+                steps.setdefault(int(directory[1]), {})
+            elif inside := _IN_STEP.fullmatch(name):
+                steps.setdefault(int(inside[1]), {})[inside[2]] = size
+        return steps
+
+    @staticmethod
+    def _complete(steps: Mapping[int, Mapping[str, int | None]]) -> list[int]:
+        return sorted(step for step, files in steps.items() if _STATE in files)
+
+    def _usable(self, steps: Mapping[int, Mapping[str, int | None]]) -> dict[int, Checkpoint]:
+        """The complete ones that can be read; what cannot is left alone, for it may be somebody's."""
+        usable = {}
+        for step in self._complete(steps):
+            with contextlib.suppress(RunError):
+                usable[step] = self._open(step)
+        return usable
+
+    def _open(self, step: int) -> Checkpoint:
+        """Reads state.json; RunError when it is not one that ``_seal`` wrote."""
+        name = f"step-{step}/{_STATE}"
+        content = bytes(self._storage.read(name))
+        file = self._storage.url(name)
+        try:
+            document = json.loads(content)
+        except ValueError:
+            raise RunError(
+                f"{file} is damaged or cut off ({len(content)} bytes, no JSON); {self._otherwise(step)}"
+            ) from None
+        if not isinstance(document, dict) or document.get("format") != _FORMAT:
+            raise RunError(
+                f'{file} is not a checkpoint\'s: expected "format": "{_FORMAT}"; give a directory of its own with '
+                "checkpoint.directory, or move it away"
+            )
+        if document.get("version") != _VERSION:
+            raise RunError(
+                f"{file} has format version {document.get('version')}, expected {_VERSION}; resume with the release of "
+                f"opd_ray that wrote it, or {self._otherwise(step)}"
+            )
+        found, written = zlib.crc32(json.dumps(document.get("body")).encode()), document.get("crc32")
+        if found != written:
+            raise RunError(f"{file} is damaged: its CRC is {found}, written was {written}; {self._otherwise(step)}")
+        checkpoint = self._made(document["body"])
+        if checkpoint.step != step:
+            raise RunError(
+                f"{file} is of step {checkpoint.step}; rename its directory to step-{checkpoint.step}, or "
+                f"{self._otherwise(step)}"
+            )
+        return checkpoint
+
+    def _intact(self, step: int) -> Checkpoint:
+        """Opens it; RunError when a file is not there in its size."""
+        checkpoint, sizes = self._open(step), self._storage.list()
+        for fact in checkpoint.files.values():
+            size = sizes.get(fact.name)
+            if size != fact.num_bytes:
+                found = "is not there" if size is None else f"has {size} bytes"
+                raise RunError(
+                    f"{self._storage.url(fact.name)} {found}, expected {fact.num_bytes} bytes; {self._otherwise(step)}"
+                )
+        return checkpoint
+
+    def _otherwise(self, step: int) -> str:
+        """What to do about a checkpoint that cannot be used."""
+        older = [each for each in self._complete(self._steps()) if each < step]
+        return f"delete {self._storage.url(f'step-{step}')} to " + (
+            f"resume from step {older[-1]}" if older else "begin anew: there is no older checkpoint"
+        )
+
+    def _made(self, body: Mapping[str, Any]) -> Checkpoint:
+        files = [FileFact(**file) for file in body["files"]]
+        snapshot = _decoded(body["snapshot"])
+        return Checkpoint(snapshot, {file.name: file for file in files}, self._storage.url(f"step-{snapshot.step}"))
+
+    # ---- what changes it ----
+
+    def _discard_after(self, step: int) -> None:
+        found = self._steps()
+        for later in sorted(self._usable(found), reverse=True):
+            if later > step:
+                self._delete(later, found[later])
+
+    def _seal(self, step: int, body: Mapping[str, Any]) -> None:
+        """Makes the checkpoint be there."""
+        text = json.dumps(body)
+        crc = zlib.crc32(text.encode())
+        document = f'{{"format": "{_FORMAT}", "version": {_VERSION}, "crc32": {crc}, "body": {text}}}\n'
+        self._storage.write(f"step-{step}/{_STATE}", [document.encode()])
+
+    def _tidy(self, keep: int | None = None) -> None:
+        """Deletes what belongs to no checkpoint, and checkpoints beyond ``keep``."""
+        steps = self._steps()
+        usable = self._usable(steps)
+        for step, files in steps.items():
+            if _STATE not in files:
+                self._delete(step, files)
+            elif step in usable:
+                for name in files:
+                    if _deletable(name) and name != _STATE and f"step-{step}/{name}" not in usable[step].files:
+                        self._storage.delete(f"step-{step}/{name}")
+        if keep is not None:
+            spared = max((step for step, each in usable.items() if each.state["healthy"]), default=None)
+            for step in sorted(usable)[:-keep]:
+                if step != spared:
+                    self._delete(step, steps[step])
+
+    def _delete(self, step: int, files: Mapping[str, int | None]) -> None:
+        """Deletes our files of a step, state.json first, and the directory unless there is something else in it."""
+        if _STATE in files:
+            self._storage.delete(f"step-{step}/{_STATE}")
+        if all(_deletable(name) for name in files):
+            self._storage.delete_directory(f"step-{step}")
+            return
+        for name in files:
+            if _deletable(name) and name != _STATE:
+                self._storage.delete(f"step-{step}/{name}")
+
+
+def _deletable(name: str) -> bool:
+    return _OURS.fullmatch(name) is not None
+
+
+def _parts(snapshot: Snapshot) -> list[tuple[Callable[..., FileFact], str, str, ObjectRef]]:
+    """(function that writes it, stem and kind of its name, ref) of everything that a snapshot refers to, each once."""
+    parts, ranks = [], len(snapshot.learner_parts)
+    for rank, ref in enumerate(snapshot.learner_parts):
+        parts.append((write_arrays, f"learner-{rank}-of-{ranks}", "safetensors", ref))
+    for role, (_, ref) in snapshot.followers.items():
+        parts.append((write_arrays, f"follower-{quote(role, safe='')}", "safetensors", ref))
+    payloads = dict.fromkeys(ref for entry in snapshot.entries for ref in (entry.rollouts, *entry.scores.values()))
+    parts += [(write_batch, f"payload-{number}", "arrow", ref) for number, ref in enumerate(payloads)]
+    return parts
+
+
+def _with(snapshot: Snapshot, instead: Mapping[Any, Any]) -> Snapshot:
+    """The snapshot with something else in the place of every ref, or of every name."""
+    return dataclasses.replace(
+        snapshot,
+        learner_parts=tuple(instead[part] for part in snapshot.learner_parts),
+        followers={role: (facts, instead[part]) for role, (facts, part) in snapshot.followers.items()},
+        entries=tuple(
+            dataclasses.replace(
+                entry,
+                rollouts=instead[entry.rollouts],
+                scores={role: instead[scores] for role, scores in entry.scores.items()},
+            )
+            for entry in snapshot.entries
+        ),
+    )
+
+
+def _plain(snapshot: Snapshot) -> dict[str, Any]:
+    """A snapshot of names as JSON has it, independent of what may change it afterwards; NumPy's scalars become ours."""
+    return json.loads(json.dumps(dataclasses.asdict(snapshot), default=lambda number: number.item()))
+
+
+def _decoded(raw: Mapping[str, Any]) -> Snapshot:
+    """The snapshot that ``_plain`` was given."""
+    entries = [Entry(**(entry | {"meta": RolloutMeta(**entry["meta"])})) for entry in raw["entries"]]
+    return Snapshot(
+        **{
+            **raw,
+            "learner_parts": tuple(raw["learner_parts"]),
+            "followers": {role: (facts, name) for role, (facts, name) in raw["followers"].items()},
+            "slots": tuple(raw["slots"]),
+            "entries": tuple(entries),
+        }
+    )
+
+
+async def _all(calls: list[Awaitable[Any]]) -> list[Any]:
+    """Every outcome; raises the first failure when all have ended, so that nothing goes on behind the caller's back."""
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return outcomes

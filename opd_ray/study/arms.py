@@ -1,0 +1,50 @@
+"""One arm of a study: its configuration, and where its runs are."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd_ray import config as configs
+from opd_ray.config import Config
+from opd_ray.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train."""
+
+    name: str
+    raw: Mapping[str, Any]
+    """Its configuration as nested plain values, without seed and name."""
+    num_seeds: int | None = None
+    """It runs on the first so many of the study's seeds; None for all."""
+
+    def seeds(self, of_study: Sequence[int]) -> list[int]:
+        """Those of the study's seeds that it runs on."""
+        return list(of_study[: self.num_seeds])
+
+    @property
+    def directory(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    def config(self, seed: int) -> Config:
+        try:
+            return configs.from_dict({**copy.deepcopy(dict(self.raw)), "seed": seed, "name": self.name})
+        except InputError as error:
+            raise InputError(f"arm '{self.name}': {error}") from None
+
+
+def run_directory(directory: Path, arm: Arm, seed: int) -> Path:
+    return directory / arm.directory / f"seed-{seed}"
+
+
+def _summary(directory: Path, arm: Arm, seed: int) -> dict[str, Any] | None:
+    """The summary of a finished run."""
+    path = run_directory(directory, arm, seed) / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None

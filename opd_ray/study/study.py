@@ -1,0 +1,234 @@
+"""A study: the same students under several arms and seeds, one run after another in the same rooms.
+
+A study is a YAML file: ``common`` settings, ``arms`` by name with what each changes (and ``seeds``, where it runs on
+the first few only), and ``claims`` about what they should show (see jobs/ablation.yaml and :mod:`opd_ray.claims`).
+Every run is an ordinary run directory, ``STUDY/ARM/seed-N``; a study that was interrupted goes on with the runs
+that have no summary yet. Each seed's student is evaluated once, before its first arm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from opd_ray.config import Config
+from opd_ray.embedded.resolve import resolve
+from opd_ray.errors import InputError, RunError
+from opd_ray.evaluate import Evaluation
+from opd_ray.placement.session import Session, cluster
+from opd_ray.run import preflight
+from opd_ray.run.train import train
+from opd_ray.study import claims, teacher_data
+from opd_ray.study.arms import Arm, _summary, run_directory
+
+TEACHER_ROLLOUTS = "teacher-rollouts"
+"""``data.golden: teacher-rollouts:N`` in an arm stands for N raw rollouts of the teacher."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What a study file says."""
+
+    arms: list[Arm]
+    claims: list[Mapping[str, Any]]
+
+
+def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Study:
+    """A study file; ``overrides`` hold for all arms, ``only`` picks some by name or directory."""
+    try:
+        raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        changes = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except OSError as error:
+        raise InputError(f"study {path}: {error.strerror}; give an existing YAML file") from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"study {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("arms"), dict) or set(raw) - {"common", "arms", "claims"}:
+        raise InputError(f"study {path}: expected 'arms', a mapping of names to settings; beside it common, claims")
+    arms = []
+    for name, own in raw["arms"].items():
+        own = dict(own or {})
+        num_seeds = own.pop("seeds", None)
+        if num_seeds is not None and (not isinstance(num_seeds, int) or num_seeds < 1):
+            raise InputError(f"study {path}: arm '{name}': seeds is {num_seeds!r}, expected how many: 1 or more")
+        merged = OmegaConf.merge(raw.get("common") or {}, own, changes)
+        arms.append(Arm(name, OmegaConf.to_container(merged), num_seeds))
+    known = {name: arm for arm in arms for name in (arm.name, arm.directory)}
+    if unknown := [name for name in only if name not in known]:
+        raise InputError(f"study {path}: no arm '{unknown[0]}'; it has {', '.join(arm.directory for arm in arms)}")
+    chosen = [arm for arm in arms if not only or arm in [known[name] for name in only]]
+    for arm in chosen:
+        golden = str(arm.config(0).data.golden)  # refuses a contradiction before anything starts
+        kind, _, count = golden.partition(":")
+        if kind == TEACHER_ROLLOUTS and not (count.isdigit() and int(count) > 0):
+            raise InputError(f"arm '{arm.name}': data.golden is {golden}, expected {TEACHER_ROLLOUTS}:N with N above 0")
+    stated = raw.get("claims") or []
+    claims.check(stated, [arm.name for arm in arms])
+    return Study(chosen, stated)
+
+
+def shared_rooms(arms: Sequence[Arm], seed: int) -> Config:
+    """The configuration of an arm that needs every room that any of them needs; its rooms serve all.
+
+    Raises InputError where no arm does, or where arms differ in what rooms are started with.
+    """
+    configured = {arm.name: arm.config(seed) for arm in arms}
+    rooms = {name: _rooms(config) for name, config in configured.items()}
+    everything = set().union(*rooms.values())
+    widest = next((name for name in configured if rooms[name] == everything), None)
+    if widest is None:
+        raise InputError(
+            f"study: the arms need {', '.join(sorted(everything))}, but no single arm needs all of them; "
+            "arms run in the same rooms, so add one that does, or split the study"
+        )
+    for name, config in configured.items():
+        for field in _STARTED_WITH:
+            ours, theirs = _value(config, field), _value(configured[widest], field)
+            if ours != theirs:
+                raise InputError(
+                    f"study: {field} is {ours} in arm '{name}' and {theirs} in '{widest}', but arms run in the same "
+                    "rooms; set it under common"
+                )
+    return configured[widest]
+
+
+_STARTED_WITH = (
+    *(f"rollout.{name}" for name in ("engine", "num_generators", "tensor_parallel_size", "dtype", "max_num_seqs")),
+    *(f"rollout.{name}" for name in ("kv_cache_bytes", "gpus_per_generator", "cpus_per_generator")),
+    *(f"learner.{name}" for name in ("num_ranks", "cpus_per_rank", "gpus_per_rank")),
+    *(f"{role}.{name}" for role in ("teacher", "reference") for name in ("engine", "dtype", "num_actors", "update")),
+    "weights",
+    "evaluation.num_problems",  # each seed's student is evaluated once, for all arms
+    "evaluation.temperature",
+)
+
+
+def _rooms(config: Config) -> set[str]:
+    teacher_writes = {"teacher_generate"} if config.buffer.uses_teacher_rollouts else set()
+    return teacher_writes | set(config.scorers)
+
+
+def _value(config: Config, field: str) -> Any:
+    for part in field.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: Callable[[str], None]) -> None:
+    """Runs every arm on every seed that has no summary in ``directory`` yet.
+
+    An arm whose run fails is reported and ends the study: its log.txt says why.
+    """
+    rooms_for = shared_rooms(arms, seeds[0])
+    directory.mkdir(parents=True, exist_ok=True)
+    runs = [(seed, arm) for seed in seeds for arm in arms if seed in arm.seeds(seeds)]
+    for seed, arm in runs:
+        _check_same(directory, arm, seed)
+    todo = [(seed, arm) for seed, arm in runs if _summary(directory, arm, seed) is None]
+    say(f"{len(arms)} arms on {len(seeds)} seeds: {len(runs) - len(todo)} runs are done, {len(todo)} to go")
+    if not todo:
+        return
+    with cluster():
+        teacher = _teacher_data(directory, arms, rooms_for, say)
+        for arm in arms:  # what is wrong with the last arm is said before the first one runs
+            preflight.check_files(resolve(_with_teacher_data(arm.config(seeds[0]), teacher)))
+        for seed in dict.fromkeys(seed for seed, _ in todo):
+            resolve(dataclasses.replace(rooms_for, seed=seed))  # builds its student, if it is an embedded one
+        session = Session(resolve(rooms_for))
+        began = time.monotonic()
+        try:
+            for done, (seed, arm) in enumerate(todo):
+                left = (
+                    f", about {_minutes((time.monotonic() - began) / done * (len(todo) - done))} left" if done else ""
+                )
+                say(f"run {done + 1}/{len(todo)}: {arm.name}, seed {seed}{left}")
+                _run_arm(directory, arm, seed, teacher, session)
+                say(f"    {_outcome(_summary(directory, arm, seed))}")
+        finally:
+            session.close()
+
+
+def _run_arm(directory: Path, arm: Arm, seed: int, teacher: teacher_data.Rollouts | None, session: Session) -> None:
+    run_dir = run_directory(directory, arm, seed)
+    shutil.rmtree(run_dir, ignore_errors=True)  # what an interrupted study left there has no summary
+    run_dir.mkdir(parents=True)
+    (run_dir / "arm.json").write_text(json.dumps(arm.raw) + "\n")
+    config = _with_teacher_data(arm.config(seed), teacher)
+    with (run_dir / "log.txt").open("w", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
+        try:
+            train(config, run_dir, session=session, before=_before(directory, seed))
+        except RunError as error:
+            # A guard that stopped the run has left a summary: that is an outcome, not a failure of the study.
+            if not (run_dir / "summary.json").exists():
+                raise RunError(f"study: arm '{arm.name}', seed {seed}: {error} (see {run_dir / 'log.txt'})") from None
+
+
+def _with_teacher_data(config: Config, teacher: teacher_data.Rollouts | None) -> Config:
+    """``teacher-rollouts:N`` replaced by a file of N of them."""
+    kind, _, count = str(config.data.golden).partition(":")
+    if teacher is None or kind != TEACHER_ROLLOUTS:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, golden=str(teacher.subset(int(count)))))
+
+
+def _check_same(directory: Path, arm: Arm, seed: int) -> None:
+    """Refuses a finished run that was made with other settings: a table must not mix the two."""
+    saved = run_directory(directory, arm, seed) / "arm.json"
+    if (
+        _summary(directory, arm, seed)
+        and saved.exists()
+        and json.loads(saved.read_text()) != json.loads(json.dumps(arm.raw))
+    ):
+        raise InputError(
+            f"study: {saved.parent} was made with other settings of arm '{arm.name}' (see its arm.json); "
+            "give another --dir, or delete it"
+        )
+
+
+def _before(directory: Path, seed: int) -> Evaluation | None:
+    """The evaluation of a seed's student, where an arm has made it already."""
+    for path in sorted(directory.glob(f"*/seed-{seed}/summary.json")):
+        before = json.loads(path.read_text())["eval_before"]
+        if before:
+            return Evaluation(**before)
+    return None
+
+
+def _teacher_data(
+    directory: Path, arms: Sequence[Arm], rooms_for: Config, say: Callable[[str], None]
+) -> teacher_data.Rollouts | None:
+    """Raw rollouts of the teacher, for arms that train on them and for its own truncation; made once."""
+    golden = [str(arm.config(0).data.golden).partition(":") for arm in arms]
+    counts = [int(count or 0) for kind, _, count in golden if kind == TEACHER_ROLLOUTS]
+    if not counts:
+        return None
+    config = resolve(rooms_for)
+    path = directory / f"teacher-rollouts-{max(counts)}.parquet"
+    if not path.exists():
+        say(f"sampling {max(counts)} rollouts of the teacher")
+        teacher_data.sample(config, preflight.check_files(config), path, max(counts))
+    return teacher_data.Rollouts(path)
+
+
+def _outcome(summary: Mapping[str, Any] | None) -> str:
+    if summary is None or summary["eval_after"] is None:
+        return "no evaluation"
+    before, after = summary["eval_before"], summary["eval_after"]
+    return (
+        f"sampled accuracy {before['accuracy_sampled']:.3f} -> {after['accuracy_sampled']:.3f}, "
+        f"highest truncation {summary['max_truncation_rate']:.2f}, {summary['wall_s']:.0f} s"
+    )
+
+
+def _minutes(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,90 @@
+"""Rollouts of a teacher, sampled once and kept as a file: golden data for sequence-level distillation.
+
+The file is Parquet of ROLLOUT_SCHEMA, as the rollout log is, and data.golden takes it as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from opd_ray.config import Config
+from opd_ray.data.files import read_prompts
+from opd_ray.data.prompts import PromptStream
+from opd_ray.messages import SamplingSettings
+from opd_ray.models.checkpoints import load_tokenizer
+from opd_ray.placement import launch
+from opd_ray.placement.session import new_namespace
+from opd_ray.run.preflight import Preflight
+from opd_ray.tasks import get_task
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """A file of teacher rollouts, raw: neither verified nor filtered."""
+
+    path: Path
+
+    @property
+    def truncation_rate(self) -> float:
+        """Share of them that did not end by themselves: what a perfect imitation would truncate."""
+        reasons = pq.read_table(self.path, columns=["finish_reason"])["finish_reason"]
+        return pc.mean(pc.equal(reasons, "length")).as_py()
+
+    @property
+    def accuracy(self) -> float:
+        """Share of them that the task's verifier accepts."""
+        return pc.mean(pq.read_table(self.path, columns=["correct"])["correct"]).as_py()
+
+    def subset(self, count: int) -> Path:
+        """A file of the first ``count`` of them, beside this one."""
+        path = self.path.with_name(f"{self.path.stem}-{count}.parquet")
+        if not path.exists():
+            partial = path.with_suffix(".tmp")
+            pq.write_table(pq.read_table(self.path).slice(0, count), partial)
+            partial.rename(path)
+        return path
+
+
+def sample(config: Config, facts: Preflight, path: Path, count: int) -> None:
+    """One response of the teacher to each of the first ``count`` prompts of ``data.prompts``, into ``path``."""
+    asyncio.run(_sample(config, facts, path, count))
+
+
+async def _sample(config: Config, facts: Preflight, path: Path, count: int) -> None:
+    as_student = dataclasses.replace(config, student=dataclasses.replace(config.student, path=config.teacher.path))
+    pool = launch.start_generators(
+        as_student, namespace=new_namespace(), max_context_tokens=facts.max_context_tokens, alone=True
+    )
+    settings = SamplingSettings(
+        temperature=config.rollout.teacher_temperature,
+        top_p=1.0,
+        max_response_tokens=config.rollout.longest_response,
+        stop_token_ids=facts.eos_token_ids,
+    )
+    rows = read_prompts(config.data.prompts, need_answer=False)[:count]
+    tokenizer = load_tokenizer(config.teacher.path)
+    task = get_task(config.data.task)
+    prompts = PromptStream(rows, task=task, tokenizer=tokenizer, order=None, num_responses=1, seed=config.seed + 2)
+    size = config.rollout.max_num_seqs
+    chunks = [range(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
+    try:
+        await pool.up(config.deadlines.start_s)
+        answers = await asyncio.gather(
+            *(pool.call("generate", [prompts[slot] for slot in chunk], settings) for chunk in chunks)
+        )
+        tables = await asyncio.gather(*(_fetch(payload) for _, payload in answers))
+    finally:
+        launch.stop(pool)
+    partial = path.with_suffix(".tmp")
+    pq.write_table(pa.Table.from_batches(tables), partial)
+    partial.rename(path)
+
+
+async def _fetch(payload: object) -> pa.RecordBatch:
+    return await payload

@@ -1,0 +1,52 @@
+"""What happens in a run besides its steps: one line on the console, one JSON object in events.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+class Events:
+    """What happens in the driver besides steps: a death, a replacement, a checkpoint, a word of the guard.
+
+    Each is one line on the console and one JSON object in ``path``, which earlier starts of the run began.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._step: int | None = None
+        self._version: int | None = None
+
+    def at(self, step: int, version: int) -> None:
+        """Finished steps, and the version of the weights in the engines; for events that are not told their own."""
+        self._step, self._version = step, version
+
+    def say(self, kind: str, text: str, *, step: int | None = None, version: int | None = None, **fields: Any) -> None:
+        """``kind`` is one word to count by, ``text`` one sentence; ``fields`` are values that JSON knows, others are
+        written as text and numbers that are not finite as null. A file that cannot be written costs no run."""
+        print(text, flush=True)
+        event = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "kind": kind,
+            "text": text,
+            "step": self._step if step is None else step,
+            "version": self._version if version is None else version,
+            **fields,
+        }
+        plain = json.loads(json.dumps(event, default=str), parse_constant=lambda _: None)
+        try:
+            self._append(json.dumps(plain, ensure_ascii=False) + "\n")
+        except OSError as error:
+            print(f"{self._path} was not written ({error}): this event is only here", file=sys.stderr, flush=True)
+
+    def _append(self, line: str) -> None:
+        """At the start of a line, also behind one that a killed driver did not finish."""
+        with self._path.open("a+b") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(line.encode())

@@ -1,0 +1,150 @@
+"""Recorder: writes, measures and cuts payloads, so that they need not pass through the driver."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from ray import ObjectRef
+from ray.exceptions import ObjectLostError
+
+from opd_ray.messages import REFERENCE, ROLLOUT_SCHEMA, Entry, RolloutMeta
+from opd_ray.repetition import repeated_ngrams
+from opd_ray.rooms import logs
+from opd_ray.rooms.node import this_node
+
+_log = logs.get(__name__)
+
+
+class Recorder:
+    """Lives on the driver's node, where the run directory is."""
+
+    def node(self) -> str:
+        return this_node()
+
+    def write(self, directory: str, step: int, entries: Sequence[Entry]) -> int:
+        """Writes step-N.parquet into ``directory`` and returns the number of rows.
+
+        A row has the step that trained on it, the rollout columns, ``repetitive``, ``tail_period`` and ``worker`` of
+        its meta, and the log-probs of the response tokens by the teacher that scored it (its name is in ``teacher``; of
+        several that are weighted, the first) and by the reference; null where nobody scored. Of a rollout that is gone
+        with its node since it was trained on, the row has what its meta says.
+        """
+        table = pa.Table.from_batches([_row(entry) for entry in entries])
+        table = table.add_column(0, "step", pa.array([step] * len(table), pa.int32()))
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        target = Path(directory) / f"step-{step:06d}.parquet"
+        partial = target.with_suffix(".tmp")
+        pq.write_table(table, partial)
+        partial.rename(target)
+        _log.bind(step=step).info("wrote %d rollouts to %s", len(table), target)
+        return len(table)
+
+    def measure(self, rollouts: pa.RecordBatch, teacher_scores: pa.RecordBatch | None = None) -> dict[str, float]:
+        """The sums of :func:`opd_ray.watch.recorder.measure`."""
+        return measure(rollouts, teacher_scores)
+
+    def select(self, batch: pa.RecordBatch, rows: Sequence[int]) -> tuple[int, pa.RecordBatch]:
+        """Some rows of a payload, in the order asked for, as a payload of their own; and their number."""
+        return len(rows), batch.take(pa.array(rows, pa.int64()))
+
+
+def _row(entry: Entry) -> pa.RecordBatch:
+    meta = entry.meta
+    row = _fetched(entry.rollouts, entry.row)
+    if row is None:
+        row = _from_meta(meta)
+    teachers = [role for role in entry.scores if role != REFERENCE]
+    teacher = meta.teacher if meta.teacher in teachers else next(iter(teachers), None)
+    for name, value, kind in (
+        ("repetitive", meta.repetitive, pa.bool_()),
+        ("tail_period", meta.tail_period, pa.int32()),
+        ("worker", meta.worker, pa.string()),
+        ("teacher", teacher, pa.string()),
+    ):
+        row = row.append_column(pa.field(name, kind), pa.array([value], kind))
+    for column, role in (("teacher", teacher), ("reference", REFERENCE)):
+        kind = pa.list_(pa.float32())
+        scores = _fetched(entry.scores[role], entry.row) if role in entry.scores else None
+        logprobs = pa.nulls(1, kind) if scores is None else scores["logprobs"]
+        row = row.append_column(pa.field(f"{column}_logprobs", kind), logprobs)
+    return row
+
+
+def _fetched(ref: ObjectRef, row: int) -> pa.RecordBatch | None:
+    """One row of a payload; None where it is gone."""
+    try:
+        return ray.get(ref).slice(row, 1)
+    except ObjectLostError:
+        return None
+
+
+def _from_meta(meta: RolloutMeta) -> pa.RecordBatch:
+    known = dataclasses.asdict(meta)
+    values = {
+        field.name: [known.get(field.name, "" if pa.types.is_string(field.type) else [])] for field in ROLLOUT_SCHEMA
+    }
+    return pa.RecordBatch.from_pydict(values, schema=ROLLOUT_SCHEMA)
+
+
+def measure(rollouts: pa.RecordBatch, teacher_scores: pa.RecordBatch | None) -> dict[str, float]:
+    """Sums over the student's response tokens, in nats where they are log-probs.
+
+    tokens, repetitive_tokens    how many, and how many end an n-gram that their response held before
+    behaviour_logprob            log μ
+    teacher_logprob              log π_T, and
+    teacher_logprob_repetitive   the same over the repetitive tokens
+    advantage                    log π_T − log μ, and
+    advantage_repetitive         the same over the repetitive tokens
+    ends, eos_teacher_end        responses that ended by themselves, and the teacher's P(stop) at their last token
+    cuts, eos_teacher_cut        truncated ones, and the teacher's P(stop) at theirs
+
+    Without ``teacher_scores`` (a row of SCORE_SCHEMA per rollout) all that involve the teacher are left out; without
+    its stop_logprobs, P(stop).
+    """
+    tokens, lengths = _flat(rollouts["response_tokens"])
+    behaviour, _ = _flat(rollouts["behaviour_logprobs"])
+    repetitive = repeated_ngrams(tokens.astype(np.int64), lengths) > 0
+    sums = {
+        "tokens": len(tokens),
+        "repetitive_tokens": repetitive.sum(),
+        "behaviour_logprob": behaviour.sum(),
+    }
+    if teacher_scores is not None:
+        teacher, _ = _flat(teacher_scores["logprobs"])
+        advantage = teacher - behaviour
+        sums |= {
+            "teacher_logprob": teacher.sum(),
+            "teacher_logprob_repetitive": teacher[repetitive].sum(),
+            "advantage": advantage.sum(),
+            "advantage_repetitive": advantage[repetitive].sum(),
+        }
+        sums |= _stop_sums(rollouts["finish_reason"], lengths, teacher_scores["stop_logprobs"])
+    return {name: float(value) for name, value in sums.items()}
+
+
+def _stop_sums(finish_reasons: pa.Array, lengths: np.ndarray, stop_logprobs: pa.Array) -> dict[str, float]:
+    logprobs, counts = _flat(stop_logprobs)
+    if not np.array_equal(counts, lengths):
+        return {}
+    there = lengths > 0
+    last = np.exp(logprobs[np.cumsum(lengths)[there] - 1])
+    ended = (finish_reasons.to_numpy(zero_copy_only=False) == "stop")[there]
+    return {
+        "ends": ended.sum(),
+        "eos_teacher_end": last[ended].sum(),
+        "cuts": (~ended).sum(),
+        "eos_teacher_cut": last[~ended].sum(),
+    }
+
+
+def _flat(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a list column, log-probs as float64, and the length of each row."""
+    lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    return (values.astype(np.float64) if values.dtype == np.float32 else values), lengths

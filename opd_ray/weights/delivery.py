@@ -1,0 +1,246 @@
+"""Brings the learner's weights to everyone who samples with them or follows them, whoever that is at the moment.
+
+Weights travel in a group of processes of which the learner is rank 0 (:mod:`opd_ray.weights`). A group has fixed
+members, so it is formed anew, just before a broadcast, when workers came or went. A worker that comes up while the
+learner does not train gets the weights at once, in a group of its own with the learner; the others notice nothing.
+
+A broadcast in which a member died or stopped ends by its deadline. Members that gave no answer are dropped, and the
+broadcast is repeated with the others: until it succeeds, their engines do not step. Where all answer and it fails all
+the same, they get the weights one by one in the end, which tells who it is that cannot take them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Sequence
+
+from opd_ray.config import Config
+from opd_ray.errors import GroupLost, MemberLost, WeightSyncError
+from opd_ray.messages import TransferGroup, WeightManifest
+from opd_ray.rooms.group import Group
+from opd_ray.rooms.pool import Pool
+from opd_ray.rooms.room import Member
+
+_MARGIN_S = 5.0
+"""How much later than the members of a group the driver gives up on it."""
+_MOST_ATTEMPTS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class _Receiver:
+    member: Member
+    room: Pool | Group
+    width: int
+    """Processes that receive: the workers of one engine."""
+
+
+class Delivery:
+    """The student's way from the learner to its receivers, for one run."""
+
+    def __init__(
+        self,
+        config: Config,
+        learner: Group,
+        generators: Pool,
+        followers: Sequence[Group],
+        say: Callable[..., None],
+    ) -> None:
+        self._config, self._learner, self._generators, self._followers = config, learner, generators, followers
+        self._say = say
+        self.manifest: WeightManifest | None = None
+        """What is sent; set before the first broadcast."""
+        self.version: int | None = None
+        """Of the weights that the receivers hold; None before the first broadcast."""
+        self.lock = asyncio.Lock()
+        """Held by whoever changes the learner's weights or sends them."""
+        self.group_size = 0
+        self.num_rebuilds = self.num_failed = 0
+        self._formed: list[Member] = []
+
+    def forget(self) -> None:
+        """The learner is a new one: there is no group, and nobody holds a version that counts."""
+        self.version, self._formed = None, []
+
+    async def broadcast(self, version: int) -> None:
+        """Sends the learner's weights to all receivers at once; the caller holds the lock.
+
+        Raises GroupLost when the learner or a follower is lost, WeightSyncError when it fails again and again.
+        """
+        self.version = None  # a worker that comes up now waits for the end of this
+        for attempt in range(1, _MOST_ATTEMPTS + 1):
+            if self._config.rollout.in_flight == "drain":
+                await asyncio.gather(*map(self._drain, self._generators.those("ready", "leaving")))
+            failure = await (self._attempt(version) if attempt < _MOST_ATTEMPTS else self._one_by_one(version))
+            if failure is None:
+                self.version = version
+                return
+            self.num_failed += 1
+            self._formed = []
+            self._say("broadcast", f"weights: broadcast {attempt} of version {version} failed: {failure}")
+        raise WeightSyncError(f"weights: version {version} could not be sent in {_MOST_ATTEMPTS} attempts: {failure}")
+
+    async def welcome(self, member: Member) -> None:
+        """Gives a generator that came up the weights that the others have, unless a broadcast did so meanwhile."""
+        async with self.lock:
+            if member.state != "joining" or self.version is None:
+                return
+            receiver = _Receiver(member, self._generators, self._config.rollout.tensor_parallel_size)
+            failure = await self._alone(receiver, self.version)
+            if failure is not None:
+                self._generators.lose(member, failure)
+            elif member.state == "joining":  # and was not told to leave meanwhile
+                self._generators.admit(member)
+
+    async def _drain(self, member: Member) -> None:
+        """Waits for a generator's unfinished responses, which may take longer than any broadcast."""
+        try:
+            await self._generators.ask(member, "drain")
+        except MemberLost as error:
+            self._generators.lose(member, str(error))
+
+    async def _attempt(self, version: int) -> str | None:
+        """Why it failed, if so."""
+        receivers = self._receivers()
+        if not receivers:
+            return None
+        failure = None
+        if [receiver.member for receiver in receivers] != self._formed:
+            failure = await self._form(receivers)
+        if failure is None:
+            manifest = self._manifest(version)
+            failure = await self._together(
+                self._learner.call_all("send_weights", manifest, deadline_s=self._limit_s),
+                "update_weights",
+                [(receiver, self._ask(receiver, "update_weights", manifest)) for receiver in receivers],
+            )
+        if failure is None:
+            for receiver in receivers:
+                if receiver.member.state == "joining":
+                    self._generators.admit(receiver.member)
+        return failure
+
+    async def _one_by_one(self, version: int) -> str | None:
+        """Loses those to whom the learner cannot bring the weights alone; fails where that is everyone."""
+        failures: dict[_Receiver, str] = {}
+        receivers = self._receivers()
+        for receiver in receivers:
+            if failure := await self._alone(receiver, version):
+                failures[receiver] = failure
+            elif receiver.member.state == "joining":
+                self._generators.admit(receiver.member)
+        if receivers and len(failures) == len(receivers):
+            return next(iter(failures.values()))
+        for receiver, failure in failures.items():
+            if isinstance(receiver.room, Group):
+                raise GroupLost(failure, receiver.room.room)
+            receiver.room.lose(receiver.member, failure)
+        return None
+
+    async def _alone(self, receiver: _Receiver, version: int) -> str | None:
+        """The weights to one receiver, in a group of its own with the learner; why that failed, if so."""
+        ours, theirs = await self._groups([receiver])
+        return await self._together(
+            # Forming the group and sending are one call here, each within its limit.
+            self._learner.call_all("send_weights", self._manifest(version), ours, deadline_s=2 * self._limit_s),
+            "update_weights",
+            [(receiver, self._join_alone(receiver, theirs, self._manifest(version)))],
+        )
+
+    async def _form(self, receivers: Sequence[_Receiver]) -> str | None:
+        self.num_rebuilds += 1
+        ours, *theirs = await self._groups(receivers)
+        failure = await self._together(
+            self._learner.call_all("open_transport", ours, deadline_s=self._limit_s),
+            "connect",
+            [(each, self._ask(each, "connect", group)) for each, group in zip(receivers, theirs, strict=True)],
+        )
+        self._formed = [] if failure else [receiver.member for receiver in receivers]
+        self.group_size = len(receivers) + 1
+        return failure
+
+    async def _join_alone(self, receiver: _Receiver, group: TransferGroup, manifest: WeightManifest) -> None:
+        await self._ask(receiver, "connect", group)
+        await self._ask(receiver, "update_weights", manifest)
+
+    async def _ask(self, receiver: _Receiver, method: str, argument: object) -> None:
+        await receiver.room.ask(receiver.member, method, argument, deadline_s=self._limit_s)
+
+    async def _together(
+        self, learner: Awaitable[object], method: str, calls: Sequence[tuple[_Receiver, Awaitable[None]]]
+    ) -> str | None:
+        """Both sides at once. Drops the members that are lost; returns the first failure.
+
+        When the learner has given up, so have all that are well: the others get a moment to say so.
+        """
+        ours = asyncio.ensure_future(learner)
+        asked = [asyncio.ensure_future(call) for _, call in calls]
+        try:
+            await asyncio.wait([ours])
+            if isinstance(lost := ours.exception(), GroupLost):
+                raise lost  # whatever the others say, it is not their failure
+            await asyncio.wait(asked, timeout=_MARGIN_S if ours.exception() else None)
+            answers = [_answer_of(call, receiver, method) for call, (receiver, _) in zip(asked, calls, strict=True)]
+        finally:
+            for call in (ours, *asked):
+                call.cancel()
+        failures: list[BaseException] = []
+        for (receiver, _), outcome in zip(calls, answers, strict=True):
+            if isinstance(outcome, MemberLost):
+                if isinstance(receiver.room, Group):
+                    raise GroupLost(str(outcome), receiver.room.room) from outcome
+                receiver.room.lose(receiver.member, str(outcome))
+            if isinstance(outcome, BaseException):
+                failures.append(outcome)
+        if failure := ours.exception():
+            failures.append(failure)
+        for failure in failures:
+            if not isinstance(failure, MemberLost | WeightSyncError):
+                raise failure
+        return str(failures[0]) if failures else None
+
+    def _receivers(self) -> list[_Receiver]:
+        width = self._config.rollout.tensor_parallel_size
+        generators = self._generators.those("joining", "ready", "leaving")
+        return [
+            *(_Receiver(member, self._generators, width) for member in generators),
+            *(_Receiver(member, group, 1) for group in self._followers for member in group.members),
+        ]
+
+    async def _groups(self, receivers: Sequence[_Receiver]) -> list[TransferGroup]:
+        """One for the learner, then one for each receiver."""
+        host, port = (await self._learner.call_all("node_address", deadline_s=self._config.deadlines.start_s))[0]
+        ranks, world_size = [0], 1
+        for receiver in receivers:
+            ranks.append(world_size)
+            world_size += receiver.width
+        weights = self._config.weights
+        return [
+            TransferGroup(
+                backend=self._config.weight_backend,
+                host=host,
+                port=port,
+                rank=rank,
+                world_size=world_size,
+                timeout_s=weights.timeout_s,
+                bucket_bytes=weights.bucket_bytes,
+            )
+            for rank in ranks
+        ]
+
+    def _manifest(self, version: int) -> WeightManifest:
+        return dataclasses.replace(self.manifest, version=version)
+
+    @property
+    def _limit_s(self) -> float:
+        # A wait without progress ends by the timeout; one that begins late in a transfer, by twice that.
+        return 2 * self._config.weights.timeout_s + _MARGIN_S
+
+
+def _answer_of(call: asyncio.Future[None], receiver: _Receiver, method: str) -> BaseException | None:
+    """How a call failed, if it did or gave no answer yet."""
+    if call.done():
+        return call.exception()
+    member = receiver.member
+    where = f"{receiver.room.room}: {member.name} on {member.node}, {method}()"
+    return MemberLost(f"{where} gave no answer when the learner had given up; see its log in the Ray dashboard")
