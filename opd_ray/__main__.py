@@ -35,9 +35,14 @@ class _ConfiguredCommand(click.Command):
         for section, docs in sections:
             with formatter.section(f"Fields of {section}" if section else "Fields at the top level"):
                 formatter.write_dl(
-                    [(doc.name, f"{doc.doc} [{json.dumps(doc.default, ensure_ascii=False)}]") for doc in docs],
+                    [(doc.name, f"{doc.doc} [{_default(doc)}]") for doc in docs],
                     col_max=34,
                 )
+
+
+def _default(doc: configs.FieldDoc) -> str:
+    default, embedded = (json.dumps(value, ensure_ascii=False) for value in (doc.default, doc.embedded))
+    return default if embedded == default else f"{default}; {embedded} with the embedded student"
 
 
 _config_option = click.option(

@@ -13,7 +13,7 @@ _SHORTEST_TAIL = 12
 """Tokens that must repeat at least, so that a short word said twice is no loop."""
 
 
-def is_repetitive(text: str, *, window_chars: int, ratio: float) -> bool:
+def is_repetitive(text: str, window_chars: int, ratio: float) -> bool:
     """rep(o) of StableOPD (arXiv 2604.08527): the last ``window_chars`` characters, as UTF-8,
     shrink by more than ``ratio`` under zlib. A text shorter than the window is never repetitive."""
     if len(text) < window_chars:

@@ -1,9 +1,15 @@
-"""From YAML and command line to a checked Config, and back."""
+"""From YAML and command line to a checked Config, and back.
+
+The defaults of the sections are those of the field, for models of any size. The small embedded models need others
+(a learning rate a thousand times as large, a window of 40 characters): embedded.yaml, merged under a configuration
+whose student is the embedded one and under no other.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
+from opd_ray.config.sections import EMBEDDED
 from opd_ray.config.whole import Config
 from opd_ray.errors import InputError, near
 
@@ -42,10 +49,54 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
 
 def from_dict(raw: Any) -> Config:
     """A checked Config from nested plain values; unknown names and impossible values are refused."""
+    own = _student_of(raw) != EMBEDDED
     try:
-        return _ADAPTER.validate_python(raw)
+        config = _ADAPTER.validate_python(raw if own else _merged(embedded_preset(), raw))
     except ValidationError as error:
         raise InputError(_one_line(error)) from None
+    if own:
+        _check_nothing_embedded(config)
+    return config
+
+
+@functools.cache
+def embedded_preset() -> dict[str, Any]:
+    """What the embedded models have in place of the defaults, as nested plain values."""
+    return OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("embedded.yaml")))
+
+
+def _student_of(raw: Any) -> Any:
+    student = raw.get("student") if isinstance(raw, Mapping) else None
+    return student.get("path", EMBEDDED) if isinstance(student, Mapping) else EMBEDDED
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """``above``, with what it leaves out taken from ``below``; anything but mappings replaces what is below it."""
+    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+
+
+def _check_nothing_embedded(config: Config) -> None:
+    """Raises InputError where a student of one's own would meet embedded data or the embedded teacher by default."""
+    data, where = config.data, f"student.path is {config.student.path}, but"
+    scorers = {**config.teachers, **({"reference": config.reference} if config.uses_reference else {})}
+    teachers_write = config.uses_teacher or config.buffer.uses_teacher_rollouts
+    for field, value, needed, mend in (
+        *(
+            (f"{name}.path", scorer.path, teachers_write or name == "reference", f"give {name}.path=DIRECTORY")
+            for name, scorer in scorers.items()
+        ),
+        ("data.prompts", data.prompts, config.buffer.prompts_per_step > 0, "give data.prompts=FILE"),
+        (
+            "data.evaluation",
+            data.evaluation,
+            config.evaluation.num_problems > 0,
+            "give data.evaluation=FILE, or evaluation.num_problems=0 to evaluate nothing",
+        ),
+    ):
+        if needed and value == EMBEDDED:
+            raise InputError(f"config: {where} {field} is the embedded one, made for the embedded student; {mend}")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -63,21 +114,23 @@ class FieldDoc:
 
     name: str
     default: Any
+    embedded: Any
+    """Its value with the embedded student."""
     doc: str
 
 
 def describe() -> Iterator[FieldDoc]:
     """Every field as ``section.field`` with its default and sentence."""
-    yield from _describe(Config(), "")
+    yield from _describe(Config(), from_dict({}), "")
 
 
-def _describe(section: Any, prefix: str) -> Iterator[FieldDoc]:
+def _describe(section: Any, embedded: Any, prefix: str) -> Iterator[FieldDoc]:
     for field in dataclasses.fields(section):
-        value, name = getattr(section, field.name), prefix + field.name
+        value, there, name = getattr(section, field.name), getattr(embedded, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
-            yield from _describe(value, f"{name}.")
+            yield from _describe(value, there, f"{name}.")
         else:
-            yield FieldDoc(name, value, _doc(type(section), field.name))
+            yield FieldDoc(name, value, there, _doc(type(section), field.name))
 
 
 def _doc(cls: type, name: str) -> str:

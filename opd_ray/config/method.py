@@ -113,7 +113,7 @@ class ImportanceConfig:
 class AnchorConfig:
     """β_KL · KL(π_θ‖π_ref), the anchor of StableOPD."""
 
-    coef: Schedule = 0.025
+    coef: Schedule = 0.01
     """β_KL; 0 starts no reference model. A number, or [[step, value], ...]."""
     estimator: Literal["top_k", "full", "k3"] = "top_k"
     """On the reference's top-k support, on the whole vocabulary, or the k3 estimate on the sampled token."""
@@ -133,7 +133,7 @@ class AnchorConfig:
 class StudentTermConfig(TermConfig):
     """L_OPD: the loss on what the student sampled."""
 
-    coef: Schedule = 0.25
+    coef: Schedule = 1.0
     """Weight of L_OPD; a number, or [[step, value], ...]."""
     divergence: Divergence = "reverse_kl"
     """As for every source, and k1 (a detached advantage), k2 or k3 on the sampled token."""
@@ -143,7 +143,7 @@ class StudentTermConfig(TermConfig):
 class GoldenTermConfig(TermConfig):
     """The loss on golden solutions."""
 
-    coef: Schedule = 0.75
+    coef: Schedule = 0.1
     """λ_gold: weight of the loss on golden rollouts; a number, or [[step, value], ...]."""
 
 

@@ -103,7 +103,7 @@ class ReferenceConfig(ScorerConfig):
 class DataConfig:
     """Prompts, golden solutions, held-out problems and the task that verifies answers."""
 
-    task: str = "chain"
+    task: str = "math"
     """Registered task: renders prompts and verifies answers (chain, math)."""
     prompts: str = EMBEDDED
     """JSONL or Parquet file with one training prompt per row (prompt, answer, optional id)."""
@@ -136,9 +136,9 @@ class RolloutConfig:
     """Custom Ray resource of the nodes that may host generators; by default any node."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that one vLLM engine spans."""
-    responses_per_prompt: int = Field(1, ge=0)
+    responses_per_prompt: int = Field(4, ge=0)
     """G: responses the student samples for each prompt; 0 leaves them to the teacher (buffer.teacher_per_prompt)."""
-    max_response_tokens: Schedule = 80
+    max_response_tokens: Schedule = 4096
     """Length budget of a response, or [[step, tokens], ...]; one that exhausts it without EOS counts as truncated."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature of training rollouts."""
@@ -189,7 +189,7 @@ class RolloutConfig:
 class BufferConfig:
     """What one step trains on, and how old it may be."""
 
-    prompts_per_step: int = Field(32, ge=0)
+    prompts_per_step: int = Field(64, ge=0)
     """On-policy prompts in one step; 0 trains on golden rollouts only (plain SFT)."""
     golden_per_prompt: Schedule = 1.0
     """Golden rollouts for each on-policy prompt (StableOPD: 1 beside G of the student); a number or a schedule."""
@@ -245,7 +245,7 @@ class LearnerConfig:
     """Precision of forward and backward; the optimizer keeps float32 master weights."""
     steps: int = Field(150, ge=1)
     """Optimizer steps."""
-    lr: float = Field(1.5e-3, gt=0)
+    lr: float = Field(1e-6, gt=0)
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up; linear and cosine end at 0."""
@@ -305,10 +305,12 @@ class EvaluationConfig:
 class MetricsConfig:
     """What is logged, and what counts as repetitive."""
 
-    repetition_window_chars: int = Field(40, ge=1)
-    """L of rep(o): the tail of a response that is compressed (paper: 10 000, for long answers)."""
-    repetition_ratio: float = Field(1.7, gt=1)
-    """τ of rep(o): repetitive when the tail shrinks by more than this factor (paper: 10)."""
+    repetition_window_chars: int | None = Field(None, ge=1)
+    """L of rep(o): the tail of a response that is compressed; by default two characters for each token of the length
+    budget, about half of a truncated response, at most the paper's 10 000."""
+    repetition_ratio: float | None = Field(None, gt=1)
+    """τ of rep(o): repetitive when the tail shrinks by more than this factor; by default the paper's 10 at 10 000
+    characters and less for shorter windows, of which zlib saves less."""
     rollout_log_every_steps: int = Field(10, ge=0)
     """Write the rollouts of every n-th step to rollouts/*.parquet; 1 for all, 0 for none."""
     stall_s: float = Field(60.0, gt=0)

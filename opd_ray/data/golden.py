@@ -353,11 +353,7 @@ def _meta(solution: Solution, config: Config) -> RolloutMeta:
         num_response_tokens=len(solution.response_tokens),
         finish_reason="stop",
         correct=solution.row.get("correct", True),
-        repetitive=is_repetitive(
-            solution.text,
-            window_chars=config.metrics.repetition_window_chars,
-            ratio=config.metrics.repetition_ratio,
-        ),
+        repetitive=is_repetitive(solution.text, *config.repetition),
         oldest_version=-1,
         newest_version=-1,
         mean_version=-1.0,

@@ -48,8 +48,8 @@ class GeneratorSettings:
     """Verifies the answers."""
     in_flight: str
     """rollout.in_flight."""
-    repetition_window_chars: int
-    repetition_ratio: float
+    repetition: tuple[int, float]
+    """L in characters and τ of rep(o)."""
     teacher_path: str
     """Checkpoint that a TeacherGenerator samples with."""
 
@@ -112,9 +112,7 @@ class Generator(ABC):
             num_response_tokens=len(finished.tokens),
             finish_reason=finished.finish_reason,
             correct=stopped and settings.task.verify(text, group.row),
-            repetitive=is_repetitive(
-                text, window_chars=settings.repetition_window_chars, ratio=settings.repetition_ratio
-            ),
+            repetitive=is_repetitive(text, *settings.repetition),
             **self._behaviour(finished),
             teacher=group.teacher,
             tail_period=tail_period(finished.tokens),

@@ -78,8 +78,7 @@ def _settings(config: Config) -> GeneratorSettings:
     return GeneratorSettings(
         task=get_task(config.data.task),
         in_flight=config.rollout.in_flight,
-        repetition_window_chars=config.metrics.repetition_window_chars,
-        repetition_ratio=config.metrics.repetition_ratio,
+        repetition=config.repetition,
         teacher_path=config.teacher.path,
     )
 

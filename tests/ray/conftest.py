@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from opd_ray.tasks.chain import draw_distinct, to_row
+from preset import preset
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class World:
     evaluation: Path
 
     def overrides(self) -> list[str]:
-        """The configuration's fields that name these files."""
+        """The configuration's fields that name these files, and what small models need."""
         return [
+            *preset(),
             f"student.path={self.student}",
             f"teacher.path={self.teacher}",
             f"data.prompts={self.prompts}",

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from opd_ray import config as configs
 from opd_ray.buffer.mixture import Mixture
@@ -22,6 +23,7 @@ from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.embedded.resolve import resolve
 from opd_ray.placement.session import Session
 from opd_ray.run.train import train
+from preset import preset
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
@@ -83,7 +85,8 @@ def session(world, ray_here) -> Iterator[Session]:
 
 def overrides(name: str, world, config: Config) -> list[str]:
     """A recipe at the size of a test, on the world's files; what makes it the recipe stays."""
-    small = [*SMALL, f"data.evaluation={world.evaluation}"]
+    recipe = yaml.safe_load((DIRECTORY / f"{name}.yaml").read_text())
+    small = [*preset(recipe), *SMALL, f"data.evaluation={world.evaluation}"]
     if config.buffer.prompts_per_step:
         small.append("buffer.prompts_per_step=4")
     else:

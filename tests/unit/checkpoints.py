@@ -92,6 +92,7 @@ def make_setting(root: Path) -> dict[str, str]:
         "student.path": str(make_checkpoint(root / "student", tied=True)),
         "teacher.path": str(make_checkpoint(root / "teacher")),
         "reference.path": str(root / "student"),
+        "data.task": "chain",
         "data.prompts": str(write_jsonl(root / "prompts.jsonl", prompts)),
         "data.golden": str(write_jsonl(root / "golden.jsonl", golden)),
         "data.evaluation": str(write_jsonl(root / "test.jsonl", problems)),

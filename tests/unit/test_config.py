@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.errors import InputError
+from opd_ray.repetition import is_repetitive
 
 
 def test_file_and_overrides_are_merged_over_the_defaults_in_that_order(tmp_path: Path) -> None:
@@ -18,7 +20,47 @@ def test_file_and_overrides_are_merged_over_the_defaults_in_that_order(tmp_path:
     config = configs.load(file, ["learner.steps=9", "teacher.eos_token_ids=[1,2]"])
     assert (config.seed, config.learner.lr, config.learner.steps) == (3, 1e-4, 9)
     assert config.teacher.eos_token_ids == (1, 2)
-    assert config.rollout == Config().rollout
+    assert config.rollout == configs.load().rollout
+
+
+OWN = ["student.path=/models/s", "teacher.path=/models/t", "data.prompts=p.jsonl", "data.evaluation=e.jsonl"]
+
+
+def test_what_the_embedded_models_need_stays_with_them() -> None:
+    """The bug: with models of one's own the printed command trained at 1.5e-3 and judged loops by 40 characters."""
+    own, embedded = configs.load(None, [*OWN, "data.golden=g.jsonl"]), configs.load()
+    assert (own.learner.lr, embedded.learner.lr) == (1e-6, 1.5e-3)
+    assert (own.data.task, embedded.data.task) == ("math", "chain")
+    assert (own.loss.golden.coef, embedded.loss.golden.coef) == (0.1, 0.75)
+    assert embedded.repetition == (40, 1.7)
+    assert configs.load(None, ["learner.lr=1e-4", "loss.student.top_k=4"]).loss.student.coef == 0.25
+
+
+@pytest.mark.parametrize(("budget", "window"), [(8192, 10_000), (1024, 2048), (16, 40)])
+def test_the_repetition_window_follows_the_length_budget(budget: int, window: int) -> None:
+    """The bug: a student that writes one sentence two hundred times was not repetitive (.87, the threshold 1.7)."""
+    config = configs.load(None, [*OWN, f"rollout.max_response_tokens={budget}"])
+    assert config.repetition[0] == window
+    if budget >= 1024:
+        assert is_repetitive('"Wait, let me reconsider the problem from the start … " ' * 200, *config.repetition)
+        rng = random.Random(0)
+        prose = " ".join("".join(rng.choices("etaoinshrdlucmfw", k=rng.randint(2, 9))) for _ in range(4000))
+        assert not is_repetitive(prose, *config.repetition)
+        assert not is_repetitive(Path(configs.__file__).with_name("whole.py").read_text(), *config.repetition)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.prompts=p", "data.evaluation=e"], "teacher.path is the embedded one"),
+        (["teacher.path=/t", "data.evaluation=e"], "data.prompts is the embedded one"),
+        (["teacher.path=/t", "data.prompts=p"], "data.evaluation is the embedded one.*evaluation.num_problems=0"),
+    ],
+)
+def test_a_student_of_ones_own_meets_nothing_embedded_unasked(overrides: list[str], message: str) -> None:
+    """The bug: without data.evaluation a real model was evaluated on the embedded chains."""
+    with pytest.raises(InputError, match=message):
+        configs.load(None, ["student.path=/models/s", *overrides])
 
 
 def test_a_configuration_survives_yaml(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def make(in_flight="keep", engine=None, kind=StudentGenerator):
 
 
 def settings(in_flight="keep", **changes):
-    values = {"repetition_window_chars": 1000, "repetition_ratio": 2.0, "teacher_path": "teacher"}
+    values = {"repetition": (1000, 2.0), "teacher_path": "teacher"}
     return GeneratorSettings(task=Even(), in_flight=in_flight, **(values | changes))
 
 

@@ -135,7 +135,7 @@ def test_a_recipe_passes_preflight_on_the_embedded_models(name, paths, monkeypat
 
 
 def test_stableopd_is_the_default():
-    assert dataclasses.replace(load("stableopd"), name=None) == Config()
+    assert dataclasses.replace(load("stableopd"), name=None) == configs.load()
 
 
 def test_only_the_default_is_changed_by_the_guard():
