@@ -5,8 +5,9 @@ ranges and names (pydantic). What needs a look outside — files, checkpoints, t
 is checked by :mod:`opd_ray.run.preflight`.
 """
 
+from opd_ray.config.binding import ROOMS, RUN
 from opd_ray.config.guard import GuardConfig
-from opd_ray.config.loading import FieldDoc, describe, from_dict, load, to_dict, to_yaml
+from opd_ray.config.loading import FieldDoc, describe, differences, from_dict, load, to_dict, to_yaml
 from opd_ray.config.method import AdvantageConfig, AnchorConfig, ImportanceConfig, LossConfig, TermConfig
 from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, RecoveryConfig
 from opd_ray.config.sections import (
@@ -47,6 +48,8 @@ __all__ = [
     "MetricsConfig",
     "PoolSize",
     "RecoveryConfig",
+    "ROOMS",
+    "RUN",
     "ReferenceConfig",
     "RolloutConfig",
     "ScorerConfig",
@@ -55,6 +58,7 @@ __all__ = [
     "TermConfig",
     "WeightsConfig",
     "describe",
+    "differences",
     "from_dict",
     "load",
     "to_dict",

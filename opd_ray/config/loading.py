@@ -18,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
+from opd_ray.config import binding
+from opd_ray.config.binding import Binds
 from opd_ray.config.sections import EMBEDDED
 from opd_ray.config.whole import Config
 from opd_ray.errors import InputError, near
@@ -102,6 +104,12 @@ def _check_nothing_embedded(config: Config) -> None:
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values; ``from_dict(to_dict(c)) == c``."""
     return _ADAPTER.dump_python(config, mode="json")
+
+
+def differences(one: Config | Mapping[str, Any], other: Config, binds: Binds) -> Iterator[tuple[str, Any, Any]]:
+    """``section.field`` and both values of every field that ``binds`` so and in which two configurations differ."""
+    plain = to_dict(one) if isinstance(one, Config) else one
+    return binding.differences(Config, plain, to_dict(other), binds)
 
 
 def to_yaml(config: Config) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from opd_ray.config import schedule
+from opd_ray.config.binding import NOTHING, ROOMS, RUN
 from opd_ray.config.method import STRICT
 from opd_ray.config.runtime import check_size
 from opd_ray.config.schedule import Schedule
@@ -25,7 +26,7 @@ class StudentConfig:
 
     path: str = EMBEDDED
     """Hugging Face checkpoint directory; "embedded" builds a small one for the seed."""
-    max_context_tokens: int | None = Field(None, gt=0)
+    max_context_tokens: Annotated[int | None, RUN | ROOMS] = Field(None, gt=0)
     """Cap on prompt + response; by default what the checkpoint allows."""
 
 
@@ -35,25 +36,25 @@ class ScorerConfig:
 
     path: str = EMBEDDED
     """Checkpoint directory; "embedded" is the shipped teacher."""
-    engine: Literal["torch", "vllm"] = "torch"
+    engine: Annotated[Literal["torch", "vllm"], ROOMS] = "torch"
     """Inference engine: a plain transformers forward pass, or vLLM's prompt log-probs."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], RUN | ROOMS] = "float32"
     """Precision of the weights; log-probs are float32 in any case."""
-    num_actors: int = Field(1, ge=1)
+    num_actors: Annotated[int, ROOMS] = Field(1, ge=1)
     """Scorer actors that the pool starts with."""
-    min_actors: int | None = Field(None, ge=1)
+    min_actors: Annotated[int | None, ROOMS] = Field(None, ge=1)
     """Fewest that the run goes on with for longer than recovery.below_min_s; by default num_actors."""
-    max_actors: int | None = Field(None, ge=1)
+    max_actors: Annotated[int | None, ROOMS] = Field(None, ge=1)
     """Most that the pool may grow to on demand; by default num_actors."""
-    node_resource: str | None = None
+    node_resource: Annotated[str | None, ROOMS] = None
     """Custom Ray resource of the nodes that may host them; by default any node."""
-    cpus_per_actor: float = Field(0.1, ge=0)
+    cpus_per_actor: Annotated[float, ROOMS] = Field(0.1, ge=0)
     """Ray CPUs each actor reserves."""
-    gpus_per_actor: float = Field(0.0, ge=0)
+    gpus_per_actor: Annotated[float, ROOMS] = Field(0.0, ge=0)
     """Ray GPUs each actor reserves; 0 runs on the CPU."""
-    max_batch_tokens: int = Field(8192, gt=0)
+    max_batch_tokens: Annotated[int, ROOMS] = Field(8192, gt=0)
     """Padded tokens per forward pass of the torch engine."""
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    gpu_memory_utilization: Annotated[float, ROOMS] = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that a vLLM scorer takes."""
     eos_token_ids: tuple[int, ...] | None = None
     """Tokens this model ends with, if not those of its checkpoint; P(stop) sums over its and the student's."""
@@ -114,7 +115,7 @@ class DataConfig:
     """correct: the task's verifier has to agree with each golden response."""
     golden_problems: Literal["refuse", "skip"] = "refuse"
     """Golden rows without EOS, over length or judged wrong: end the run, or leave them out and say how many."""
-    evaluation: str = EMBEDDED
+    evaluation: Annotated[str, NOTHING] = EMBEDDED
     """JSONL or Parquet file of held-out problems."""
     shuffle: bool = True
     """Visit prompts and golden rows in a new random order every epoch."""
@@ -124,46 +125,46 @@ class DataConfig:
 class RolloutConfig:
     """How the student generates."""
 
-    engine: Literal["vllm", "torch"] = "vllm"
+    engine: Annotated[Literal["vllm", "torch"], ROOMS] = "vllm"
     """Generation engine; torch is a small reference implementation for tests and comparisons."""
-    num_generators: int = Field(1, ge=1)
+    num_generators: Annotated[int, ROOMS] = Field(1, ge=1)
     """StudentGenerator actors that the run starts with."""
-    min_generators: int | None = Field(None, ge=1)
+    min_generators: Annotated[int | None, ROOMS] = Field(None, ge=1)
     """Fewest that the run goes on with for longer than recovery.below_min_s; by default num_generators."""
-    max_generators: int | None = Field(None, ge=1)
+    max_generators: Annotated[int | None, ROOMS] = Field(None, ge=1)
     """Most that the pool may grow to on demand; by default num_generators."""
-    node_resource: str | None = None
+    node_resource: Annotated[str | None, ROOMS] = None
     """Custom Ray resource of the nodes that may host generators; by default any node."""
-    tensor_parallel_size: int = Field(1, ge=1)
+    tensor_parallel_size: Annotated[int, ROOMS] = Field(1, ge=1)
     """GPUs that one vLLM engine spans."""
-    responses_per_prompt: int = Field(4, ge=0)
+    responses_per_prompt: Annotated[int, RUN] = Field(4, ge=0)
     """G: responses the student samples for each prompt; 0 leaves them to the teacher (buffer.teacher_per_prompt)."""
-    max_response_tokens: Schedule = 4096
+    max_response_tokens: Annotated[Schedule, RUN] = 4096
     """Length budget of a response, or [[step, tokens], ...]; one that exhausts it without EOS counts as truncated."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: Annotated[float, RUN] = Field(1.0, gt=0)
     """Sampling temperature of training rollouts."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: Annotated[float, RUN] = Field(1.0, gt=0, le=1)
     """Nucleus of training rollouts; 1 samples from the whole distribution."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], ROOMS] = "float32"
     """Precision of the generator's weights."""
     prompts_per_call: int = Field(8, ge=1)
     """Prompts handed to a generator in one call; they are scored together when all have ended."""
-    max_num_seqs: int = Field(64, ge=1)
+    max_num_seqs: Annotated[int, ROOMS] = Field(64, ge=1)
     """Responses that one engine runs at once."""
     in_flight: Literal["keep", "drain", "abort"] = "keep"
     """Unfinished responses at a weight update: keep on (prefix recomputed), drain (finish them first, new ones wait),
     or abort (begin them again)."""
-    kv_cache_bytes: int = Field(256 * 2**20, gt=0)
+    kv_cache_bytes: Annotated[int, ROOMS] = Field(256 * 2**20, gt=0)
     """Key-value cache of an engine on a CPU."""
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    gpu_memory_utilization: Annotated[float, ROOMS] = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that a vLLM generator takes."""
-    cpus_per_generator: float = Field(0.5, ge=0)
+    cpus_per_generator: Annotated[float, ROOMS] = Field(0.5, ge=0)
     """Ray CPUs each generator reserves."""
-    gpus_per_generator: float = Field(0.0, ge=0)
+    gpus_per_generator: Annotated[float, ROOMS] = Field(0.0, ge=0)
     """Ray GPUs each generator reserves; 0 runs vLLM on the CPU."""
-    teacher_generators: int = Field(1, ge=1)
+    teacher_generators: Annotated[int, ROOMS] = Field(1, ge=1)
     """Generators on the teacher, where buffer.teacher_per_prompt asks for them; each as large as a student's."""
-    teacher_temperature: float = Field(1.0, gt=0)
+    teacher_temperature: Annotated[float, RUN] = Field(1.0, gt=0)
     """Sampling temperature of the teacher's rollouts."""
 
     def budget(self, step: int) -> int:
@@ -203,7 +204,7 @@ class BufferConfig:
     """Teacher rollouts that are trained on: all, those that ended by themselves, or those the task verified."""
     on_policy_probability: Schedule | None = None
     """λ of GKD: a step trains on student rollouts only with this probability, else on golden and teacher ones only."""
-    max_staleness: int = Field(2, ge=0)
+    max_staleness: Annotated[int, NOTHING] = Field(2, ge=0)
     """Largest difference between the weights that train and those that sampled; 0 is synchronous."""
 
     @property
@@ -237,11 +238,11 @@ class BufferConfig:
 class LearnerConfig:
     """The trainer: a group of DeepSpeed ranks."""
 
-    num_ranks: int = Field(1, ge=1)
+    num_ranks: Annotated[int, ROOMS] = Field(1, ge=1)
     """Data-parallel ranks, one actor each."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: 1 shards the optimizer, 2 gradients, 3 parameters as well; 0 with bfloat16 runs as 1."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], RUN] = "float32"
     """Precision of forward and backward; the optimizer keeps float32 master weights."""
     steps: int = Field(150, ge=1)
     """Optimizer steps."""
@@ -265,13 +266,13 @@ class LearnerConfig:
     """Concatenate rollouts into one row with block-diagonal attention instead of padding them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    cpus_per_rank: float = Field(0.5, ge=0)
+    cpus_per_rank: Annotated[float, ROOMS] = Field(0.5, ge=0)
     """Ray CPUs each rank reserves."""
-    gpus_per_rank: float = Field(0.0, ge=0)
+    gpus_per_rank: Annotated[float, ROOMS] = Field(0.0, ge=0)
     """Ray GPUs each rank reserves; 0 trains on the CPU."""
-    placement: Literal["pack", "strict_pack", "spread"] = "pack"
+    placement: Annotated[Literal["pack", "strict_pack", "spread"], ROOMS] = "pack"
     """Ranks on as few nodes as possible, on one node or not at all, or on as many as possible."""
-    node_resource: str | None = None
+    node_resource: Annotated[str | None, ROOMS] = None
     """Custom Ray resource of the nodes that may host ranks; by default any node."""
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from opd_ray.config import schedule
+from opd_ray.config.binding import ROOMS, RUN
 from opd_ray.config.guard import GuardConfig
 from opd_ray.config.method import STRICT, LossConfig
 from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, RecoveryConfig
@@ -35,28 +36,28 @@ if TYPE_CHECKING:
 class Config:
     """One run."""
 
-    seed: int = Field(0, ge=0)
+    seed: Annotated[int, RUN] = Field(0, ge=0)
     """Seed of prompt order, sampling, initial embedded student and training."""
     name: str | None = None
     """What reports call this kind of run; by default the method that the coefficients amount to."""
-    student: StudentConfig = Field(default_factory=StudentConfig)
-    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
-    more_teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    student: Annotated[StudentConfig, RUN] = Field(default_factory=StudentConfig)
+    teacher: Annotated[TeacherConfig, RUN] = Field(default_factory=TeacherConfig)
+    more_teachers: Annotated[dict[str, TeacherConfig], RUN] = Field(default_factory=dict)
     """Further teachers by name; the first one is called teacher."""
-    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
+    reference: Annotated[ReferenceConfig, RUN] = Field(default_factory=ReferenceConfig)
+    data: Annotated[DataConfig, RUN] = Field(default_factory=DataConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    buffer: BufferConfig = Field(default_factory=BufferConfig)
-    loss: LossConfig = Field(default_factory=LossConfig)
+    buffer: Annotated[BufferConfig, RUN] = Field(default_factory=BufferConfig)
+    loss: Annotated[LossConfig, RUN] = Field(default_factory=LossConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
-    weights: WeightsConfig = Field(default_factory=WeightsConfig)
+    weights: Annotated[WeightsConfig, ROOMS] = Field(default_factory=WeightsConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     recovery: RecoveryConfig = Field(default_factory=RecoveryConfig)
     elastic: ElasticConfig = Field(default_factory=ElasticConfig)
-    deadlines: DeadlineConfig = Field(default_factory=DeadlineConfig)
+    deadlines: Annotated[DeadlineConfig, ROOMS] = Field(default_factory=DeadlineConfig)
 
     def __post_init__(self) -> None:
         self._check_sources()

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from opd_ray.errors import RunError
 from opd_ray.generate.engine import GenerationEngine
 from opd_ray.generate.engine_thread import EngineThread
 from opd_ray.messages import (
@@ -50,8 +49,6 @@ class GeneratorSettings:
     """rollout.in_flight."""
     repetition: tuple[int, float]
     """L in characters and τ of rep(o)."""
-    teacher_path: str
-    """Checkpoint that a TeacherGenerator samples with."""
 
 
 class Generator(ABC):
@@ -197,15 +194,6 @@ class TeacherGenerator(Generator):
     """Samples responses with the teacher's weights: rollouts to imitate, without a policy that is a student's."""
 
     source = "teacher"
-
-    async def begin(self, settings: GeneratorSettings) -> None:
-        """Another run. Raises RunError when it has another teacher, which would need another engine."""
-        if settings.teacher_path != self._settings.teacher_path:
-            raise RunError(
-                f"a teacher's generator was started on {self._settings.teacher_path}, but this run asks for "
-                f"{settings.teacher_path}; runs that share their rooms must agree on teacher.path"
-            )
-        await super().begin(settings)
 
     def _rollout_id(self, slot: int, index: int) -> str:
         return f"{slot}-t{index}"

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from opd_ray.config import Config
-from opd_ray.errors import InputError, RunError
+from opd_ray.errors import RunError
 from opd_ray.learn.heads import ResponseModel
 from opd_ray.learn.losses.diagnostics import finish
 from opd_ray.learn.microbatch import (
@@ -98,14 +98,8 @@ class Learner:
         """Loads the student and builds engine, optimizer and objective of a run; blocks for all ranks.
 
         ``stop_token_ids`` is the EOS set, the first id standing for all. What an earlier run left is freed. Raises
-        InputError when the run needs other ranks than the process has, or a model cannot be used.
+        InputError when a model cannot be used.
         """
-        asked = (config.learner.num_ranks, config.learner.gpus_per_rank > 0)
-        if asked != (self._num_ranks, self._cuda):
-            raise InputError(
-                f"learner: a run on {asked[0]} ranks (GPU: {asked[1]}) was begun on {self._num_ranks} (GPU: "
-                f"{self._cuda}); start new learner actors for it"
-            )
         self._end()
         self._config = config
         self._student_path = local_directory(student_path)

@@ -79,7 +79,6 @@ def _settings(config: Config) -> GeneratorSettings:
         task=get_task(config.data.task),
         in_flight=config.rollout.in_flight,
         repetition=config.repetition,
-        teacher_path=config.teacher.path,
     )
 
 

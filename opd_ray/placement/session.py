@@ -12,12 +12,13 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
 
-from opd_ray.config import Config
-from opd_ray.errors import InputError
+from opd_ray.config import ROOMS, Config, differences
+from opd_ray.errors import InputError, RunError
 from opd_ray.placement import launch
 from opd_ray.rooms import Rooms, logs
 
@@ -81,6 +82,23 @@ def new_namespace() -> str:
     return f"opd-ray-{uuid.uuid4().hex[:8]}"
 
 
+def unlike(rooms_for: Config, config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """The fields, with both values, that keep a run out of the rooms that were started for another."""
+    needed = {*config.scorers, "rollout", "learner", "weights", "deadlines", "student"}
+    if config.buffer.uses_teacher_rollouts:
+        needed.add("teacher")
+        if rooms_for.teacher.path != config.teacher.path:
+            yield "teacher.path", rooms_for.teacher.path, config.teacher.path
+    for name, theirs, ours in differences(rooms_for, config, ROOMS):
+        section, _, rest = name.removeprefix("more_teachers.").partition(".")
+        if section in needed:
+            yield name, theirs, ours
+    for role, scorer in config.scorers.items():
+        there = rooms_for.scorers.get(role)
+        if there and scorer.follows_student and not there.follows_student:
+            yield f"{role}.update", there.update, scorer.update
+
+
 class Session:
     """Rooms for one run after another, all with the same actors and engines."""
 
@@ -91,9 +109,15 @@ class Session:
 
     def rooms(self, config: Config, max_context_tokens: int) -> Rooms:
         """The rooms for a run: those of the run before, or new ones, whose actors are starting."""
+        self._rooms_for = self._rooms_for or config
+        for field, theirs, ours in unlike(self._rooms_for, config):
+            raise RunError(
+                f"the rooms were started with {field}={theirs}, but this run asks for {ours}; runs that share their "
+                "rooms must agree on it"
+            )
         if self._rooms is None:
             self._rooms = launch.start_rooms(
-                self._rooms_for or config, namespace=new_namespace(), max_context_tokens=max_context_tokens
+                self._rooms_for, namespace=new_namespace(), max_context_tokens=max_context_tokens
             )
         return self._rooms
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,6 @@ from opd_ray import status
 from opd_ray.config import Config
 from opd_ray.embedded import prepare as embedded
 from opd_ray.errors import InputError
-
-# A run that resumes must agree with the run it continues in these sections and fields: they decide what step n
-# trains on, or in what form the checkpoint is. Anything else (steps, deadlines, actors, …) may change on the way.
-_FIXED_BY_RUN = (
-    "seed",
-    "student",
-    "teacher",
-    "more_teachers",
-    "reference",
-    "data",
-    "rollout.responses_per_prompt",
-    "rollout.max_response_tokens",
-    "rollout.temperature",
-    "rollout.top_p",
-    "rollout.teacher_temperature",
-    "buffer",
-    "loss",
-    "learner.dtype",
-)
-_FREE = ("min_actors", "max_actors", "node_resource")
-_FREE += ("num_actors", "cpus_per_actor", "gpus_per_actor", "max_batch_tokens", "gpu_memory_utilization", "engine")
-_FREE += ("max_staleness", "evaluation")
-"""Leaves of fixed sections that may change all the same: where and how fast, not what."""
 
 
 def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
@@ -73,11 +50,8 @@ def _check_alone(run_dir: Path) -> None:
 
 def check_same_run(where: str, saved: Mapping[str, Any], config: Config) -> None:
     """Refuses to continue what was trained with other models, data or losses; ``saved`` is its configuration."""
-    before, now = dict(_leaves(saved)), dict(_leaves(configs.to_dict(config)))
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        fixed = any(name == each or name.startswith(f"{each}.") for each in _FIXED_BY_RUN)
-        if fixed and name.rpartition(".")[2] not in _FREE and old != new and not _stands_for(new, old, before):
+    for name, old, new in configs.differences(saved, config, configs.RUN):
+        if not _stands_for(new, old, saved):
             raise InputError(
                 f"--resume: {name} is {_yaml(new)}, but {where} has {_yaml(old)}; "
                 f"continue it with {name}={_yaml(old)} or give another --run-dir"
@@ -87,7 +61,7 @@ def check_same_run(where: str, saved: Mapping[str, Any], config: Config) -> None
 def _stands_for(new: Any, old: Any, before: Mapping[str, Any]) -> bool:
     """Is ``new`` a stand-in ("embedded", "embedded:N", "student") that the saved run resolved to ``old``?"""
     if new == configs.STUDENT:
-        return old == before["student.path"]
+        return old == before["student"]["path"]
     kind, _, count = str(new).partition(":")
     if kind != configs.EMBEDDED or not isinstance(old, str):
         return False
@@ -96,15 +70,6 @@ def _stands_for(new: Any, old: Any, before: Mapping[str, Any]) -> bool:
     path = Path(old)
     made_here = path == embedded.TEACHER_DIR or path.is_relative_to(embedded.cache_root())
     return made_here and not path.name.startswith("golden-")
-
-
-def _leaves(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field of a nested configuration as ``section.field`` and value."""
-    for name, value in raw.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _yaml(value: Any) -> str:

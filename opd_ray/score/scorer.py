@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import queue
 import threading
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 _log = logs.get(__name__)
 
-_PER_RUN = ("path", "weight", "privileged", "eos_token_ids", "update", "update_every_steps", "update_decay")
-"""Fields of the configuration that may change from run to run; the others need another actor."""
 _MOST_VALUES = 2**31 - 1
 """A list column of Arrow counts its values in int32."""
 _URGENT, _USUAL = 0, 1
@@ -87,10 +84,7 @@ class Scorer:
         return this_node()
 
     async def begin(self, scorer: ScorerConfig) -> None:
-        """Another run: its checkpoint, unless that is the one at hand and unchanged, and its way to follow the student.
-
-        Raises RunError for a setting that needs another actor.
-        """
+        """Another run: its checkpoint, unless that is at hand and unchanged, and its way to follow the student."""
         await self._worker.call(partial(self._begin, scorer))
 
     async def score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[int, pa.RecordBatch]:
@@ -127,18 +121,6 @@ class Scorer:
         return self._follower
 
     def _begin(self, scorer: ScorerConfig) -> None:
-        for field in dataclasses.fields(ScorerConfig):
-            ours, theirs = getattr(self._scorer, field.name), getattr(scorer, field.name)
-            if field.name not in _PER_RUN and ours != theirs:
-                raise RunError(
-                    f"a scorer was started with {field.name}={ours}, but this run asks for {theirs}; "
-                    "runs that share their rooms must agree on it"
-                )
-        if scorer.follows_student and self._follower is None:
-            raise RunError(
-                f"a scorer was started as a fixed one, but this run asks for update={scorer.update}; "
-                "start the rooms with it following the student"
-            )
         moved = self._scorer.follows_student and self._following().version > 0
         if moved or scorer.path != self._scorer.path:
             self._engine.load(scorer.path)

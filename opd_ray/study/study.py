@@ -25,7 +25,7 @@ from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError, RunError
 from opd_ray.evaluate import Evaluation
-from opd_ray.placement.session import Session, cluster
+from opd_ray.placement.session import Session, cluster, unlike
 from opd_ray.run import preflight
 from opd_ray.run.train import train
 from opd_ray.study import claims, teacher_data
@@ -91,8 +91,12 @@ def shared_rooms(arms: Sequence[Arm], seed: int) -> Config:
             "arms run in the same rooms, so add one that does, or split the study"
         )
     for name, config in configured.items():
-        for field in _STARTED_WITH:
-            ours, theirs = _value(config, field), _value(configured[widest], field)
+        first = configured[widest]
+        once = [  # each seed's student is evaluated once, for all arms
+            (f"evaluation.{field}", getattr(first.evaluation, field), getattr(config.evaluation, field))
+            for field in ("num_problems", "temperature")
+        ]
+        for field, theirs, ours in [*unlike(first, config), *once]:
             if ours != theirs:
                 raise InputError(
                     f"study: {field} is {ours} in arm '{name}' and {theirs} in '{widest}', but arms run in the same "
@@ -101,26 +105,9 @@ def shared_rooms(arms: Sequence[Arm], seed: int) -> Config:
     return configured[widest]
 
 
-_STARTED_WITH = (
-    *(f"rollout.{name}" for name in ("engine", "num_generators", "tensor_parallel_size", "dtype", "max_num_seqs")),
-    *(f"rollout.{name}" for name in ("kv_cache_bytes", "gpus_per_generator", "cpus_per_generator")),
-    *(f"learner.{name}" for name in ("num_ranks", "cpus_per_rank", "gpus_per_rank")),
-    *(f"{role}.{name}" for role in ("teacher", "reference") for name in ("engine", "dtype", "num_actors", "update")),
-    "weights",
-    "evaluation.num_problems",  # each seed's student is evaluated once, for all arms
-    "evaluation.temperature",
-)
-
-
 def _rooms(config: Config) -> set[str]:
     teacher_writes = {"teacher_generate"} if config.buffer.uses_teacher_rollouts else set()
     return teacher_writes | set(config.scorers)
-
-
-def _value(config: Config, field: str) -> Any:
-    for part in field.split("."):
-        config = getattr(config, part)
-    return config
 
 
 def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: Callable[[str], None]) -> None:

@@ -71,7 +71,7 @@ def make(in_flight="keep", engine=None, kind=StudentGenerator):
 
 
 def settings(in_flight="keep", **changes):
-    values = {"repetition": (1000, 2.0), "teacher_path": "teacher"}
+    values = {"repetition": (1000, 2.0)}
     return GeneratorSettings(task=Even(), in_flight=in_flight, **(values | changes))
 
 
@@ -380,9 +380,3 @@ def test_another_run_abandons_the_last_one_and_brings_its_settings():
         assert "update 1 restart" in engine.events
 
     asyncio.run(scenario())
-
-
-def test_a_teachers_generator_keeps_its_teacher():
-    generator, _ = make(kind=TeacherGenerator)
-    with pytest.raises(RunError, match="started on teacher, but this run asks for another"):
-        asyncio.run(generator.begin(settings(teacher_path="another")))

@@ -213,16 +213,6 @@ class TestAnotherRun:
         assert engine.loaded == ["first"]
         assert scorer._follower.version == 0
 
-    def test_a_setting_that_needs_another_engine_is_refused(self):
-        scorer, _ = make()
-        with pytest.raises(RunError, match="started with dtype=float32, but this run asks for bfloat16"):
-            asyncio.run(scorer.begin(replace(CONFIG, dtype="bfloat16")))
-
-    def test_a_fixed_one_cannot_begin_to_follow(self):
-        scorer, _ = make()
-        with pytest.raises(RunError, match="started as a fixed one, but this run asks for update=average"):
-            asyncio.run(scorer.begin(replace(CONFIG, update="average")))
-
 
 def test_scores_of_no_rollouts_have_no_rows():
     scorer, _ = make()

@@ -6,8 +6,11 @@ import socket
 
 import pytest
 
-from opd_ray.errors import InputError
-from opd_ray.placement.session import cluster
+from opd_ray import config as configs
+from opd_ray.config.binding import RUN, binding
+from opd_ray.errors import InputError, RunError
+from opd_ray.placement import launch
+from opd_ray.placement.session import Session, cluster
 
 
 @pytest.fixture
@@ -31,3 +34,51 @@ def test_an_address_of_another_kind_is_refused(monkeypatch, address):
     match = f"RAY_ADDRESS={address} is no HOST:PORT, .* hand the run in at its dashboard"
     with pytest.raises(InputError, match=match), cluster():
         pytest.fail("joined a cluster in another way")
+
+
+@pytest.fixture
+def session(monkeypatch) -> Session:
+    """Rooms that a first run has started, following the student, with a teacher that writes."""
+    monkeypatch.setattr(launch, "start_rooms", lambda *_, **__: object())
+    writes = ["buffer.teacher_per_prompt=1", "loss.teacher.coef=1", "reference.update=average"]
+    session = Session(configs.load(None, writes))
+    session.rooms(configs.load(None, writes), 100)
+    return session
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("rollout.gpu_memory_utilization=0.5", "rollout.gpu_memory_utilization=0.85, but this run asks for 0.5"),
+        ("rollout.node_resource=big", "rollout.node_resource=None, but this run asks for big"),
+        ("student.max_context_tokens=90", "student.max_context_tokens=None, but this run asks for 90"),
+        ("deadlines.score_s=5", "deadlines.score_s=600.0, but this run asks for 5.0"),
+        ("reference.dtype=bfloat16", "reference.dtype=float32, but this run asks for bfloat16"),
+        ("teacher.update=average", "teacher.update=fixed, but this run asks for average"),
+        ("learner.num_ranks=2", "learner.num_ranks=1, but this run asks for 2"),
+    ],
+)
+def test_a_run_that_needs_other_actors_is_kept_out_of_the_rooms(session, change, message):
+    """The bug: five lists kept by hand had drifted, and arms of a study ran with another one's values unsaid."""
+    with pytest.raises(RunError, match=f"the rooms were started with {message}"):
+        session.rooms(configs.load(None, [change]), 100)
+
+
+def test_a_writing_teacher_stays_the_one_that_the_rooms_have(session):
+    writes = ["buffer.teacher_per_prompt=1", "loss.teacher.coef=1", "teacher.path=/another"]
+    with pytest.raises(RunError, match=r"teacher.path=embedded, but this run asks for /another"):
+        session.rooms(configs.load(None, writes), 100)
+
+
+def test_what_needs_no_other_actor_may_change_from_run_to_run(session):
+    changes = ["learner.lr=1e-4", "seed=4", "teacher.path=/another", "rollout.temperature=0.9", "learner.zero_stage=2"]
+    session.rooms(configs.load(None, changes), 100)
+    less = ["loss.reference.coef=0", "reference.dtype=bfloat16"]  # the reference is not asked anything
+    session.rooms(configs.load(None, less), 100)
+
+
+def test_every_field_of_the_method_binds_a_run():
+    names = [doc.name for doc in configs.describe() if doc.name.startswith(("loss.", "data.golden", "buffer.golden"))]
+    assert all(RUN in binding(configs.Config, name) for name in names)
+    assert RUN in binding(configs.Config, "more_teachers.algebra.path")
+    assert RUN not in binding(configs.Config, "more_teachers.algebra.num_actors")
