@@ -106,13 +106,7 @@ class Pipeline:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs besides the step, the learner and the buffer to go on with the same steps."""
-        buffered = sorted(self._buffer.slots)
-        prompts = {
-            "next_slot": self._slots.next,
-            "in_flight": sorted(self._slots.taken - set(buffered)),
-            "buffered": buffered,
-        }
-        return {"golden_position": self._buffer.golden.position, "guard": self._guard.state(), "prompts": prompts}
+        return {"golden_position": self._buffer.golden.position, "guard": self._guard.state()}
 
     def buffered(self) -> tuple[tuple[int, ...], tuple[Entry, ...]]:
         """The slots that are scored, and their rollouts."""

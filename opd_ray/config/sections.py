@@ -51,9 +51,15 @@ class ScorerConfig:
     cpus_per_actor: Annotated[float, ROOMS] = Field(0.1, ge=0)
     """Ray CPUs each actor reserves."""
     gpus_per_actor: Annotated[float, ROOMS] = Field(0.0, ge=0)
-    """Ray GPUs each actor reserves; 0 runs on the CPU."""
+    """Ray GPUs each actor reserves, for each of tensor_parallel_size; 0 runs on the CPU."""
     max_batch_tokens: Annotated[int, ROOMS] = Field(8192, gt=0)
     """Padded tokens per forward pass of the torch engine."""
+    tensor_parallel_size: Annotated[int, ROOMS] = Field(1, ge=1)
+    """GPUs that one vLLM scorer spans."""
+    max_num_seqs: Annotated[int, ROOMS] = Field(64, ge=1)
+    """Sequences that a vLLM scorer works on at once."""
+    kv_cache_bytes: Annotated[int, ROOMS] = Field(256 * 2**20, gt=0)
+    """Key-value cache of a vLLM scorer on a CPU."""
     gpu_memory_utilization: Annotated[float, ROOMS] = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that a vLLM scorer takes."""
     eos_token_ids: tuple[int, ...] | None = None
@@ -66,12 +72,19 @@ class ScorerConfig:
     """Share of the old weights that update=average keeps at every step."""
 
     @property
+    def gpus_in_all(self) -> float:
+        """Ray GPUs of one actor with all the GPUs that its engine spans."""
+        return self.gpus_per_actor * self.tensor_parallel_size
+
+    @property
     def follows_student(self) -> bool:
         """Does it take in the student's weights while the run goes on?"""
         return self.update != "fixed"
 
     def __post_init__(self) -> None:
         check_size("actors", self.num_actors, self.min_actors, self.max_actors)
+        if self.engine == "torch" and self.tensor_parallel_size > 1:
+            raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size} needs engine=vllm, but it is torch")
         if self.follows_student and self.engine != "torch":
             raise ValueError(f"update={self.update} needs engine=torch, but it is {self.engine}")
         if self.follows_student and self.size != PoolSize.fixed(self.num_actors):

@@ -102,7 +102,7 @@ def _scorers(role: str, config: Config, namespace: str, max_context_tokens: int)
         weight_backend=config.weight_backend,
         member=scorer.follows_student,
     )
-    resources = _resources(scorer.cpus_per_actor, scorer.gpus_per_actor, scorer.node_resource)
+    resources = _resources(scorer.cpus_per_actor, scorer.gpus_in_all, scorer.node_resource)
     spawn = _spawning(role, f"{role}-scorer", make, namespace, resources, max_concurrency=_CONCURRENT_CALLS)
     if scorer.follows_student:
         return Group(role, spawn, scorer.num_actors, config.deadlines.score_s)

@@ -116,7 +116,7 @@ def check_resources(config: Config, capacity: Capacity) -> None:
     if config.buffer.uses_teacher_rollouts:
         asked["teacher generators"] = _generators(config, rollout.teacher_generators)
     for role, scorer in config.scorers.items():
-        asked[role] = _Asked(scorer.size.minimum, scorer.cpus_per_actor, scorer.gpus_per_actor, scorer.node_resource)
+        asked[role] = _Asked(scorer.size.minimum, scorer.cpus_per_actor, scorer.gpus_in_all, scorer.node_resource)
     _check_fits(asked, capacity)
 
 

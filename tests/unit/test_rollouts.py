@@ -209,21 +209,22 @@ def test_a_restored_rollout_that_is_gone_is_sampled_again():
 
 
 def test_what_a_pipeline_holds_is_what_another_goes_on_with():
-    """State and buffer at a step boundary: every slot is trained, buffered, in flight, or not admitted yet."""
+    """At a step boundary every slot is trained, buffered, in flight, or not admitted yet."""
     seen = []
 
     def before(made):
         async def on_step(report):
             slots, entries = made.pipeline.buffered()
-            seen.append((report.step, made.pipeline.state()["prompts"], slots, entries))
+            ledger, _, _ = made.pipeline.slots()
+            seen.append((report.step, slots, entries, ledger.next, set(ledger.taken)))
 
         made.recording.on_step = on_step
 
     run(make_pipeline(steps=5, prompts_per_step=2, max_staleness=2, slowest=20, **NO_GOLDEN, **OFF), before)
-    for step, prompts, slots, entries in seen:
-        assert sorted(slots) == prompts["buffered"] == sorted({entry.meta.slot for entry in entries})
-        assert sorted(prompts["buffered"] + prompts["in_flight"]) == list(range(2 * step, prompts["next_slot"]))
-    assert seen[-1][1] == {"next_slot": 10, "in_flight": [], "buffered": []}
+    for step, slots, entries, next_slot, taken in seen:
+        assert sorted(slots) == sorted({entry.meta.slot for entry in entries})
+        assert set(slots) <= taken == set(range(2 * step, next_slot))
+    assert seen[-1] == (5, (), (), 10, set())
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
