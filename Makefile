@@ -1,8 +1,9 @@
-# make demo    the whole system on this machine, from nothing (a few minutes)
-# make study   which part of StableOPD does what: 14 arms on 5 seeds, one report (runs/study); ARGS="--seeds 1" for one
-# make test    unit, contract, Ray, page and (with a CUDA device) GPU tests, two files at a time
-# make setup   only install, into .venv; DEVICE=gpu for a CUDA machine, PYTHON=... for another interpreter
-# make lint    ruff; make clean removes caches and .venv, but no runs
+# make demo        the whole system on this machine, from nothing (a few minutes)
+# make study       which part of StableOPD does what: 14 arms on 5 seeds, one report (runs/study); ARGS="--seeds 1" for one
+# make test        unit, contract, Ray, page and (with a CUDA device) GPU tests, two files at a time
+# make test-fast   those without Ray, vLLM and DeepSpeed, under a minute, for the hand
+# make setup       only install, into .venv; DEVICE=gpu for a CUDA machine, PYTHON=... for another interpreter
+# make lint        ruff; make clean removes caches and .venv, but no runs
 #
 # ARGS goes to the command: make demo ARGS="seed=3 learner.steps=50", make test ARGS="-k staleness".
 
@@ -17,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 # Named after what decides the installation, so that an unchanged checkout never installs twice.
 STAMP := .venv/.ready-$(DEVICE)-$(firstword $(shell cat pyproject.toml .ci/setup .ci/cpu-overrides.txt | cksum))
 
-.PHONY: help setup demo study test lint clean
+.PHONY: help setup demo study test test-fast lint clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -7
@@ -35,6 +36,9 @@ study: $(STAMP)
 
 test: $(STAMP)
 	@$(RUN) -m pytest -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-fast: $(STAMP)
+	@$(RUN) -m pytest -n $(TESTS_AT_ONCE) -m "not slow" tests/unit $(ARGS)
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .
