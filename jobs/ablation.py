@@ -7,7 +7,6 @@ Interrupted, it goes on where it stopped when it is called with the same --dir. 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
@@ -18,6 +17,13 @@ import click
 from opd_ray.errors import InputError, OpdError
 
 _HERE = Path(__file__).resolve().parent
+_TABLE = (
+    "sampled accuracy after",
+    "greedy accuracy after",
+    "truncated after",
+    "highest truncation in training",
+    "trained tokens",
+)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,6 +35,8 @@ _HERE = Path(__file__).resolve().parent
 def main(seeds: str, arms: str, study: Path, directory: Path, overrides: tuple[str, ...]) -> None:
     """Run the arms of a study on several seeds, and compare them in one report."""
     from opd_ray.report import ReferenceLine, write_report
+    from opd_ray.report.arms import group, markdown, results
+    from opd_ray.report.runs import read_runs
     from opd_ray.study import study as studies
     from opd_ray.study.claims import judge
     from opd_ray.study.teacher_data import Rollouts
@@ -43,19 +51,20 @@ def main(seeds: str, arms: str, study: Path, directory: Path, overrides: tuple[s
 
     directory = directory.absolute()
     studies.run_study(read.arms, numbers, directory, say)
-    rows = studies.outcomes(directory, read.arms, numbers)
-    verdicts = judge(read.claims, rows)
-    (directory / "table.md").write_text(studies.table(rows) + "\n")
-    (directory / "results.json").write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
+    names = [arm.name for arm in read.arms]
+    arms_found = [arm for arm in group(read_runs([directory])[0], names) if arm.label in names]
+    verdicts = judge(read.claims, arms_found)
+    table = markdown(arms_found, _TABLE)
+    (directory / "table.md").write_text(table + "\n")
+    (directory / "results.json").write_text(json.dumps(results(arms_found), indent=2) + "\n")
     lines = {}
     for path in sorted(directory.glob("teacher-rollouts-*[0-9].parquet"))[-1:]:
         teacher = Rollouts(path)
         truncated = teacher.truncation_rate
         lines["rollouts/truncation_rate"] = ReferenceLine(truncated, f"the teacher's own at T = 1: {truncated:.3f}")
         say(f"the teacher's own rollouts: {teacher.accuracy:.3f} right, {truncated:.3f} truncated")
-    names = [arm.name for arm in read.arms]
     write_report([directory], directory / "report.html", reference_lines=lines, notes=verdicts, order=names)
-    click.echo("\n" + studies.table(rows) + "\n")
+    click.echo("\n" + table + "\n")
     for verdict in verdicts:
         say(verdict)
     say(f"report: {directory / 'report.html'}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from opd_ray.report.runs import Metrics, Run
 
@@ -165,6 +166,29 @@ def tail_mean(run: Run, metric: str, steps: int = 10) -> float | None:
     """Mean of a metric over its last ``steps`` measurements; None if it has none."""
     values = list(run.metrics.get(metric, {}).values())[-steps:]
     return statistics.fmean(values) if values else None
+
+
+def markdown(arms: Sequence[Arm], titles: Sequence[str]) -> str:
+    """A table of some of the MEASURES: mean ± standard deviation over seeds, and each seed's value."""
+    chosen = [measure for measure in MEASURES if measure.title in titles]
+    lines = [
+        "| " + " | ".join(("arm", *(measure.title for measure in chosen))) + " |",
+        "|" + "---|" * (len(chosen) + 1),
+    ]
+    for arm in arms:
+        cells = [measure.cell(arm) for measure in chosen]
+        each = [cell.text + (f" [{' '.join(cell.each)}]" if cell.each else "") for cell in cells]
+        lines.append("| " + " | ".join((arm.title, *each)) + " |")
+    return "\n".join(lines)
+
+
+def results(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """All MEASURES of every arm as plain values, one for each seed."""
+    return [
+        {"arm": arm.label, "seeds": [run.seed for run in arm.runs]}
+        | {measure.title: list(measure.spread(arm).values) for measure in MEASURES}
+        for arm in arms
+    ]
 
 
 def share(value: float) -> str:

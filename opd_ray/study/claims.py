@@ -11,16 +11,11 @@ A study file lists ``claims``, each a mapping of one of these kinds over the arm
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from statistics import fmean
+from typing import Any
 
 from opd_ray.errors import InputError
-
-if TYPE_CHECKING:
-    from opd_ray.study.outcomes import Row
-
-HALF = 0.5
+from opd_ray.report.arms import Arm, evaluated, highest_truncation, inflated_at
 
 _KINDS: dict[frozenset[str], str] = {
     frozenset({"arm", "above", "by"}): "above",
@@ -44,63 +39,61 @@ def check(claims: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> None:
                 raise InputError(f"study: claim {number} is about '{claim[key]}'; the arms are {', '.join(arms)}")
 
 
-def judge(claims: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[str]:
+def judge(claims: Sequence[Mapping[str, Any]], arms: Sequence[Arm]) -> list[str]:
     """A sentence for each claim: what was expected, what was found, and whether it holds."""
-    found = {row.arm: row for row in rows}
+    found = {arm.label: arm for arm in arms}
     return [_judge(claim, found) for claim in claims]
 
 
-def _judge(claim: Mapping[str, Any], found: Mapping[str, Row]) -> str:
+def _judge(claim: Mapping[str, Any], found: Mapping[str, Arm]) -> str:
     needed = [claim[key] for key in ("arm", "above", "of", "where_collapses") if key in claim]
-    if missing := [arm for arm in needed if arm not in found]:
+    if missing := [name for name in needed if name not in found or not _sampled(found[name])]:
         return f"not judged, {missing[0]} has not been run: {claim}"
-    row, kind = found[claim["arm"]], _KINDS[frozenset(claim)]
-    return {"above": _above, "below": _below, "most": _most, "within": _within}[kind](claim, row, found)
+    arm, kind = found[claim["arm"]], _KINDS[frozenset(claim)]
+    return {"above": _above, "below": _below, "most": _most, "within": _within}[kind](claim, arm, found)
 
 
-def _above(claim: Mapping[str, Any], row: Row, found: Mapping[str, Row]) -> str:
-    other = found[claim["above"]]
-    gains = _paired(row, row.sampled, other, other.sampled)
+def _sampled(arm: Arm) -> dict[int | None, float]:
+    """Held-out sampled accuracy of the finished runs, by seed."""
+    accuracy = evaluated("after", "accuracy_sampled")
+    return {run.seed: value for run in arm.runs if (value := accuracy(run)) is not None}
+
+
+def _above(claim: Mapping[str, Any], arm: Arm, found: Mapping[str, Arm]) -> str:
+    ours, theirs = _sampled(arm), _sampled(found[claim["above"]])
+    gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if not gains:
+        return f"not judged, no seed has been run in both arms: {dict(claim)}"
     text = (
-        f"sampled accuracy of {row.arm} above {other.arm} by {claim['by']:g}: {np.mean(gains):+.3f} in the mean "
+        f"sampled accuracy of {arm.label} above {claim['above']} by {claim['by']:g}: {fmean(gains):+.3f} in the mean "
         f"[{' '.join(f'{gain:+.2f}' for gain in gains)}]"
     )
-    return _verdict(np.mean(gains) >= claim["by"], text)
+    return _verdict(fmean(gains) >= claim["by"], text)
 
 
-def _below(claim: Mapping[str, Any], row: Row, _: Mapping[str, Row]) -> str:
-    highest, limit = float(np.mean(row.max_truncation)), claim["highest_truncation_below"]
-    text = f"mean of the highest training truncation of {row.arm} below {limit:g}: {highest:.3f}"
+def _below(claim: Mapping[str, Any], arm: Arm, _: Mapping[str, Arm]) -> str:
+    highest, limit = fmean(highest_truncation(run) or 0.0 for run in arm.runs), claim["highest_truncation_below"]
+    text = f"mean of the highest training truncation of {arm.label} below {limit:g}: {highest:.3f}"
     return _verdict(highest < limit, text)
 
 
-def _most(claim: Mapping[str, Any], row: Row, _: Mapping[str, Row]) -> str:
-    passed = sum(value >= HALF for value in row.max_truncation)
-    text = f"{row.arm} passes half truncated in most seeds: in {passed} of {len(row.seeds)}"
-    return _verdict((passed > len(row.seeds) / 2) == bool(claim["passes_half_truncated_in_most"]), text)
+def _most(claim: Mapping[str, Any], arm: Arm, _: Mapping[str, Arm]) -> str:
+    passed = sum(inflated_at(run) is not None for run in arm.runs)
+    text = f"{arm.label} passes half truncated in most seeds: in {passed} of {len(arm.runs)}"
+    return _verdict((passed > len(arm.runs) / 2) == bool(claim["passes_half_truncated_in_most"]), text)
 
 
-def _within(claim: Mapping[str, Any], row: Row, found: Mapping[str, Row]) -> str:
-    target, collapses = found[claim["of"]], found[claim["where_collapses"]]
-    seeds = [s for s, value in zip(collapses.seeds, collapses.max_truncation, strict=True) if value >= HALF]
-    short = {
-        seed: target.sampled[target.seeds.index(seed)] - row.sampled[row.seeds.index(seed)]
-        for seed in seeds
-        if seed in row.seeds and seed in target.seeds
-    }
+def _within(claim: Mapping[str, Any], arm: Arm, found: Mapping[str, Arm]) -> str:
+    ours, target, collapses = _sampled(arm), _sampled(found[claim["of"]]), found[claim["where_collapses"]]
+    seeds = [run.seed for run in collapses.runs if inflated_at(run) is not None]
+    short = [target[seed] - ours[seed] for seed in seeds if seed in ours and seed in target]
     if not short:
-        return f"not judged, {collapses.arm} passes half truncated in none of the seeds: {dict(claim)}"
+        return f"not judged, {collapses.label} passes half truncated in none of the seeds: {dict(claim)}"
     text = (
-        f"{row.arm} within {claim['within']:g} of {target.arm} in the {len(short)} seeds in which {collapses.arm} "
-        f"passes half truncated, at worst {max(short.values()):+.3f} short"
+        f"{arm.label} within {claim['within']:g} of {claim['of']} in the {len(short)} seeds in which {collapses.label} "
+        f"passes half truncated, at worst {max(short):+.3f} short"
     )
-    return _verdict(all(value <= claim["within"] for value in short.values()), text)
-
-
-def _paired(row: Row, values: Sequence[float], other: Row, others: Sequence[float]) -> list[float]:
-    """Differences on the seeds that both have."""
-    there = dict(zip(other.seeds, others, strict=True))
-    return [value - there[seed] for seed, value in zip(row.seeds, values, strict=True) if seed in there]
+    return _verdict(all(value <= claim["within"] for value in short), text)
 
 
 def _verdict(holds: bool, text: str) -> str:

@@ -1,7 +1,7 @@
 """A study: the same students under several arms and seeds, one run after another in the same rooms.
 
 A study is a YAML file: ``common`` settings, ``arms`` by name with what each changes (and ``seeds``, where it runs on
-the first few only), and ``claims`` about what they should show (see jobs/ablation.yaml and :mod:`opd_ray.claims`).
+the first few only), and ``claims`` about what they should show (jobs/ablation.yaml, :mod:`opd_ray.study.claims`).
 Every run is an ordinary run directory, ``STUDY/ARM/seed-N``; a study that was interrupted goes on with the runs
 that have no summary yet. Each seed's student is evaluated once, before its first arm.
 """

@@ -2,13 +2,15 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from opd_ray.errors import InputError
+from opd_ray.report.arms import TRUNCATION, Arm, inflated_at, markdown, results
+from opd_ray.report.runs import Run
 from opd_ray.study.arms import run_directory
 from opd_ray.study.claims import judge
-from opd_ray.study.outcomes import Row, outcomes, table
 from opd_ray.study.study import read_study, run_study, shared_rooms
 
 STUDY = """
@@ -116,26 +118,42 @@ def test_a_finished_run_with_other_settings_is_refused(study, tmp_path):
         run_study([arm], [0], tmp_path, print)
 
 
-def test_the_table_has_mean_deviation_and_every_seed(study, tmp_path):
-    stable, opd = read_study(study).arms
-    finish(tmp_path, stable, 0, 0.8, 0.25)
-    finish(tmp_path, stable, 1, 0.9)
-    rows = outcomes(tmp_path, [stable, opd], [0, 1, 2])
-    assert [(row.arm, row.seeds, row.sampled) for row in rows] == [("StableOPD", (0, 1), (0.8, 0.9))]
-    line = table(rows).splitlines()[2]
-    assert "0.850 ± 0.071 [.80 .90]" in line and "1.000 ± 0.000 [1 1]" in line and "2 k" in line
+def arm(label, sampled, most_truncated=(0.0, 0.0, 0.0)):
+    """An arm of finished runs, seeds from 0 on."""
+    runs = []
+    for seed, (accuracy, rate) in enumerate(zip(sampled, most_truncated, strict=True)):
+        after = {"accuracy_sampled": accuracy, "accuracy_greedy": 1.0, "truncation_rate": 0.0}
+        summary = {"eval_after": after, "trained_tokens": 2000}
+        runs.append(Run(Path(f"{label}-{seed}"), label, seed, {}, summary, {TRUNCATION: {1: 0.0, 2: rate}}))
+    return Arm(label, tuple(runs))
 
 
-def row(arm, sampled, most_truncated=(0.0, 0.0, 0.0)):
-    zeros = (0.0,) * 3
-    return Row(arm, (0, 1, 2), sampled, zeros, zeros, most_truncated, zeros, zeros)
+def test_the_table_has_mean_deviation_and_every_seed():
+    names = ("sampled accuracy after", "truncated after", "trained tokens")
+    line = markdown([arm("StableOPD", (0.8, 0.9), (0.25, 0.0))], names).splitlines()[2]
+    assert line == "| StableOPD | .85 ± .07 [.80 .90] | .00 ± .00 | 2,000 ± 0 |"
+    assert "| .50 |" in markdown([arm("a", (0.5,), (0.0,))], names), "one seed has no deviation"
 
 
-ROWS = [
-    row("stable", (0.9, 0.8, 0.7), (0.0, 0.3, 0.0)),
-    row("opd", (0.7, 0.6, 0.5), (1.0, 0.2, 0.6)),
-    row("guarded", (0.85, 0.1, 0.55)),
+def test_the_results_have_every_seed_of_every_measure():
+    (found,) = results([arm("a", (0.8, 0.9), (0.25, 0.0))])
+    assert (found["arm"], found["seeds"], found["sampled accuracy after"]) == ("a", [0, 1], [0.8, 0.9])
+    assert found["highest truncation in training"] == [0.25, 0.0]
+
+
+ARMS = [
+    arm("stable", (0.9, 0.8, 0.7), (0.0, 0.3, 0.0)),
+    arm("opd", (0.7, 0.6, 0.5), (1.0, 0.2, 0.6)),
+    arm("guarded", (0.85, 0.1, 0.55)),
 ]
+
+
+def test_just_half_truncated_is_not_past_half():
+    """The bug: at exactly .50 the claims said that an arm had collapsed and the report that it had not."""
+    even = arm("even", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert [inflated_at(run) for run in even.runs] == [None] * 3
+    (verdict,) = judge([{"arm": "even", "passes_half_truncated_in_most": False}], [even])
+    assert verdict.startswith("holds: even passes half truncated in most seeds: in 0 of 3")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +172,7 @@ ROWS = [
     ],
 )
 def test_claims_are_judged_on_the_outcomes(claim, sentence):
-    (verdict,) = judge([claim], ROWS)
+    (verdict,) = judge([claim], ARMS)
     assert re.match(sentence, verdict)
 
 
@@ -170,8 +188,3 @@ def test_a_claim_about_nothing_is_refused(tmp_path, claim, message):
     path.write_text(f"arms: {{StableOPD: {{}}}}\nclaims: [{claim}]")
     with pytest.raises(InputError, match=message):
         read_study(path)
-
-
-def test_one_seed_has_no_deviation():
-    row = Row("a", (3,), (0.5,), (0.5,), (0.0,), (1.0,), (1e3,), (1.0,))
-    assert "| a | 0.500 [.50] |" in table([row])

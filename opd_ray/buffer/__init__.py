@@ -1,0 +1,1 @@
+"""BUFFER: which prompts are under way, and what a step trains on."""

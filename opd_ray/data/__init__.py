@@ -1,0 +1,1 @@
+"""Prompts, golden solutions and held-out problems: read and checked."""

@@ -1,0 +1,1 @@
+"""The small models and data that the package makes itself."""

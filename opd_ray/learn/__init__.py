@@ -1,0 +1,1 @@
+"""LEARN: from a step's rollouts to the next weights."""

@@ -1,0 +1,1 @@
+"""Checkpoints of models: what they say of themselves, and reading parts of them."""

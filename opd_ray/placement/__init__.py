@@ -1,0 +1,1 @@
+"""Which actors run where, and who takes the place of the dead."""

@@ -1,0 +1,1 @@
+"""Who looks at a run: metrics, log of rollouts, events, guard."""
