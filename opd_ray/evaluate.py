@@ -89,9 +89,15 @@ async def _answer(
     generators: Pool, groups: Sequence[PromptGroup], sampling: SamplingSettings, config: Config
 ) -> list[tuple[Sequence[RolloutMeta], Any]]:
     """(metas, payload) of each call."""
-    size = config.rollout.max_num_seqs
-    chunks = [groups[i : i + size] for i in range(0, len(groups), size)]
+    chunks = chunked(groups, generators, config.rollout.max_num_seqs)
     return await asyncio.gather(*(generators.call("generate", chunk, sampling) for chunk in chunks))
+
+
+def chunked(groups: Sequence[PromptGroup], generators: Pool, most: int) -> list[Sequence[PromptGroup]]:
+    """The groups in order, in one call for each generator that is ready, or in more where a call would be of more than
+    ``most``: an engine that is handed as many as it can hold leaves the others idle."""
+    size = min(most, -(-len(groups) // max(1, len(generators.those("ready")))))
+    return [groups[i : i + size] for i in range(0, len(groups), size)]
 
 
 async def _ask_teacher(

@@ -69,13 +69,19 @@ class ElasticConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DeadlineConfig:
-    """How long the driver waits before a worker that gave no answer counts as lost."""
+    """How long the driver waits before a worker that gave no answer counts as lost.
+
+    The limits of generators and scorers count from a worker's last answer, or from its oldest call where that is
+    newer. Calls wait in the driver until a worker has room, and no limit counts while they do: one call has to fit in,
+    not the queue before it.
+    """
 
     start_s: float = Field(600.0, gt=0)
     """Placement, model loading and the rendezvous of one room."""
     generate_s: float = Field(1800.0, gt=0)
-    """One call to a generator, evaluation calls included."""
+    """A generator with calls that answers none for so long is lost: longer than its longest responses may take,
+    evaluation's included."""
     score_s: float = Field(600.0, gt=0)
-    """One call to a scorer."""
+    """A scorer with calls that answers none for so long is lost: longer than one call may take."""
     train_s: float = Field(1800.0, gt=0)
     """One optimizer step, one checkpoint or one export."""

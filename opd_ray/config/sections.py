@@ -180,6 +180,11 @@ class RolloutConfig:
     teacher_temperature: Annotated[float, RUN] = Field(1.0, gt=0)
     """Sampling temperature of the teacher's rollouts."""
 
+    @property
+    def calls_at_once(self) -> int:
+        """Calls whose responses one engine runs at once."""
+        return -(-self.max_num_seqs // (self.prompts_per_call * max(1, self.responses_per_prompt)))
+
     def budget(self, step: int) -> int:
         """Length budget of the responses that a 0-based step trains on."""
         return round(schedule.at(self.max_response_tokens, step))

@@ -55,7 +55,8 @@ def start_generators(config: Config, *, namespace: str, max_context_tokens: int,
     rollout = config.rollout
     make = partial(StudentGenerator, **_generator(config, config.student.path, rollout, max_context_tokens))
     spawn = _spawn_generator("generate", "student-generator", make, config, namespace)
-    return Pool("generate", spawn, rollout.size, config.deadlines.generate_s, needs_weights=not alone)
+    limit, at_once = config.deadlines.generate_s, rollout.calls_at_once
+    return Pool("generate", spawn, rollout.size, limit, needs_weights=not alone, calls_at_once=at_once)
 
 
 def _teacher_generators(config: Config, namespace: str, max_context_tokens: int) -> Pool:
@@ -63,7 +64,8 @@ def _teacher_generators(config: Config, namespace: str, max_context_tokens: int)
     rollout = dataclasses.replace(config.rollout, dtype=config.teacher.dtype)
     make = partial(TeacherGenerator, **_generator(config, config.teacher.path, rollout, max_context_tokens))
     spawn = _spawn_generator("teacher_generate", "teacher-generator", make, config, namespace)
-    return Pool("teacher_generate", spawn, PoolSize.fixed(rollout.teacher_generators), config.deadlines.generate_s)
+    size, limit = PoolSize.fixed(rollout.teacher_generators), config.deadlines.generate_s
+    return Pool("teacher_generate", spawn, size, limit, calls_at_once=rollout.calls_at_once)
 
 
 def _generator(config: Config, path: str, rollout: RolloutConfig, max_context_tokens: int) -> dict[str, Any]:
@@ -87,7 +89,8 @@ def _spawn_generator(room: str, role: str, make: partial[Any], config: Config, n
     resources = _resources(
         rollout.cpus_per_generator, rollout.gpus_per_generator * rollout.tensor_parallel_size, rollout.node_resource
     )
-    return _spawning(room, role, make, namespace, resources, max_concurrency=_CONCURRENT_CALLS)
+    concurrency = _CONCURRENT_CALLS + 2 * rollout.max_num_seqs  # heartbeats are answered beside whatever it is given
+    return _spawning(room, role, make, namespace, resources, max_concurrency=concurrency)
 
 
 def _scorers(role: str, config: Config, namespace: str, max_context_tokens: int) -> Pool | Group:

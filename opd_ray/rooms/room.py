@@ -1,7 +1,8 @@
 """One room's actors: their states, the calls to them, and what each failure means.
 
-Every call has a deadline, and every failure names room, actor, method and node. Rooms also measure how long their
-actors had work, which is each room's idle share.
+Every call has a deadline, and every failure names room, actor, method and node. The room's own deadline is one of
+progress: it counts from the actor's last answer, since a call that waits at its actor for others says nothing about
+the actor's health. Rooms also measure how long their actors had work, which is each room's idle share.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import itertools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,6 +55,8 @@ class Member:
     ready_since: float | None = None
     calls: dict[int, tuple[str, float]] = field(default_factory=dict)
     """Calls under way: method, and when it was made."""
+    answered_at: float = 0.0
+    """When a call of it ended last, other than by its loss."""
     _busy_s: float = 0.0
     _busy_since: float = 0.0
     _numbers: Any = field(default_factory=itertools.count)
@@ -75,10 +78,17 @@ class Member:
         self.calls[number] = (method, time.monotonic())
         return number
 
-    def end(self, number: int) -> None:
+    def end(self, number: int, answered: bool = True) -> None:
         del self.calls[number]
+        now = time.monotonic()
+        if answered:
+            self.answered_at = now
         if not self.calls:
-            self._busy_s += time.monotonic() - self._busy_since
+            self._busy_s += now - self._busy_since
+
+    def silent_s(self, since: float) -> float:
+        """For how long it has answered nothing, as a call that was made at ``since`` sees it."""
+        return time.monotonic() - max(since, self.answered_at)
 
     def busy_s(self) -> float:
         """Seconds with at least one call under way."""
@@ -101,6 +111,7 @@ class Room:
     """Concurrency group of the actors that answers while they are at work; None where all calls do (async actors)."""
 
     def __init__(self, room: str, deadline_s: float) -> None:
+        """``deadline_s``: how long an actor with calls may answer none, where a call has no limit of its own."""
         self.room, self.deadline_s = room, deadline_s
         self.members: list[Member] = []
         self.last_loss: str | None = None
@@ -123,24 +134,24 @@ class Room:
     async def ask(
         self, member: Member, method: str, *args: Any, deadline_s: float | None = None, **options: Any
     ) -> Any:
-        """One answer of one member; ``options`` are Ray's for the call."""
+        """One answer of one member; ``options`` are Ray's for the call. A ``deadline_s`` counts from now."""
         bound = getattr(member.handle, method)
         ref = (bound.options(**options) if options else bound).remote(*args)
-        return await self._answer(member, method, ref, self.deadline_s if deadline_s is None else deadline_s)
+        return await self._answer(member, method, ref, deadline_s)
 
     async def ask_for_payload(
         self, member: Member, method: str, *args: Any, deadline_s: float | None = None
     ) -> tuple[Any, ObjectRef]:
         """The first return value, and a ref to the second, which stays in the object store."""
         answer, payload = getattr(member.handle, method).options(num_returns=2).remote(*args)
-        limit = self.deadline_s if deadline_s is None else deadline_s
-        return await self._answer(member, method, answer, limit), payload
+        return await self._answer(member, method, answer, deadline_s), payload
 
     async def ping(self, member: Member, deadline_s: float) -> None:
         """Waits for a sign of life, which an actor gives while it is at work as well. Raises MemberLost."""
         method = member.handle.node
         ref = (method.options(concurrency_group=self.pings) if self.pings else method).remote()
-        await self._value_of(f"{self.room}: {member.name} on {member.node}, heartbeat", ref, deadline_s)
+        where = f"{self.room}: {member.name} on {member.node}, heartbeat"
+        await self._value_of(where, asyncio.wait_for(_value(ref), deadline_s), deadline_s)
 
     def end(self, member: Member) -> None:
         """Ends an actor and forgets it."""
@@ -158,17 +169,37 @@ class Room:
         for member in list(self.members):
             self.end(member)
 
-    async def _answer(self, member: Member, method: str, ref: ObjectRef, deadline_s: float) -> Any:
+    async def _answer(self, member: Member, method: str, ref: ObjectRef, deadline_s: float | None) -> Any:
         call = member.begin(method)
+        where, answered = f"{self.room}: {member.name} on {member.node}, {method}()", True
         try:
-            return await self._value_of(f"{self.room}: {member.name} on {member.node}, {method}()", ref, deadline_s)
+            if deadline_s is None:
+                return await self._value_of(where, self._while_it_answers(member, ref), self.deadline_s)
+            return await self._value_of(where, asyncio.wait_for(_value(ref), deadline_s), deadline_s)
+        except MemberLost:
+            answered = False  # to give up on one call must not give the calls beside it more time
+            raise
         finally:
-            member.end(call)
+            member.end(call, answered)
             self.calls_done += 1
 
-    async def _value_of(self, where: str, ref: ObjectRef, deadline_s: float) -> Any:
+    async def _while_it_answers(self, member: Member, ref: ObjectRef) -> Any:
+        """The value; raises TimeoutError when the member answers neither this call nor another one for the room's
+        deadline."""
+        since, value = time.monotonic(), asyncio.ensure_future(_value(ref))
         try:
-            return await asyncio.wait_for(_value(ref), deadline_s)
+            while not value.done():
+                left = self.deadline_s - member.silent_s(since)
+                if left <= 0:
+                    raise TimeoutError
+                await asyncio.wait([value], timeout=left)
+            return value.result()
+        finally:
+            value.cancel()
+
+    async def _value_of(self, where: str, value: Awaitable[Any], deadline_s: float) -> Any:
+        try:
+            return await value
         except TimeoutError:
             raise MemberLost(
                 f"{where} gave no answer within {deadline_s:g} s; see its log in the Ray dashboard "

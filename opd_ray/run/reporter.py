@@ -128,7 +128,7 @@ class Reporter:
             maximum=room.size.maximum if elastic else room.size,
             waiting=room.num_waiting if elastic else 0,
             calls=status.oldest_calls(
-                CallStatus(member.name, member.node, method, now - since)
+                CallStatus(member.name, member.node, method, now - since, member.silent_s(since))
                 for member in room.members
                 for method, since in member.calls.values()
             ),

@@ -266,11 +266,16 @@ def _blame(culprit: _Culprit | None) -> str:
     room, call = culprit
     if call is None:
         return f"; room {room.room} has {_count(room.waiting, 'call')} waiting for a worker"
-    notes = [f"of {room.num_calls} at {_count(room.ready, 'worker')}"] if room.num_calls > 1 else []
+    waiting = f", {room.waiting} of them waiting for one with room" if room.waiting else ""
+    notes = [f"of {room.num_calls} at {_count(room.ready, 'worker')}{waiting}"] if room.num_calls > 1 else []
     if call.method in _SLOW:
         notes.append(_SLOW[call.method])
     if room.deadline_s is not None:
-        notes.append(f"its limit is {room.deadline_s:.0f} s")
+        answered = call.silent_s is not None and call.silent_s < call.since_s
+        notes.append(
+            f"its limit is {room.deadline_s:.0f} s"
+            + (f" from its worker's last answer, {call.silent_s:.0f} s ago" if answered else "")
+        )
     return (
         f"; oldest call in room {room.room}: {call.member} on {call.node}, {call.method}() since {call.since_s:.0f} s"
         + (f" ({'; '.join(notes)})" if notes else "")

@@ -48,7 +48,9 @@ class CallStatus:
     node: str
     method: str
     since_s: float
-    """Its age, seconds."""
+    """Its age at its worker, seconds."""
+    silent_s: float | None = None
+    """For how long its worker has answered nothing, which is what the room's limit is about; None for its age."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class RoomStatus:
     minimum: int
     maximum: int
     waiting: int
-    """Calls for which no worker is ready."""
+    """Calls for which no worker is ready, or none has room."""
     calls: tuple[CallStatus, ...]
     """Calls at a worker, oldest first, at most MOST_CALLS of them: see oldest_calls."""
     num_calls: int
@@ -81,7 +83,7 @@ class RoomStatus:
     calls_done: int = 0
     """Calls answered since the room began."""
     deadline_s: float | None = None
-    """How long one call may take."""
+    """How long a worker with calls may answer none."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from opd_ray.config import Config
 from opd_ray.data.files import read_prompts
 from opd_ray.data.prompts import PromptStream
+from opd_ray.evaluate import chunked
 from opd_ray.messages import SamplingSettings
 from opd_ray.models.checkpoints import load_tokenizer
 from opd_ray.placement import launch
@@ -71,13 +72,10 @@ async def _sample(config: Config, facts: Preflight, path: Path, count: int) -> N
     tokenizer = load_tokenizer(config.teacher.path)
     task = get_task(config.data.task)
     prompts = PromptStream(rows, task=task, tokenizer=tokenizer, order=None, num_responses=1, seed=config.seed + 2)
-    size = config.rollout.max_num_seqs
-    chunks = [range(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
     try:
         await pool.up(config.deadlines.start_s)
-        answers = await asyncio.gather(
-            *(pool.call("generate", [prompts[slot] for slot in chunk], settings) for chunk in chunks)
-        )
+        chunks = chunked([prompts[slot] for slot in range(len(rows))], pool, config.rollout.max_num_seqs)
+        answers = await asyncio.gather(*(pool.call("generate", chunk, settings) for chunk in chunks))
         tables = await asyncio.gather(*(_fetch(payload) for _, payload in answers))
     finally:
         launch.stop(pool)

@@ -57,7 +57,12 @@ class Cast:
         config = self.config
         return Rooms(
             generators=self.pool(
-                "generate", "student-generator", self.generator, config.rollout.size, needs_weights=True
+                "generate",
+                "student-generator",
+                self.generator,
+                config.rollout.size,
+                needs_weights=True,
+                calls_at_once=config.rollout.calls_at_once,
             ),
             learner=self._learner(),
             scorers={role: self._scorers(role) for role in config.scorers},

@@ -121,7 +121,7 @@ def test_a_call_whose_worker_dies_goes_to_another():
 
 def test_a_loss_that_many_calls_notice_is_one_loss():
     async def scenario():
-        world, pool = await desks(2)
+        world, pool = await desks(2, calls_at_once=2)
         losses = Losses(pool)
         held(pool, world)
         calls = [asyncio.create_task(pool.call("work", number)) for number in range(8)]

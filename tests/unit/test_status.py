@@ -101,6 +101,15 @@ def test_a_learner_that_waits_for_a_generator() -> None:
     )
 
 
+def test_a_limit_counts_from_the_worker_s_last_answer() -> None:
+    """The bug: the limit was told as that of the oldest call, as if its time in a queue counted."""
+    behind = dataclasses.replace(call("score", 70, "teacher-scorer-0"), silent_s=12.0)
+    teacher = room("teacher", behind, ready=16, num_calls=256, waiting=224, deadline_s=600.0)
+    text = explain(status("waiting for rollouts", teacher, **missing(score=[7])))
+    assert_says(text, "score() since 70 s (of 256 at 16 workers, 224 of them waiting for one with room; ")
+    assert text.endswith("; its limit is 600 s from its worker's last answer, 12 s ago)")
+
+
 def test_a_learner_that_waits_for_the_slower_scorer() -> None:
     rooms = (
         room("generate", call("generate", 60)),  # for a later step
