@@ -235,6 +235,8 @@ async def begin(config: Config, rooms: Rooms, stop_token_ids: Sequence[int]) -> 
     generators = [rooms.generators]
     if rooms.teacher_generators is not None and config.buffer.uses_teacher_rollouts:
         generators.append(rooms.teacher_generators)
+    for pool in generators:
+        pool.calls_at_once = config.rollout.calls_at_once
     await asyncio.gather(
         rooms.learner.call_all("begin", config, config.student.path, tuple(stop_token_ids), deadline_s=limit),
         *(rooms.scorers[role].begin(scorer, deadline_s=limit) for role, scorer in scorers.items()),

@@ -47,10 +47,10 @@ class Pool(Room):
         needs_weights: bool = False,
         calls_at_once: int = 1,
     ) -> None:
-        """``needs_weights``: a worker that is up is of use only when it has the student's current weights.
-        ``calls_at_once``: how many a worker works on at the same time."""
+        """``needs_weights``: a worker that is up is of use only when it has the student's current weights."""
         super().__init__(room, deadline_s)
-        self._most_calls = _AHEAD * calls_at_once
+        self.calls_at_once = calls_at_once
+        """How many a worker works on at the same time; a run may have others than the one before."""
         self.size, self.target, self.needs_weights = size, size.start, needs_weights
         self.num_reissued = 0
         """Calls that went to another worker because theirs was lost."""
@@ -169,7 +169,7 @@ class Pool(Room):
             while True:
                 if self.on_loss is None and not self.members:
                     raise ActorError(f"{self.room}: no worker is left; the last was lost: {self.last_loss}")
-                free = [member for member in self.those("ready") if member.num_calls < self._most_calls]
+                free = [member for member in self.those("ready") if member.num_calls < _AHEAD * self.calls_at_once]
                 if free and self._waiting[0] is turn:
                     return min(free, key=lambda each: each.num_calls)
                 turn.clear()

@@ -15,6 +15,7 @@ from fakes import make_pipeline
 from opd_ray.config import PoolSize, from_dict
 from opd_ray.errors import ActorError, GroupLost, MemberLost
 from opd_ray.evaluate import chunked
+from opd_ray.placement import launch
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
 
@@ -196,6 +197,18 @@ def test_without_anybody_who_replaces_those_that_wait_learn_that_nobody_is_left(
 )
 def test_a_generator_works_on_as_many_calls_as_fill_its_engine(changes, calls):
     assert from_dict({"rollout": changes}).rollout.calls_at_once == calls
+
+
+def test_a_run_in_rooms_of_another_fills_the_engines_with_its_own_calls():
+    """An arm of a study with smaller calls than the first one's would leave most of every engine idle."""
+
+    async def scenario():
+        made = await make_pipeline(rollout={"prompts_per_call": 64, "responses_per_prompt": 1})
+        rollout = dataclasses.replace(made.config.rollout, prompts_per_call=8)
+        await launch.begin(dataclasses.replace(made.config, rollout=rollout), made.rooms, (0,))
+        assert (made.config.rollout.calls_at_once, made.rooms.generators.calls_at_once) == (1, 8)
+
+    fake_ray.run(scenario())
 
 
 def evaluated(generators, **rollout):
