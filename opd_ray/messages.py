@@ -158,6 +158,8 @@ class RolloutMeta:
     """Tokens after which the end of the response repeats itself; 0 where it does not."""
     worker: str = ""
     """The actor that sampled it; empty for golden rollouts."""
+    no_verdict: bool = False
+    """The verifier was given up: over its time or memory, or dead. Counts as wrong."""
 
     @property
     def num_tokens(self) -> int:

@@ -24,6 +24,7 @@ from opd_ray.messages import ROLLOUT_SCHEMA, RolloutMeta
 from opd_ray.models.checkpoints import ModelFacts, inspect_run
 from opd_ray.repetition import is_repetitive, tail_period
 from opd_ray.tasks import Task, get_task
+from opd_ray.tasks.judge import Judge
 
 _KINDS = {
     "without_eos": "without EOS",
@@ -145,8 +146,10 @@ def check_golden(
     limits = _limits(config, models)
     problems = {kind: [] for kind in _KINDS}
     used = []
-    for solution in solutions:
-        found = _problem(where, solution, config, task, frozenset(eos_token_ids), limits)
+    found_in = [_problem(solution, config, frozenset(eos_token_ids), limits) for solution in solutions]
+    if config.data.golden_filter == "correct":
+        found_in = _verified(where, solutions, found_in, task)
+    for solution, found in zip(solutions, found_in, strict=True):
         if found is None:
             used.append(solution)
         else:
@@ -264,10 +267,8 @@ def _limits(config: Config, models: Mapping[str, ModelFacts]) -> list[tuple[str,
 
 
 def _problem(
-    where: str,
     solution: Solution,
     config: Config,
-    task: Task,
     eos: frozenset[int],
     limits: Sequence[tuple[str, int, bool]],
 ) -> tuple[str, str] | None:
@@ -295,20 +296,42 @@ def _problem(
                 "over_length",
                 f"prompt, response and EOS are {total} tokens, more than the context of {limit} of {name}",
             )
-    if config.data.golden_filter == "correct" and not _is_correct(where, solution, task):
-        return "wrong", f"the task's verifier disagrees with its answer {row['answer']!r}"
     return None
 
 
-def _is_correct(where: str, solution: Solution, task: Task) -> bool:
-    if solution.row["answer"]:
-        return task.verify(solution.text, solution.row)
-    if "correct" in solution.row:
-        return solution.row["correct"]
-    raise InputError(
-        f"{where} row {solution.number}: has no answer to verify the response with, which data.golden_filter=correct "
-        "asks for; add the column answer (or correct), or set data.golden_filter=none"
-    )
+def _verified(
+    where: str, solutions: Sequence[Solution], problems: Sequence[tuple[str, str] | None], task: Task
+) -> list[tuple[str, str] | None]:
+    """The problems, with those of solutions that had none but are judged wrong."""
+    found = list(problems)
+    asked = []
+    for i, solution in enumerate(solutions):
+        if found[i] is not None:
+            continue
+        if solution.row["answer"]:
+            asked.append(i)
+        elif "correct" not in solution.row:
+            raise InputError(
+                f"{where} row {solution.number}: has no answer to verify the response with, which "
+                "data.golden_filter=correct asks for; add the column answer (or correct), or set "
+                "data.golden_filter=none"
+            )
+        elif not solution.row["correct"]:
+            found[i] = "wrong", "it is marked as not correct"
+    with Judge(task) as judge:
+        verdicts = judge.ask("verify", [(solutions[i].text, _without_tokens(solutions[i].row)) for i in asked])
+    for i, verdict in zip(asked, verdicts, strict=True):
+        answer = solutions[i].row["answer"]
+        if verdict is None:
+            found[i] = "wrong", f"the task's verifier gave up comparing it with its answer {answer!r}"
+        elif not verdict:
+            found[i] = "wrong", f"the task's verifier disagrees with its answer {answer!r}"
+    return found
+
+
+def _without_tokens(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Long arrays that no verdict needs, and numpy, which a judging process would have to import."""
+    return {key: value for key, value in row.items() if not isinstance(value, np.ndarray)}
 
 
 def _describe(where: str, num_rows: int, problems: Mapping[str, list[tuple[int, str]]], skipped: bool = False) -> str:

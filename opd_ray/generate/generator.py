@@ -35,6 +35,7 @@ from opd_ray.repetition import is_repetitive, tail_period
 from opd_ray.rooms import logs
 from opd_ray.rooms.node import this_actor, this_node
 from opd_ray.tasks import Task
+from opd_ray.tasks.judge import Judge
 
 _log = logs.get(__name__)
 
@@ -66,6 +67,7 @@ class Generator(ABC):
         self._engine = EngineThread(make_engine)
         self._tokenizer = load_tokenizer()
         self._settings = settings
+        self._judge = Judge(settings.task)
         self._name = this_actor()
         self._request_ids = itertools.count()
 
@@ -75,7 +77,8 @@ class Generator(ABC):
     async def begin(self, settings: GeneratorSettings) -> None:
         """Another run: drops what is left of the one before."""
         await self.abandon()
-        self._settings = settings
+        self._judge.close()
+        self._settings, self._judge = settings, Judge(settings.task)
 
     async def generate(
         self, groups: Sequence[PromptGroup], sampling: SamplingSettings
@@ -88,8 +91,10 @@ class Generator(ABC):
         ]
         finished = await asyncio.gather(*(asyncio.wrap_future(self._engine.submit(each)) for each in requests))
         texts = self._tokenizer.batch_decode([each.tokens for each in finished], skip_special_tokens=True)
+        verdicts = await self._verdicts([group for group, _ in owners], finished, texts)
         metas = tuple(
-            self._meta(group, i, each, text) for (group, i), each, text in zip(owners, finished, texts, strict=True)
+            self._meta(group, i, each, text, verdict)
+            for (group, i), each, text, verdict in zip(owners, finished, texts, verdicts, strict=True)
         )
         return metas, self._payload([group for group, _ in owners], finished, metas, texts)
 
@@ -97,9 +102,17 @@ class Generator(ABC):
         """Drops every unfinished response, whose callers get a RunError; returns how many there were."""
         return await asyncio.wrap_future(self._engine.abandon())
 
-    def _meta(self, group: PromptGroup, index: int, finished: Finished, text: str) -> RolloutMeta:
+    async def _verdicts(
+        self, groups: Sequence[PromptGroup], finished: Sequence[Finished], texts: Sequence[str]
+    ) -> list[bool | None]:
+        """Of each response; a truncated one is not judged."""
+        stopped = [each.finish_reason == "stop" for each in finished]
+        asked = [(text, group.row) for text, group, stop in zip(texts, groups, stopped, strict=True) if stop]
+        verdicts = iter(await self._judge.verify(asked))
+        return [next(verdicts) if stop else False for stop in stopped]
+
+    def _meta(self, group: PromptGroup, index: int, finished: Finished, text: str, verdict: bool | None) -> RolloutMeta:
         settings = self._settings
-        stopped = finished.finish_reason == "stop"
         return RolloutMeta(
             rollout_id=self._rollout_id(group.slot, index),
             slot=group.slot,
@@ -108,12 +121,13 @@ class Generator(ABC):
             num_prompt_tokens=len(group.prompt_tokens),
             num_response_tokens=len(finished.tokens),
             finish_reason=finished.finish_reason,
-            correct=stopped and settings.task.verify(text, group.row),
+            correct=bool(verdict),
             repetitive=is_repetitive(text, *settings.repetition),
             **self._behaviour(finished),
             teacher=group.teacher,
             tail_period=tail_period(finished.tokens),
             worker=self._name,
+            no_verdict=verdict is None,
         )
 
     def _payload(

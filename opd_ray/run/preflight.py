@@ -22,6 +22,7 @@ from opd_ray.errors import InputError, near
 from opd_ray.models import checkpoints
 from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
 from opd_ray.tasks import Task, get_task
+from opd_ray.tasks.judge import Judge
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def check_evaluation(config: Config) -> Preflight:
     _check_packages(config, evaluation_only=True)
     task = get_task(config.data.task)
     problems = read_prompts(config.data.evaluation)
+    _check_readable("data.evaluation", config.data.evaluation, problems, task)
     student = inspect("student.path", config.student.path)
     length = _check_prompts("data.evaluation", config.data.evaluation, problems, task, [student], config)
     return _facts(config, {"student": student}, student.eos_token_ids, length, num_problems=len(problems))
@@ -60,7 +62,8 @@ def check_files(config: Config) -> Preflight:
     _check_packages(config)
     data, task = config.data, get_task(config.data.task)
     prompts, problems = read_prompts(data.prompts, need_answer=False), read_prompts(data.evaluation)
-    _check_answers(config, prompts)
+    _check_answers(config, prompts, task)
+    _check_readable("data.evaluation", data.evaluation, problems, task)
     _check_routes(f"data.prompts {data.prompts}", enumerate(prompts, start=1), config)
     models = inspect_run(config)
     renamed = {role: checkpoints.check_agreement(models["student"], facts) for role, facts in models.items()}
@@ -187,7 +190,7 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
         raise InputError("data.task=math needs math-verify, which is not installed; pip install 'opd_ray[math]'")
 
 
-def _check_answers(config: Config, prompts: Rows) -> None:
+def _check_answers(config: Config, prompts: Rows, task: Task) -> None:
     """What asks for the task's verdict on a response needs an answer in every row."""
     asking = []
     if config.loss.student.used and config.loss.advantage.reward_coef > 0:
@@ -199,6 +202,22 @@ def _check_answers(config: Config, prompts: Rows) -> None:
         raise InputError(
             f"data.prompts {config.data.prompts} row {missing[0]}: has no 'answer' ({len(missing)} of {len(prompts)} "
             f"rows lack it), which {asking[0]} needs to judge responses; add the answers, or choose another setting"
+        )
+    if asking:
+        _check_readable("data.prompts", config.data.prompts, prompts, task)
+
+
+def _check_readable(name: str, path: str, rows: Rows, task: Task) -> None:
+    """Every response to a problem whose answer the task cannot read would be judged wrong."""
+    answers = list(dict.fromkeys(row["answer"] for row in rows))
+    with Judge(task) as judge:
+        read = dict(zip(answers, judge.ask("reads", [(answer,) for answer in answers]), strict=True))
+    wrong = [(number, row) for number, row in enumerate(rows, start=1) if not read[row["answer"]]]
+    if wrong:
+        number, row = wrong[0]
+        raise InputError(
+            f"{name} {path} row {number} (id {row['id']!r}): the task cannot read its answer {row['answer'][:100]!r} "
+            f"({len(wrong)} of {len(rows)} rows); expected a number or an expression, plain or LaTeX; mend them"
         )
 
 

@@ -1,8 +1,8 @@
 """Tasks: how a row becomes a prompt, and whether a response answers it.
 
 A row is one line of a prompts or golden JSONL file.  The loop knows tasks only through the
-`Task` protocol; it never sees what a prompt is about.  To add one, write a class with the
-three methods in a new module here and name it in ``_TASKS``.
+`Task` protocol; it never sees what a prompt is about.  To add one, write a class with its
+members in a new module here and name it in ``_TASKS``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ __all__ = ["Task", "get_task"]
 
 class Task(Protocol):
     """What the loop and the evaluation ask of a task."""
+
+    verify_limit_s: float | None
+    """Seconds after which a verdict is given up, in a process of its own (:mod:`opd_ray.tasks.judge`); None for a task
+    that is quick whatever the model writes, which is asked in line."""
 
     def format_prompt(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The token ids of the prompt, special tokens and chat markup included."""
@@ -43,6 +47,14 @@ class Task(Protocol):
         Only the text is judged.  Whether the response ended by itself or was cut at the
         length budget is known from its finish reason, and the caller checks that.
         """
+        ...
+
+    def reads(self, answer: str) -> bool:
+        """Can a response be compared with ``answer``?  Preflight asks, and within the same limit."""
+        ...
+
+    def load(self) -> None:
+        """Imports what verdicts need, so that the limit does not count it; asked only where there is one."""
         ...
 
 

@@ -2,14 +2,14 @@
 
 Row fields: ``prompt`` (the problem in words) and ``answer`` (the reference answer, plain or
 LaTeX: ``1/2``, ``\\frac{1}{2}``, ``\\boxed{0.5}``).  The library extracts the final answer of a
-response (a ``\\boxed{…}`` first, else the last expression) and compares it as mathematics:
+response (the last ``\\boxed{…}``, else the last expression) and compares it as mathematics:
 ``0.5`` equals ``\\frac{1}{2}``.  https://github.com/huggingface/Math-Verify
 """
 
 from __future__ import annotations
 
 import logging
-import threading
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ from opd_ray.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TIME_LIMIT_S = 5  # for one parse or comparison; sympy can take for ever on odd expressions
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are characters
 # The wording is ours; its parts (problem, reference solution, own words) are OPSD's teacher prompt.
 _PRIVILEGED = """{prompt}
 
@@ -32,6 +33,8 @@ words, without mentioning or copying it, and end with the final answer."""
 
 class MathTask:
     """The `opd_ray.tasks.Task` for mathematical problems."""
+
+    verify_limit_s = 5.0
 
     def format_prompt(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids of one user turn in the tokenizer's chat template, up to where the answer starts.
@@ -48,21 +51,26 @@ class MathTask:
         return _user_turn(_PRIVILEGED.format(prompt=row["prompt"], solution=solution), tokenizer)
 
     def verify(self, response: str, row: Mapping[str, Any]) -> bool:
-        """Is the final answer of ``response`` equal to ``row["answer"]`` as mathematics?"""
-        if not row["answer"]:
+        """Is the final answer of ``response`` equal to ``row["answer"]`` as mathematics?
+
+        May run for ever and take all memory, with the GIL held: `opd_ray.tasks.judge` has the limits. The library's
+        own use SIGALRM, whose handler does not run while sympy holds the GIL, and would take the place of the judge's.
+        """
+        if not (gold := self._parse(row["answer"])):
             return False
-        library = _math_verify()
-        # The library's own time-outs use SIGALRM, which only a main thread may set: in the worker
-        # threads of an actor it raises ValueError.
-        limit_s = TIME_LIMIT_S if threading.current_thread() is threading.main_thread() else None
-        gold = library.parse(_as_latex(str(row["answer"])), parsing_timeout=limit_s)
-        if not gold:
-            raise InputError(
-                f"row {row.get('id', '?')!r}: math-verify finds no answer in {row['answer']!r}; "
-                "expected a number or an expression, plain or LaTeX"
-            )
-        predicted = library.parse(response, parsing_timeout=limit_s)
-        return bool(library.verify(gold, predicted, timeout_seconds=limit_s))
+        predicted = _math_verify().parse(_last_box(response), parsing_timeout=None)
+        return bool(_math_verify().verify(gold, predicted, timeout_seconds=None))
+
+    def reads(self, answer: str) -> bool:
+        """Does the library find an answer in it? It finds none in ``\\text{}``, ``$`` or ``\\boxed{}``."""
+        return answer.isdecimal() or bool(self._parse(answer))
+
+    def load(self) -> None:
+        """The library, and sympy, which the first parse completes."""
+        self._parse("1")
+
+    def _parse(self, answer: str) -> list[Any]:
+        return _math_verify().parse(_as_latex(answer), parsing_timeout=None) if answer else []
 
 
 def _user_turn(content: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -80,6 +88,17 @@ def _as_latex(answer: str) -> str:
     """Put a bare answer between dollars: the library reads LaTeX only inside delimiters."""
     marked = any(mark in answer for mark in ("$", "\\boxed", "\\(", "\\["))
     return answer if marked else f"${answer}$"
+
+
+def _last_box(response: str) -> str:
+    """The last whole ``\\boxed{…}``, or all of a response without one: the library would take several as a set."""
+    for start in reversed([match.start() for match in _BOX.finditer(response)]):
+        depth = 0
+        for brace in _BRACE.finditer(response, start):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0 and brace[0] == "}":
+                return response[start : brace.end()]
+    return response
 
 
 def _math_verify():

@@ -2,6 +2,7 @@
 
 One name, three places: ``rollouts/length`` in TensorBoard is ``ray_opd_rollouts_length`` on Ray's metrics
 port, and ``rollouts/length`` in metrics.jsonl. Rates are shares of 1, times are seconds, log-probs nats.
+``verify_timeouts`` counts answers whose verdict was given up (over the time or memory limit), which count as wrong.
 On the port every metric carries ``run``, the last two names of the run's directory, and there are four that only
 make sense while a run runs: ``run/step`` (finished steps), ``run/steps`` (planned ones), ``run/since_step_s``, and
 ``run/guard_events``, a running count, for the port shows no more than one step in ten seconds.
@@ -36,6 +37,7 @@ def rollout_metrics(metas: Sequence[RolloutMeta], version: int, budget: int) -> 
     oldest = np.array([meta.oldest_version for meta in metas])
     return {
         "rollouts/accuracy": float(np.mean([meta.correct for meta in metas])),
+        "rollouts/verify_timeouts": float(sum(meta.no_verdict for meta in metas)),
         "rollouts/truncation_rate": float(truncated.mean()),
         "rollouts/repetition_rate": float(np.mean([meta.repetitive for meta in metas])),
         "rollouts/truncated_token_share": float(lengths[truncated].sum() / lengths.sum()),
@@ -56,6 +58,7 @@ def teacher_rollout_metrics(metas: Sequence[RolloutMeta]) -> dict[str, float]:
         return {}
     return {
         "teacher_rollouts/accuracy": float(np.mean([meta.correct for meta in metas])),
+        "teacher_rollouts/verify_timeouts": float(sum(meta.no_verdict for meta in metas)),
         "teacher_rollouts/truncation_rate": float(np.mean([meta.truncated for meta in metas])),
         "teacher_rollouts/repetition_rate": float(np.mean([meta.repetitive for meta in metas])),
         "teacher_rollouts/length": float(np.mean([meta.num_response_tokens for meta in metas])),

@@ -122,6 +122,23 @@ def test_prompts_without_answers_do_where_nobody_judges(setting: dict[str, str])
     preflight.check_files(configured(setting, **LIVE_TEACHER, buffer__teacher_filter="finished"))
 
 
+@pytest.mark.parametrize("answer", ["\\text{}", "$", "\\boxed{}"])
+def test_answers_that_the_task_cannot_read_are_refused(setting: dict[str, str], answer: str) -> None:
+    """The bug: the first response to such a problem ended a run whose models were long loaded."""
+    mathematical = GRPO | {"data__task": "math"}
+    problems = Path(setting["data.evaluation"])
+    write_jsonl(problems, [{"prompt": "5=", "answer": "5"}])
+    prompts(setting, {"prompt": "1=", "answer": "1"}, {"id": "odd", "prompt": "2=", "answer": answer})
+    message = refused(lambda: preflight.check_files(configured(setting, **mathematical)))
+    assert "row 2 (id 'odd'): the task cannot read its answer" in message
+    assert "data.prompts" in message
+    preflight.check_files(configured(setting, data__task="math"))
+    write_jsonl(problems, [{"id": "odd", "prompt": "5=", "answer": answer}])
+    for check in (preflight.check_files, preflight.check_evaluation):
+        message = refused(lambda check=check: check(configured(setting, data__task="math")))
+        assert f"data.evaluation {problems} row 1 (id 'odd'): the task cannot read its answer" in message
+
+
 # ---- golden data beside the mixture ----
 
 
