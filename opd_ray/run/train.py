@@ -71,7 +71,8 @@ def find_start(config: Config, run_dir: Path, *, resume: bool, hold: bool = True
     """Where the checkpoints of a run go, and the one to resume from, if there is one. Needs a connection to Ray. With
     ``hold`` nobody else writes there until the shelf is released.
 
-    Raises InputError where checkpoints cannot be written, or the newest is damaged or of another run.
+    Raises InputError where checkpoints cannot be written, another driver writes them, or the newest is damaged or of
+    another run.
     """
     run_dir = run_dir.absolute()
     storage = Storage(config.checkpoint.location(run_dir))
@@ -79,11 +80,19 @@ def find_start(config: Config, run_dir: Path, *, resume: bool, hold: bool = True
     inside = storage.is_local and Path(storage.location).is_relative_to(run_dir)
     lease = Lease(storage, "that of the directory around it" if inside else str(run_dir))
     shelf = Shelf(storage, runner(local=storage.is_local, deadline_s=config.deadlines.train_s), lease)
-    start = shelf.check(resume=resume, hold=hold)
-    try:
+
+    def look() -> Checkpoint | None:
+        start = shelf.check(resume=resume)
         if start:
             resuming.check_same_run(f"the checkpoint {start.where}", start.state["config"], config)
-    except InputError:
-        shelf.release()
-        raise
+        return start
+
+    start = look()
+    if hold:
+        shelf.hold()
+        try:
+            start = look()  # the driver before may have written one more, or another run its first
+        except InputError:
+            shelf.release()
+            raise
     return shelf, start

@@ -88,13 +88,12 @@ class Shelf:
         self._hanging: asyncio.Future[Any] | None = None
         """A call that had no end by its deadline; what it still does must not meet another one."""
 
-    def check(self, *, resume: bool, hold: bool = True) -> Checkpoint | None:
-        """The checkpoint to resume from, if there is one. With ``hold`` the directory is this run's to write to from
-        here on, until ``release``.
+    def check(self, *, resume: bool) -> Checkpoint | None:
+        """The checkpoint to resume from, if there is one.
 
         Raises InputError, before anything is loaded, when files cannot be written, read and deleted here; when another
-        run has its checkpoints here, or another driver is at work; when the newest checkpoint is damaged, incomplete,
-        of another format or not one of opd_ray; and, unless ``resume``, when there are checkpoints.
+        run has its checkpoints here; when the newest checkpoint is damaged, incomplete, of another format or not one of
+        opd_ray; and, unless ``resume``, when there are checkpoints.
         """
         try:
             self._storage.probe()
@@ -106,13 +105,17 @@ class Shelf:
                     f"{self._storage.url()} holds checkpoints of another run, up to step {steps[-1]}; add --resume to "
                     "go on with it, or give another checkpoint.directory"
                 )
-            if self._lease is not None and hold:
-                self._lease.take()
-                steps = self._complete(self._steps())
             return self._intact(steps[-1]) if steps else None
         except RunError as error:
-            self.release()
             raise InputError(f"checkpoints: {error}") from error
+
+    def hold(self) -> None:
+        """Until ``release`` nobody else writes here. Raises InputError when another driver is at work."""
+        if self._lease is not None:
+            try:
+                self._lease.take()
+            except RunError as error:
+                raise InputError(f"checkpoints: {error}") from error
 
     async def keep(self) -> None:
         """Holds the directory until cancelled. Raises Superseded when another driver has taken it over."""

@@ -77,6 +77,7 @@ def drive(
             lease = Lease(storage, "that of the test", pause=lambda _: None)
             shelf = Shelf(storage, cast.world.objects, lease)
             start = shelf.check(resume=resume)
+            shelf.hold()
             run_dir.mkdir(exist_ok=True)
             session = Session()
             driver = Driver(cast.config, FACTS, run_dir, session, shelf, observers)

@@ -20,7 +20,7 @@ from driven import assert_whole, cast_of, drive, events, in_no_hurry, latest
 from opd_ray.config import from_dict
 from opd_ray.errors import InputError, StorageUnavailable, Superseded
 from opd_ray.run import train
-from opd_ray.snapshots import Lease, Shelf, Storage, lease, storage
+from opd_ray.snapshots import Checkpoint, Lease, Shelf, Storage, lease, storage
 from shelves import Objects, contents, held, make_snapshot
 
 
@@ -50,6 +50,11 @@ class Driver:
         self.lease = Lease(place, run, clock=lambda: self.waited_s, pause=self._pause)
         self.shelf = Shelf(place, objects, self.lease)
 
+    def start(self, *, resume: bool = False) -> Checkpoint | None:
+        self.shelf.check(resume=resume)
+        self.shelf.hold()
+        return self.shelf.check(resume=resume)
+
     def _pause(self, seconds: float) -> None:
         self.waited_s += seconds
         self.meanwhile()
@@ -69,7 +74,7 @@ def files(place: Storage) -> dict[str, bytes]:
 
 def refused(driver: Driver, *, resume: bool = True) -> str:
     with pytest.raises(InputError) as caught:
-        driver.shelf.check(resume=resume)
+        driver.start(resume=resume)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -77,7 +82,7 @@ def refused(driver: Driver, *, resume: bool = True) -> str:
 def test_a_second_writer_is_refused_while_the_first_lives(place: Storage, objects: Objects) -> None:
     """The bug: it was let in, and deleted as left over what the first was writing."""
     first = Driver(place, objects)
-    first.shelf.check(resume=False)
+    first.start()
     place.write("step-2/learner-0-of-1.9f3c21d0.safetensors", [b"half of what the first is writing"])
     before = files(place)
     second = Driver(place, objects, meanwhile=first.lease.beat)
@@ -92,10 +97,10 @@ def test_a_stale_lease_is_taken_over_and_the_first_writes_and_deletes_nothing_mo
     place: Storage, objects: Objects
 ) -> None:
     first, second = Driver(place, objects), Driver(place, objects)
-    first.shelf.check(resume=False)
+    first.start()
     asyncio.run(first.shelf.write(make_snapshot(objects, 2), 1))
     place.write("step-4/learner-0-of-1.9f3c21d0.safetensors", [b"what the first had under way"])
-    assert second.shelf.check(resume=True).step == 2
+    assert second.start(resume=True).step == 2
     assert lease.STALE_S <= second.waited_s < lease.STALE_S + 10
     place.write("step-6/learner-0-of-1.9f3c21d1.safetensors", [b"half of what the second is writing"])
     before = files(place)
@@ -119,12 +124,12 @@ def test_a_stale_lease_is_taken_over_and_the_first_writes_and_deletes_nothing_mo
 
 def test_one_that_is_superseded_while_it_writes_leaves_no_checkpoint(place: Storage, objects: Objects) -> None:
     first, second = Driver(place, objects), Driver(place, objects)
-    first.shelf.check(resume=False)
+    first.start()
     written = objects.__call__
 
     async def slowly(function, *args):
         if second.waited_s == 0:
-            second.shelf.check(resume=True)
+            second.start(resume=True)
             place.write("step-2/learner-0-of-1.9f3c21d1.safetensors", [b"half of what the second is writing"])
         return await written(function, *args)
 
@@ -137,20 +142,20 @@ def test_one_that_is_superseded_while_it_writes_leaves_no_checkpoint(place: Stor
 
 def test_after_a_clean_end_nobody_waits(place: Storage, objects: Objects) -> None:
     first, second = Driver(place, objects), Driver(place, objects)
-    first.shelf.check(resume=False)
+    first.start()
     first.shelf.release()
     first.lease.beat()  # one that was under way
     assert there(place)["released"]
-    second.shelf.check(resume=True)
+    second.start(resume=True)
     assert second.waited_s <= 2.0
     assert there(place)["owner"] == second.lease._mine["owner"]
 
 
 def test_one_that_is_released_while_it_is_watched_is_taken(place: Storage, objects: Objects) -> None:
     first = Driver(place, objects)
-    first.shelf.check(resume=False)
+    first.start()
     second = Driver(place, objects, meanwhile=first.shelf.release)
-    second.shelf.check(resume=True)
+    second.start(resume=True)
     assert second.waited_s < 10
 
 
@@ -158,7 +163,7 @@ def test_a_dead_process_of_this_machine_is_taken_over_at_once_and_a_living_one_i
     place: Storage, objects: Objects
 ) -> None:
     first = Driver(place, objects)
-    first.shelf.check(resume=False)
+    first.start()
     ended = subprocess.Popen(["true"])
     ended.wait()
     rewrite(place, pid=os.getppid())
@@ -166,19 +171,19 @@ def test_a_dead_process_of_this_machine_is_taken_over_at_once_and_a_living_one_i
     assert f"is being written by process {os.getppid()} on" in refused(second)
     assert second.waited_s == 0
     rewrite(place, pid=os.getppid(), time=1.0)  # the number is another process's now
-    second.shelf.check(resume=True)
+    second.start(resume=True)
     rewrite(place, pid=ended.pid)
     third = Driver(place, objects)
-    third.shelf.check(resume=True)
+    third.start(resume=True)
     assert max(second.waited_s, third.waited_s) <= 2.0
 
 
 def test_a_process_of_another_container_or_host_is_watched(place: Storage, objects: Objects) -> None:
     """Its number says nothing here."""
-    Driver(place, objects).shelf.check(resume=False)
+    Driver(place, objects).start()
     rewrite(place, machine="another", pid=os.getppid())
     second = Driver(place, objects)
-    second.shelf.check(resume=True)
+    second.start(resume=True)
     assert second.waited_s >= lease.STALE_S
 
 
@@ -188,7 +193,7 @@ def test_a_directory_of_another_run_is_refused_and_stays_as_it_is(
 ) -> None:
     """The bug: what another run had under way was deleted as left over."""
     first = Driver(place, objects)
-    first.shelf.check(resume=False)
+    first.start()
     place.write("step-2/learner-0-of-1.9f3c21d0.safetensors", [b"half"])
     for end in (lambda: None, first.shelf.release):
         end()
@@ -202,10 +207,10 @@ def test_a_directory_of_another_run_is_refused_and_stays_as_it_is(
 
 def test_a_directory_that_another_run_has_left_empty_is_taken(place: Storage, objects: Objects) -> None:
     first = Driver(place, objects)
-    first.shelf.check(resume=False)
+    first.start()
     assert "is of another run, /runs/a" in refused(Driver(place, objects, run="/runs/b"), resume=False)
     first.shelf.release()
-    Driver(place, objects, run="/runs/b").shelf.check(resume=False)
+    Driver(place, objects, run="/runs/b").start()
     assert there(place)["run"] == "/runs/b"
 
 
@@ -216,30 +221,28 @@ def test_of_two_that_take_it_at_once_one_gets_it(place: Storage, objects: Object
     assert there(place)["owner"] == second.lease._mine["owner"]
 
 
-def test_a_check_that_fails_afterwards_keeps_nobody_out(place: Storage, objects: Objects) -> None:
+def test_a_refusal_leaves_no_trace(place: Storage, objects: Objects) -> None:
     first = Driver(place, objects)
-    first.shelf.check(resume=False)
+    first.start()
     asyncio.run(first.shelf.write(make_snapshot(objects, 2), 1))
     first.shelf.release()
-    assert "holds checkpoints of another run, up to step 2" in refused(Driver(place, objects), resume=False)
-    state = bytes(place.read("step-2/state.json"))
-    place.write("step-2/state.json", [b"{"])
-    assert "is damaged" in refused(Driver(place, objects))
-    assert there(place)["released"]
-    place.write("step-2/state.json", [state])
     before = files(place)
-    assert Driver(place, objects).shelf.check(resume=True, hold=False).step == 2
-    assert files(place) == before, "preflight only looks"
+    assert "holds checkpoints of another run, up to step 2" in refused(Driver(place, objects), resume=False)
+    assert files(place) == before
+    place.write("step-2/state.json", [b"{"])
+    before = files(place)
+    assert "is damaged" in refused(Driver(place, objects))
+    assert files(place) == before
 
 
 def test_a_lease_that_is_half_written_is_nobodys_only_when_it_stays_so(place: Storage, objects: Objects) -> None:
     first = Driver(place, objects)
-    first.shelf.check(resume=False)
+    first.start()
     place.write(lease.FILE, [b'{"format": "opd'])
     with pytest.raises(StorageUnavailable, match="half written"):
         asyncio.run(first.shelf.write(make_snapshot(objects, 2), 1))
     second = Driver(place, objects)
-    second.shelf.check(resume=True)
+    second.start(resume=True)
     assert second.waited_s >= lease.STALE_S
 
 
@@ -250,7 +253,7 @@ def test_a_file_of_that_name_that_is_not_ours_is_refused(place: Storage, objects
 
 def test_a_lease_that_somebody_has_deleted_is_written_anew(place: Storage, objects: Objects) -> None:
     first = Driver(place, objects)
-    first.shelf.check(resume=False)
+    first.start()
     place.delete(lease.FILE)
     asyncio.run(first.shelf.write(make_snapshot(objects, 2), 1))
     first.lease.beat()
@@ -264,7 +267,7 @@ def test_the_beat_goes_on_over_a_storage_that_is_away_and_ends_when_another_has_
     place: Storage, objects: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = Driver(place, objects)
-    first.shelf.check(resume=False)
+    first.start()
 
     async def scenario() -> None:
         keeping = asyncio.create_task(first.shelf.keep())
@@ -289,7 +292,7 @@ def test_a_storage_that_hangs_stops_neither_the_loop_nor_the_end(
     tmp_path: Path, objects: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = Driver(Storage(tmp_path), objects)
-    first.shelf.check(resume=False)
+    first.start()
     hangs, gate = threading.Event(), threading.Event()
 
     def hang(*_: object) -> None:
@@ -366,8 +369,20 @@ def test_a_run_directory_may_move_with_its_checkpoints_but_not_take_those_of_ano
     with pytest.raises(InputError, match="is of another run, that of the directory around it"):
         start("c", str(tmp_path / "b" / "checkpoints"))
     start("c", str(tmp_path / "shared" / "{run}"))
+    assert there(Storage(tmp_path / "shared" / "c"))["released"]
     start("d", str(tmp_path / "shared" / "{run}"))
     assert there(Storage(tmp_path / "shared" / "c"))["run"] == str(tmp_path / "c")
     (tmp_path / "shared" / "c" / "step-2").mkdir()
     with pytest.raises(InputError, match=rf"is of another run, {tmp_path}/c \(process"):
         start("d", str(tmp_path / "shared" / "c"))
+
+
+def test_what_was_written_while_the_lease_was_watched_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Storage(tmp_path / "checkpoints")
+    spoil = functools.partial(place.write, "step-9/state.json", [b"{}"])
+    monkeypatch.setattr(train, "Lease", functools.partial(Lease, pause=lambda _: spoil()))
+    with pytest.raises(InputError, match="step-9/state.json is not a checkpoint's"):
+        train.find_start(from_dict({}), tmp_path, resume=True)
+    assert there(place)["released"]
