@@ -146,7 +146,7 @@ def preflight(
 
         checks.check_resources(config, cluster_capacity)
         if run_dir is not None:
-            find_start(config, run_dir.absolute(), resume=resume)
+            find_start(config, run_dir, resume=resume, hold=False)
     _print_table("preflight: nothing to object to", vars(facts))
 
 

@@ -10,6 +10,7 @@
         │   └── GroupLost       so did one whose room holds state: the run goes back to a checkpoint
         ├── EngineFailed        an inference engine failed: its worker is replaced
         ├── StorageUnavailable  a storage does not answer at the moment; writing is tried again
+        ├── Superseded          another driver has taken over the run's checkpoints
         ├── PayloadLost         an object is gone with its node: what it held is made again
         ├── Terminated          a signal ended the run; the CLI exits with 143
         └── WeightSyncError     weights did not reach every engine
@@ -81,6 +82,10 @@ class PayloadLost(RunError):
 
 class StorageUnavailable(RunError):
     """A storage gave no answer, or an error that may pass by itself."""
+
+
+class Superseded(RunError):
+    """Another driver has taken over the checkpoints of the run; nothing of it is written or deleted any more."""
 
 
 class EngineFailed(RunError):

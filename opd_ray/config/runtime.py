@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -23,8 +25,8 @@ class CheckpointConfig:
     """Checkpoints: what --resume, a rollback and a lost learner rank continue from."""
 
     directory: str | None = None
-    """Where they go: a local directory or a URI (s3://, gs://, ... as pyarrow.fs or fsspec opens it); by default
-    checkpoints/ in the run directory."""
+    """Where they go: a local directory or a URI (s3://, gs://, ... as pyarrow.fs or fsspec opens it), of this run
+    alone: {run} in it stands for the name of the run directory. By default checkpoints/ in the run directory."""
     every_steps: int = Field(50, ge=0)
     """Save every so many steps, and after the last; 0 for never."""
     keep: int = Field(2, ge=1)
@@ -35,6 +37,10 @@ class CheckpointConfig:
     """How long writing is tried again, while the run goes on, when the storage does not answer; then the run ends."""
     grace_s: float = Field(25.0, gt=0)
     """On SIGTERM: time to finish the step under way and save; then the run ends with what is saved already."""
+
+    def location(self, run_dir: Path) -> str:
+        """Where the checkpoints of the run in ``run_dir`` go."""
+        return str(self.directory or run_dir / "checkpoints").replace("{run}", run_dir.name)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -174,9 +174,11 @@ def _spawning(
         logs.ROOM_VARIABLE: room,
     }
 
+    # Once, not for each restart: Ray keeps every class that is made.
+    actor_class = ray.remote(concurrency_groups={_PINGS: 1})(make.func) if pings else ray.remote(make.func)
+
     def spawn(number: int, restart: int) -> Member:
         name = f"{role}-{number}" + (f"-again-{restart}" if restart else "")
-        actor_class = ray.remote(concurrency_groups={_PINGS: 1})(make.func) if pings else ray.remote(make.func)
         actor = actor_class.options(
             name=name, namespace=namespace, runtime_env={"env_vars": variables}, **resources, **options
         )

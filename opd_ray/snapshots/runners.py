@@ -10,6 +10,7 @@ start its processes anew, which takes longer than all the writing.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,10 +76,8 @@ class InTasks:
         return payload
 
     async def _run(self, function: Callable[..., Any], stays: bool, args: tuple[Any, ...]) -> tuple[Any, ObjectRef]:
-        # One task for all functions: Ray starts worker processes for each task function, and keeps them apart.
-        task = ray.remote(answer_or_payload).options(num_returns=2, num_cpus=0)
         async with self._at_once:
-            answer, payload = task.remote(function, stays, *args)
+            answer, payload = _task().remote(function, stays, *args)
             return await self._receipt(function, answer), payload
 
     async def _receipt(self, function: Callable[..., Any], ref: ObjectRef) -> Any:
@@ -91,6 +90,13 @@ class InTasks:
             raise error.cause if isinstance(error.cause, OpdError) else explained(where, error) from error
         except RayError as error:
             raise explained(where, error) from error
+
+
+@functools.cache
+def _task() -> Any:
+    """One task for all functions: Ray starts worker processes for each task function, and keeps them apart. Made once:
+    each that is made stays in Ray's tables, which grew by three keys with every file that was written."""
+    return ray.remote(answer_or_payload).options(num_returns=2, num_cpus=0)
 
 
 def _too_late(where: str, deadline_s: float) -> DeadlineError:

@@ -7,6 +7,7 @@
 
 state.json is written last and deleted first, so a kill at any moment leaves the other checkpoints usable. The digits
 are of one attempt to write: what an earlier one left, or still writes, is never mistaken for a part of another.
+lease.json (:mod:`opd_ray.snapshots.lease`) says whose the directory is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from opd_ray.errors import InputError, OpdError, RunError, StorageUnavailable
 from opd_ray.messages import Entry, RolloutMeta
 from opd_ray.rooms.threads import in_thread
 from opd_ray.snapshots.files import read_arrays, read_batch, write_arrays, write_batch
+from opd_ray.snapshots.lease import Lease
 from opd_ray.snapshots.snapshot import Snapshot
 from opd_ray.snapshots.storage import FileFact, Storage
 
@@ -75,32 +77,30 @@ class Checkpoint:
 
 
 class Shelf:
-    """The checkpoints of one run. Only one process may write here at a time."""
+    """The checkpoints of one run."""
 
-    def __init__(self, location: str | Storage, run: Runner) -> None:
-        """``location`` is a directory or a URI; nothing is opened yet."""
+    def __init__(self, location: str | Storage, run: Runner, lease: Lease | None = None) -> None:
+        """``location`` is a directory or a URI; nothing is opened yet. Without a ``lease`` only one process may write
+        here at a time."""
         self._storage = location if isinstance(location, Storage) else Storage(location)
-        self._run = run
+        self._run, self._lease = run, lease
         self._lock = asyncio.Lock()
         self._hanging: asyncio.Future[Any] | None = None
         """A call that had no end by its deadline; what it still does must not meet another one."""
 
-    @property
-    def is_local(self) -> bool:
-        """Does only this node have the files?"""
-        return self._storage.is_local
-
     def check(self, *, resume: bool) -> Checkpoint | None:
         """The checkpoint to resume from, if there is one.
 
-        Raises InputError, before anything is loaded, when files cannot be written, read and deleted here; when the
-        newest checkpoint is damaged, incomplete, of another format or not one of opd_ray; and, unless ``resume``,
-        when there are checkpoints of another run.
+        Raises InputError, before anything is loaded, when files cannot be written, read and deleted here; when another
+        run has its checkpoints here; when the newest checkpoint is damaged, incomplete, of another format or not one of
+        opd_ray; and, unless ``resume``, when there are checkpoints.
         """
         try:
             self._storage.probe()
-            steps = self._complete(self._steps())
-            if steps and not resume:
+            found = self._steps()
+            if self._lease is not None:
+                self._lease.check_run(empty=not found)
+            if (steps := self._complete(found)) and not resume:
                 raise RunError(
                     f"{self._storage.url()} holds checkpoints of another run, up to step {steps[-1]}; add --resume to "
                     "go on with it, or give another checkpoint.directory"
@@ -108,6 +108,23 @@ class Shelf:
             return self._intact(steps[-1]) if steps else None
         except RunError as error:
             raise InputError(f"checkpoints: {error}") from error
+
+    def hold(self) -> None:
+        """Until ``release`` nobody else writes here. Raises InputError when another driver is at work."""
+        if self._lease is not None:
+            try:
+                self._lease.take()
+            except RunError as error:
+                raise InputError(f"checkpoints: {error}") from error
+
+    async def keep(self) -> None:
+        """Holds the directory until cancelled. Raises Superseded when another driver has taken it over."""
+        await (self._lease.keep() if self._lease is not None else asyncio.get_running_loop().create_future())
+
+    def release(self) -> None:
+        """Lets another driver write here. Never raises."""
+        if self._lease is not None:
+            self._lease.release()
 
     async def latest(self, *, healthy: bool = False) -> Checkpoint | None:
         """The newest checkpoint, if there is one; with ``healthy``, the newest without an alarm."""
@@ -277,10 +294,12 @@ class Shelf:
         text = json.dumps(body)
         crc = zlib.crc32(text.encode())
         document = f'{{"format": "{_FORMAT}", "version": {_VERSION}, "crc32": {crc}, "body": {text}}}\n'
+        self._confirm()
         self._storage.write(f"step-{step}/{_STATE}", [document.encode()])
 
     def _tidy(self, keep: int | None = None) -> None:
         """Deletes what belongs to no checkpoint, and checkpoints beyond ``keep``."""
+        self._confirm()
         steps = self._steps()
         usable = self._usable(steps)
         for step, files in steps.items():
@@ -289,6 +308,7 @@ class Shelf:
             elif step in usable:
                 for name in files:
                     if _deletable(name) and name != _STATE and f"step-{step}/{name}" not in usable[step].files:
+                        self._confirm()
                         self._storage.delete(f"step-{step}/{name}")
         if keep is not None:
             spared = max((step for step, each in usable.items() if each.state["healthy"]), default=None)
@@ -298,6 +318,7 @@ class Shelf:
 
     def _delete(self, step: int, files: Mapping[str, int | None]) -> None:
         """Deletes our files of a step, state.json first, and the directory unless there is something else in it."""
+        self._confirm()
         if _STATE in files:
             self._storage.delete(f"step-{step}/{_STATE}")
         if all(_deletable(name) for name in files):
@@ -306,6 +327,12 @@ class Shelf:
         for name in files:
             if _deletable(name) and name != _STATE:
                 self._storage.delete(f"step-{step}/{name}")
+
+    def _confirm(self) -> None:
+        """Before all that changes something. The bug: of two drivers with one directory each deleted, as left over,
+        what the other was writing, and neither noticed."""
+        if self._lease is not None:
+            self._lease.confirm()
 
 
 def _deletable(name: str) -> bool:

@@ -95,6 +95,18 @@ class Storage:
             with filesystem.open_input_file(f"{root}/{name}") as file:
                 return file.read_buffer()
 
+    def read_if_there(self, name: str) -> bytes | None:
+        """The whole file as it is now, None where there is none."""
+        try:
+            with self._explained("be read", name):
+                filesystem, root = self._open()
+                with filesystem.open_input_file(f"{root}/{name}") as file:
+                    return file.read()
+        except RunError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+
     def verified(self, fact: FileFact, otherwise: str) -> pa.Buffer:
         """The whole file, if it is as it was written; else RunError, which ends with ``otherwise``: what to do next."""
         content = self.read(fact.name)

@@ -62,10 +62,15 @@ def driver_alive(status: Status) -> bool | None:
     """Does the driver's process run? None on another machine, where that cannot be seen."""
     if status.host != socket.gethostname():
         return None
+    return process_alive(status.pid, status.time)
+
+
+def process_alive(pid: int, wrote_at: float) -> bool:
+    """Does the process of this machine that wrote something at that time still run?"""
     try:
-        process = psutil.Process(status.pid)
+        process = psutil.Process(pid)
         # A process that began later has only got the same number.
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= status.time
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= wrote_at
     except psutil.NoSuchProcess:
         return False
 

@@ -81,8 +81,10 @@ def check_nothing_is_left_over(run: Run) -> None:
     """No file that somebody began and did not finish, and no checkpoint beyond those that are kept."""
     files = [path for path in run.directory.rglob("*") if path.is_file()]
     assert not [path for path in files if path.name.endswith((".partial", ".tmp"))]
-    assert len(list(run.checkpoints.iterdir())) == 2
-    for path in run.checkpoints.iterdir():
+    assert json.loads((run.checkpoints / "lease.json").read_text())["released"]
+    steps = list(run.checkpoints.glob("step-*"))
+    assert len(steps) == len(list(run.checkpoints.iterdir())) - 1 == 2
+    for path in steps:
         written = {file["name"] for file in json.loads((path / "state.json").read_text())["body"]["files"]}
         assert {f"{path.name}/{file.name}" for file in path.iterdir()} == written | {f"{path.name}/state.json"}
 

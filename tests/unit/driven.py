@@ -18,7 +18,7 @@ from fakes import Cast, stream
 from opd_ray.config import from_dict
 from opd_ray.placement.session import Session
 from opd_ray.run.driver import Driver
-from opd_ray.snapshots import Shelf
+from opd_ray.snapshots import Lease, Shelf, Storage
 
 FACTS: Any = SimpleNamespace(eos_token_ids=(0,), max_context_tokens=64)
 
@@ -73,8 +73,11 @@ def drive(
                 ("run.driver.stop_signals", signals),
             ):
                 stack.enter_context(mock.patch(f"opd_ray.{name}", value))
-            shelf = Shelf(str(run_dir / "checkpoints"), cast.world.objects)
+            storage = Storage(run_dir / "checkpoints")
+            lease = Lease(storage, "that of the test", pause=lambda _: None)
+            shelf = Shelf(storage, cast.world.objects, lease)
             start = shelf.check(resume=resume)
+            shelf.hold()
             run_dir.mkdir(exist_ok=True)
             session = Session()
             driver = Driver(cast.config, FACTS, run_dir, session, shelf, observers)
@@ -86,6 +89,7 @@ def drive(
                 if beside is not None:
                     beside.cancel()
                 session.close()
+                shelf.release()
 
     return fake_ray.run(whole(), most_s)
 

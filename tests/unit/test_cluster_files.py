@@ -132,9 +132,16 @@ def test_the_job_on_kubernetes_runs_a_configuration_that_loads_and_continues_aft
     assert ray_job["spec"]["backoffLimit"] > 0
     config = configs.load(ROOT / words[words.index("--config") + 1], [word for word in words if "=" in word])
     results = words[words.index("--run-dir") + 1]
-    assert config.checkpoint.directory is not None and config.checkpoint.directory.startswith(results)
+    assert config.checkpoint.location(Path(results)) == f"{results}/checkpoints"
     mounts = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
     assert any(results.startswith(mount["mountPath"]) for mount in mounts)
+
+
+def test_two_runs_of_one_configuration_have_their_checkpoints_apart() -> None:
+    """The bug: the directory was the same for all runs, and the second deleted what the first was writing."""
+    for name in ("job", "local-job"):
+        checkpoint = configs.load(DIRECTORY / f"{name}.yaml", []).checkpoint
+        assert checkpoint.location(Path("/runs/first")) != checkpoint.location(Path("/runs/second"))
 
 
 @pytest.mark.parametrize("name", ["aws", "gcp", "local", "kuberay-cluster"])

@@ -361,6 +361,23 @@ def test_a_run_that_somebody_still_works_on_is_not_resumed(setting: dict[str, st
     resuming.check_run_dir(tmp_path, config, resume=True)
 
 
+def test_a_run_that_another_machine_still_works_on_is_not_resumed(setting: dict[str, str], tmp_path: Path) -> None:
+    """The bug: a second driver was let in from another host, though the status was a tenth of a second old."""
+    config = configured(setting)
+    (tmp_path / "config.yaml").write_text(configs.to_yaml(config))
+    there = {"pid": 7, "host": "elsewhere", "phase": "training", "phase_since_s": 1.0, "step": 3}
+    rest = {"steps": 9, "version": 3, "last_step_s_ago": 1.0, "slots_taken": 0, "num_slots": 8, "buffered_slots": 0}
+    last = status.Status(
+        time=time.time(), **there, **rest, missing_slots=(), slots_at={}, checkpoint_step=None, rooms=()
+    )
+    status.write(tmp_path / status.FILE, last)
+    message = refused(lambda: resuming.check_run_dir(tmp_path, config, resume=True))
+    assert "process 7 on elsewhere, which wrote status.json" in message
+    for over in (replace(last, time=last.time - status.STALE_S), replace(last, phase="failed")):
+        status.write(tmp_path / status.FILE, over)
+        resuming.check_run_dir(tmp_path, config, resume=True)
+
+
 @pytest.mark.parametrize(
     "change", ["seed=1", "student.path=/other", "data.task=math", "learner.dtype=bfloat16", *CHANGES]
 )

@@ -1,0 +1,63 @@
+"""What is made for Ray is made once: Ray keeps the keys of each function and class for as long as it runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from opd_ray.placement import launch
+from opd_ray.snapshots import runners
+
+
+class Made:
+    """What ray.remote() makes."""
+
+    def options(self, **_: object) -> Made:
+        return self
+
+    def remote(self, *args: Any) -> Any:
+        if not args:
+            return object()
+        function, _, *rest = args
+        answer: asyncio.Future = asyncio.get_running_loop().create_future()
+        answer.set_result(function(*rest))
+        return answer, None
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Any]]:
+    """Of what it has been asked to make something."""
+    made: list[Callable[..., Any]] = []
+    monkeypatch.setattr(runners.ray, "remote", lambda function: made.append(function) or Made())
+    return made
+
+
+def test_the_task_that_writes_is_made_once(made: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug: each file of each checkpoint made a remote function, and Ray's tables grew by its keys for good."""
+    monkeypatch.setattr(runners.InTasks, "_receipt", lambda self, function, ref: ref)
+    runners._task.cache_clear()
+
+    async def scenario() -> list[int]:
+        first, second = runners.InTasks(60.0), runners.InTasks(60.0)
+        return [await run(abs, -number) for number in range(3) for run in (first, second)]
+
+    try:
+        assert asyncio.run(scenario()) == [0, 0, 1, 1, 2, 2]
+    finally:
+        runners._task.cache_clear()
+    assert len(made) == 1
+
+
+def test_the_class_of_an_actor_is_made_once_for_all_its_restarts(made: list) -> None:
+    """The bug: each replacement of a worker made the class anew, and Ray kept them all."""
+    spawn = launch._spawning("generate", "generator", partial(object), "ns", {"num_cpus": 1})
+    assert [spawn(0, restart).name for restart in range(3)] == [
+        "generator-0",
+        "generator-0-again-1",
+        "generator-0-again-2",
+    ]
+    assert made == [object]
