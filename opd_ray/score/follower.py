@@ -47,6 +47,8 @@ class Follower:
         self._parameters = dict(parameters)
         self._update, self._every_steps, self._decay = update, every_steps, decay
         self.version = 0
+        self.whole = True
+        """Are its weights those of one version? Not after an update that failed half way, until one succeeds."""
         # Steps of an average are below the resolution of bfloat16, so it is kept in float32 beside such a model.
         self._averages = {
             name: parameter.data if parameter.dtype == torch.float32 else parameter.data.float()
@@ -69,8 +71,9 @@ class Follower:
             received = list(received)
         for name, tensor in received:
             if name in own and keep != 1.0:
+                self.whole = False
                 self._blend(name, tensor, keep)
-        self.version = manifest.version
+        self.version, self.whole = manifest.version, self.whole or keep != 1.0
 
     def snapshot(self) -> tuple[dict[str, int], dict[str, np.ndarray]]:
         """The version, and a copy of the weights (averages where it keeps them) in float32."""
@@ -94,9 +97,10 @@ class Follower:
                     f"weights: {name} has shape {list(arrays[name].shape)} in the snapshot of a scorer that follows "
                     f"the student but {list(parameter.shape)} in its model; resume with the scorers that wrote it"
                 )
+        self.whole = False
         for name in own:
             self._blend(name, torch.tensor(arrays[name]), 0.0)
-        self.version = int(facts["version"])
+        self.version, self.whole = int(facts["version"]), True
 
     def _own(self) -> dict[str, torch.nn.Parameter]:
         """Every parameter once: averaging a tied one under both names would do it twice."""

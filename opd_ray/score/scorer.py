@@ -32,9 +32,11 @@ _URGENT, _USUAL = 0, 1
 
 
 class Worker:
-    """A thread that owns the engine and works off its calls, urgent ones first."""
+    """A thread that owns the engine and works off its calls, urgent ones first, the others while it is not on hold."""
 
     def __init__(self) -> None:
+        self.on_hold: Callable[[], bool] = lambda: False
+        """Asked in the thread; only an urgent call can change the answer."""
         self._calls: queue.PriorityQueue[tuple[int, int, Callable[[], Any], Future]] = queue.PriorityQueue()
         self._numbers = itertools.count()
         threading.Thread(target=self._run, name="engine", daemon=True).start()
@@ -51,16 +53,26 @@ class Worker:
         return await asyncio.wrap_future(self.submit(run, priority))
 
     def _run(self) -> None:
+        held = []
         while True:
-            _, _, run, done = self._calls.get()
+            priority, _, run, done = call = self._calls.get()
+            if priority == _USUAL and self.on_hold():
+                held.append(call)
+                continue
             try:
                 done.set_result(run())
             except BaseException as error:
                 done.set_exception(error)
+            if held and not self.on_hold():
+                for each in held:
+                    self._calls.put(each)
+                held.clear()
 
 
 class Scorer:
     """Scores batches of rollouts (an async Ray actor); a weight update goes ahead of the batches that wait.
+
+    After an update that failed half way they wait until one succeeds: a part of new weights is nobody's.
 
     ``make_engine`` builds the engine on ``scorer.path``. One that is a ``member`` of the weight-transfer group takes
     part in every broadcast, whether its run's ``scorer.update`` follows the student or not.
@@ -78,14 +90,15 @@ class Scorer:
             from opd_ray.weights.receivers import make_receiver
 
             receiver = make_receiver(weight_backend, self._engine.device)
-            self._follower = Follower(self._engine.parameters(), receiver, **_rule(scorer))
+            self._follower = follower = Follower(self._engine.parameters(), receiver, **_rule(scorer))
+            self._worker.on_hold = lambda: not follower.whole
 
     async def node(self) -> str:
         return this_node()
 
     async def begin(self, scorer: ScorerConfig) -> None:
         """Another run: its checkpoint, unless that is at hand and unchanged, and its way to follow the student."""
-        await self._worker.call(partial(self._begin, scorer))
+        await self._worker.call(partial(self._begin, scorer), _URGENT)
 
     async def score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[int, pa.RecordBatch]:
         """Returns the number of response tokens scored, and a row of SCORE_SCHEMA per rollout.
@@ -121,7 +134,7 @@ class Scorer:
         return self._follower
 
     def _begin(self, scorer: ScorerConfig) -> None:
-        moved = self._scorer.follows_student and self._following().version > 0
+        moved = self._scorer.follows_student and (self._following().version > 0 or not self._following().whole)
         if moved or scorer.path != self._scorer.path:
             self._engine.load(scorer.path)
         self._scorer = scorer

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from opd_ray.config import ScorerConfig
-from opd_ray.errors import EngineFailed, RunError
+from opd_ray.errors import EngineFailed, RunError, WeightSyncError
 from opd_ray.messages import ROLLOUT_SCHEMA, SCORE_SCHEMA, ScoreRequest, WeightManifest, score_schema
 from opd_ray.score.engine import Scores
 from opd_ray.score.fake import FakeScoringEngine
@@ -183,6 +184,63 @@ def test_a_weight_update_goes_ahead_of_the_batches_that_wait():
 
     asyncio.run(scenario())
     assert order == ["score 0", "update 0", "score 2", "score 3"]
+
+
+class TestHalfUpdated:
+    """The bug: after a broadcast that broke off, a scorer scored with weights of which a part were the next ones."""
+
+    WEIGHTS = WeightManifest(1, ("a", "b"), ("float32", "float32"), ((2,), (2,)))
+
+    def scorer(self):
+        """One that follows two parameters, of which the first broadcast brings only one."""
+        parameters = {name: torch.nn.Parameter(torch.zeros(2)) for name in "ab"}
+        breaks = [True]
+
+        class Follows(Recording):
+            def parameters(self):
+                return parameters
+
+            def score(self, sequences, request):
+                seen.append([each[0].item() for each in parameters.values()])
+                return super().score(sequences, request)
+
+        def receive(manifest):
+            yield "a", torch.ones(2)
+            if breaks and breaks.pop():
+                raise WeightSyncError("no sign of life")
+            yield "b", torch.ones(2)
+
+        seen = []
+        scorer, engine = make(Follows(), replace(CONFIG, update="periodic", update_every_steps=1), member=True)
+        scorer._follower._receiver.receive = receive
+        return scorer, engine, seen
+
+    async def broken(self, scorer):
+        with pytest.raises(WeightSyncError):
+            await scorer.update_weights(self.WEIGHTS)
+
+    def test_batches_wait_until_an_update_succeeds(self):
+        async def scenario():
+            scorer, _, seen = self.scorer()
+            await self.broken(scorer)
+            batches = [asyncio.create_task(scorer.score(rollouts((2, 3)), ScoreRequest())) for _ in range(2)]
+            await asyncio.sleep(0)
+            await scorer._worker.call(lambda: None, 2)  # comes after the batches: the thread has seen them
+            await scorer.update_weights(self.WEIGHTS)
+            await asyncio.wait_for(asyncio.gather(*batches), 10)
+            assert seen == [[1.0, 1.0]] * 2
+
+        asyncio.run(scenario())
+
+    def test_another_run_begins_with_the_checkpoint(self):
+        async def scenario():
+            scorer, engine, _ = self.scorer()
+            await self.broken(scorer)
+            await asyncio.wait_for(scorer.begin(scorer._scorer), 10)
+            assert engine.loaded == ["first"]
+            assert (await asyncio.wait_for(scorer.score(rollouts((2, 3)), ScoreRequest()), 10))[0] == 3
+
+        asyncio.run(scenario())
 
 
 def test_a_fixed_scorer_has_no_weights_to_update():
