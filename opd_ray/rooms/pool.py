@@ -88,8 +88,10 @@ class Pool(Room):
         """Waits until an actor has started. It is then ready, or about to join those that have the weights."""
         member.node = await self.ask(member, "node", deadline_s=deadline_s)
         self.has_been_up = True
-        if self._begun_with is not None:
-            await self.ask(member, "begin", *self._begun_with, deadline_s=deadline_s)
+        told = None
+        while told is not self._begun_with:  # another run may begin while it is told of this one
+            told = self._begun_with
+            await self.ask(member, "begin", *told, deadline_s=deadline_s)
         if member.state == "starting":
             self.admit(member) if not self.needs_weights else member.become("joining")
 

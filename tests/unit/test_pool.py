@@ -315,6 +315,26 @@ def test_one_that_joins_a_later_run_begins_with_that_run_s_settings():
     fake_ray.run(scenario())
 
 
+def test_one_that_is_told_of_a_run_when_the_next_begins_joins_with_the_next_one_s_settings():
+    """The bug: it was still starting and so not told of the next run, and joined with the one before it in mind."""
+
+    async def scenario():
+        world, pool = await desks(1)
+        await pool.begin("first run", deadline_s=DEADLINE_S)
+        joiner = pool.grow()
+        world.before = lambda actor, method: actor.stop() if (actor.name, method) == ("clerk-1", "begin") else None
+        bringing = asyncio.create_task(pool.bring_up(joiner, DEADLINE_S))
+        await until(lambda: not actor_of(joiner).moves.is_set())
+        world.before = lambda actor, method: None
+        await pool.begin("second run", deadline_s=DEADLINE_S)
+        actor_of(joiner).go_on()
+        await bringing
+        assert joiner.state == "ready"
+        assert actor_of(joiner).inside.begun_with == [("first run",), ("second run",)]
+
+    fake_ray.run(scenario())
+
+
 def test_one_that_leaves_gets_no_new_calls():
     async def scenario():
         world, pool = await desks(2)
