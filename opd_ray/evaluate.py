@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from opd_ray.config import Config
 from opd_ray.data.prompts import PromptStream
 from opd_ray.messages import PromptGroup, RolloutMeta, SamplingSettings, ScoreRequest
 from opd_ray.rooms.pool import Pool
+from opd_ray.rooms.together import together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ async def evaluate(
         stop_token_ids=stop_token_ids,
     )
     greedy = dataclasses.replace(sampled, temperature=0.0)
-    greedy_answers, answers = await asyncio.gather(
+    greedy_answers, answers = await together(
         _answer(generators, groups, greedy, config), _answer(generators, groups, sampled, config)
     )
     metas = [meta for chunk, _ in answers for meta in chunk]
@@ -90,7 +90,7 @@ async def _answer(
 ) -> list[tuple[Sequence[RolloutMeta], Any]]:
     """(metas, payload) of each call."""
     chunks = chunked(groups, generators, config.rollout.max_num_seqs)
-    return await asyncio.gather(*(generators.call("generate", chunk, sampling) for chunk in chunks))
+    return await together(*(generators.call("generate", chunk, sampling) for chunk in chunks))
 
 
 def chunked(groups: Sequence[PromptGroup], generators: Pool, most: int) -> list[Sequence[PromptGroup]]:
@@ -111,7 +111,7 @@ async def _ask_teacher(
         return await recorder.call_one("measure", rollouts, scores)
 
     sums: Counter[str] = Counter()
-    for part in await asyncio.gather(*(measure(rollouts) for _, rollouts in answers)):
+    for part in await together(*(measure(rollouts) for _, rollouts in answers)):
         sums.update(part)
     return teacher_view(sums)
 

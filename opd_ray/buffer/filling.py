@@ -5,7 +5,6 @@ Payloads stay where they were made; one that is gone with its node before it was
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from opd_ray.errors import PayloadLost, RunError
 from opd_ray.messages import Entry, PromptGroup, SamplingSettings, Source, Strength
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.pool import Pool
+from opd_ray.rooms.together import together
 from opd_ray.score.requests import roles_of, score_requests
 from opd_ray.status import Place
 
@@ -70,7 +70,7 @@ class Rollouts:
             # Only the first teacher writes; what it would write for another one's prompts is not that one's.
             if teacher and (name == "teacher" or config.loss.teachers == "weighted"):
                 calls.append(self._sample(self._rooms.teacher_generators, "teacher", teacher, teachers))
-        sampled = await asyncio.gather(*calls)
+        sampled = await together(*calls)
         for slot in slots:
             self.places.pop(slot, None)
         return [entry for entries in sampled for entry in entries]
@@ -121,7 +121,7 @@ class Rollouts:
     async def _score(self, source: Source, teacher: str, rollouts: Any) -> dict[str, Any]:
         """Role to scores of a payload, from all that the source's loss compares with, at once."""
         requests = roles_of(self._config, self._requests[source], teacher)
-        answers = await asyncio.gather(
+        answers = await together(
             *(self._rooms.scorers[role].call("score", rollouts, request) for role, request in requests.items())
         )
         return {role: scores for role, (_, scores) in zip(requests, answers, strict=True)}

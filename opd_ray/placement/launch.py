@@ -25,6 +25,7 @@ from opd_ray.rooms import Rooms, logs
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import Member, Spawn
+from opd_ray.rooms.together import together
 from opd_ray.score import make_scoring_engine
 from opd_ray.score.scorer import Scorer
 from opd_ray.tasks import get_task
@@ -208,7 +209,7 @@ async def up(config: Config, rooms: Rooms) -> None:
     """Waits for the groups that were started or restarted, and makes the learner's ranks know each other. Raises
     GroupLost when one is lost meanwhile."""
     limit = config.deadlines.start_s
-    await asyncio.gather(*(_group_up(group, limit) for group in (rooms.learner, *rooms.followers.values())))
+    await together(*(_group_up(group, limit) for group in (rooms.learner, *rooms.followers.values())))
 
 
 async def _group_up(group: Group, limit: float) -> None:
@@ -239,7 +240,7 @@ async def begin(config: Config, rooms: Rooms, stop_token_ids: Sequence[int]) -> 
         generators.append(rooms.teacher_generators)
     for pool in generators:
         pool.calls_at_once = config.rollout.calls_at_once
-    await asyncio.gather(
+    await together(
         rooms.learner.call_all("begin", config, config.student.path, tuple(stop_token_ids), deadline_s=limit),
         *(rooms.scorers[role].begin(scorer, deadline_s=limit) for role, scorer in scorers.items()),
         *(pool.begin(_settings(config), deadline_s=limit) for pool in generators),

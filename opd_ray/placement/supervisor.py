@@ -20,6 +20,7 @@ from opd_ray.placement.restarts import Restarts
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import Member, Room
+from opd_ray.rooms.together import together
 from opd_ray.weights.delivery import Delivery
 
 _TICK_S = 1.0
@@ -65,7 +66,7 @@ class Supervisor:
         try:
             async with asyncio.TaskGroup() as tasks:
                 if self._config.recovery.heartbeat_s:
-                    tasks.create_task(self._listen(tasks), name="heartbeats")
+                    tasks.create_task(self._listen(), name="heartbeats")
                 while True:
                     if self._problem:
                         raise self._problem
@@ -212,13 +213,13 @@ class Supervisor:
                 what = "has more to do than its workers can" if by > 0 else "could do with one worker less"
                 self._say("pool_resized", f"{pool.room}: {what}; it goes to {pool.target}", room=pool.room)
 
-    async def _listen(self, tasks: asyncio.TaskGroup) -> None:
+    async def _listen(self) -> None:
         """Asks every worker that is up for a sign of life, again and again."""
         limit = self._config.recovery.heartbeat_s
         while True:
             await asyncio.sleep(limit / _BEATS)
             rooms: list[Room] = [*self._pools, *self._groups]
-            await asyncio.gather(*(self._beat(room, member) for room in rooms for member in list(room.members)))
+            await together(*(self._beat(room, member) for room in rooms for member in list(room.members)))
 
     async def _beat(self, room: Room, member: Member) -> None:
         if member.state in ("starting", "gone"):

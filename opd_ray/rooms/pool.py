@@ -23,6 +23,7 @@ from opd_ray.errors import (
 )
 from opd_ray.messages import PoolSize
 from opd_ray.rooms.room import Member, Room, Spawn, State
+from opd_ray.rooms.together import together
 
 _MOST_DEATHS = 5
 """Workers that one call may take down before it is held to be the cause; a long one may meet some spot nodes' end."""
@@ -102,7 +103,7 @@ class Pool(Room):
 
     async def up(self, deadline_s: float) -> None:
         """Brings up every actor that is starting."""
-        await asyncio.gather(*(self.bring_up(member, deadline_s) for member in self.those("starting")))
+        await together(*(self.bring_up(member, deadline_s) for member in self.those("starting")))
 
     def admit(self, member: Member) -> None:
         """Gives a member work from now on."""
@@ -146,7 +147,7 @@ class Pool(Room):
 
     async def call_all(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
         """The answers of all members that are ready; those that are lost meanwhile give none."""
-        answers = await asyncio.gather(
+        answers = await together(
             *(self._one(member, method, args, deadline_s) for member in self.those("ready", "joining"))
         )
         return [answer for answered, answer in answers if answered]

@@ -21,6 +21,7 @@ from opd_ray.messages import SamplingSettings
 from opd_ray.models.checkpoints import load_tokenizer
 from opd_ray.placement import launch
 from opd_ray.placement.session import new_namespace
+from opd_ray.rooms.together import together
 from opd_ray.run.preflight import Preflight
 from opd_ray.tasks import get_task
 
@@ -75,8 +76,8 @@ async def _sample(config: Config, facts: Preflight, path: Path, count: int) -> N
     try:
         await pool.up(config.deadlines.start_s)
         chunks = chunked([prompts[slot] for slot in range(len(rows))], pool, config.rollout.max_num_seqs)
-        answers = await asyncio.gather(*(pool.call("generate", chunk, settings) for chunk in chunks))
-        tables = await asyncio.gather(*(_fetch(payload) for _, payload in answers))
+        answers = await together(*(pool.call("generate", chunk, settings) for chunk in chunks))
+        tables = await together(*(_fetch(payload) for _, payload in answers))
     finally:
         launch.stop(pool)
     partial = path.with_suffix(".tmp")

@@ -21,6 +21,7 @@ from opd_ray.messages import TransferGroup, WeightManifest
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import Member
+from opd_ray.rooms.together import together
 
 _MARGIN_S = 5.0
 """How much later than the members of a group the driver gives up on it."""
@@ -70,7 +71,7 @@ class Delivery:
         self.version = None  # a worker that comes up now waits for the end of this
         for attempt in range(1, _MOST_ATTEMPTS + 1):
             if self._config.rollout.in_flight == "drain":
-                await asyncio.gather(*map(self._drain, self._generators.those("ready", "leaving")))
+                await together(*map(self._drain, self._generators.those("ready", "leaving")))
             failure = await (self._attempt(version) if attempt < _MOST_ATTEMPTS else self._one_by_one(version))
             if failure is None:
                 self.version = version

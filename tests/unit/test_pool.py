@@ -287,6 +287,25 @@ def test_all_that_are_there_are_asked_and_those_that_die_meanwhile_give_no_answe
     fake_ray.run(scenario())
 
 
+def test_the_first_failure_of_calls_to_all_ends_the_others():
+    """The bug: they went on beside whatever their caller did next, as the calls of an evaluation that was begun again
+    did beside the new ones."""
+
+    async def scenario():
+        world, pool = await desks(3)
+        held(pool, world)
+        world.actors[1].inside.failure = ValueError("no such thing")
+        call = asyncio.create_task(pool.call_all("tell", 7))
+        await until(lambda: all(actor.inside.asked for actor in world.actors))
+        world.actors[1].inside.may_answer.set()
+        with pytest.raises(ActorError, match="clerk-1 .* no such thing") as caught:
+            await call
+        assert isinstance(caught.value.__cause__, RayTaskError)
+        assert [member.num_calls for member in pool.members] == [0, 0, 0]
+
+    fake_ray.run(scenario())
+
+
 def test_one_that_needs_weights_gets_no_call_before_it_has_them():
     async def scenario():
         world, pool = await desks(1, needs_weights=True)
