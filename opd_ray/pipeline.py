@@ -201,10 +201,11 @@ class Pipeline:
         lost: set[str] = set()
         for _ in range(MOST_REPAIRS):
             try:
-                entries = await self._mended(entries, lost)
+                entries, lost = await self._mended(entries, lost), set()
                 every = [*entries, *(await self._rollouts.with_scores(golden))]
             except PayloadLost as error:
                 self._lost(1, f"golden rollouts are scored again: {error}")
+                last = str(error)
                 continue
             async with self._delivery.lock:  # nobody is sent the weights while they change
                 self._where.enter("training")
@@ -217,8 +218,9 @@ class Pipeline:
                     await self._delivery.broadcast(step + 1)
                     self._where.version = step + 1
                     return every, outcome, {"train_s": done - began, "weight_sync_s": time.monotonic() - done}
-            self._lost(len(lost), f"rollouts {sorted(lost)[:8]} were gone before step {step}; they are made again")
-        raise RunError(f"step {step}: rollouts were lost {MOST_REPAIRS} times in a row, the last: {sorted(lost)[:8]}")
+            last = f"rollouts {sorted(lost)[:8]} were gone before step {step}"
+            self._lost(len(lost), f"{last}; they are made again")
+        raise RunError(f"step {step}: rollouts were lost {MOST_REPAIRS} times in a row, the last: {last}")
 
     def _lost(self, number: int, what: str) -> None:
         self.num_lost_payloads += number

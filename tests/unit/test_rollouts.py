@@ -145,6 +145,27 @@ def test_golden_scores_that_are_gone_are_made_again_and_the_golden_rollouts_are_
     assert trained(made) == list(range(8))
 
 
+def test_golden_scores_that_are_gone_after_rollouts_were_cost_no_rollouts_again():
+    """The bug: the slots that had just been made again were made once more."""
+
+    def before(made):
+        world = made.cast.world
+        lose_payloads(made, 1, of=lambda entry: entry.rollouts)
+
+        def lose(actor, method):
+            if method == "select" and len(made.learner.plans) == 1 and not gone:
+                gone.append(actor.name)
+                raise ObjectLostError("00" * 28, "", "")
+
+        world.before = lose
+
+    gone = []
+    more = {"rollout": {"prompts_per_call": 2}, "loss": GOLDEN}
+    made = run(make_pipeline(steps=1, prompts_per_step=4, max_staleness=0, **more, **OFF), before)
+    assert len(gone) == 1
+    assert len(sampled(made)) == 4 + 2, "the slots that share the payload, once"
+
+
 def test_payloads_that_the_learner_lacks_again_and_again_end_the_run():
     with pytest.raises(RunError, match="step 0: rollouts were lost 10 times in a row, the last: .*'0-0'"):
         run(make_pipeline(steps=2, **NO_GOLDEN, **OFF), lambda made: lose_payloads(made, 99))
