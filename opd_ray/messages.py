@@ -27,6 +27,9 @@ FinishReason = Literal["stop", "length"]
 REFERENCE = "reference"
 """The reference's role among the scorers; every other role is the name of a teacher."""
 
+MOST_VALUES = 2**31 - 1
+"""Of one column of lists: Arrow counts them in int32."""
+
 ROLLOUT_SCHEMA = pa.schema(
     [
         pa.field("rollout_id", pa.string(), nullable=False),

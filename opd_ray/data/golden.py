@@ -20,7 +20,7 @@ from opd_ray.config import Config
 from opd_ray.data.files import Rows, read_golden, read_prompts
 from opd_ray.data.prompts import DEFAULT_TEACHER
 from opd_ray.errors import InputError
-from opd_ray.messages import ROLLOUT_SCHEMA, RolloutMeta
+from opd_ray.messages import MOST_VALUES, ROLLOUT_SCHEMA, RolloutMeta
 from opd_ray.models.checkpoints import ModelFacts, inspect_run
 from opd_ray.repetition import is_repetitive, tail_period
 from opd_ray.tasks import Task, get_task
@@ -79,12 +79,14 @@ def load_golden(
         "slot": [meta.slot for meta in metas],
         "prompt_id": [meta.prompt_id for meta in metas],
         "source": ["golden"] * len(metas),
-        "prompt_tokens": _lists([solution.prompt_tokens for solution in solutions]),
-        "response_tokens": _lists([solution.response_tokens for solution in solutions]),
+        "prompt_tokens": _lists("prompt_tokens", [solution.prompt_tokens for solution in solutions]),
+        "response_tokens": _lists("response_tokens", [solution.response_tokens for solution in solutions]),
         "behaviour_logprobs": empty,
         "weight_versions": empty,
         "topk_ids": empty,
-        "privileged_prompt_tokens": _lists([solution.privileged_prompt_tokens for solution in solutions]),
+        "privileged_prompt_tokens": _lists(
+            "privileged_prompt_tokens", [solution.privileged_prompt_tokens for solution in solutions]
+        ),
         "finish_reason": ["stop"] * len(metas),
         "correct": [meta.correct for meta in metas],
         "text": [solution.text for solution in solutions],
@@ -386,7 +388,12 @@ def _meta(solution: Solution, config: Config) -> RolloutMeta:
     )
 
 
-def _lists(rows: Sequence[Sequence[int]]) -> pa.ListArray:
+def _lists(name: str, rows: Sequence[Sequence[int]]) -> pa.ListArray:
     """A list column from one array per row, without going through Python numbers."""
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows).astype(np.int32)))
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    if offsets[-1] > MOST_VALUES:
+        raise InputError(
+            f"data.golden: {len(rows)} rows have {offsets[-1]} {name}, more than one batch can hold ({MOST_VALUES}); "
+            "give fewer rows"
+        )
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(np.concatenate(rows).astype(np.int32)))

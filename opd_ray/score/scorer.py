@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from opd_ray.config import ScorerConfig
 from opd_ray.errors import EngineFailed, OpdError, RunError
-from opd_ray.messages import ScoreRequest, TransferGroup, WeightManifest, score_schema
+from opd_ray.messages import MOST_VALUES, ScoreRequest, TransferGroup, WeightManifest, score_schema
 from opd_ray.rooms import logs
 from opd_ray.rooms.node import this_node
 from opd_ray.score.engine import Rollout, Scores, ScoringEngine
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 _log = logs.get(__name__)
 
-_MOST_VALUES = 2**31 - 1
-"""A list column of Arrow counts its values in int32."""
 _URGENT, _USUAL = 0, 1
 
 
@@ -200,10 +198,10 @@ def _payload(rollout_ids: pa.Array, scores: Sequence[Scores]) -> pa.RecordBatch:
 def _lists(rows: Sequence[np.ndarray], field: pa.Field) -> pa.ListArray:
     """A list column from one array per row, without going through Python numbers."""
     ends = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
-    if ends[-1] > _MOST_VALUES:
+    if ends[-1] > MOST_VALUES:
         raise RunError(
             f"{len(rows)} rollouts have {ends[-1]} values of {field.name}, more than one batch can hold "
-            f"({_MOST_VALUES}); lower rollout.prompts_per_call"
+            f"({MOST_VALUES}); lower rollout.prompts_per_call"
         )
     flat: Any = np.concatenate(rows) if rows else np.empty(0)
     return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(flat, type=field.type.value_type))

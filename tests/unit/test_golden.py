@@ -42,6 +42,15 @@ def tokens(prompt: str, response: str, *eos: int, **more: Any) -> dict[str, Any]
 # ---- what is loaded ----
 
 
+def test_more_tokens_than_a_column_can_count_are_refused(setting: dict[str, str], monkeypatch: Any) -> None:
+    """The bug: the ends of the rows were summed up in 32 bits, and past 2^31 tokens rows began at negative ones."""
+    monkeypatch.setattr("opd_ray.data.golden.MOST_VALUES", 5)
+    as_text(setting, [{"prompt": "2+2=", "answer": "4", "response": "4"}] * 2)
+    assert "2 rows have 8 prompt_tokens, more than one batch can hold (5)" in refused(
+        lambda: golden.load_golden(configured(setting), EOS)
+    )
+
+
 def test_rows_of_text_get_the_first_eos_and_rows_of_tokens_stay_as_they_are(setting: dict[str, str]) -> None:
     as_text(setting, [{"id": "x", "prompt": "2+2=", "answer": "4", "response": "4", "finish_reason": "stop"}])
     metas, batch, report = golden.load_golden(configured(setting), EOS)

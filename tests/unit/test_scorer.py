@@ -128,7 +128,7 @@ def test_states_beyond_half_precision_are_reported():
 
 
 def test_a_batch_larger_than_a_column_is_refused(monkeypatch):
-    monkeypatch.setattr("opd_ray.score.scorer._MOST_VALUES", 7)
+    monkeypatch.setattr("opd_ray.score.scorer.MOST_VALUES", 7)
     scorer, _ = make()
     with pytest.raises(RunError, match="2 rollouts have 8 values of logprobs.*lower rollout.prompts_per_call"):
         score(scorer, rollouts((2, 3), (4, 5)))
