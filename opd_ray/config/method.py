@@ -33,8 +33,8 @@ class TermConfig:
     coef: Schedule = 0.0
     """Weight of this source's loss; a number, or [[step, value], ...] for straight lines between points."""
     divergence: Divergence = "cross_entropy"
-    """reverse_kl, forward_kl, jsd (on a support); k1 (a detached advantage), k2, k3 (on the sampled token);
-    cross_entropy."""
+    """reverse_kl, forward_kl, jsd (on a support); k1 (a detached advantage), k2, k3 (on the sampled token), whose mean
+    gradients are those of the reverse, the reverse and the forward KL; cross_entropy."""
     support: Support = "teacher_top_k"
     """Tokens that reverse_kl, forward_kl and jsd compare: the teacher's top-k, the student's, or the vocabulary."""
     top_k: int = Field(64, ge=2)
@@ -115,8 +115,9 @@ class AnchorConfig:
 
     coef: Schedule = 0.01
     """β_KL; 0 starts no reference model. A number, or [[step, value], ...]."""
-    estimator: Literal["top_k", "full", "k3"] = "top_k"
-    """On the reference's top-k support, on the whole vocabulary, or the k3 estimate on the sampled token."""
+    estimator: Literal["top_k", "full", "k2", "k3"] = "top_k"
+    """On the reference's top-k support, on the whole vocabulary, or on the student's sampled token: k2, whose mean
+    gradient is that of KL(π_θ‖π_ref), or k3, whose value is that KL but whose mean gradient is KL(π_ref‖π_θ)'s."""
     top_k: int = Field(64, ge=2)
     """k of top_k; k ≥ vocabulary is exact."""
     tail: Tail = "bucket"
@@ -127,6 +128,17 @@ class AnchorConfig:
     @property
     def used(self) -> bool:
         return schedule.highest(self.coef) > 0
+
+    @property
+    def needs_student_samples(self) -> bool:
+        return self.estimator in _ON_STUDENT_SAMPLES
+
+    def __post_init__(self) -> None:
+        if self.on_golden and self.needs_student_samples:
+            raise ValueError(
+                f"reference.estimator={self.estimator} needs tokens that the student sampled, which those of "
+                "reference.on_golden are not; take estimator=top_k or full, or on_golden=false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -43,12 +43,12 @@ def source_loss(
 
 
 def reference_loss(batch: TokenBatch, config: AnchorConfig, head: Head | None = None) -> torch.Tensor:
-    """KL(π_θ‖π_ref) of each token's distribution or its k3 estimate, [N] nats. RunError without reference scores."""
+    """KL(π_θ‖π_ref) of each token's distribution, or its k2 or k3, [N] nats. RunError without reference scores."""
     scored = batch.reference
     if scored is None:
         raise RunError("the KL to the reference needs the reference's scores, but the batch has none")
-    if config.estimator == "k3":
-        return k3(batch.logprobs, scored.logprobs)
+    if config.needs_student_samples:
+        return (k2 if config.estimator == "k2" else k3)(batch.logprobs, scored.logprobs)
     support = "full" if config.estimator == "full" else "teacher_top_k"
     return diverge("reverse_kl", compare(batch, scored, support, config.tail, head))
 
