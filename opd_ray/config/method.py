@@ -95,7 +95,11 @@ class AdvantageConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ImportanceConfig:
-    """The weight π_θ/μ that corrects for rollouts of older weights."""
+    """The weight π_θ/μ of the sampled token, which corrects a loss on that token for rollouts of older weights.
+
+    A divergence on a support is the same whatever token was sampled there, so that it takes none; rollouts of older
+    weights visit other states all the same (buffer.max_staleness bounds how old).
+    """
 
     correction: Correction = "none"
     """none; ratio; clip (PPO, k1 only); truncate (at the cap, no gradient); mask (0 outside a range, no gradient)."""
@@ -192,10 +196,16 @@ class LossConfig:
         advantage, k1 = self.advantage, self.student.divergence == "k1"
         if not k1 and advantage != AdvantageConfig():
             raise ValueError(f"advantage.* shapes student.divergence=k1, but it is {self.student.divergence}")
-        if not k1 and self.importance.correction in ("ratio", "clip"):
+        correction, divergence = self.importance.correction, self.student.divergence
+        if correction != "none" and divergence in _ON_DISTRIBUTIONS:
             raise ValueError(
-                f"importance.correction={self.importance.correction} needs student.divergence=k1, but it is "
-                f"{self.student.divergence}, which takes none, truncate or mask"
+                f"importance.correction={correction} weighs the sampled token, but student.divergence={divergence} "
+                "does not depend on it: it would correct nothing; take none, or divergence k1, k2 or k3"
+            )
+        if not k1 and correction in ("ratio", "clip"):
+            raise ValueError(
+                f"importance.correction={correction} needs student.divergence=k1, but it is {divergence}, which takes "
+                "none, truncate or mask"
             )
         if k1 and advantage.teacher_coef == advantage.reward_coef == 0:
             raise ValueError("advantage.teacher_coef and advantage.reward_coef are both 0: there is no advantage")
