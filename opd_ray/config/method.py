@@ -178,7 +178,7 @@ class LossConfig:
     reduction: Literal["token", "sequence", "sum"] = "token"
     """Mean over tokens, mean per rollout and then over rollouts, or sum; with denominators of the whole step."""
     mask_truncated_tails: bool = False
-    """Leave the repetitive tail of a truncated rollout out of the loss."""
+    """Leave the tail of a truncated rollout whose 6-grams nearly all occurred before out of the loss."""
 
     @property
     def terms(self) -> dict[str, TermConfig]:
