@@ -9,7 +9,7 @@ import numpy as np
 REPETITIVE_NGRAM = 6
 """Tokens that must recur for the last of them to count as repetitive."""
 _HASH_FACTOR = 6_364_136_223_846_793_005
-_SHORTEST_TAIL = 12
+SHORTEST_TAIL = 12
 """Tokens that must repeat at least, so that a short word said twice is no loop."""
 
 
@@ -26,7 +26,7 @@ def tail_period(tokens: np.ndarray) -> int:
     """The smallest p with which the last max(3p, 12) of ``tokens`` [T] repeat; 0 where there is none."""
     tokens = np.asarray(tokens)
     longest = len(tokens) // 3
-    if len(tokens) < _SHORTEST_TAIL or longest == 0:
+    if len(tokens) < SHORTEST_TAIL or longest == 0:
         return 0
     # Every period compares at least the last 8 tokens with those p before them: few candidates pass that.
     backwards = tokens[::-1]
@@ -34,7 +34,7 @@ def tail_period(tokens: np.ndarray) -> int:
     for back in range(8):
         periodic &= backwards[back + 1 : back + 1 + longest] == backwards[back]
     for period in (np.flatnonzero(periodic) + 1).tolist():
-        tail = tokens[-max(3 * period, _SHORTEST_TAIL) :]
+        tail = tokens[-max(3 * period, SHORTEST_TAIL) :]
         if np.array_equal(tail[period:], tail[:-period]):
             return period
     return 0

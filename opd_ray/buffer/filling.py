@@ -116,7 +116,9 @@ class Rollouts:
         wanted = self._config.buffer.teacher_filter
         if source == "student" or wanted == "none":
             return entries
-        return [entry for entry in entries if (entry.meta.correct if wanted == "correct" else not entry.meta.truncated)]
+        metas = (entry.meta for entry in entries)
+        fit = [not meta.repetitive and (meta.correct if wanted == "correct" else not meta.truncated) for meta in metas]
+        return [entry for entry, fits in zip(entries, fit, strict=True) if fits]
 
     async def _score(self, source: Source, teacher: str, rollouts: Any) -> dict[str, Any]:
         """Role to scores of a payload, from all that the source's loss compares with, at once."""

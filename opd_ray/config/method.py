@@ -33,8 +33,8 @@ class TermConfig:
     coef: Schedule = 0.0
     """Weight of this source's loss; a number, or [[step, value], ...] for straight lines between points."""
     divergence: Divergence = "cross_entropy"
-    """reverse_kl, forward_kl, jsd (on a support); k1 (a detached advantage), k2, k3 (on the sampled token);
-    cross_entropy."""
+    """reverse_kl, forward_kl, jsd (on a support); k1 (a detached advantage), k2, k3 (on the sampled token), whose mean
+    gradients are those of the reverse, the reverse and the forward KL; cross_entropy."""
     support: Support = "teacher_top_k"
     """Tokens that reverse_kl, forward_kl and jsd compare: the teacher's top-k, the student's, or the vocabulary."""
     top_k: int = Field(64, ge=2)
@@ -95,7 +95,11 @@ class AdvantageConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ImportanceConfig:
-    """The weight π_θ/μ that corrects for rollouts of older weights."""
+    """The weight π_θ/μ of the sampled token, which corrects a loss on that token for rollouts of older weights.
+
+    A divergence on a support is the same whatever token was sampled there, so that it takes none; rollouts of older
+    weights visit other states all the same (buffer.max_staleness bounds how old).
+    """
 
     correction: Correction = "none"
     """none; ratio; clip (PPO, k1 only); truncate (at the cap, no gradient); mask (0 outside a range, no gradient)."""
@@ -115,8 +119,9 @@ class AnchorConfig:
 
     coef: Schedule = 0.01
     """β_KL; 0 starts no reference model. A number, or [[step, value], ...]."""
-    estimator: Literal["top_k", "full", "k3"] = "top_k"
-    """On the reference's top-k support, on the whole vocabulary, or the k3 estimate on the sampled token."""
+    estimator: Literal["top_k", "full", "k2", "k3"] = "top_k"
+    """On the reference's top-k support, on the whole vocabulary, or on the student's sampled token: k2, whose mean
+    gradient is that of KL(π_θ‖π_ref), or k3, whose value is that KL but whose mean gradient is KL(π_ref‖π_θ)'s."""
     top_k: int = Field(64, ge=2)
     """k of top_k; k ≥ vocabulary is exact."""
     tail: Tail = "bucket"
@@ -127,6 +132,17 @@ class AnchorConfig:
     @property
     def used(self) -> bool:
         return schedule.highest(self.coef) > 0
+
+    @property
+    def needs_student_samples(self) -> bool:
+        return self.estimator in _ON_STUDENT_SAMPLES
+
+    def __post_init__(self) -> None:
+        if self.on_golden and self.needs_student_samples:
+            raise ValueError(
+                f"reference.estimator={self.estimator} needs tokens that the student sampled, which those of "
+                "reference.on_golden are not; take estimator=top_k or full, or on_golden=false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -162,7 +178,7 @@ class LossConfig:
     reduction: Literal["token", "sequence", "sum"] = "token"
     """Mean over tokens, mean per rollout and then over rollouts, or sum; with denominators of the whole step."""
     mask_truncated_tails: bool = False
-    """Leave the repetitive tail of a truncated rollout out of the loss."""
+    """Leave the tail of a truncated rollout whose 6-grams nearly all occurred before out of the loss."""
 
     @property
     def terms(self) -> dict[str, TermConfig]:
@@ -180,10 +196,16 @@ class LossConfig:
         advantage, k1 = self.advantage, self.student.divergence == "k1"
         if not k1 and advantage != AdvantageConfig():
             raise ValueError(f"advantage.* shapes student.divergence=k1, but it is {self.student.divergence}")
-        if not k1 and self.importance.correction in ("ratio", "clip"):
+        correction, divergence = self.importance.correction, self.student.divergence
+        if correction != "none" and divergence in _ON_DISTRIBUTIONS:
             raise ValueError(
-                f"importance.correction={self.importance.correction} needs student.divergence=k1, but it is "
-                f"{self.student.divergence}, which takes none, truncate or mask"
+                f"importance.correction={correction} weighs the sampled token, but student.divergence={divergence} "
+                "does not depend on it: it would correct nothing; take none, or divergence k1, k2 or k3"
+            )
+        if not k1 and correction in ("ratio", "clip"):
+            raise ValueError(
+                f"importance.correction={correction} needs student.divergence=k1, but it is {divergence}, which takes "
+                "none, truncate or mask"
             )
         if k1 and advantage.teacher_coef == advantage.reward_coef == 0:
             raise ValueError("advantage.teacher_coef and advantage.reward_coef are both 0: there is no advantage")

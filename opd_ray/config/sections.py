@@ -127,7 +127,8 @@ class DataConfig:
     golden_filter: Literal["none", "correct"] = "none"
     """correct: the task's verifier has to agree with each golden response."""
     golden_problems: Literal["refuse", "skip"] = "refuse"
-    """Golden rows without EOS, over length or judged wrong: end the run, or leave them out and say how many."""
+    """Golden rows without EOS, over length, repetitive (rep(o) of metrics.*) or judged wrong: end the run, or leave
+    them out and say how many."""
     evaluation: Annotated[str, NOTHING] = EMBEDDED
     """JSONL or Parquet file of held-out problems."""
     shuffle: bool = True
@@ -219,7 +220,8 @@ class BufferConfig:
     teacher_per_prompt: Schedule = 0.0
     """Rollouts that the teacher samples live for each prompt that is its own; number or schedule."""
     teacher_filter: Literal["none", "finished", "correct"] = "correct"
-    """Teacher rollouts that are trained on: all, those that ended by themselves, or those the task verified."""
+    """Teacher rollouts that are trained on: all, those that ended by themselves, or those the task verified; of the
+    last two none that is repetitive (rep(o) of metrics.*)."""
     on_policy_probability: Schedule | None = None
     """λ of GKD: a step trains on student rollouts only with this probability, else on golden and teacher ones only."""
     max_staleness: Annotated[int, NOTHING] = Field(2, ge=0)

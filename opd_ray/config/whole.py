@@ -127,6 +127,12 @@ class Config:
                 f"loss.student.divergence={student.divergence} estimates a mean over the student's own distribution: "
                 "it needs rollout.temperature=1 and rollout.top_p=1 (or a divergence on a support)"
             )
+        anchor = self.loss.reference
+        if anchor.used and anchor.needs_student_samples and reshaped:
+            raise ValueError(
+                f"loss.reference.estimator={anchor.estimator} estimates a mean over the student's own distribution: "
+                "it needs rollout.temperature=1 and rollout.top_p=1 (or estimator=top_k or full)"
+            )
         if self.loss.importance.correction != "none" and reshaped:
             raise ValueError(
                 "loss.importance compares with the distribution that was sampled from: it needs "
@@ -162,7 +168,7 @@ class Config:
         if self.loss.reference.estimator == "full" and self.reference.follows_student:
             raise ValueError(
                 f"reference.update={self.reference.update} cannot be compared with loss.reference.estimator=full: the "
-                "learner keeps the output layer that the run began with; take top_k or k3"
+                "learner keeps the output layer that the run began with; take top_k or k2"
             )
         if self.loss.reference.used and self.loss.reference.estimator == "full" and self.reference.engine != "torch":
             raise ValueError("loss.reference.estimator=full needs reference.engine=torch: vLLM gives no hidden states")

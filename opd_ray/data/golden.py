@@ -1,7 +1,7 @@
 """Golden solutions: complete responses to train on, checked and in the form that rollouts have.
 
-StableOPD's golden data is complete, not truncated, and ends in EOS (METHOD §3). A row that is not is refused or,
-where ``data.golden_problems=skip``, left out and counted. Preflight and the loader share these checks.
+StableOPD's golden data is complete, not truncated, not repetitive, and ends in EOS (METHOD §3). A row that is not is
+refused or, where ``data.golden_problems=skip``, left out and counted. Preflight and the loader share these checks.
 
     rows of text      prompt and response; the first token of the EOS set is appended
     rows of tokens    a rollout log's prompt_tokens and response_tokens, as they are: the last one must be an EOS
@@ -30,6 +30,7 @@ _KINDS = {
     "without_eos": "without EOS",
     "eos_inside": "with an EOS inside",
     "over_length": "over length",
+    "repetitive": "that repeat themselves",
     "wrong": "judged wrong",
 }
 """What can be the matter with a row, in the order in which it is looked for; a row counts once."""
@@ -72,7 +73,7 @@ def load_golden(
     """
     models = inspect_run(config)
     solutions, report = check_golden(config, models, eos_token_ids)
-    metas = [_meta(solution, config) for solution in solutions]
+    metas = [_meta(solution) for solution in solutions]
     empty: list[list[int]] = [[] for _ in metas]
     columns: dict[str, Any] = {
         "rollout_id": [meta.rollout_id for meta in metas],
@@ -298,6 +299,9 @@ def _problem(
                 "over_length",
                 f"prompt, response and EOS are {total} tokens, more than the context of {limit} of {name}",
             )
+    window, ratio = config.repetition
+    if is_repetitive(solution.text, window, ratio):
+        return "repetitive", f"its last {window} characters compress by more than metrics.repetition_ratio={ratio:.3g}"
     return None
 
 
@@ -368,7 +372,7 @@ def _check_pairs(config: Config, prompts: Rows, pairs: Mapping[str, int], report
     )
 
 
-def _meta(solution: Solution, config: Config) -> RolloutMeta:
+def _meta(solution: Solution) -> RolloutMeta:
     return RolloutMeta(
         rollout_id=f"golden-{solution.number}",
         slot=-1,
@@ -378,7 +382,7 @@ def _meta(solution: Solution, config: Config) -> RolloutMeta:
         num_response_tokens=len(solution.response_tokens),
         finish_reason="stop",
         correct=solution.row.get("correct", True),
-        repetitive=is_repetitive(solution.text, *config.repetition),
+        repetitive=False,
         oldest_version=-1,
         newest_version=-1,
         mean_version=-1.0,

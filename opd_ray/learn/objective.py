@@ -31,7 +31,7 @@ from opd_ray.learn.heads import ResponseHead, chunk_rows
 from opd_ray.learn.losses import ScoredTokens, TokenBatch, is_any_of
 from opd_ray.learn.losses.advantage import combined_logprobs, discounted, log_ratios, uses_teacher
 from opd_ray.learn.losses.diagnostics import student_metrics, topk_overlap
-from opd_ray.learn.losses.reduction import before_repetition, token_weights
+from opd_ray.learn.losses.reduction import before_tail, token_weights
 from opd_ray.learn.losses.terms import reference_loss, source_loss
 from opd_ray.learn.microbatch import MicroBatch, Segment
 from opd_ray.messages import REFERENCE, Coefficients, Count, Denominators, Source
@@ -104,7 +104,7 @@ class Objective:
         repetitive, behaviour = batch.repetitive[segment.tokens], batch.behaviour_logprobs[segment.tokens]
         kept = torch.ones_like(repetitive)
         if coefficients.mask_truncated_tails:
-            kept = before_repetition(repetitive, truncated, lengths)
+            kept = before_tail(repetitive, truncated, lengths)
         last = torch.zeros_like(repetitive)
         last[lengths.cumsum(0) - 1] = 1.0
         in_truncated = truncated.repeat_interleave(lengths).float()

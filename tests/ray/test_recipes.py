@@ -223,7 +223,6 @@ def check_opsd(outcome: Outcome) -> None:
 
 def check_sdpo(outcome: Outcome) -> None:
     check_opsd(outcome)
-    assert outcome.values("learner/capped_share")
 
 
 def check_grpo(outcome: Outcome) -> None:

@@ -128,6 +128,7 @@ class FakeGenerator(Receiver):
                 newest_version=self.version,
                 mean_version=float(oldest),
                 correct=group.slot % 2 == 0,
+                repetitive=self.source == "teacher" and group.slot == 2,
             )
             for group in groups
             for i in range(group.num_responses)

@@ -116,7 +116,16 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
         (["loss.golden.divergence=reverse_kl", "loss.golden.support=student_top_k"], "that the student sampled"),
         (["loss.student.entropy_gate=1", "loss.student.divergence=jsd"], "entropy_gate adds to"),
         (["loss.advantage.clip=2"], "advantage.* shapes student.divergence=k1"),
-        (["loss.importance.correction=clip"], "importance.correction=clip needs student.divergence=k1"),
+        # The bug: weights of the sampled token, .53 and .22 in the mean, on a divergence that does not depend on it.
+        (["loss.importance.correction=truncate"], "it would correct nothing; take none, or divergence k1, k2 or k3"),
+        (
+            ["loss.importance.correction=mask", "loss.student.divergence=jsd"],
+            "student.divergence=jsd does not depend on it",
+        ),
+        (
+            ["loss.importance.correction=clip", "loss.student.divergence=k2"],
+            "importance.correction=clip needs student.divergence=k1",
+        ),
         (["loss.student.divergence=k1", "loss.advantage.discount=1"], "needs advantage.policy=behaviour"),
         (["loss.student.divergence=k1", "loss.advantage.teacher_coef=0"], "there is no advantage"),
         (
@@ -130,9 +139,16 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
         ),
         (["loss.student.divergence=k1", "loss.advantage.reward_coef=1"], "responses_per_prompt must be 2 or more"),
         (["loss.student.divergence=k1", "rollout.temperature=0.7"], "rollout.temperature=1"),
-        (["loss.importance.correction=truncate", "rollout.top_p=0.9"], "rollout.top_p=1"),
+        (
+            ["loss.importance.correction=truncate", "loss.student.divergence=cross_entropy", "rollout.top_p=0.9"],
+            "rollout.top_p=1",
+        ),
         (["loss.student.support=full", "teacher.engine=vllm"], "teacher.engine=torch"),
         (["loss.reference.estimator=full", "reference.engine=vllm"], "reference.engine=torch"),
+        (["loss.reference.estimator=k3", "rollout.temperature=0.7"], "loss.reference.estimator=k3 estimates a mean"),
+        (["loss.reference.estimator=k2", "rollout.top_p=0.9"], "or estimator=top_k or full"),
+        (["loss.reference.estimator=k3", "loss.reference.on_golden=true"], "take estimator=top_k or full"),
+        (["loss.reference.estimator=k2", "loss.reference.on_golden=true"], "that the student sampled"),
         (["reference.update=average", "reference.engine=vllm"], "needs engine=torch"),
         (["reference.update=average", "loss.reference.estimator=full"], "cannot be compared with"),
         (["teacher.update=average", "loss.student.support=full"], "cannot be compared with support=full"),

@@ -18,7 +18,7 @@ from opd_ray.messages import ROLLOUT_SCHEMA
 from opd_ray.run import preflight
 
 EOS = (1, 2)
-NO_PROBLEMS = {"without_eos": 0, "eos_inside": 0, "over_length": 0, "wrong": 0}
+NO_PROBLEMS = {"without_eos": 0, "eos_inside": 0, "over_length": 0, "repetitive": 0, "wrong": 0}
 PAIRED = {"buffer__golden_pairing": "prompt"}
 
 
@@ -88,16 +88,20 @@ def test_tokens_may_also_come_as_jsonl(setting: dict[str, str]) -> None:
     assert golden.load_golden(configured(setting), EOS)[1]["response_tokens"].to_pylist() == [[*encode("4"), 1]]
 
 
-def test_looping_solutions_are_marked(setting: dict[str, str]) -> None:
-    as_text(setting, [{"prompt": "2+2=", "response": "1+1=2" * 9}])
-    config = configured(
-        setting,
-        rollout__max_response_tokens="50",
-        student__max_context_tokens="60",
-        metrics__repetition_window_chars="30",
-    )
-    meta = golden.load_golden(config, EOS)[0][0]
-    assert meta.repetitive
+def test_looping_solutions_are_refused_or_left_out_and_counted(setting: dict[str, str]) -> None:
+    """The bug: a golden solution that repeats itself was marked so, and trained on."""
+    as_text(setting, [{"prompt": "2+2=", "response": "4"}, {"prompt": "2+2=", "response": "1+1=2" * 9}])
+    fields = {
+        "rollout__max_response_tokens": "50",
+        "student__max_context_tokens": "60",
+        "metrics__repetition_window_chars": "30",
+    }
+    message = refused(lambda: golden.load_golden(configured(setting, **fields), EOS))
+    assert "1 that repeat themselves (row 2); row 2: its last 30 characters compress by more than" in message
+    skipping = configured(setting, data__golden_problems="skip", **fields)
+    metas, _, report = golden.load_golden(skipping, EOS)
+    assert [meta.rollout_id for meta in metas] == ["golden-1"]
+    assert report == {"rows": 2, "used": 1} | NO_PROBLEMS | {"repetitive": 1}
 
 
 # ---- what is the matter with a row ----

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_ray.learn.losses.reduction import before_repetition, token_weights
+from opd_ray.learn.losses.reduction import before_tail, token_weights
 from opd_ray.messages import Count
+from opd_ray.repetition import repeated_ngrams
 
 REDUCTIONS = ("token", "sequence", "sum")
 
@@ -44,16 +46,55 @@ def test_no_tokens_weigh_nothing() -> None:
     nothing = torch.zeros(0, dtype=torch.int64)
     for reduction in REDUCTIONS:
         assert token_weights(nothing, Count(), reduction).shape == (0,)
-    assert before_repetition(torch.zeros(0), torch.zeros(0, dtype=torch.bool), nothing).shape == (0,)
+    assert before_tail(torch.zeros(0), torch.zeros(0, dtype=torch.bool), nothing).shape == (0,)
 
 
-@settings(max_examples=50, deadline=None)
-@given(rows=st.lists(st.tuples(st.lists(st.booleans(), min_size=1, max_size=8), st.booleans()), min_size=1, max_size=6))
-def test_a_truncated_rollout_counts_until_its_first_repetition(rows: list[tuple[list[bool], bool]]) -> None:
+def tail_start(repetitive: list[bool]) -> int:
+    """By its definition: the shortest of the suffixes with the largest Σ (repetitive − ¾), if that is a tail."""
+    scores = {start: sum(4 * each - 3 for each in repetitive[start:]) for start in range(len(repetitive))}
+    start = max(scores, key=lambda each: (scores[each], each))
+    return start if scores[start] > 0 and len(repetitive) - start >= 7 else len(repetitive)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.lists(st.booleans(), max_size=20), st.lists(st.sampled_from([True] * 9 + [False]), max_size=30)
+        ).filter(any)
+        | st.tuples(st.lists(st.booleans(), min_size=1, max_size=8), st.just([])),
+        min_size=1,
+        max_size=6,
+    ),
+    cut=st.lists(st.booleans(), min_size=6, max_size=6),
+)
+def test_a_truncated_rollout_counts_until_its_repetitive_tail(rows: list, cut: list[bool]) -> None:
+    rows = [head + tail for head, tail in rows]
     expected = []
-    for repetitive, truncated in rows:
-        first = repetitive.index(True) if truncated and True in repetitive else len(repetitive)
-        expected += [1.0] * first + [0.0] * (len(repetitive) - first)
-    flat = torch.tensor([float(value) for row, _ in rows for value in row])
-    truncated, lengths = torch.tensor([cut for _, cut in rows]), torch.tensor([len(row) for row, _ in rows])
-    assert before_repetition(flat, truncated, lengths).tolist() == expected
+    for row, truncated in zip(rows, cut, strict=False):
+        start = tail_start(row) if truncated else len(row)
+        expected += [1.0] * start + [0.0] * (len(row) - start)
+    flat = torch.tensor([float(value) for row in rows for value in row])
+    lengths = torch.tensor([len(row) for row in rows])
+    assert before_tail(flat, torch.tensor(cut[: len(rows)]), lengths).tolist() == expected
+
+
+def kept_of(*responses: np.ndarray) -> list[int]:
+    """Tokens that the mask leaves of each truncated response."""
+    lengths = np.array([len(each) for each in responses])
+    repetitive = torch.from_numpy(repeated_ngrams(np.concatenate(responses).astype(np.int64), lengths))
+    kept = before_tail(repetitive, torch.ones(len(responses), dtype=torch.bool), torch.from_numpy(lengths))
+    return [int(each.sum()) for each in kept.split(lengths.tolist())]
+
+
+def test_a_long_derivation_is_kept_and_a_loop_is_not() -> None:
+    """The bug: everything from the first repeated 6-gram on was masked, 87 to 92 % of a healthy long derivation."""
+    rng = np.random.default_rng(0)
+    healthy = rng.integers(0, 5000, 2000)
+    for early in (100, 160, 700, 1400):  # says an equation of 20 tokens again now and then
+        healthy[early : early + 20] = healthy[20:40]
+    unit = rng.integers(0, 5000, 30)
+    looped = np.concatenate([healthy, np.tile(unit, 30)])
+    noisy = looped.copy()
+    noisy[2100::150] = 7  # the loop varies a token now and then
+    assert kept_of(healthy, looped, noisy) == [2000, 2000 + 30 + 5, 2000 + 30 + 5]

@@ -78,6 +78,9 @@ LOSSES: dict[str, dict[str, Any]] = {
     },
     "student's top-k": {
         "student": {"divergence": "reverse_kl", "support": "student_top_k", "tail": "stop_gradient"},
+    },
+    "k3": {
+        "student": {"divergence": "k3"},
         "importance": {"correction": "mask", "mask_low": 0.9, "mask_high": 1.1},
     },
     "gated": {"student": {"entropy_gate": 1.0, "tail": "renormalise"}, "reduction": "sequence"},

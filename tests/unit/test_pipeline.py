@@ -123,13 +123,18 @@ def sources(report):
     return [entry.meta.source for entry in report.entries]
 
 
-def test_live_teacher_rollouts_are_filtered_by_the_verifier_and_scored_like_their_loss_asks():
-    """Odd slots are wrong in the fake; forward KL needs the teacher's top-k, the anchor is the student's alone."""
+@pytest.mark.parametrize(("teacher_filter", "fit"), [("correct", [0]), ("finished", [0, 1, 3]), ("none", [0, 1, 2, 3])])
+def test_live_teacher_rollouts_are_filtered_and_scored_like_their_loss_asks(teacher_filter, fit):
+    """Odd slots are wrong in the fake; forward KL needs the teacher's top-k, the anchor is the student's alone.
+
+    The bug: what the teacher wrote in a loop, as in slot 2, passed every filter."""
     loss = {"teacher": {"coef": 1, "divergence": "forward_kl", "top_k": 7}}
-    made = run(make_pipeline(steps=1, buffer={"teacher_per_prompt": 1.0}, loss=loss, **OFF))
+    made = run(
+        make_pipeline(steps=1, buffer={"teacher_per_prompt": 1.0, "teacher_filter": teacher_filter}, loss=loss, **OFF)
+    )
     (report,) = made.recording.reports
     teacher = [entry for entry in report.entries if entry.meta.source == "teacher"]
-    assert [entry.meta.slot for entry in teacher] == [0, 2]
+    assert [entry.meta.slot for entry in teacher] == fit
     assert all(set(entry.scores) == {"teacher"} for entry in teacher)
     asked = [event[2] for event in made.log if event[:2] == ("teacher", "teacher")]
     assert {request.top_k for request in asked} == {7}

@@ -62,7 +62,7 @@ def test_a_good_setting_gives_what_the_run_needs(setting: dict[str, str]) -> Non
         num_prompts=2,
         num_golden=1,
         num_problems=1,
-        golden={"rows": 1, "used": 1, "without_eos": 0, "eos_inside": 0, "over_length": 0, "wrong": 0},
+        golden={"rows": 1, "used": 1, "without_eos": 0, "eos_inside": 0, "over_length": 0, "repetitive": 0, "wrong": 0},
     )
 
 

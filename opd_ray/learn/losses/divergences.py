@@ -83,6 +83,11 @@ def k2(logprobs: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 
 def k3(logprobs: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """r − 1 − log r, [N]: unbiased on the student's own samples, never negative. |log r| counts up to MAX_LOG_RATIO."""
+    """r − 1 − log r, [N]: its mean on the student's own samples is the reverse KL, never negative. |log r| counts up to
+    MAX_LOG_RATIO.
+
+    Its gradient is (1 − r) ∇log p, whose mean is −Σ q ∇log p: to minimise it is to descend the *forward* KL(q‖p).
+    A rare token that q likes has a huge r: the gradient has a far larger variance than that of k2.
+    """
     log_ratio = (log_q - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.expm1(log_ratio) - log_ratio

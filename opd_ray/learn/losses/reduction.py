@@ -17,6 +17,10 @@ from typing import Literal
 import torch
 
 from opd_ray.messages import Count
+from opd_ray.repetition import REPETITIVE_NGRAM, SHORTEST_TAIL
+
+_SHORTEST = SHORTEST_TAIL - REPETITIVE_NGRAM + 1
+"""Tokens of a tail at least: of a passage of SHORTEST_TAIL tokens, the first n-gram's end is the first that repeats."""
 
 
 def token_weights(
@@ -35,14 +39,24 @@ def token_weights(
     return per_rollout.repeat_interleave(response_lengths)
 
 
-def before_repetition(repetitive: torch.Tensor, truncated: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """[N] float32: 0 from a truncated rollout's first repetitive token on, else 1.
+def before_tail(repetitive: torch.Tensor, truncated: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """[N] float32: 0 in the repetitive tail of a truncated rollout, else 1.
 
-    ``repetitive`` is [N] float32 of packed rollouts, ``truncated`` [rollouts] bool. What is masked keeps its place in
-    the denominators: the rest of the step weighs what it weighs without the mask.
+    ``repetitive`` is [N] float32 of packed rollouts, ``truncated`` [rollouts] bool. The tail is the suffix with the
+    largest Σ (repetitive − ¾): nearly all of its tokens repeat, from its first one on, however many did so before it (a
+    long derivation repeats an n-gram early, and all that follows is worth training on). A tail that is no longer than
+    a passage said twice in passing is none. What is masked keeps its place in the denominators: the rest of the step
+    weighs what it weighs without the mask.
     """
-    seen = repetitive.long().cumsum(0)
-    starts = lengths.cumsum(0) - lengths
-    before = torch.where(starts > 0, seen[(starts - 1).clamp(min=0)], 0)
-    within = seen - before.repeat_interleave(lengths)
-    return 1.0 - ((within > 0) & truncated.repeat_interleave(lengths)).float()
+    if not repetitive.numel():
+        return torch.ones_like(repetitive)
+    score = repetitive.long() * 4 - 3
+    before = score.cumsum(0) - score
+    rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    position = torch.arange(len(score), device=lengths.device)
+    ends = lengths.cumsum(0)
+    lowest = before.new_zeros(len(lengths)).scatter_reduce(0, rows, before, "amin", include_self=False)
+    candidates = torch.where(before == lowest[rows], position, -1)
+    start = torch.full_like(lowest, -1).scatter_reduce(0, rows, candidates, "amax")
+    loops = truncated & (score.cumsum(0)[ends.clamp(min=1) - 1] > lowest) & (ends - start >= _SHORTEST)
+    return 1.0 - ((position >= start[rows]) & loops[rows]).float()

@@ -57,7 +57,10 @@ def compare(batch: TokenBatch, scored: ScoredTokens, support: Support, tail: Tai
             f"support={support} needs log-probs of {'the top-k' if support == 'teacher_top_k' else 'given ids'} "
             "(k ≥ 1), but the scores have none; ask the scorer for them"
         )
-    return _with_tail(*_on_ids(batch, scored, ids, log_q), tail, complete=ids.shape[-1] >= batch.vocab_size)
+    complete = None
+    if ids.shape[-1] >= batch.vocab_size:  # not enough by itself: a padded vocabulary has ids that the student lacks
+        complete = (ids < batch.vocab_size).sum(-1, keepdim=True) >= batch.vocab_size
+    return _with_tail(*_on_ids(batch, scored, ids, log_q), tail, complete)
 
 
 def _on_ids(
@@ -118,12 +121,11 @@ def _merged(logprobs: torch.Tensor, stop_token_ids: tuple[int, ...]) -> torch.Te
 
 
 def _with_tail(
-    log_p: torch.Tensor, log_q: torch.Tensor, known: torch.Tensor | None, tail: Tail, complete: bool
+    log_p: torch.Tensor, log_q: torch.Tensor, known: torch.Tensor | None, tail: Tail, complete: torch.Tensor | None
 ) -> Outcomes:
-    if complete:
-        return Outcomes(log_p, log_q, known)
+    """``complete`` [N, 1] bool: the row holds every id of the student, so that it has no tail; None for no row."""
     if tail == "stop_gradient":
-        return Outcomes(log_p, log_q, known, truncated=True)
+        return Outcomes(log_p, log_q, known, truncated=complete is None or not bool(complete.all()))
     inside_p, inside_q = log_p, log_q
     if known is not None:
         inside_p, inside_q = (logprobs.masked_fill(~known, -torch.inf) for logprobs in (log_p, log_q))
@@ -131,8 +133,9 @@ def _with_tail(
         # A row without a single known outcome has nothing to compare; 0 keeps it finite.
         mass_p, mass_q = (inside.logsumexp(-1, keepdim=True) for inside in (inside_p, inside_q))
         return Outcomes(log_p - mass_p.clamp(min=-1e4), log_q - mass_q.clamp(min=-1e4), known)
-    if known is not None:
-        known = torch.nn.functional.pad(known, (0, 1), value=True)
+    if known is not None or complete is not None:
+        has_tail = torch.ones_like(log_p[:, :1], dtype=torch.bool) if complete is None else ~complete
+        known = torch.cat((torch.ones_like(log_p, dtype=torch.bool) if known is None else known, has_tail), -1)
     p_tail, q_tail = (tail_mass(inside).log().unsqueeze(-1) for inside in (inside_p, inside_q))
     return Outcomes(torch.cat((log_p, p_tail), -1), torch.cat((log_q, q_tail), -1), known)
 

@@ -32,23 +32,23 @@ def source_loss(
         loss = TokenLoss(-batch.plain_logprobs)
     elif term.divergence == "k1":
         loss = policy_gradient(batch, weights, config.advantage, config.importance)
-        if term.entropy_gate is not None:
-            loss = _plus(loss, _over_teachers(batch, weights, heads, lambda *of: _gated_alone(batch, term, *of)))
     else:
         loss = _over_teachers(batch, weights, heads, lambda *of: _divergence(batch, term, *of))
-    if source != "student":
-        return loss
-    ratio, metrics = importance_weights(batch, config.importance)
-    return TokenLoss(loss.values if ratio is None else loss.values * ratio, loss.metrics | metrics)
+    if source == "student":
+        ratio, metrics = importance_weights(batch, config.importance)
+        loss = TokenLoss(loss.values if ratio is None else loss.values * ratio, loss.metrics | metrics)
+    if term.divergence == "k1" and term.entropy_gate is not None:  # unweighted: it does not depend on the sampled token
+        loss = _plus(loss, _over_teachers(batch, weights, heads, lambda *of: _gated_alone(batch, term, *of)))
+    return loss
 
 
 def reference_loss(batch: TokenBatch, config: AnchorConfig, head: Head | None = None) -> torch.Tensor:
-    """KL(π_θ‖π_ref) of each token's distribution or its k3 estimate, [N] nats. RunError without reference scores."""
+    """KL(π_θ‖π_ref) of each token's distribution, or its k2 or k3, [N] nats. RunError without reference scores."""
     scored = batch.reference
     if scored is None:
         raise RunError("the KL to the reference needs the reference's scores, but the batch has none")
-    if config.estimator == "k3":
-        return k3(batch.logprobs, scored.logprobs)
+    if config.needs_student_samples:
+        return (k2 if config.estimator == "k2" else k3)(batch.logprobs, scored.logprobs)
     support = "full" if config.estimator == "full" else "teacher_top_k"
     return diverge("reverse_kl", compare(batch, scored, support, config.tail, head))
 
