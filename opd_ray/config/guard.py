@@ -18,7 +18,8 @@ def _yaml_off(level: Any) -> Any:
 
 @checked_dataclass(frozen=True, kw_only=True, config=_STRICT)
 class GuardConfig:
-    """What raises an alarm, and how far the guard may go; thresholds of three are (warn, act, roll back)."""
+    """What raises an alarm, and how far the guard may go; thresholds of three are (warn, act, roll back). Those of
+    shares count from the run's normal level, and are crossed only beyond the error of some hundred rollouts."""
 
     level: Annotated[Literal["off", "warn", "act", "rollback", "stop"], BeforeValidator(_yaml_off)] = "act"
     """The most the guard may do; each level includes those before it."""
@@ -38,26 +39,19 @@ class GuardConfig:
     """Share of repetitive tokens from which their advantage is compared with that of the others."""
     endorsed_logprob: float = Field(-1.0, le=0)
     """Teacher's mean log-prob from which it endorses what the student writes; on repetitive tokens it warns only."""
-    window_steps: int = Field(3, ge=1)
-    """Steps over which a signal is averaged; it is silent until it has been seen that often."""
-    warmup_steps: int = Field(5, ge=1)
-    """First steps, whose mean length is the measure of length_ratio."""
-    patience_steps: int = Field(5, ge=1)
-    """Steps between two actions, and steps of quiet after which a signal is announced anew."""
-    num_notches: int = Field(2, ge=1)
-    """Equal parts in which the strength rises from what is configured to its limits."""
     max_golden_per_prompt: float = Field(2.0, ge=0)
     """Limit of golden rollouts for each on-policy prompt; 0 leaves them alone."""
-    max_golden_coef: float = Field(3.0, ge=0)
-    """Limit of λ_gold, which rises with the golden share."""
-    max_reference_kl_coef: float = Field(0.1, ge=0)
-    """Limit of β_KL; 0 leaves it alone."""
+    max_golden_factor: float = Field(3.0, ge=1)
+    """Limit of λ_gold as a multiple of the configured one, or of the student's coefficient where that is 0."""
+    max_reference_kl: float = Field(1.0, ge=0)
+    """Limit of β_KL as a multiple of the student's coefficient, for their ratio decides: at 1 a token's probability is
+    drawn to the geometric mean of teacher's and reference's, at .1 hardly at all; 0 leaves it alone."""
     mask_truncated_tails: bool = True
     """Whether the first action also takes the tails of truncated rollouts out of the loss."""
     max_rollbacks: int = Field(2, ge=0)
     """Rollbacks of one run; then it is stopped, where level allows."""
     max_non_finite_steps: int = Field(3, ge=1)
-    """Steps in a row without a finite loss after which the run is stopped, whatever the level but off."""
+    """Steps in a row without a finite loss after which the run is rolled back where level allows, or else stopped."""
 
     def __post_init__(self) -> None:
         for name in _SHARES:

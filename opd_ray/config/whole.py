@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -243,13 +242,6 @@ class Config:
             reference_kl_coef=schedule.lowest(self.loss.reference.coef),
             mask_truncated_tails=self.loss.mask_truncated_tails,
         )
-
-    @property
-    def guard_within_reach(self) -> GuardConfig:
-        """The guard's limits, as far as the mixture can follow: paired golden solutions come at most once a prompt."""
-        if self.buffer.golden_pairing != "prompt":
-            return self.guard
-        return replace(self.guard, max_golden_per_prompt=min(1.0, self.guard.max_golden_per_prompt))
 
     @property
     def student_top_k(self) -> int:

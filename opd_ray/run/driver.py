@@ -19,7 +19,7 @@ from typing import Any
 
 from opd_ray import config as configs
 from opd_ray.buffer.replay import ReplayBuffer
-from opd_ray.config import Config
+from opd_ray.config import Config, schedule
 from opd_ray.errors import GroupLost, OpdError, RunError, Terminated, first_failure
 from opd_ray.evaluate import Evaluation
 from opd_ray.pipeline import GuardOrder, Pipeline
@@ -64,10 +64,12 @@ class Driver:
         self._config, self._facts, self._run_dir = config, facts, run_dir
         self._session, self._shelf, self._observers = session, shelf, observers
         self._guard = Guard(
-            config.guard_within_reach,
+            config.guard,
             has_golden=config.loads_golden,
             has_reference=config.loss.reference.used,
             configured=config.least_strength,
+            student_coef=schedule.highest(config.loss.student.coef),
+            rollouts_per_step=config.buffer.prompts_per_step * config.rollout.responses_per_prompt,
         )
         self._guard_at_start = self._guard.state()
         self._where = Whereabouts()

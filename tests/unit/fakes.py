@@ -197,7 +197,13 @@ async def make_pipeline(
     cast.learner_metrics = {step: [dict(metrics)] for step, metrics in (learner_metrics or {}).items()}
     prepare(cast)
     rooms = cast.rooms()
-    guard = Guard(config.guard, has_golden=True, has_reference=True, configured=config.least_strength)
+    guard = Guard(
+        config.guard,
+        has_golden=True,
+        has_reference=True,
+        configured=config.least_strength,
+        student_coef=config.loss.student.coef,
+    )
     prompts = stream(rows, Shuffled(len(rows), 0))
     delivery = Delivery(config, rooms.learner, rooms.generators, list(rooms.followers.values()), lambda *_, **__: None)
     delivery.manifest = MANIFEST

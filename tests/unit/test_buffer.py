@@ -87,3 +87,11 @@ def test_a_slot_that_comes_twice_is_an_error():
             await buffer.add([0], [entry(0)])
 
     asyncio.run(scenario())
+
+
+def test_the_guard_gets_more_than_one_golden_rollout_a_prompt_where_they_are_paired():
+    """The bug: with golden_pairing=prompt its strongest remedy was out of reach, for one a prompt was the most."""
+    entries = [golden(i) for i in range(6)]
+    paired = GoldenSet(entries, Shuffled(6, seed=0, shuffle=False), {"a": 4, "b": 5})
+    taken = paired.take(4, ["a", "b"])
+    assert [entries.index(entry) for entry in taken] == [4, 5, 0, 1]

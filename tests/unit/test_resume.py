@@ -9,6 +9,8 @@ import fake_ray
 from driven import assert_whole, cast_of, die, drive, in_no_hurry, latest, logged, on_call, slow_learner
 from opd_ray.errors import RunError, Terminated
 
+ROLLBACK = {"level": "rollback", "max_non_finite_steps": 1}
+
 # ---- signals ----
 
 
@@ -169,7 +171,7 @@ def test_a_checkpoint_whose_objects_are_gone_is_left_out_and_the_run_goes_on(tmp
 @pytest.mark.parametrize("checkpoint", [{"every_steps": 2}, {"every_steps": 0, "memory_every_steps": 2}])
 def test_a_learner_that_is_lost_just_after_a_rollback_goes_on_with_the_stronger_setting(tmp_path, checkpoint):
     """The bug: the state in memory that the run had gone back to did not know of the rollback."""
-    cast = cast_of(guard={"level": "rollback"}, checkpoint=checkpoint)
+    cast = cast_of(guard=ROLLBACK, checkpoint=checkpoint)
     cast.learner_metrics[4] = [{"loss": float("nan")}, {}]
     on_call(cast, "train_step", 6, die, role="learner")  # the first after the rollback
     summary, stopped = drive(tmp_path, cast)
@@ -182,7 +184,7 @@ def test_a_learner_that_is_lost_just_after_a_rollback_goes_on_with_the_stronger_
 
 
 def test_a_signal_after_a_rollback_speaks_of_the_checkpoint_that_is_there(tmp_path):
-    cast = cast_of(in_no_hurry, guard={"level": "rollback"}, checkpoint={"every_steps": 2, "keep": 3})
+    cast = cast_of(in_no_hurry, guard=ROLLBACK, checkpoint={"every_steps": 2, "keep": 3})
     cast.learner_metrics[3] = [{"loss": float("nan")}, {}]
     text = stopped_by_a_signal(tmp_path, cast, lambda: ("abandon", "student-generator-0") in cast.log)
     assert "the checkpoint of step 2 is written" in text

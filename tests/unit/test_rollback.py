@@ -10,6 +10,7 @@ from opd_ray.config import from_dict
 from opd_ray.run.summary import Summary
 
 NAN = {"loss": math.nan}
+ROLLBACK = {"level": "rollback", "max_non_finite_steps": 1}
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def stumble(tmp_path):
 
 
 def test_a_resumed_run_has_the_summary_of_the_whole(stumble):
-    _, _, _, run_dir = stumble(3, 1, guard={"level": "rollback"})
+    _, _, _, run_dir = stumble(3, 1, guard=ROLLBACK)
     kept = latest(run_dir).state["summary"]
     again = Summary(kept)
     assert [event["level"] for event in again.state()["guard_events"]] == ["rollback"]
@@ -43,7 +44,7 @@ def order_of(log, *kinds):
 
 
 def test_a_rollback_goes_on_from_the_last_healthy_checkpoint(stumble):
-    summary, stopped, log, run_dir = stumble(3, 1, guard={"level": "rollback"})
+    summary, stopped, log, run_dir = stumble(3, 1, guard=ROLLBACK)
     assert trained(log) == [0, 1, 2, "not finite", 2, 3, 4, 5]
     assert order_of(log, "abandon", "restore", "begin") == ["begin", "abandon", "restore"]
     assert [event["level"] for event in summary["guard_events"]] == ["rollback"]
@@ -54,21 +55,28 @@ def test_a_rollback_goes_on_from_the_last_healthy_checkpoint(stumble):
 
 
 def test_without_a_healthy_checkpoint_it_begins_again(stumble):
-    _, _, log, _ = stumble(1, 1, guard={"level": "rollback"})
+    _, _, log, _ = stumble(1, 1, guard=ROLLBACK)
     assert trained(log) == [0, "not finite", 0, 1, 2, 3, 4, 5]
     assert order_of(log, "restore", "begin") == ["begin", "begin"]
 
 
 def test_the_stronger_setting_survives_a_kill_after_the_rollback(stumble):
-    _, _, _, run_dir = stumble(3, 1, guard={"level": "rollback"})
+    _, _, _, run_dir = stumble(3, 1, guard=ROLLBACK)
     # The checkpoint that was gone back to is gone by now (keep=1); every later one carries the rollback on.
     assert latest(run_dir).state["guard"]["num_rollbacks"] == 1
 
 
 def test_after_its_last_rollback_the_guard_stops_the_run_with_its_results(stumble):
-    summary, stopped, log, run_dir = stumble(3, 99, guard={"level": "stop", "max_rollbacks": 2})
+    summary, stopped, log, run_dir = stumble(3, 99, guard=ROLLBACK | {"level": "stop", "max_rollbacks": 2})
     assert trained(log) == [0, 1, 2, "not finite", 2, "not finite", 2, "not finite"]
     assert [event["level"] for event in summary["guard_events"]] == ["rollback", "rollback", "stop"]
     assert "step 4, stop: non_finite_loss" in stopped and str(run_dir) in stopped
     assert summary["stopped_at"] == 4
     assert (run_dir / "student" / "weights.txt").read_bytes() == b"w"
+
+
+def test_a_single_step_without_a_finite_loss_costs_no_rollback(stumble):
+    """The bug: it had changed no weights, and the run lost all it had learnt since the last checkpoint."""
+    summary, stopped, log, _ = stumble(3, 1, guard={"level": "rollback"})
+    assert trained(log) == [0, 1, 2, "not finite", 4, 5]
+    assert [event["level"] for event in summary["guard_events"]] == ["warn"] and stopped is None
