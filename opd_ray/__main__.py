@@ -94,7 +94,7 @@ def train(
     run_dir = (run_dir or _new_run_dir(config)).absolute()
     from opd_ray.run import resuming
 
-    resuming.check_run_dir(run_dir, config, resume)  # before the imports below, which take several seconds
+    resuming.check_run_dir(run_dir, config, resume)
     from opd_ray.run import train as running
 
     summary = running.train(config, run_dir, resume=resume, auto_resume=auto_resume)

@@ -8,6 +8,7 @@ from typing import Any
 
 from opd_ray import config as configs
 from opd_ray.config import Config
+from opd_ray.data.files import read_prompts
 from opd_ray.data.golden import is_privileged
 from opd_ray.embedded import prepare as embedded
 from opd_ray.errors import InputError
@@ -19,6 +20,8 @@ def resolve(config: Config) -> Config:
     data = config.data
     golden = str(data.golden).partition(":")[0]
     if configs.EMBEDDED in (config.student.path, data.prompts, golden, data.evaluation):
+        for given in {data.prompts, data.evaluation} - {configs.EMBEDDED}:
+            read_prompts(given, need_answer=False)  # a mistyped name is told before a student is built
         paths = embedded.prepare(config.seed)
 
         def path(value: str | None, built: Path) -> str | None:

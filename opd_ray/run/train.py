@@ -15,7 +15,6 @@ from opd_ray.placement.capacity import cluster_capacity
 from opd_ray.placement.session import Session, cluster
 from opd_ray.report import write_run_report
 from opd_ray.run import preflight, resuming
-from opd_ray.run.driver import Driver
 from opd_ray.snapshots import Checkpoint, Lease, Shelf, Storage
 from opd_ray.snapshots.runners import runner
 from opd_ray.watch.observers import Observer
@@ -45,6 +44,8 @@ def train(
     with cluster() as dashboard:
         preflight.check_resources(config, cluster_capacity)
         shelf, start = find_start(config, run_dir, resume=resume or auto_resume)
+        from opd_ray.run.driver import Driver  # not above: torch takes seconds to import, and no refusal needs it
+
         own = session or Session()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
