@@ -61,7 +61,10 @@ def cli() -> None:
 @cli.command(cls=_ConfiguredCommand, context_settings=_CONTEXT)
 @_config_option
 @click.option(
-    "--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Results; by default a new one in runs/."
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Results; by default a new one in runs/. A job of `ray job submit` needs an absolute path.",
 )
 @click.option(
     "--resume", is_flag=True, help="Continue the run in --run-dir, with its configuration unless --config is given."

@@ -3,8 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from opd_ray.config import Config
+from opd_ray.errors import InputError
+from opd_ray.run import resuming
 
 _RUN = """
 import json, sys
@@ -55,3 +60,14 @@ def test_a_refusal_needs_no_torch(tmp_path, arguments, said):
     (code, *heavy), stderr = refused(*flat)
     assert (code, heavy) == ("2", []), stderr
     assert said in stderr and len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("directory", ["runs/first", "runs"])
+def test_results_are_not_written_into_the_copy_that_a_job_runs_in(tmp_path, monkeypatch, directory):
+    """The bug: a relative --run-dir, and the default one, were gone with the job, which said that it had succeeded."""
+    copy = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_0123"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(InputError, match="after it, results and all; give an absolute path"):
+        resuming.check_run_dir(Path(directory), Config(), resume=False)
+    resuming.check_run_dir(tmp_path / directory, Config(), resume=False)
