@@ -142,14 +142,14 @@ def preflight(
     from opd_ray.placement.session import cluster
     from opd_ray.run.train import find_start
 
-    config = resolve(config)
+    asked, config = config, resolve(config)
     facts = checks.check_files(config)
     with cluster():
         from opd_ray.placement.capacity import cluster_capacity
 
         checks.check_resources(config, cluster_capacity)
         if run_dir is not None:
-            find_start(config, run_dir, resume=resume, hold=False)
+            find_start(asked, run_dir, resume=resume, hold=False)
     _print_table("preflight: nothing to object to", vars(facts))
 
 

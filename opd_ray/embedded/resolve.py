@@ -16,7 +16,7 @@ from opd_ray.errors import InputError
 
 def resolve(config: Config) -> Config:
     """Replaces what stands for the embedded models and data by their paths, building them where needed."""
-    config = _without_foreign_golden(config)
+    config = without_foreign_golden(config)
     data = config.data
     golden = str(data.golden).partition(":")[0]
     if configs.EMBEDDED in (config.student.path, data.prompts, golden, data.evaluation):
@@ -51,7 +51,7 @@ def resolve(config: Config) -> Config:
     )
 
 
-def _without_foreign_golden(config: Config) -> Config:
+def without_foreign_golden(config: Config) -> Config:
     """The embedded golden solutions answer the embedded prompts: never mixed into other data."""
     data = config.data
     if data.prompts == configs.EMBEDDED or not str(data.golden).startswith(configs.EMBEDDED):
