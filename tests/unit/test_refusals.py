@@ -32,9 +32,10 @@ def refused(*arguments):
     [
         (["train", "foo.bar=1"], "unknown field"),
         (["train", "--run-dir", "NEW", "data.prompts=/nonexistent", "data.golden=null", "GOLDLESS"], "/nonexistent"),
-        (["train", "data.prompts=BAD", "student.path=/nonexistent", "data.golden=null", "GOLDLESS"], "bad.jsonl"),
+        (["train", "data.prompts=BAD", "data.evaluation=GOOD", "student.path=/nonexistent",
+          "teacher.path=/nonexistent", "data.golden=null", "GOLDLESS"], "bad.jsonl"),
         (["train", "data.prompts=GOOD", "data.evaluation=GOOD", "data.golden=null", "GOLDLESS",
-          "student.path=/nonexistent"], "student.path=/nonexistent"),
+          "student.path=/nonexistent", "teacher.path=TEACHER"], "student.path=/nonexistent"),
         (["train", "data.prompts=GOOD", "data.evaluation=GOOD", "data.golden=null", "GOLDLESS",
           "student.path=TEACHER", "teacher.path=/nonexistent"], "teacher.path=/nonexistent"),
         (["evaluate", "/nonexistent"], "CHECKPOINT=/nonexistent"),
