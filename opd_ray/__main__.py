@@ -61,7 +61,10 @@ def cli() -> None:
 @cli.command(cls=_ConfiguredCommand, context_settings=_CONTEXT)
 @_config_option
 @click.option(
-    "--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Results; by default a new one in runs/."
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Results; by default a new one in runs/. A job of `ray job submit` needs an absolute path.",
 )
 @click.option(
     "--resume", is_flag=True, help="Continue the run in --run-dir, with its configuration unless --config is given."
@@ -94,7 +97,7 @@ def train(
     run_dir = (run_dir or _new_run_dir(config)).absolute()
     from opd_ray.run import resuming
 
-    resuming.check_run_dir(run_dir, config, resume)  # before the imports below, which take several seconds
+    resuming.check_run_dir(run_dir, config, resume)
     from opd_ray.run import train as running
 
     summary = running.train(config, run_dir, resume=resume, auto_resume=auto_resume)
@@ -139,14 +142,14 @@ def preflight(
     from opd_ray.placement.session import cluster
     from opd_ray.run.train import find_start
 
-    config = resolve(config)
+    asked, config = config, resolve(config)
     facts = checks.check_files(config)
     with cluster():
         from opd_ray.placement.capacity import cluster_capacity
 
         checks.check_resources(config, cluster_capacity)
         if run_dir is not None:
-            find_start(config, run_dir, resume=resume, hold=False)
+            find_start(asked, run_dir, resume=resume, hold=False)
     _print_table("preflight: nothing to object to", vars(facts))
 
 

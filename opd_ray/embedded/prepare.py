@@ -10,7 +10,7 @@ content, so that an edited recipe or another torch never finds an old student.
     validation   512 problems, the same for every seed
     test         1,024 problems, the same for every seed
 
-How the problems look is in `opd_ray.tasks.chain`, how the models learn in `opd_ray.embedded_models`.
+How the problems look is in `opd_ray.tasks.chain`, how the models learn in `opd_ray.embedded.models`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from opd_ray.embedded import models as embedded_models
-from opd_ray.embedded.models import Report
 from opd_ray.errors import InputError
 from opd_ray.tasks import chain
 from opd_ray.tasks.chain import Problem
+
+if TYPE_CHECKING:
+    from opd_ray.embedded.models import Report
 
 TEACHER_DIR = Path(__file__).parent / "assets" / "chain_teacher"
 NUM_PROMPTS = 8192
@@ -45,7 +47,7 @@ MOST_GOLDEN = 8192
 NUM_VALIDATION = 512
 NUM_TEST = 1024
 
-_SOURCES = (Path(__file__), Path(embedded_models.__file__), Path(chain.__file__))
+_SOURCES = (Path(__file__), Path(__file__).with_name("models.py"), Path(chain.__file__))
 _PACKAGES = ("torch", "transformers", "tokenizers")
 _PLAIN_LINE_EVERY_S = 10.0
 
@@ -135,6 +137,9 @@ def problem_sets(seed: int) -> dict[str, list[Problem]]:
 
 
 def _build(seed: int, directory: Path, report: Report) -> None:
+    # Here, because torch and transformers take seconds to import, which whoever is refused need not wait for.
+    from opd_ray.embedded import models as embedded_models
+
     for name, problems in problem_sets(seed).items():
         write_rows(directory / f"{name}.jsonl", problems, with_solutions=name == "golden")
     embedded_models.save(embedded_models.build_student(seed, report), directory / "student")

@@ -8,6 +8,7 @@ from typing import Any
 
 from opd_ray import config as configs
 from opd_ray.config import Config
+from opd_ray.data.files import read_prompts
 from opd_ray.data.golden import is_privileged
 from opd_ray.embedded import prepare as embedded
 from opd_ray.errors import InputError
@@ -15,10 +16,12 @@ from opd_ray.errors import InputError
 
 def resolve(config: Config) -> Config:
     """Replaces what stands for the embedded models and data by their paths, building them where needed."""
-    config = _without_foreign_golden(config)
+    config = without_foreign_golden(config)
     data = config.data
     golden = str(data.golden).partition(":")[0]
     if configs.EMBEDDED in (config.student.path, data.prompts, golden, data.evaluation):
+        for given in {data.prompts, data.evaluation} - {configs.EMBEDDED}:
+            read_prompts(given, need_answer=False)  # a mistyped name is told before a student is built
         paths = embedded.prepare(config.seed)
 
         def path(value: str | None, built: Path) -> str | None:
@@ -48,7 +51,7 @@ def resolve(config: Config) -> Config:
     )
 
 
-def _without_foreign_golden(config: Config) -> Config:
+def without_foreign_golden(config: Config) -> Config:
     """The embedded golden solutions answer the embedded prompts: never mixed into other data."""
     data = config.data
     if data.prompts == configs.EMBEDDED or not str(data.golden).startswith(configs.EMBEDDED):

@@ -82,10 +82,14 @@ def inspect_run(config: Config) -> dict[str, ModelFacts]:
     used: dict[str, ScorerConfig] = dict(config.scorers)
     if config.buffer.uses_teacher_rollouts:
         used.setdefault("teacher", config.teacher)
+    names = {role: f"{field_of(config, role)}.path" for role in used}
+    for name, path in {"student.path": config.student.path, **{names[role]: used[role].path for role in used}}.items():
+        if path != STUDENT:
+            _locate(f"{name}={path}", path)  # all of them before the seconds that the first tokenizer takes
     student = inspect("student.path", config.student.path)
     found = {"student": student}
     for role, scorer in used.items():
-        name = f"{field_of(config, role)}.path"
+        name = names[role]
         if scorer.path in (config.student.path, STUDENT):
             found[role] = dataclasses.replace(student, name=f"{name}={config.student.path}")
         else:

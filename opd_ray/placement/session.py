@@ -19,7 +19,6 @@ from ray.exceptions import AuthenticationError
 
 from opd_ray.config import ROOMS, Config, differences
 from opd_ray.errors import InputError, RunError
-from opd_ray.placement import launch
 from opd_ray.rooms import Rooms, logs
 
 _CONNECT_S = 10.0
@@ -116,6 +115,8 @@ class Session:
                 "rooms must agree on it"
             )
         if self._rooms is None:
+            from opd_ray.placement import launch  # torch: whoever is refused before needs none
+
             self._rooms = launch.start_rooms(
                 self._rooms_for, namespace=new_namespace(), max_context_tokens=max_context_tokens
             )
@@ -124,5 +125,7 @@ class Session:
     def close(self) -> None:
         """Ends the actors."""
         if self._rooms is not None:
+            from opd_ray.placement import launch
+
             launch.stop(*self._rooms.all.values(), self._rooms.recorder)
             self._rooms = None

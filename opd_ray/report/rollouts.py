@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from opd_ray.config import EMBEDDED
+from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.report.runs import Run
 
 MAX_STEPS = 24
@@ -201,7 +203,8 @@ class _Vocabulary:
 
 def _tokenizer(run: Run) -> Any | None:
     """The student's, from where the run had it or from what the run exported."""
-    places = [Path(str(run.config.get("student.path") or "")), run.path / "student"]
+    path = str(run.config.get("student.path") or "")
+    places = [TEACHER_DIR if path == EMBEDDED else Path(path), run.path / "student"]  # the embedded models share one
     for place in places:
         if not (place / "tokenizer_config.json").is_file() and not (place / "tokenizer.json").is_file():
             continue

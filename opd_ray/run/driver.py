@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +241,8 @@ class Driver:
                 restored = {slot: [] for slot in snapshot.slots}
                 for entry in snapshot.entries:
                     restored[entry.meta.slot].append(entry)
+                # A smaller max_staleness than the run was saved with: what exceeds it is sampled anew.
+                restored = {slot: group for slot, group in restored.items() if not self._too_old(slot, group)}
         self._where.step = self._where.version = step
         pipeline = Pipeline(
             config=config,
@@ -260,6 +262,12 @@ class Driver:
         self._keeper.pipeline = pipeline
         self._supervisor.learner_waited_s = pipeline.waited_s
         return pipeline
+
+    def _too_old(self, slot: int, group: Sequence[Any]) -> bool:
+        """Will a slot's rollouts be older than ``buffer.max_staleness`` at the step that trains on them?"""
+        buffer = self._config.buffer
+        versions = [entry.meta.oldest_version for entry in group if entry.meta.source == "student"]
+        return bool(versions) and slot // buffer.prompts_per_step - min(versions) > buffer.max_staleness
 
     async def _steps(self, rooms: Rooms, pipeline: Pipeline) -> StepReport | None:
         """Runs the pipeline to its end; the report at which the guard stopped it, if so."""

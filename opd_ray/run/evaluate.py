@@ -13,7 +13,6 @@ from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
 from opd_ray.evaluate import Evaluation
 from opd_ray.evaluate import evaluate as run_evaluation
-from opd_ray.placement import launch
 from opd_ray.placement.capacity import cluster_capacity
 from opd_ray.placement.session import cluster, new_namespace
 from opd_ray.run import preflight
@@ -34,6 +33,8 @@ def evaluate(checkpoint_dir: str, config: Config) -> dict[str, Any]:
 
 
 async def _evaluate_alone(config: Config, facts: Preflight) -> Evaluation:
+    from opd_ray.placement import launch  # torch: what is refused needs none
+
     pool = launch.start_generators(
         config, namespace=new_namespace(), max_context_tokens=facts.max_context_tokens, alone=True
     )

@@ -18,9 +18,17 @@ from opd_ray.config import Config
 from opd_ray.embedded import prepare as embedded
 from opd_ray.errors import InputError
 
+_COPIES_OF_JOBS = "/runtime_resources/working_dir_files/"
+"""Where Ray unpacks the working directory of `ray job submit`, within its session's directory."""
+
 
 def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
-    """Refuses to write over another run, and to continue a run as a different one."""
+    """Refuses to write over another run or where results do not last, and to continue a run as a different one."""
+    if _COPIES_OF_JOBS in "/".join(run_dir.absolute().parts):
+        raise InputError(
+            f"--run-dir {run_dir}: lies in the copy of the working directory that Ray makes for a job and deletes "
+            "after it, results and all; give an absolute path that outlives the job"
+        )
     saved = run_dir / "config.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"--run-dir {run_dir}: is a file; give a new directory")
@@ -71,7 +79,8 @@ def _stands_for(new: Any, old: Any, before: Mapping[str, Any]) -> bool:
     if count:
         return Path(old).name == f"golden-{count}.jsonl"
     path = Path(old)
-    made_here = path == embedded.TEACHER_DIR or path.is_relative_to(embedded.cache_root())
+    # The package may have lain elsewhere: in the copy that Ray made for an earlier job.
+    made_here = path.parts[-4:] == embedded.TEACHER_DIR.parts[-4:] or path.is_relative_to(embedded.cache_root())
     return made_here and not path.name.startswith("golden-")
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 from opd_ray import config as configs
 from opd_ray.config import Config
-from opd_ray.embedded.resolve import resolve
+from opd_ray.embedded.resolve import resolve, without_foreign_golden
 from opd_ray.errors import InputError, RunError
 from opd_ray.evaluate import Evaluation
 from opd_ray.placement.capacity import cluster_capacity
 from opd_ray.placement.session import Session, cluster
 from opd_ray.report import write_run_report
 from opd_ray.run import preflight, resuming
-from opd_ray.run.driver import Driver
 from opd_ray.snapshots import Checkpoint, Lease, Shelf, Storage
 from opd_ray.snapshots.runners import runner
 from opd_ray.watch.observers import Observer
@@ -40,16 +39,19 @@ def train(
     guard stopped the run.
     """
     resuming.check_run_dir(run_dir, config, resume)
-    config = resolve(config)
+    asked, config = config, resolve(config)
     facts = preflight.check_files(config)
     with cluster() as dashboard:
         preflight.check_resources(config, cluster_capacity)
-        shelf, start = find_start(config, run_dir, resume=resume or auto_resume)
+        shelf, start = find_start(asked, run_dir, resume=resume or auto_resume)
+        from opd_ray.run.driver import Driver  # not above: torch takes seconds to import, and no refusal needs it
+
         own = session or Session()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             saved = run_dir / ".config.yaml.partial"
-            saved.write_text(configs.to_yaml(config))
+            # As asked for, "embedded" and all: what that stands for lies, in a job, in a copy that goes with the job.
+            saved.write_text(configs.to_yaml(without_foreign_golden(asked)))
             saved.rename(run_dir / "config.yaml")
             if dashboard:
                 print(f"dashboard: http://{dashboard}")
@@ -71,6 +73,7 @@ def find_start(config: Config, run_dir: Path, *, resume: bool, hold: bool = True
     """Where the checkpoints of a run go, and the one to resume from, if there is one. Needs a connection to Ray. With
     ``hold`` nobody else writes there until the shelf is released.
 
+    ``config`` is what was asked for, not resolved: a checkpoint may have been written where the package lay elsewhere.
     Raises InputError where checkpoints cannot be written, another driver writes them, or the newest is damaged or of
     another run.
     """
@@ -84,7 +87,9 @@ def find_start(config: Config, run_dir: Path, *, resume: bool, hold: bool = True
     def look() -> Checkpoint | None:
         start = shelf.check(resume=resume)
         if start:
-            resuming.check_same_run(f"the checkpoint {start.where}", start.state["config"], config)
+            resuming.check_same_run(
+                f"the checkpoint {start.where}", start.state["config"], without_foreign_golden(config)
+            )
         return start
 
     start = look()

@@ -22,7 +22,6 @@ from typing import TextIO
 
 import numpy as np
 from ray.util.metrics import Gauge
-from torch.utils.tensorboard import SummaryWriter
 
 from opd_ray.messages import RolloutMeta
 
@@ -74,6 +73,8 @@ class MetricsWriter:
         """``continued``: the run went on from ``first_step``, and TensorBoard forgets what came after that before.
         ``steps``: how many are planned."""
         purge_step = first_step + 1 if continued else None
+        from torch.utils.tensorboard import SummaryWriter  # brings torch, which the command line can do without
+
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
         self._lines = _open_lines(run_dir / "metrics.jsonl")
         self._port = MetricsPort("/".join(run_dir.absolute().parts[-2:]), first_step, steps)

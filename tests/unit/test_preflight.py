@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -24,8 +25,12 @@ from checkpoints import (
 )
 from opd_ray import config as configs
 from opd_ray import status
+from opd_ray.config import Config
+from opd_ray.embedded.prepare import TEACHER_DIR
+from opd_ray.errors import InputError
 from opd_ray.models import checkpoints as models
 from opd_ray.run import preflight, resuming
+from opd_ray.run import train as running
 from opd_ray.tasks import get_task
 
 SFT = {
@@ -435,3 +440,39 @@ def test_a_stand_in_continues_only_what_it_stood_for(
         resuming.check_run_dir(tmp_path, now, resume=True)
     else:
         assert "--resume: data.golden is" in refused(lambda: resuming.check_run_dir(tmp_path, now, resume=True))
+
+
+def test_the_embedded_default_is_continued_from_another_copy_of_the_package() -> None:
+    """The bug: a job's run could not be resumed: its teacher lay in the copy of the package that went with the job."""
+    asked = Config()
+    saved = configs.to_dict(asked)
+    saved["teacher"]["path"] = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0/" + "/".join(
+        TEACHER_DIR.parts[-4:]
+    )
+    resuming.check_same_run("the checkpoint", saved, asked)
+    saved["teacher"]["path"] = "/models/chain_teacher"
+    assert "--resume: teacher.path is embedded" in refused(lambda: resuming.check_same_run("it", saved, asked))
+
+
+def test_the_saved_configuration_is_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug: config.yaml held a path into the copy of the package that went with the job."""
+
+    def driver(config: Config, *_: object) -> None:
+        assert config.teacher.path == str(TEACHER_DIR)
+        raise InputError("far enough")
+
+    student = replace(Config().student, path="/student")
+    monkeypatch.setattr(running, "resolve", lambda asked: replace(with_teacher(asked), student=student))
+    monkeypatch.setattr(running, "cluster", contextlib.nullcontext)
+    monkeypatch.setattr(
+        running, "find_start", lambda *_, **__: (type("Shelf", (), {"release": lambda self: None})(), None)
+    )
+    for check in ("check_files", "check_resources"):
+        monkeypatch.setattr(preflight, check, lambda *_: None)
+    monkeypatch.setattr("opd_ray.run.driver.Driver", driver)
+    assert refused(lambda: running.train(Config(), tmp_path / "run")) == "far enough"
+    assert configs.load(tmp_path / "run/config.yaml") == Config()
+
+
+def with_teacher(config: Config) -> Config:
+    return replace(config, teacher=replace(config.teacher, path=str(TEACHER_DIR)))

@@ -112,6 +112,21 @@ def test_a_resumed_run_has_all_that_was_saved(tmp_path):
     assert sorted(int(name.partition("-")[0]) for name in names) == list(range(12))
 
 
+def test_a_smaller_staleness_bound_holds_for_what_was_saved_under_a_larger_one(tmp_path):
+    """The bug: rollouts from a checkpoint were trained on however old, past the max_staleness given at --resume."""
+    saving = {"checkpoint": {"every_steps": 0, "grace_s": 1000}}
+    cast = cast_of(slow_learner, buffer={"max_staleness": 2}, **saving)
+    stopped_by_a_signal(tmp_path, cast, lambda: steps_done(cast) == 3)
+    saved = latest(tmp_path).snapshot
+    old = {entry.meta.slot for entry in saved.entries if entry.meta.slot // 2 > entry.meta.oldest_version}
+    assert old, "the checkpoint has rollouts of earlier weights than those of their step"
+    again = cast_of(slow_learner, buffer={"max_staleness": 0}, **saving)
+    drive(tmp_path, again, resume=True)
+    sampled = {slot for event in again.log if event[0] == "generate" for slot in event[1]}
+    assert old <= sampled
+    assert_whole(again, tmp_path)
+
+
 def test_a_run_on_another_number_of_ranks_goes_on(tmp_path):
     cast = cast_of(in_no_hurry, learner={"num_ranks": 3, "steps": 6}, checkpoint={"every_steps": 0})
     stopped_by_a_signal(tmp_path, cast, lambda: steps_done(cast) == 3)

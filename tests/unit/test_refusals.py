@@ -1,0 +1,74 @@
+"""What a refusal costs: wrong input is told of without the imports that only training needs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opd_ray.config import Config
+from opd_ray.errors import InputError
+from opd_ray.run import resuming
+
+_RUN = """
+import json, sys
+from opd_ray.__main__ import main
+try:
+    main(json.loads(sys.argv[1]))
+except SystemExit as end:
+    print(end.code, *({"torch", "transformers", "vllm"} & sys.modules.keys()))
+"""
+
+
+def refused(*arguments):
+    """(exit code and heavy modules, what was said)."""
+    done = subprocess.run([sys.executable, "-c", _RUN, json.dumps(arguments)], capture_output=True, text=True)
+    return done.stdout.split(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "foo.bar=1"], "unknown field"),
+        (["train", "--run-dir", "NEW", "data.prompts=/nonexistent", "data.golden=null", "GOLDLESS"], "/nonexistent"),
+        (["train", "data.prompts=BAD", "data.evaluation=GOOD", "student.path=/nonexistent",
+          "teacher.path=/nonexistent", "data.golden=null", "GOLDLESS"], "bad.jsonl"),
+        (["train", "data.prompts=GOOD", "data.evaluation=GOOD", "data.golden=null", "GOLDLESS",
+          "student.path=/nonexistent", "teacher.path=TEACHER"], "student.path=/nonexistent"),
+        (["train", "data.prompts=GOOD", "data.evaluation=GOOD", "data.golden=null", "GOLDLESS",
+          "student.path=TEACHER", "teacher.path=/nonexistent"], "teacher.path=/nonexistent"),
+        (["evaluate", "/nonexistent"], "CHECKPOINT=/nonexistent"),
+        (["preflight", "--run-dir", "NEW", "--resume"], "no run to resume"),
+    ],
+)  # fmt: skip
+def test_a_refusal_needs_no_torch(tmp_path, arguments, said):
+    """The bug: torch and transformers were imported for every command, and a mistyped path took 14 s of CPU."""
+    from opd_ray.embedded.prepare import TEACHER_DIR
+
+    (tmp_path / "bad.jsonl").write_text('{"prompt": \n')
+    (tmp_path / "good.jsonl").write_text('{"prompt": "^1+1+1=", "answer": "3"}\n')
+    stand_ins = {
+        "NEW": str(tmp_path / "new"),
+        "BAD": str(tmp_path / "bad.jsonl"),
+        "GOOD": str(tmp_path / "good.jsonl"),
+        "TEACHER": str(TEACHER_DIR),
+        "GOLDLESS": "loss.golden.coef=0 buffer.golden_per_prompt=0 guard.max_golden_per_prompt=0",
+    }
+    for name, value in stand_ins.items():
+        arguments = [argument.replace(name, value) for argument in arguments]
+    flat = [part for argument in arguments for part in argument.split(" ")]
+    (code, *heavy), stderr = refused(*flat)
+    assert (code, heavy) == ("2", []), stderr
+    assert said in stderr and len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("directory", ["runs/first", "runs"])
+def test_results_are_not_written_into_the_copy_that_a_job_runs_in(tmp_path, monkeypatch, directory):
+    """The bug: a relative --run-dir, and the default one, were gone with the job, which said that it had succeeded."""
+    copy = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_0123"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(InputError, match="after it, results and all; give an absolute path"):
+        resuming.check_run_dir(Path(directory), Config(), resume=False)
+    resuming.check_run_dir(tmp_path / directory, Config(), resume=False)
