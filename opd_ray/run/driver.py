@@ -20,7 +20,7 @@ from typing import Any
 from opd_ray import config as configs
 from opd_ray.buffer.replay import ReplayBuffer
 from opd_ray.config import Config
-from opd_ray.errors import GroupLost, OpdError, RunError, Terminated, first_failure
+from opd_ray.errors import GroupLost, OpdError, RunError, Terminated, Unwritable, first_failure
 from opd_ray.evaluate import Evaluation
 from opd_ray.pipeline import GuardOrder, Pipeline
 from opd_ray.placement import launch
@@ -28,6 +28,7 @@ from opd_ray.placement.restarts import Restarts
 from opd_ray.placement.session import Session
 from opd_ray.placement.supervisor import Supervisor
 from opd_ray.rooms import Rooms
+from opd_ray.rooms.threads import in_thread
 from opd_ray.run.dataset import Materials
 from opd_ray.run.preflight import Preflight
 from opd_ray.run.reporter import Reporter
@@ -37,6 +38,7 @@ from opd_ray.snapshots import Checkpoint, Shelf, Snapshot, write_files
 from opd_ray.snapshots.keeper import Keeper
 from opd_ray.snapshots.runners import runner
 from opd_ray.status.state import Whereabouts
+from opd_ray.watch.disk import writing
 from opd_ray.watch.events import Events
 from opd_ray.watch.guard import Guard
 from opd_ray.watch.metrics import MetricsWriter
@@ -114,7 +116,7 @@ class Driver:
             lambda metrics: self._writer.live(metrics),
         )
         self._where.checkpoint_step = start.step if start else None
-        self._go_back_to(start.step if start else 0, continued)
+        await in_thread(self._go_back_to, start.step if start else 0, continued)
         patience = self._config.deadlines.train_s
         reporting = asyncio.create_task(self._reporter.run(), name="status")
         try:
@@ -127,9 +129,14 @@ class Driver:
             patience = 0.0  # the grace time is over, or what was asked for is written
             try:
                 self._finish(self._where.step, "signal")
-            except OSError as failure:
-                print(f"{self._run_dir / SUMMARY} was not written: {failure}", flush=True)
+            except Unwritable as failure:
+                print(failure, flush=True)
             raise
+        except Unwritable as error:
+            await self._try_to_save(self._keeper.save_newest())
+            text = f"{error}; {self._where.how_to_go_on(self._run_dir)}"
+            self._where.end("failed", text)
+            raise Unwritable(text) from error
         except BaseException as error:
             self._where.end("failed", str(error) or type(error).__name__)
             raise
@@ -137,7 +144,7 @@ class Driver:
             reporting.cancel()
             await self._keeper.close(patience)
             self._reporter.write()
-            self._writer.close()
+            await in_thread(self._writer.close)
 
     @staticmethod
     def _groups(rooms: Rooms) -> list[Any]:
@@ -188,7 +195,7 @@ class Driver:
                 await self._begin(rooms)
         self._guard.restore(snapshot.state["guard"] if snapshot else self._guard_at_start)
         if (step := snapshot.step if snapshot else 0) < self._where.step:
-            self._go_back_to(step, True)
+            await in_thread(self._go_back_to, step, True)
         self._summary.go_back(snapshot.state.get("summary") if snapshot else None)
         pipeline = self._pipeline(rooms, snapshot)
         await pipeline.broadcast(self._where.step)
@@ -292,7 +299,8 @@ class Driver:
         result = self._summary.result(self._config, self._after)
         result |= {"golden": self._materials.golden_report, "stopped_at": stopped_at, "stopped_by": stopped_by}
         result |= {"restarts": sum(self._restarts.by_room.values()), "restarts_by_room": dict(self._restarts.by_room)}
-        (self._run_dir / SUMMARY).write_text(json.dumps(result, indent=2) + "\n")
+        with writing(path := self._run_dir / SUMMARY):
+            path.write_text(json.dumps(result, indent=2) + "\n")
         return result
 
     # ---- what goes wrong ----
@@ -345,17 +353,17 @@ class Driver:
         print("a signal asks the run to end: saving after the step under way", flush=True)
         try:
             async with asyncio.timeout(grace):
-                await self._keeper.save_now()
+                await self._try_to_save(self._keeper.save_now())
         except TimeoutError:
             print(f"the step under way could not be finished and saved within {grace:g} s", flush=True)
+        raise Terminated(f"ended by a signal after step {self._where.step}; {self._where.how_to_go_on(self._run_dir)}")
+
+    async def _try_to_save(self, saving: Awaitable[None]) -> None:
+        """What cannot be saved is said: the run ends for another reason."""
+        try:
+            await saving
         except OpdError as error:
             print(f"the state could not be saved: {error}", flush=True)
-        saved = self._where.checkpoint_step
-        raise Terminated(
-            f"ended by a signal after step {self._where.step}; "
-            + (f"the checkpoint of step {saved} is written" if saved is not None else "there is no checkpoint")
-            + f"; go on with --run-dir {self._run_dir} --resume, resuming from step {saved or 0}"
-        )
 
     # ---- parts ----
 
@@ -382,7 +390,7 @@ class Driver:
             return None
         self._where.enter("evaluating")
         evaluation = await pipeline.evaluate(self._config.evaluation.num_problems)
-        self._writer.write(self._where.step, evaluation.metrics())
+        await in_thread(self._writer.write, self._where.step, evaluation.metrics())
         return evaluation
 
 

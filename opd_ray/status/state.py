@@ -190,5 +190,10 @@ class Whereabouts:
         self.enter(phase)
         self.note = note
 
+    def how_to_go_on(self, run_dir: Path) -> str:
+        saved = self.checkpoint_step
+        there = "there is no checkpoint" if saved is None else f"the checkpoint of step {saved} is written"
+        return f"{there}; go on with --run-dir {run_dir} --resume, resuming from step {saved or 0}"
+
     def finish_step(self, step: int) -> None:
         self.step, self.last_step_at = step, time.monotonic()

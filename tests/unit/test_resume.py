@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 import fake_ray
 from driven import assert_whole, cast_of, die, drive, in_no_hurry, latest, logged, on_call, slow_learner
 from opd_ray import status
-from opd_ray.errors import RunError, Terminated
+from opd_ray.errors import RunError, Terminated, Unwritable
 from opd_ray.report.runs import read_run
 from opd_ray.run import train as running
+from opd_ray.watch import metrics
 
 IN_MEMORY = {"every_steps": 0, "memory_every_steps": 1}
 
@@ -127,6 +129,76 @@ def test_a_stopped_run_leaves_its_report(tmp_path, monkeypatch):
         with pytest.raises(Terminated, match="ended by a signal"):
             running.train(cast_of().config, tmp_path / name)
         assert (tmp_path / name / "report.html").exists() == bool(lines)
+
+
+# ---- a disk that is full ----
+
+
+class FullAfter:
+    """A file that takes so many writes."""
+
+    def __init__(self, lines, most):
+        self._lines, self._left = lines, most
+
+    def write(self, text):
+        if self._left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._left -= 1
+        self._lines.write(text)
+
+    def close(self):
+        self._lines.close()
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_with_the_state_in_memory(tmp_path, monkeypatch):
+    """The bug: a bare OSError, and all steps since the last checkpoint were lost."""
+    with monkeypatch.context() as patched:
+        fine = metrics._open_lines
+        patched.setattr(metrics, "_open_lines", lambda path: FullAfter(fine(path), 4))
+        with pytest.raises(RunError) as caught:
+            drive(tmp_path, cast_of(checkpoint=IN_MEMORY))
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path}/metrics.jsonl cannot be written (No space left on device); free some space")
+    assert text.endswith(f"step 4 is written; go on with --run-dir {tmp_path} --resume, resuming from step 4")
+    left = status.read(tmp_path / status.FILE)
+    assert (left.phase, left.note) == ("failed", text)
+    again = cast_of(checkpoint=IN_MEMORY)
+    drive(tmp_path, again, resume=True)
+    assert_whole(again, tmp_path)
+
+
+def test_a_full_disk_is_the_same_failure_wherever_it_shows(tmp_path):
+    """The progress file, the rollout log in its actor, the summary."""
+    for name in ("progress.jsonl", "summary.json"):
+        run_dir = tmp_path / name
+        run_dir.mkdir()
+        (run_dir / name).symlink_to("/dev/full")
+        cast = cast_of(checkpoint=IN_MEMORY)
+        if name == "summary.json":  # a run takes away the one that it finds
+            on_call(cast, "export", 1, lambda _, path=run_dir / name: path.symlink_to("/dev/full"))
+        with pytest.raises(Unwritable, match=rf"{name} cannot be written \(No space left on device\)"):
+            drive(run_dir, cast)
+    cast = cast_of(checkpoint=IN_MEMORY)
+
+    def full(_):
+        raise Unwritable("step-3.parquet cannot be written (No space left on device)")
+
+    on_call(cast, "write", 3, full)
+    with pytest.raises(Unwritable, match="step-3.parquet .*resuming from step 2"):
+        drive(tmp_path / "rollouts", cast)
+
+
+def test_a_full_disk_that_has_the_checkpoints_as_well_is_said_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "_open_lines", lambda path: FullAfter(path.open("a"), 4))
+    cast = cast_of(checkpoint=IN_MEMORY)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    on_call(cast, "train_step", 4, lambda _: monkeypatch.setattr("opd_ray.snapshots.storage.os.fsync", full))
+    with pytest.raises(Unwritable, match="there is no checkpoint; go on with .* resuming from step 0"):
+        drive(tmp_path, cast)
+    assert "the state could not be saved: " in capsys.readouterr().out
 
 
 # ---- checkpoints and resuming ----
