@@ -114,6 +114,7 @@ class Driver:
             self._delivery,
             self._keeper,
             lambda metrics: self._writer.live(metrics),
+            self._say,
         )
         self._where.checkpoint_step = start.step if start else None
         await in_thread(self._go_back_to, start.step if start else 0, continued)
@@ -143,7 +144,7 @@ class Driver:
         finally:
             reporting.cancel()
             await self._keeper.close(patience)
-            self._reporter.write()
+            await self._reporter.close()
             await in_thread(self._writer.close)
 
     @staticmethod
