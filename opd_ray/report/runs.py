@@ -77,7 +77,7 @@ class Run:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """What the guard did, in order; only a finished run tells."""
+        """What the guard said and did, in order, the first and the last of it; only a run that has ended tells."""
         return list((self.summary or {}).get("guard_events") or [])
 
     def evaluation(self, when: str) -> dict[str, float]:
