@@ -26,6 +26,9 @@ from torch.utils.tensorboard import SummaryWriter
 from opd_ray.messages import RolloutMeta
 from opd_ray.watch.disk import writing
 
+_BLOCK = 1 << 20
+"""Bytes of metrics.jsonl that are looked at together."""
+
 
 def rollout_metrics(metas: Sequence[RolloutMeta], version: int, budget: int) -> dict[str, float]:
     """Metrics of the student rollouts that a step trains on; ``version`` is that of the weights it trains,
@@ -116,7 +119,15 @@ class MetricsWriter:
 def _open_lines(path: Path) -> TextIO:
     """To append lines to; the end of one that a killed driver did not finish is cut off."""
     if path.exists():
-        whole = path.read_bytes().rfind(b"\n") + 1
+        with path.open("rb") as file:
+            whole = file.seek(0, os.SEEK_END)
+            while whole:  # from the end: the file of a long run is larger than memory
+                size = min(whole, _BLOCK)
+                file.seek(whole - size)
+                if (at := file.read(size).rfind(b"\n")) >= 0:
+                    whole += at + 1 - size
+                    break
+                whole -= size
         os.truncate(path, whole)
     return path.open("a", encoding="utf-8", buffering=1)
 
