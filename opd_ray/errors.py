@@ -9,6 +9,7 @@
         │   │   └── StartFailed its constructor raised
         │   └── GroupLost       so did one whose room holds state: the run goes back to a checkpoint
         ├── EngineFailed        an inference engine failed: its worker is replaced
+        ├── Unwritable          a file of the run directory cannot be written: its disk is full, most often
         ├── StorageUnavailable  a storage does not answer at the moment; writing is tried again
         ├── Superseded          another driver has taken over the run's checkpoints
         ├── PayloadLost         an object is gone with its node: what it held is made again
@@ -78,6 +79,10 @@ class Terminated(RunError):
 
 class PayloadLost(RunError):
     """An object in Ray's store is gone with the node that held it."""
+
+
+class Unwritable(RunError):
+    """A file of the run directory cannot be written, so that nothing would be left of the steps that follow."""
 
 
 class StorageUnavailable(RunError):

@@ -36,7 +36,7 @@ class CheckpointConfig:
     retry_s: float = Field(900.0, ge=0)
     """How long writing is tried again, while the run goes on, when the storage does not answer; then the run ends."""
     grace_s: float = Field(25.0, gt=0)
-    """On SIGTERM: time to finish the step under way and save; then the run ends with what is saved already."""
+    """On SIGTERM: time to save the newest state in memory, to finish the step under way and to save that, too."""
 
     def location(self, run_dir: Path) -> str:
         """Where the checkpoints of the run in ``run_dir`` go."""

@@ -236,7 +236,8 @@ def _summarised(name: str) -> Callable[[Run], float | None]:
 
 
 def _num_events(run: Run) -> float | None:
-    return len(run.events) if run.finished else None
+    counts = (run.summary or {}).get("guard_event_counts")
+    return (sum(counts.values()) if counts else len(run.events)) if run.finished else None
 
 
 MEASURES = (

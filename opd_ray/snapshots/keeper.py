@@ -214,17 +214,33 @@ class Keeper:
             await self._shelf.amend(left, changes)
 
     async def save_now(self) -> None:
-        """Puts the newest state on the shelf, for good: that after the step under way or, while a state is being
-        restored, that in memory. No other step begins."""
-        snapshot, self._ending = self._newest, True
-        if self.pipeline is not None:
-            await self.pipeline.between_steps.acquire()
-            self._where.enter("saving")
-            await self._settle()
-            saved = self._where.checkpoint_step == self._where.step
-            snapshot = None if saved else await self.take(self._where.step)
+        """Puts the newest state on the shelf, for good: at once that in memory, for the step under way may not end in
+        time; then, unless a state is being restored, that after this step. No other step begins."""
+        self._ending = True
+        if self.pipeline is None:
+            await self.save_newest()
+            return
+        between = self.pipeline.between_steps
+        boundary = asyncio.ensure_future(between.acquire())
+        try:
+            if between.locked():
+                try:
+                    await self.save_newest()
+                except OpdError as error:  # that after the step is tried all the same
+                    self._say("checkpoint_failed", f"checkpoint: {error}")
+            await boundary
+        finally:
+            boundary.cancel()
+        self._where.enter("saving")
         await self._settle()
-        if snapshot is not None and snapshot.step != self._where.checkpoint_step:
+        if self._where.checkpoint_step != self._where.step:
+            await self.write(await self.take(self._where.step))
+
+    async def save_newest(self) -> None:
+        """Puts the newest state in memory on the shelf, unless one that is as new is there."""
+        await self._settle()
+        saved, snapshot = self._where.checkpoint_step, self._newest
+        if snapshot is not None and (saved is None or snapshot.step > saved):
             await self.write(snapshot)
 
     async def close(self, limit_s: float) -> None:

@@ -180,6 +180,10 @@ def _done(status: Status) -> _Reason:
     return f"done: {status.step} of {status.steps} steps{_note(status)}", ()
 
 
+def _stopped(status: Status) -> _Reason:
+    return f"stopped after {status.step} of {status.steps} steps{_note(status)}", ()
+
+
 def _failed(status: Status) -> _Reason:
     return f"failed after {status.step} of {status.steps} steps{_note(status)}", ()
 
@@ -195,6 +199,7 @@ _EXPLAIN: dict[str, Callable[[Status], _Reason]] = {
     "restoring": _restoring,
     "exporting": _exporting,
     "done": _done,
+    "stopped": _stopped,
     "failed": _failed,
 }
 

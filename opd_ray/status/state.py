@@ -35,6 +35,7 @@ Phase = Literal[
     "restoring",
     "exporting",
     "done",
+    "stopped",
     "failed",
 ]
 Place = Literal["generate", "score", "not admitted"]
@@ -120,7 +121,7 @@ class Status:
 
     @property
     def ended(self) -> bool:
-        return self.phase in ("done", "failed")
+        return self.phase in ("done", "stopped", "failed")
 
 
 def oldest_calls(calls: Iterable[CallStatus]) -> tuple[CallStatus, ...]:
@@ -183,6 +184,16 @@ class Whereabouts:
     def enter(self, phase: Phase) -> None:
         if phase != self.phase:
             self.phase, self.since = phase, time.monotonic()
+
+    def end(self, phase: Phase, note: str) -> None:
+        """``note``: how the run ended, one sentence."""
+        self.enter(phase)
+        self.note = note
+
+    def how_to_go_on(self, run_dir: Path) -> str:
+        saved = self.checkpoint_step
+        there = "there is no checkpoint" if saved is None else f"the checkpoint of step {saved} is written"
+        return f"{there}; go on with --run-dir {run_dir} --resume, resuming from step {saved or 0}"
 
     def finish_step(self, step: int) -> None:
         self.step, self.last_step_at = step, time.monotonic()

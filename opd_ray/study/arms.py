@@ -45,6 +45,7 @@ def run_directory(directory: Path, arm: Arm, seed: int) -> Path:
 
 
 def _summary(directory: Path, arm: Arm, seed: int) -> dict[str, Any] | None:
-    """The summary of a finished run."""
+    """The summary of a finished run; one that a signal stopped is run again."""
     path = run_directory(directory, arm, seed) / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    summary = json.loads(path.read_text()) if path.exists() else None
+    return summary if summary and summary.get("stopped_by") != "signal" else None

@@ -23,7 +23,7 @@ from yaml import YAMLError
 
 from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve
-from opd_ray.errors import InputError, RunError
+from opd_ray.errors import InputError, RunError, Terminated
 from opd_ray.evaluate import Evaluation
 from opd_ray.placement.session import Session, cluster, unlike
 from opd_ray.run import preflight
@@ -155,7 +155,7 @@ def _run_arm(directory: Path, arm: Arm, seed: int, teacher: teacher_data.Rollout
             train(config, run_dir, session=session, before=_before(directory, seed))
         except RunError as error:
             # A guard that stopped the run has left a summary: that is an outcome, not a failure of the study.
-            if not (run_dir / "summary.json").exists():
+            if isinstance(error, Terminated) or not (run_dir / "summary.json").exists():
                 raise RunError(f"study: arm '{arm.name}', seed {seed}: {error} (see {run_dir / 'log.txt'})") from None
 
 

@@ -18,12 +18,6 @@ class Events:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._step: int | None = None
-        self._version: int | None = None
-
-    def at(self, step: int, version: int) -> None:
-        """Finished steps, and the version of the weights in the engines; for events that are not told their own."""
-        self._step, self._version = step, version
 
     def say(self, kind: str, text: str, *, step: int | None = None, version: int | None = None, **fields: Any) -> None:
         """``kind`` is one word to count by, ``text`` one sentence; ``fields`` are values that JSON knows, others are
@@ -33,8 +27,8 @@ class Events:
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "kind": kind,
             "text": text,
-            "step": self._step if step is None else step,
-            "version": self._version if version is None else version,
+            "step": step,
+            "version": version,
             **fields,
         }
         plain = json.loads(json.dumps(event, default=str), parse_constant=lambda _: None)

@@ -24,6 +24,10 @@ import numpy as np
 from ray.util.metrics import Gauge
 
 from opd_ray.messages import RolloutMeta
+from opd_ray.watch.disk import writing
+
+_BLOCK = 1 << 20
+"""Bytes of metrics.jsonl that are looked at together."""
 
 
 def rollout_metrics(metas: Sequence[RolloutMeta], version: int, budget: int) -> dict[str, float]:
@@ -75,36 +79,59 @@ class MetricsWriter:
         purge_step = first_step + 1 if continued else None
         from torch.utils.tensorboard import SummaryWriter  # brings torch, which the command line can do without
 
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
-        self._lines = _open_lines(run_dir / "metrics.jsonl")
+        self._board_at, self._lines_at = run_dir / "tensorboard", run_dir / "metrics.jsonl"
+        with writing(self._board_at):
+            self._board = SummaryWriter(str(self._board_at), purge_step=purge_step)
+        with writing(self._lines_at):
+            self._lines = _open_lines(self._lines_at)
+        self._lock, self._closed = threading.Lock(), False
         self._port = MetricsPort("/".join(run_dir.absolute().parts[-2:]), first_step, steps)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """``step`` counts finished optimizer steps; values that are not finite are left out."""
+    def write(self, step: int, metrics: Mapping[str, float], said: Sequence[tuple[str, str]] = ()) -> None:
+        """``step`` counts finished optimizer steps; values that are not finite are left out, and ``said`` are tags and
+        sentences for TensorBoard's text page. Blocks as long as the disk does; writes nothing after ``close``, when the
+        run may have gone back behind ``step``. Raises Unwritable."""
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        for name, value in finite.items():
-            self._board.add_scalar(name, value, step)
-        self._port.write(step, finite)
-        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+        with self._lock:
+            if self._closed:
+                return
+            self._port.write(step, finite)
+            with writing(self._lines_at):
+                self._lines.write(json.dumps({"step": step, **finite}) + "\n")
+            with writing(self._board_at):  # a thread writes it: what fails is raised by a later call
+                for name, value in finite.items():
+                    self._board.add_scalar(name, value, step)
+                for tag, text in said:
+                    self._board.add_text(tag, text, step)
 
     def live(self, metrics: Mapping[str, float]) -> None:
         """What also changes while no step is done, for the metrics port only; call it every few seconds."""
         self._port.live(metrics)
 
-    def say(self, step: int, tag: str, text: str) -> None:
-        """A sentence on TensorBoard's text page."""
-        self._board.add_text(tag, text, step)
-
     def close(self) -> None:
+        """Raises nothing: what a full disk did not take is lost with the run, which has said so."""
         self._port.close()
-        self._board.close()
-        self._lines.close()
+        with self._lock:
+            self._closed = True
+            for file in (self._board, self._lines):
+                try:
+                    file.close()
+                except OSError as error:
+                    print(f"{self._board_at.parent}: the last metrics were not written ({error})", flush=True)
 
 
 def _open_lines(path: Path) -> TextIO:
     """To append lines to; the end of one that a killed driver did not finish is cut off."""
     if path.exists():
-        whole = path.read_bytes().rfind(b"\n") + 1
+        with path.open("rb") as file:
+            whole = file.seek(0, os.SEEK_END)
+            while whole:  # from the end: the file of a long run is larger than memory
+                size = min(whole, _BLOCK)
+                file.seek(whole - size)
+                if (at := file.read(size).rfind(b"\n")) >= 0:
+                    whole += at + 1 - size
+                    break
+                whole -= size
         os.truncate(path, whole)
     return path.open("a", encoding="utf-8", buffering=1)
 

@@ -14,6 +14,8 @@ from opd_ray.evaluate import Evaluation
 from opd_ray.messages import Entry
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.pool import Pool
+from opd_ray.rooms.threads import in_thread
+from opd_ray.watch.disk import writing
 from opd_ray.watch.guard import GuardEvent
 from opd_ray.watch.metrics import MetricsWriter
 
@@ -51,9 +53,8 @@ class Metrics:
         values |= {"guard/events": float(len(report.events))}
         if report.evaluation:
             values |= report.evaluation.metrics()
-        self._writer.write(report.step, values)
-        for event in report.events:
-            self._writer.say(report.step, f"guard/{event.level}", str(event))
+        said = [(f"guard/{event.level}", str(event)) for event in report.events]
+        await in_thread(self._writer.write, report.step, values, said)
 
 
 class RolloutLog:
@@ -103,11 +104,14 @@ class Progress:
             "seconds_left": (self._steps - report.step) * (now - self._began) / done,
         }
         self._printed, self._tokens = now, 0
-        with self._path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(line) + "\n")
+        await in_thread(self._append, json.dumps(line) + "\n")
         print(_line(line), flush=True)
         if report.evaluation:
             say_evaluation(f"step {report.step}", report.evaluation)
+
+    def _append(self, line: str) -> None:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as lines:
+            lines.write(line)
 
 
 def say_evaluation(when: str, evaluation: Evaluation | None) -> None:

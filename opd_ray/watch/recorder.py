@@ -17,6 +17,7 @@ from opd_ray.messages import REFERENCE, ROLLOUT_SCHEMA, Entry, RolloutMeta
 from opd_ray.repetition import repeated_ngrams
 from opd_ray.rooms import logs
 from opd_ray.rooms.node import this_node
+from opd_ray.watch.disk import writing
 
 _log = logs.get(__name__)
 
@@ -33,15 +34,20 @@ class Recorder:
         A row has the step that trained on it, the rollout columns, ``repetitive``, ``tail_period`` and ``worker`` of
         its meta, and the log-probs of the response tokens by the teacher that scored it (its name is in ``teacher``; of
         several that are weighted, the first) and by the reference; null where nobody scored. Of a rollout that is gone
-        with its node since it was trained on, the row has what its meta says.
+        with its node since it was trained on, the row has what its meta says. Raises Unwritable.
         """
         table = pa.Table.from_batches([_row(entry) for entry in entries])
         table = table.add_column(0, "step", pa.array([step] * len(table), pa.int32()))
-        Path(directory).mkdir(parents=True, exist_ok=True)
         target = Path(directory) / f"step-{step:06d}.parquet"
         partial = target.with_suffix(".tmp")
-        pq.write_table(table, partial)
-        partial.rename(target)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                pq.write_table(table, partial)
+                partial.rename(target)
+            except OSError:
+                partial.unlink(missing_ok=True)  # it takes space that the checkpoint needs
+                raise
         _log.bind(step=step).info("wrote %d rollouts to %s", len(table), target)
         return len(table)
 

@@ -1,6 +1,7 @@
 """Whole runs on fake workers that die: every prompt is trained exactly once in the history of the final weights."""
 
 import asyncio
+import errno
 import random
 
 import pytest
@@ -8,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from driven import assert_whole, cast_of, die, drive, events, in_no_hurry, on_call, slow_learner
 from fake_workers import FakeLearner
+from opd_ray import status
 from opd_ray.errors import ActorError, RunError, StartFailed
 
 EVERYTHING = {
@@ -207,6 +209,45 @@ def test_a_learner_that_cannot_start_ends_the_run(tmp_path):
 
     with pytest.raises(StartFailed, match="no such model"):
         drive(tmp_path, cast_of(lambda cast: setattr(cast, "learner", Broken)))
+
+
+# ---- the status ----
+
+
+@pytest.mark.parametrize("broken", ["status", "metrics", "the disk"])
+def test_a_reporter_that_fails_is_told_of_and_goes_on(tmp_path, monkeypatch, broken):
+    """The bug: the task that writes status.json ended without a word, and the file stayed as it was to the end."""
+    cast = cast_of(slow_learner)
+
+    def fails(*_):
+        raise OSError(errno.ENOSPC, "No space left on device") if broken == "the disk" else KeyError("room")
+
+    target = "opd_ray.run.reporter.status.write" if broken == "the disk" else f"opd_ray.run.reporter.Reporter.{broken}"
+    patched = monkeypatch.context()
+    on_call(cast, "train_step", 2, lambda _: patched.__enter__().setattr(target, fails))
+    seen = []
+
+    def mended(_):
+        patched.__exit__(None, None, None)
+        seen.append(status.read(tmp_path / status.FILE).step)
+
+    on_call(cast, "train_step", 4, mended)
+    on_call(cast, "train_step", 6, lambda _: seen.append(status.read(tmp_path / status.FILE).step))
+    drive(tmp_path, cast)
+    assert seen == [0, 4], "it stayed, and went on when it could"
+    (said,) = events(tmp_path, "status_failed")
+    assert "status.json stays as it was: " in said["text"]
+    assert status.read(tmp_path / status.FILE).phase == "done"
+    assert_whole(cast, tmp_path)
+
+
+def test_a_status_that_cannot_be_written_at_the_end_changes_nothing_about_it(tmp_path, monkeypatch):
+    """The bug: what it raised took the place of the run's own outcome."""
+    cast = cast_of()
+    monkeypatch.setattr("opd_ray.run.reporter.Reporter.status", lambda _: {}["room"])
+    summary, _ = drive(tmp_path, cast)
+    assert summary["steps"] == 6
+    assert_whole(cast, tmp_path)
 
 
 # ---- anything, at any time ----

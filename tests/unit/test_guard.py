@@ -276,6 +276,7 @@ def false_actions(rollouts, runs):
     return count
 
 
+@pytest.mark.slow
 def test_it_leaves_healthy_runs_alone():
     """The bug: measured from the lowest mean of three steps, 94 % of healthy runs with 16 rollouts a step saw an action
     within 150 steps. None of 306 runs is less than 1 % with 95 % confidence (the rule of three)."""

@@ -52,8 +52,8 @@ def test_the_nearest_word_on_a_field_counts(here, caplog):
 def test_an_event_is_one_line_for_people_and_one_for_machines(tmp_path, capsys):
     events = Events(tmp_path / "events.jsonl")
     events.say("start", "begins")
-    events.at(step=4, version=4)
-    events.say("death", "generate: student-generator-1 died", room="generate", node=Path("n"), waited_s=math.nan)
+    text = "generate: student-generator-1 died"
+    events.say("death", text, step=4, version=4, room="generate", node=Path("n"), waited_s=math.nan)
     events.say("checkpoint", "step 5 is saved", step=5, version=6)
     assert capsys.readouterr().out.splitlines() == [
         "begins",

@@ -1,13 +1,17 @@
 """Metrics of rollouts, on cases one can count by hand, and what stays on the metrics port while a run is slow."""
 
+import asyncio
 import json
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from factories import meta
 from opd_ray.watch import metrics
 from opd_ray.watch.metrics import MetricsPort, MetricsWriter, port_name, rollout_metrics
+from opd_ray.watch.observers import Metrics, Progress, StepReport
 
 
 def test_rollout_metrics_by_hand():
@@ -141,3 +145,35 @@ def test_a_line_that_a_killed_driver_did_not_finish_takes_no_other_with_it(tmp_p
     writer.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "a": 1.0}, {"step": 2, "a": 3.0}]
+
+
+def test_nothing_is_written_for_a_run_that_has_gone_back(tmp_path):
+    """A write that nobody waits for any more may come after the end of what it belongs to."""
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"a": 1.0})
+    writer.close()
+    writer.write(2, {"a": 2.0})
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == ['{"step": 1, "a": 1.0}']
+
+
+def test_a_disk_that_hangs_does_not_hold_the_loop(tmp_path):
+    """The bug: metrics and progress were written on the thread of the event loop, which answers heartbeats as well."""
+    gate = threading.Event()
+    rooms = SimpleNamespace(all={})
+    writer = SimpleNamespace(write=lambda *_: gate.wait(20))
+
+    async def whole():
+        report = StepReport(1, [], {"learner/loss": 1.0}, None)
+        observer = asyncio.create_task(Metrics(writer, rooms, dict).on_step(report))
+        await asyncio.sleep(0)
+        gate.set()  # were it not for a thread, this would come too late
+        await observer
+        progress = Progress(tmp_path, 1, 0, print)
+        progress._append = lambda line: lines.append((line, threading.current_thread()))
+        await progress.on_step(report)
+
+    lines = []
+    began = time.monotonic()
+    asyncio.run(whole())
+    assert time.monotonic() - began < 20
+    assert lines[0][1] is not threading.main_thread()

@@ -1,11 +1,14 @@
 """The recorder: which columns a row of the rollout log has, and payloads cut to size."""
 
+import errno
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ray.exceptions import ObjectLostError
 
 from factories import meta
+from opd_ray.errors import Unwritable
 from opd_ray.messages import ROLLOUT_SCHEMA, SCORE_SCHEMA, Entry
 from opd_ray.watch import recorder as module
 from opd_ray.watch.recorder import Recorder
@@ -88,6 +91,19 @@ def test_a_rollout_that_is_gone_keeps_its_row_with_what_is_known_of_it(recorder,
     assert (table["finish_reason"], table["source"], table["correct"]) == (["stop"] * 2, ["student"] * 2, [True] * 2)
     assert table["teacher_logprobs"] == [[-2.0] * 2, None]
     assert table["reference_logprobs"] == [None, [-3.0]]
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing_that_takes_space(recorder, tmp_path, monkeypatch):
+    """The bug: an ActorError without a word of what to do, and half a file."""
+
+    def full(table, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module.pq, "write_table", full)
+    with pytest.raises(Unwritable, match=r"step-000007.parquet cannot be written \(No space left on device\); free"):
+        recorder.write(str(tmp_path), 7, [Entry(meta(2), 1, rollouts(), {})])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_selected_rows_are_a_payload_of_their_own(recorder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,45 @@ def test_numbers_as_people_write_them():
     assert [share(value) for value in (0.934, 1.0, 0.0, -0.05)] == [".93", "1.00", ".00", "-.05"]
     assert [count(value) for value in (950, 42_123, 3_400_000)] == ["950", "42.1 k", "3.4 M"]
     assert [clock(value) for value in (41, 185, 7385)] == ["41 s", "3:05", "2:03:05"]
+
+
+def test_a_long_run_is_read_in_little_memory_with_its_ends_and_extremes(tmp_path):
+    """The bug: the whole file lay in memory, as text and as numbers: gigabytes of a run of 100 000 steps."""
+    run, steps = tmp_path / "run", 30_000
+    run.mkdir()
+    with (run / "metrics.jsonl").open("w") as lines:
+        for step in range(1, steps + 1):
+            values = {f"learner/metric_{i}": step / steps for i in range(4)} | {"learner/loss": float(step % 2)}
+            values |= {"rollouts/truncation_rate": {12_345: 0.75, 23_457: 0.001}.get(step, 0.25)}
+            lines.write(json.dumps({"step": step} | values) + "\n")
+            if step % 10_000 == 0:
+                lines.write(json.dumps({"step": step, "evaluation/accuracy_sampled": step / steps}) + "\n")
+        lines.write('{"step": 30')
+    tracemalloc.start()
+    found = read_run(run)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8e6, "bytes; the file has 5.5e6, and its numbers would be 26e6"
+    assert highest_truncation(found) == 0.75
+    truncation, trend = found.metrics["rollouts/truncation_rate"], found.metrics["learner/metric_0"]
+    assert min(truncation, key=truncation.get) == 23_457 and max(truncation, key=truncation.get) == 12_345
+    assert list(trend)[0] == 1 and list(trend)[-10:] == list(range(steps - 9, steps + 1))
+    assert 1000 < len(trend) < 4200 and list(trend) == sorted(trend)
+    assert sum(trend.values()) / len(trend) == pytest.approx(0.5, abs=0.01)
+    assert list(found.metrics["evaluation/accuracy_sampled"]) == [10_000, 20_000, 30_000]
+    assert (found.steps, found.damaged_lines, found.abandoned) == (steps, 0, ())
+
+
+def test_a_long_run_that_goes_back_keeps_what_was_before(tmp_path):
+    run, steps = make_run(tmp_path / "run", steps=1), 10_000
+    for first, last, value in ((2, steps, 0.25), (6_000, 7_000, 0.5)):
+        with (run / "metrics.jsonl").open("a") as lines:
+            for step in range(first, last + 1):
+                lines.write(json.dumps({"step": step, "learner/loss": value}) + "\n")
+    found = read_run(run)
+    loss = found.metrics["learner/loss"]
+    assert (min(loss), max(loss)) == (1, 7_000)
+    assert {value for step, value in loss.items() if 2 <= step < 6_000} == {0.25}
+    assert {value for step, value in loss.items() if step >= 6_000} == {0.5}
+    assert [(each.first, each.last) for each in found.abandoned] == [(6_000, steps)]
+    assert max(found.abandoned[0].metrics["learner/loss"]) == steps

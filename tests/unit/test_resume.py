@@ -1,13 +1,21 @@
 """Runs on fake workers that are ended by a signal, or fail, and go on: what is saved, and what comes of it."""
 
 import asyncio
+import contextlib
+import errno
 import json
 
 import pytest
 
 import fake_ray
 from driven import assert_whole, cast_of, die, drive, in_no_hurry, latest, logged, on_call, slow_learner
-from opd_ray.errors import RunError, Terminated
+from opd_ray import status
+from opd_ray.errors import RunError, Terminated, Unwritable
+from opd_ray.report.runs import read_run
+from opd_ray.run import train as running
+from opd_ray.watch import metrics
+
+IN_MEMORY = {"every_steps": 0, "memory_every_steps": 1}
 
 ROLLBACK = {"level": "rollback", "max_non_finite_steps": 1}
 
@@ -63,6 +71,136 @@ def test_when_the_grace_time_is_over_the_run_ends_with_what_is_saved(tmp_path):
     again = cast_of(checkpoint={"every_steps": 2})
     drive(tmp_path, again, resume=True)
     assert_whole(again, tmp_path)
+
+
+def test_the_state_in_memory_is_saved_first_when_the_step_under_way_does_not_end(tmp_path):
+    """The bug: the snapshot of step 4 lay in memory, and was thrown away with the step that did not end in time."""
+    cast = cast_of(in_no_hurry, checkpoint={**IN_MEMORY, "grace_s": 5.0}, recovery={"heartbeat_s": 0})
+    on_call(cast, "train_step", 5, lambda actor: actor.stop(), role="learner")
+    text = stopped_by_a_signal(tmp_path, cast, lambda: not cast.world.named("learner-0").moves.is_set())
+    assert "after step 4; the checkpoint of step 4 is written" in text
+    assert text.endswith("--resume, resuming from step 4")
+    again = cast_of(checkpoint=IN_MEMORY)
+    drive(tmp_path, again, resume=True)
+    assert [event[1] for event in again.log if event[0] == "train_step"] == [4, 5]
+    assert_whole(again, tmp_path)
+
+
+def test_the_state_in_memory_and_then_that_after_the_step_under_way_are_saved(tmp_path):
+    cast = cast_of(slow_learner, checkpoint={**IN_MEMORY, "grace_s": 1000.0})
+    text = stopped_by_a_signal(tmp_path, cast, lambda: steps_done(cast) == 3)
+    assert text.endswith("resuming from step 3")
+    written = [file for name, file in cast.world.objects.calls if name == "write_arrays"]
+    assert [file.partition("/")[0] for file in written] == ["step-2", "step-3"]
+
+
+def test_a_stopped_run_is_no_failed_one_and_says_where_it_stopped(tmp_path):
+    """The bug: the status said "failed", and there was no summary."""
+    cast = cast_of(in_no_hurry, checkpoint={"every_steps": 0})
+    stopped_by_a_signal(tmp_path, cast, lambda: steps_done(cast) == 3)
+    left = status.read(tmp_path / status.FILE)
+    assert left.phase == "stopped" and left.ended
+    assert status.explain(left).startswith("stopped after 3 of 6 steps: ended by a signal after step 3")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["stopped_by"], summary["stopped_at"], summary["eval_after"]) == ("signal", 3, None)
+    assert not read_run(tmp_path).finished
+    summary, _ = drive(tmp_path, cast_of(), resume=True)
+    assert (summary["stopped_by"], summary["stopped_at"]) == (None, None)
+    assert read_run(tmp_path).finished
+
+
+def test_a_stopped_run_leaves_its_report(tmp_path, monkeypatch):
+    """The bug: the report was written only where a run came to its last step; and one that stops before there is
+    anything to report ends as any other."""
+
+    class Stopped:
+        def __init__(self, *_):
+            pass
+
+        async def train(self, *_, **__):
+            raise Terminated("ended by a signal")
+
+    monkeypatch.setattr(running, "cluster", contextlib.nullcontext)
+    monkeypatch.setattr(running.preflight, "check_files", lambda config: None)
+    monkeypatch.setattr(running.preflight, "check_resources", lambda *_: None)
+    monkeypatch.setattr(running, "find_start", lambda *_, **__: (None, None))
+    monkeypatch.setattr("opd_ray.run.driver.Driver", Stopped)
+    for name, lines in (("early", ""), ("late", '{"step": 1, "learner/loss": 0.5}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(lines)
+        with pytest.raises(Terminated, match="ended by a signal"):
+            running.train(cast_of().config, tmp_path / name)
+        assert (tmp_path / name / "report.html").exists() == bool(lines)
+
+
+# ---- a disk that is full ----
+
+
+class FullAfter:
+    """A file that takes so many writes."""
+
+    def __init__(self, lines, most):
+        self._lines, self._left = lines, most
+
+    def write(self, text):
+        if self._left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._left -= 1
+        self._lines.write(text)
+
+    def close(self):
+        self._lines.close()
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_with_the_state_in_memory(tmp_path, monkeypatch):
+    """The bug: a bare OSError, and all steps since the last checkpoint were lost."""
+    with monkeypatch.context() as patched:
+        fine = metrics._open_lines
+        patched.setattr(metrics, "_open_lines", lambda path: FullAfter(fine(path), 4))
+        with pytest.raises(RunError) as caught:
+            drive(tmp_path, cast_of(checkpoint=IN_MEMORY))
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path}/metrics.jsonl cannot be written (No space left on device); free some space")
+    assert text.endswith(f"step 4 is written; go on with --run-dir {tmp_path} --resume, resuming from step 4")
+    left = status.read(tmp_path / status.FILE)
+    assert (left.phase, left.note) == ("failed", text)
+    again = cast_of(checkpoint=IN_MEMORY)
+    drive(tmp_path, again, resume=True)
+    assert_whole(again, tmp_path)
+
+
+def test_a_full_disk_is_the_same_failure_wherever_it_shows(tmp_path):
+    """The progress file, the rollout log in its actor, the summary."""
+    for name in ("progress.jsonl", "summary.json"):
+        run_dir = tmp_path / name
+        run_dir.mkdir()
+        (run_dir / name).symlink_to("/dev/full")
+        cast = cast_of(checkpoint=IN_MEMORY)
+        if name == "summary.json":  # a run takes away the one that it finds
+            on_call(cast, "export", 1, lambda _, path=run_dir / name: path.symlink_to("/dev/full"))
+        with pytest.raises(Unwritable, match=rf"{name} cannot be written \(No space left on device\)"):
+            drive(run_dir, cast)
+    cast = cast_of(checkpoint=IN_MEMORY)
+
+    def full(_):
+        raise Unwritable("step-3.parquet cannot be written (No space left on device)")
+
+    on_call(cast, "write", 3, full)
+    with pytest.raises(Unwritable, match="step-3.parquet .*resuming from step 2"):
+        drive(tmp_path / "rollouts", cast)
+
+
+def test_a_full_disk_that_has_the_checkpoints_as_well_is_said_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "_open_lines", lambda path: FullAfter(path.open("a"), 4))
+    cast = cast_of(checkpoint=IN_MEMORY)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    on_call(cast, "train_step", 4, lambda _: monkeypatch.setattr("opd_ray.snapshots.storage.os.fsync", full))
+    with pytest.raises(Unwritable, match="there is no checkpoint; go on with .* resuming from step 0"):
+        drive(tmp_path, cast)
+    assert "the state could not be saved: " in capsys.readouterr().out
 
 
 # ---- checkpoints and resuming ----

@@ -9,7 +9,7 @@ import pytest
 from opd_ray.errors import InputError
 from opd_ray.report.arms import TRUNCATION, Arm, inflated_at, markdown, results
 from opd_ray.report.runs import Run
-from opd_ray.study.arms import run_directory
+from opd_ray.study.arms import _summary, run_directory
 from opd_ray.study.claims import judge
 from opd_ray.study.study import read_study, run_study, shared_rooms
 
@@ -108,6 +108,15 @@ def test_a_finished_study_has_nothing_left_to_do_and_starts_nothing(study, tmp_p
         finish(tmp_path, arm, 0, 0.5)
     run_study(arms, [0], tmp_path, said.append)
     assert said == ["2 arms on 1 seeds: 2 runs are done, 0 to go"]
+
+
+def test_a_run_that_a_signal_stopped_is_not_finished(study, tmp_path):
+    """It has left a summary, which is of no use to a study: it runs again."""
+    arm, _ = read_study(study).arms
+    finish(tmp_path, arm, 0, 0.5)
+    path = run_directory(tmp_path, arm, 0) / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stopped_by": "signal"}))
+    assert _summary(tmp_path, arm, 0) is None
 
 
 def test_a_finished_run_with_other_settings_is_refused(study, tmp_path):
