@@ -1,8 +1,15 @@
-"""Steps as a guard sees them, of runs that are made up: healthy ones, and ones whose truncation climbs to the end."""
+"""Steps as a guard sees them, of runs that are made up: healthy ones, and ones whose truncation climbs to the end.
 
+python tests/unit/simulated.py SEED [HEALTHY COLLAPSING]     how often it acts on the first, how late on the others
+"""
+
+import sys
 from statistics import NormalDist
 
 import numpy as np
+
+from opd_ray.config.guard import GuardConfig
+from opd_ray.watch.guard import Guard
 
 BUDGET, LONG, SPREAD = 4096, 1000.0, 0.8
 PER_PROMPT = 4
@@ -36,3 +43,41 @@ def steps_of(rng, rollouts, steps, onset=None, truncated=0.04, alike=0.5):
     each = zip(*(values.tolist() for _, values in columns), strict=True)
     names = [f"rollouts/{name}" for name, _ in columns]
     return [dict(zip(names, row, strict=True)) | {"learner/loss": 1.0} for row in each]
+
+
+def acts_at(rollouts, rows):
+    """The first step at which the guard acts, or None."""
+    config = GuardConfig(level="act")
+    room = {"has_golden": True, "has_reference": True, "configured": None, "student_coef": 1.0}
+    guard = Guard(config, **room, rollouts_per_step=rollouts)
+    for step, row in enumerate(rows, 1):
+        if any(event.level == "act" for event in guard.look(step, row).events):
+            return step
+    return None
+
+
+def false_actions(rollouts, runs, seed):
+    """How many of so many healthy runs of 500 steps see the guard act."""
+    rngs = (np.random.default_rng([seed, rollouts, run]) for run in range(runs))
+    return sum(acts_at(rollouts, steps_of(rng, rollouts, 500)) is not None for rng in rngs)
+
+
+def delays(rollouts, runs, seed):
+    """Steps from the onset of a collapse, at step 150 and later, to the first action; inf where there is none."""
+    found = []
+    for run in range(runs):
+        rng, onset = np.random.default_rng([seed + 1, rollouts, run]), 150 + run
+        step = acts_at(rollouts, steps_of(rng, rollouts, onset + 30, onset))
+        found.append(np.inf if step is None else step - onset)
+    return np.array(found)
+
+
+if __name__ == "__main__":
+    seed, healthy, collapsing = (int(each) for each in (*sys.argv[1:4], *("0", "200", "60")[len(sys.argv[1:4]) :]))
+    for size in (8, 16, 32, 64, 128, 256):
+        late = delays(size, collapsing, seed)
+        acted = false_actions(size, healthy, seed)
+        print(
+            f"{size} rollouts a step: acts in {acted} of {healthy} healthy runs; on a collapse after "
+            f"{np.median(late):g} steps (median), within ten in {np.mean(late <= 10):.0%}, {late.max():g} at most"
+        )

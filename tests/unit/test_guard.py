@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from opd_ray.config.guard import GuardConfig
 from opd_ray.messages import Strength
 from opd_ray.watch.guard import Guard, GuardEvent
-from simulated import steps_of
+from simulated import delays, false_actions
 
 LEVELS = ("off", "warn", "act", "rollback", "stop")
 NAMES = (
@@ -266,33 +266,12 @@ def test_a_run_that_begins_truncated_and_stays_so_is_told_at_once(rollouts, step
     assert [(event.step, event.level, event.signal) for event in said] == [(steps, "warn", "truncated_token_share")]
 
 
-def false_actions(rollouts, runs):
-    """How many of so many healthy runs of 500 steps see the guard act."""
-    count = 0
-    for run in range(runs):
-        guard = make("act", rollouts=rollouts)
-        rows = steps_of(np.random.default_rng([31, rollouts, run]), rollouts, 500)
-        count += any(e.level == "act" for step, row in enumerate(rows, 1) for e in guard.look(step, row).events)
-    return count
-
-
 @pytest.mark.slow
 def test_it_leaves_healthy_runs_alone():
     """The bug: measured from the lowest mean of three steps, 94 % of healthy runs with 16 rollouts a step saw an action
     within 150 steps. None of 306 runs is less than 1 % with 95 % confidence (the rule of three)."""
-    found = {rollouts: false_actions(rollouts, 51) for rollouts in (8, 16, 32, 64, 128, 256)}
+    found = {rollouts: false_actions(rollouts, 51, seed=31) for rollouts in (8, 16, 32, 64, 128, 256)}
     assert not any(found.values()), found
-
-
-def delays(rollouts, runs=24):
-    """Steps from the onset of a collapse to the first action."""
-    found = []
-    for run in range(runs):
-        guard, onset = make("act", rollouts=rollouts), 150 + run
-        rows = steps_of(np.random.default_rng([32, rollouts, run]), rollouts, onset + 30, onset)
-        events = [event for step, row in enumerate(rows, 1) for event in guard.look(step, row).events]
-        found.append(min(event.step for event in events if event.level == "act") - onset)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -303,7 +282,7 @@ def test_it_acts_within_ten_steps_of_the_onset_of_a_collapse(rollouts, within_te
     """Truncation from .04 to 1 in 30 steps, as in the paper's figure; half of what is truncated repeats itself. Within
     ten steps nearly always from 32 rollouts a step on. With 16 rollouts half of the runs take up to six steps longer,
     with 8 most take up to twice as long: so few rollouts do not tell sooner what is not chance."""
-    found = np.array(delays(rollouts))
+    found = delays(rollouts, 24, seed=31)
     assert found.min() > 0 and np.mean(found <= 10) >= within_ten and found.max() <= latest
 
 
