@@ -3,7 +3,7 @@
     python jobs/build_embedded.py [--seed 200] [--student-seed 100] [--output opd_ray/embedded/assets/chain_teacher]
 
 About three minutes on one core.  Exit code 0: both passed and the teacher was written; 1: a gate failed and
-nothing was.  Needed only after a change of the task or of the recipe in `opd_ray/embedded_models.py`.
+nothing was.  Needed only after a change of the task or of the recipe in `opd_ray/embedded/models.py`.
 """
 
 from __future__ import annotations

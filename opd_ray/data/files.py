@@ -2,7 +2,7 @@
 
 A row that cannot be used is refused here, with file and row, before a model loads; nothing is
 skipped silently. This module knows no tokenizer and no task; see :mod:`opd_ray.run.preflight` for lengths
-and :mod:`opd_ray.golden` for what else a golden solution must be.
+and :mod:`opd_ray.data.golden` for what else a golden solution must be.
 """
 
 from __future__ import annotations

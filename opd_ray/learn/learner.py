@@ -208,7 +208,7 @@ class Learner:
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """The state between two steps: what all ranks agree on, for JSON, and this rank's share of the arrays.
 
-        Collective. The arrays of all ranks together are the whole state (see opd_ray.learner_state), also before the
+        Collective. The arrays of all ranks together are the whole state (see opd_ray.learn.state), also before the
         first step and after one that was not taken.
         """
         return self._state.facts(), self._state.arrays()

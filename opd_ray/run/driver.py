@@ -2,7 +2,8 @@
 
 A run is a row of attempts. Each begins with a state (the beginning, a checkpoint, a snapshot in memory), brings the
 rooms into it and lets the pipeline go on from there. A worker that can be replaced is replaced within an attempt
-(:mod:`opd_ray.supervise`); the loss of a state and a guard that orders to roll back end an attempt and begin the next.
+(:mod:`opd_ray.placement.supervisor`); the loss of a state and a guard that orders to roll back end an attempt and begin
+the next.
 On SIGTERM and SIGINT the newest state in memory is saved, then that after the step under way, and the run ends.
 """
 

@@ -19,7 +19,7 @@ LOCAL = Path(__file__).parents[2] / "cluster" / "local.yaml"
 _DRIVER = """
 import json, time
 import ray
-from opd_ray.capacity import cluster_capacity
+from opd_ray.placement.capacity import cluster_capacity
 
 ray.init(log_to_driver=False, logging_level="ERROR")
 
