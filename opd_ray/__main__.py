@@ -160,19 +160,38 @@ def preflight(
 @_debug_option
 @_overrides_argument
 def evaluate(checkpoint: str, config_file: Path | None, as_json: bool, debug: bool, overrides: tuple[str, ...]) -> None:
-    """Accuracy, truncation, repetition and length of CHECKPOINT on held-out problems."""
+    """Accuracy, truncation, repetition and length of CHECKPOINT on held-out problems.
+
+    CHECKPOINT is a model in Hugging Face format, or a run directory or one of its checkpoints/step-N, which stand for
+    their student; the problems are then the run's, unless --config or overrides say otherwise.
+    """
     _set_debug(debug)
-    config = _load(config_file, overrides)
     from opd_ray.models.checkpoints import inspect
-
-    inspect("CHECKPOINT", checkpoint)  # before Ray starts
     from opd_ray.run import evaluate as evaluation
+    from opd_ray.run import export as exporting
 
-    result = evaluation.evaluate(checkpoint, config)
+    run_dir = exporting.run_of(Path(checkpoint))
+    config = _load(config_file, overrides, run_dir)
+    with exporting.student_in(checkpoint) as student:
+        inspect("CHECKPOINT", student)  # before Ray starts
+        result = evaluation.evaluate(student, config)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
         _print_table(f"{checkpoint}, task {config.data.task}", result)
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--step", type=click.IntRange(min=0), metavar="N", help="Of which checkpoint; by default the newest.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="By default RUN/student-step-N.")
+@_debug_option
+def export(run_dir: Path, step: int | None, output: Path | None, debug: bool) -> None:
+    """Write the student of a checkpoint of RUN in Hugging Face format."""
+    _set_debug(debug)
+    from opd_ray.run import export as exporting
+
+    click.echo(f"student: {exporting.export(run_dir, step, output)}")
 
 
 @cli.command(name="report", context_settings=_CONTEXT)

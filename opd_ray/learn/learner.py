@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import logging
 import math
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +25,7 @@ import torch
 
 from opd_ray.config import Config
 from opd_ray.errors import RunError
+from opd_ray.learn.export import write_student
 from opd_ray.learn.heads import ResponseModel
 from opd_ray.learn.losses.diagnostics import finish
 from opd_ray.learn.microbatch import (
@@ -49,8 +48,6 @@ from opd_ray.weights import make_transport
 from opd_ray.weights.manifest import manifest_of, weights_of
 
 _log = logs.get(__name__)
-
-_WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
 class Learner:
@@ -227,8 +224,7 @@ class Learner:
     def export(self) -> tuple[int, dict[str, np.ndarray]]:
         """A Hugging Face checkpoint in the student's original dtype: its size in bytes, and each file as uint8.
 
-        Collective under ZeRO-3; all but rank 0 return (0, {}). Every file of the student's directory that is not a
-        weight file (tokenizer, chat template, generation settings, config) is taken as it is.
+        Collective under ZeRO-3; all but rank 0 return (0, {}). See :func:`~opd_ray.learn.export.write_student`.
         """
         state = {}
         names = {name for name, _ in self._model.named_parameters()}
@@ -237,28 +233,10 @@ class Learner:
                 state[name] = weight.detach().to("cpu", self._original_dtype, copy=True)
         if self._rank != 0:
             return 0, {}
-        state |= {name: buffer.cpu() for name, buffer in _persistent_buffers(self._model)}
         with tempfile.TemporaryDirectory() as directory:
-            self._write_checkpoint(Path(directory), state)
+            write_student(Path(directory), self._model, state, self._student_path, self._stop_token_ids)
             files = {file.name: np.fromfile(file, dtype=np.uint8) for file in sorted(Path(directory).iterdir())}
         return sum(map(len, files.values())), files
-
-    def _write_checkpoint(self, directory: Path, state: dict[str, torch.Tensor]) -> None:
-        from transformers import GenerationConfig
-
-        if (self._student_path / "generation_config.json").exists():
-            # Published ones can be invalid (a temperature without sampling) and then refuse to be saved; the
-            # original is copied below.
-            self._model.generation_config = GenerationConfig()
-        self._model.save_pretrained(directory, state_dict=state)
-        for file in self._student_path.iterdir():
-            if file.is_file() and not file.name.endswith(_WEIGHT_FILES):
-                shutil.copyfile(file, directory / file.name)
-        if len(self._stop_token_ids) > 1:
-            # Whoever serves the student must stop where the run did: at the teacher's EOS as well.
-            path = directory / "generation_config.json"
-            settings = json.loads(path.read_text()) if path.exists() else {}
-            path.write_text(json.dumps(settings | {"eos_token_id": list(self._stop_token_ids)}, indent=2) + "\n")
 
     def _load_student(self) -> torch.nn.Module:
         from transformers.utils import is_flash_attn_2_available
@@ -381,11 +359,6 @@ class Learner:
         for name, parameter in weights_of(self._model):
             with deepspeed.zero.GatheredParameters([parameter]):
                 yield name, parameter.data
-
-
-def _persistent_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    saved = model.state_dict().keys()
-    return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
 
 
 def _ray_get() -> Callable[[Any], Any]:

@@ -67,7 +67,7 @@ def check_files(config: Config) -> Preflight:
     _check_routes(f"data.prompts {data.prompts}", enumerate(prompts, start=1), config)
     models = inspect_run(config)
     renamed = {role: checkpoints.check_agreement(models["student"], facts) for role, facts in models.items()}
-    eos_token_ids = _eos_token_ids(config, models)
+    eos_token_ids = stop_token_ids(config, models)
     lengths = (
         _check_prompts("data.prompts", data.prompts, prompts, task, list(models.values()), config),
         _check_prompts("data.evaluation", data.evaluation, problems, task, [models["student"]], config),
@@ -233,7 +233,8 @@ def _check_routes(where: str, rows: Iterator[tuple[int, Mapping[str, Any]]], con
             )
 
 
-def _eos_token_ids(config: Config, models: Mapping[str, ModelFacts]) -> tuple[int, ...]:
+def stop_token_ids(config: Config, models: Mapping[str, ModelFacts]) -> tuple[int, ...]:
+    """The EOS set of the student and of all that score it; the first id stands for all."""
     given = {role: scorer.eos_token_ids for role, scorer in config.scorers.items()}
     given |= {"teacher": config.teacher.eos_token_ids} if "teacher" in models else {}
     asked = {checkpoints.field_of(config, role): (models[role], ids) for role, ids in given.items()}

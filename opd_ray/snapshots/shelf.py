@@ -109,6 +109,16 @@ class Shelf:
         except RunError as error:
             raise InputError(f"checkpoints: {error}") from error
 
+    def at(self, step: int | None) -> Checkpoint:
+        """The checkpoint of a step, or the newest; RunError where there is none or it is not whole."""
+        there = self._complete(self._steps())
+        if not there or step not in (None, *there):
+            wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+            raise RunError(
+                f"{self._storage.url()} holds {wanted}; complete ones: {', '.join(map(str, there)) or 'none'}"
+            )
+        return self._intact(there[-1] if step is None else step)
+
     def hold(self) -> None:
         """Until ``release`` nobody else writes here. Raises InputError when another driver is at work."""
         if self._lease is not None:

@@ -1,0 +1,45 @@
+"""A student on disk, as Hugging Face and vLLM load it: trained weights beside everything else of the one before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+
+
+def write_student(
+    directory: Path, model: Any, parameters: Mapping[str, torch.Tensor], source: Path, stop_token_ids: Sequence[int]
+) -> None:
+    """Writes a checkpoint into ``directory``: ``parameters`` by name and ``model``'s own buffers.
+
+    Every file of ``source`` that is no weight file (tokenizer, chat template, generation settings, config) is taken as
+    it is.
+    """
+    from transformers import GenerationConfig
+
+    if (source / "generation_config.json").exists():
+        # Published ones can be invalid (a temperature without sampling) and then refuse to be saved; the original is
+        # copied below.
+        model.generation_config = GenerationConfig()
+    buffers = {name: buffer.cpu() for name, buffer in persistent_buffers(model)}
+    model.save_pretrained(directory, state_dict={**parameters, **buffers})
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(_WEIGHT_FILES):
+            shutil.copyfile(file, directory / file.name)
+    if len(stop_token_ids) > 1:
+        # Whoever serves the student must stop where the run did: at the teacher's EOS as well.
+        path = directory / "generation_config.json"
+        settings = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(settings | {"eos_token_id": list(stop_token_ids)}, indent=2) + "\n")
+
+
+def persistent_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those that belong to a checkpoint."""
+    saved = model.state_dict().keys()
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)

@@ -1,0 +1,91 @@
+"""``opd-ray export``, and what ``opd-ray evaluate`` takes for a checkpoint: a run's student as it was at a step."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from opd_ray import config as configs
+from opd_ray.embedded.resolve import resolve
+from opd_ray.errors import InputError, RunError
+from opd_ray.run import preflight
+from opd_ray.snapshots import Shelf, Storage, read_arrays
+from opd_ray.snapshots.runners import InThreads
+
+_CONFIG = "config.yaml"
+
+
+def run_of(place: Path) -> Path | None:
+    """The run that ``place`` is the directory or a checkpoint of; None where it is neither."""
+    return _run_and_step(place)[0]
+
+
+@contextlib.contextmanager
+def student_in(checkpoint: str) -> Iterator[str]:
+    """Where a student is, as long as the block lasts: ``checkpoint`` itself (a directory, or a name on the hub), or the
+    student of the run or of the checkpoint of a run that it names."""
+    run_dir, step = _run_and_step(Path(checkpoint))
+    if run_dir is None:
+        yield checkpoint
+    elif step is None and (run_dir / "student" / "config.json").is_file():
+        yield str(run_dir / "student")
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            export(run_dir, step, Path(directory) / "student")
+            yield str(Path(directory) / "student")
+
+
+def export(run_dir: Path, step: int | None, output: Path | None = None) -> Path:
+    """Writes the student after ``step`` (None: of the newest checkpoint) in Hugging Face format; returns where.
+
+    By default that is ``run_dir``/student-step-N. Raises InputError where there is no run, no such checkpoint, or
+    something in the way. Needs no Ray.
+    """
+    if not (run_dir / _CONFIG).is_file():
+        raise InputError(f"{run_dir}: is no run directory (it has no {_CONFIG}); give the --run-dir of a run")
+    asked = configs.load(run_dir / _CONFIG)
+    storage = Storage(asked.checkpoint.location(run_dir.absolute()))
+    shelf = Shelf(storage, InThreads(asked.deadlines.train_s))
+    try:
+        checkpoint = shelf.at(step)
+    except RunError as error:
+        raise InputError(f"export: {error}") from error
+    output = output or run_dir / f"student-step-{checkpoint.step}"
+    if output.exists():
+        raise InputError(f"export: {output} is there already; give another --output, or delete it")
+    config = resolve(asked)
+    models = preflight.inspect_run(config)
+
+    import torch  # behind every refusal that needs none
+
+    from opd_ray.learn.export import write_student
+    from opd_ray.models.checkpoints import load_causal_lm, local_directory
+
+    source = local_directory(config.student.path)
+    model = load_causal_lm(source, dtype="auto")
+    parameters = {}
+    for part in checkpoint.snapshot.learner_parts:
+        for key, array in read_arrays(storage, checkpoint.files[part], "take another step").items():
+            kind, _, name = key.partition("/")
+            if kind == "weight":
+                parameters[name] = torch.tensor(array).to(model.dtype)
+    if missing := sorted({name for name, _ in model.named_parameters()} ^ parameters.keys()):
+        raise InputError(
+            f"export: {checkpoint.where} is not of the model in {source}: they differ in {len(missing)} parameters, as "
+            f"{missing[0]}"
+        )
+    output.mkdir(parents=True)
+    write_student(output, model, parameters, source, preflight.stop_token_ids(config, models))
+    return output
+
+
+def _run_and_step(place: Path) -> tuple[Path | None, int | None]:
+    """Run directory, and the step of a checkpoint in it."""
+    if (place / _CONFIG).is_file():
+        return place, None
+    name, run_dir = place.name, place.absolute().parent.parent
+    if name.startswith("step-") and name[5:].isdigit() and (run_dir / _CONFIG).is_file():
+        return run_dir, int(name[5:])
+    return None, None
