@@ -96,6 +96,11 @@ class Driver:
         self._summary = Summary(start.state.get("summary") if start else None)
         self._before = before
         (self._run_dir / SUMMARY).unlink(missing_ok=True)  # of an earlier start, which was stopped
+        self._assemble(rooms)
+        return await self._run(rooms, start, continued)
+
+    def _assemble(self, rooms: Rooms) -> None:
+        """Who looks after the rooms while they run."""
         recovery = self._config.recovery
         self._restarts = Restarts(recovery.max_restarts, recovery.window_s, self._summary.restarts)
         self._delivery = Delivery(
@@ -119,6 +124,9 @@ class Driver:
             lambda metrics: self._writer.live(metrics),
             self._say,
         )
+
+    async def _run(self, rooms: Rooms, start: Checkpoint | None, continued: bool) -> tuple[dict[str, Any], str | None]:
+        """To the end of the run, whatever it is: what has to be saved, said and closed then is."""
         self._where.checkpoint_step = start.step if start else None
         await in_thread(self._go_back_to, start.step if start else 0, continued)
         patience = self._config.deadlines.train_s

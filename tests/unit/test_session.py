@@ -72,9 +72,9 @@ def test_a_writing_teacher_stays_the_one_that_the_rooms_have(session):
 
 def test_what_needs_no_other_actor_may_change_from_run_to_run(session):
     changes = ["learner.lr=1e-4", "seed=4", "teacher.path=/another", "rollout.temperature=0.9", "learner.zero_stage=2"]
-    session.rooms(configs.load(None, changes), 100)
+    rooms = session.rooms(configs.load(None, changes), 100)
     less = ["loss.reference.coef=0", "reference.dtype=bfloat16"]  # the reference is not asked anything
-    session.rooms(configs.load(None, less), 100)
+    assert session.rooms(configs.load(None, less), 100) is rooms
 
 
 def test_every_field_of_the_method_binds_a_run():
