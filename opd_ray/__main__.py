@@ -163,7 +163,7 @@ def evaluate(checkpoint: str, config_file: Path | None, as_json: bool, debug: bo
     """Accuracy, truncation, repetition and length of CHECKPOINT on held-out problems.
 
     CHECKPOINT is a model in Hugging Face format, or a run directory or one of its checkpoints/step-N, which stand for
-    their student; the problems are then the run's, unless --config or overrides say otherwise.
+    their student. Of a run, problems and settings are the run's, unless --config or overrides say otherwise.
     """
     _set_debug(debug)
     from opd_ray.models.checkpoints import inspect
@@ -171,7 +171,9 @@ def evaluate(checkpoint: str, config_file: Path | None, as_json: bool, debug: bo
     from opd_ray.run import export as exporting
 
     run_dir = exporting.run_of(Path(checkpoint))
-    config = _load(config_file, overrides, run_dir)
+    if config_file is None and run_dir is None:  # a model of one's own: nothing of the embedded ones is for it
+        overrides = (f"student.path={checkpoint}", *overrides)
+    config = _load(config_file, overrides, run_dir, evaluation_only=True)
     with exporting.student_in(checkpoint) as student:
         inspect("CHECKPOINT", student)  # before Ray starts
         result = evaluation.evaluate(student, config)
@@ -257,11 +259,13 @@ def _set_debug(debug: bool) -> None:
         os.environ[_DEBUG_VARIABLE] = "1"
 
 
-def _load(config_file: Path | None, overrides: Sequence[str], resumed: Path | None = None) -> Config:
+def _load(
+    config_file: Path | None, overrides: Sequence[str], resumed: Path | None = None, *, evaluation_only: bool = False
+) -> Config:
     """The configuration; a resumed run starts from its own unless another file is given."""
     if config_file is None and resumed is not None and (resumed / "config.yaml").is_file():
         config_file = resumed / "config.yaml"
-    return configs.load(config_file, overrides)
+    return configs.load(config_file, overrides, evaluation_only=evaluation_only)
 
 
 def _new_run_dir(config: Config) -> Path:

@@ -27,8 +27,11 @@ from opd_ray.errors import InputError, near
 _ADAPTER = TypeAdapter(Config)
 
 
-def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file, then the overrides. Raises InputError with one line."""
+def load(path: Path | None = None, overrides: Sequence[str] = (), *, evaluation_only: bool = False) -> Config:
+    """Defaults, then the YAML file, then the overrides. Raises InputError with one line.
+
+    ``evaluation_only``: nothing is to be trained, so no teacher and no prompts are missed.
+    """
     merged = OmegaConf.create({})
     try:
         if path is not None:
@@ -46,10 +49,10 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     except (YAMLError, OmegaConfBaseException) as error:
         where = f"--config {path}" if path else "overrides"
         raise InputError(f"{where}: {' '.join(str(error).split())}") from None
-    return from_dict(raw)
+    return from_dict(raw, evaluation_only=evaluation_only)
 
 
-def from_dict(raw: Any) -> Config:
+def from_dict(raw: Any, *, evaluation_only: bool = False) -> Config:
     """A checked Config from nested plain values; unknown names and impossible values are refused."""
     own = _student_of(raw) != EMBEDDED
     try:
@@ -57,7 +60,7 @@ def from_dict(raw: Any) -> Config:
     except ValidationError as error:
         raise InputError(_one_line(error)) from None
     if own:
-        _check_nothing_embedded(config)
+        _check_nothing_embedded(config, evaluation_only)
     return config
 
 
@@ -79,7 +82,7 @@ def _merged(below: Any, above: Any) -> Any:
     return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
-def _check_nothing_embedded(config: Config) -> None:
+def _check_nothing_embedded(config: Config, evaluation_only: bool) -> None:
     """Raises InputError where a student of one's own would meet embedded data or the embedded teacher by default."""
     data, where = config.data, f"student.path is {config.student.path}, but"
     scorers = {**config.teachers, **({"reference": config.reference} if config.uses_reference else {})}
@@ -97,7 +100,7 @@ def _check_nothing_embedded(config: Config) -> None:
             "give data.evaluation=FILE, or evaluation.num_problems=0 to evaluate nothing",
         ),
     ):
-        if needed and value == EMBEDDED:
+        if needed and value == EMBEDDED and (field == "data.evaluation" or not evaluation_only):
             raise InputError(f"config: {where} {field} is the embedded one, made for the embedded student; {mend}")
 
 

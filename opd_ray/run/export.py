@@ -82,9 +82,11 @@ def export(run_dir: Path, step: int | None, output: Path | None = None) -> Path:
 
 
 def _run_and_step(place: Path) -> tuple[Path | None, int | None]:
-    """Run directory, and the step of a checkpoint in it."""
+    """Run directory, and the step of a checkpoint in it; None for that of its student."""
     if (place / _CONFIG).is_file():
         return place, None
+    if place.name == "student" and (place.absolute().parent / _CONFIG).is_file():
+        return place.absolute().parent, None
     name, run_dir = place.name, place.absolute().parent.parent
     if name.startswith("step-") and name[5:].isdigit() and (run_dir / _CONFIG).is_file():
         return run_dir, int(name[5:])

@@ -225,12 +225,22 @@ def test_evaluate_prints_a_table_or_json(
     call: Callable[..., Outcome], setting: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = {"accuracy_greedy": 0.5, "num_problems": 8}
-    monkeypatch.setattr(evaluation, "evaluate", lambda checkpoint, config: result)
-    code, out, _ = call("evaluate", setting["student.path"], "--json")
+    asked = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda checkpoint, config: asked.append(config) or result)
+    problems = f"data.evaluation={setting['data.evaluation']}"
+    code, out, _ = call("evaluate", setting["student.path"], "--json", problems)
     assert code == 0
     assert json.loads(out) == result
-    assert "accuracy greedy" in call("evaluate", setting["student.path"])[1]
-    assert_refused(call("evaluate", "/no/where"), "/no/where", "no such directory")
+    assert (asked[0].data.task, asked[0].rollout.max_response_tokens) == ("math", 4096)
+    assert "accuracy greedy" in call("evaluate", setting["student.path"], problems)[1]
+    assert_refused(call("evaluate", "/no/where", problems), "/no/where", "no such directory")
+
+
+def test_a_model_of_ones_own_is_not_evaluated_on_the_embedded_problems(
+    call: Callable[..., Outcome], setting: dict[str, str]
+) -> None:
+    """The bug: without data.evaluation any checkpoint was asked the embedded chains, with 80 tokens for an answer."""
+    assert_refused(call("evaluate", setting["student.path"]), "data.evaluation is the embedded one", "give data.eval")
 
 
 def _status(run_dir: Path, **changes: Any) -> None:

@@ -63,7 +63,7 @@ def test_a_run_directory_or_a_checkpoint_stands_for_its_student(run_dir: Path, t
         assert added(student, run_dir) == 2
     with student_in(str(run_dir)) as student:  # one that was cut off before its end has no student yet
         assert added(student, run_dir) == 4
-    assert run_of(run_dir / "checkpoints" / "step-2") == run_of(run_dir) == run_dir
+    assert run_of(run_dir / "checkpoints" / "step-2") == run_of(run_dir) == run_of(run_dir / "student") == run_dir
     assert run_of(tmp_path) is None
     with student_in("somebody/model") as student:
         assert student == "somebody/model"
