@@ -38,7 +38,7 @@ def refused(*arguments):
           "student.path=/nonexistent", "teacher.path=TEACHER"], "student.path=/nonexistent"),
         (["train", "data.prompts=GOOD", "data.evaluation=GOOD", "data.golden=null", "GOLDLESS",
           "student.path=TEACHER", "teacher.path=/nonexistent"], "teacher.path=/nonexistent"),
-        (["evaluate", "/nonexistent"], "CHECKPOINT=/nonexistent"),
+        (["evaluate", "/nonexistent", "data.evaluation=GOOD"], "CHECKPOINT=/nonexistent"),
         (["preflight", "--run-dir", "NEW", "--resume"], "no run to resume"),
     ],
 )  # fmt: skip
