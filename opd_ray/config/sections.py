@@ -334,5 +334,7 @@ class MetricsConfig:
     characters and less for shorter windows, of which zlib saves less."""
     rollout_log_every_steps: int = Field(10, ge=0)
     """Write the rollouts of every n-th step to rollouts/*.parquet; 1 for all, 0 for none."""
+    rollout_log_keep: int = Field(1000, ge=1)
+    """Files of the rollout log, the newest, that are kept; older ones are deleted."""
     stall_s: float = Field(60.0, gt=0)
     """Say why, as often as this, while no step ends."""

@@ -17,8 +17,10 @@ from opd_ray.errors import (
     StartFailed,
     WeightSyncError,
 )
-from opd_ray.rooms.pool import _GRACE_S
 from opd_ray.rooms.room import Room, Spawn
+
+_GRACE_S = 5.0
+"""How long a group whose collective broke is watched for the rank that died."""
 
 
 class Group(Room):

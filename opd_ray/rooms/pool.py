@@ -31,8 +31,6 @@ _AHEAD = 2
 """Calls that a worker is given, in those that it works on at once: as many again lie ready, so that it never idles.
 The others wait in the pool, for whoever has room first, and count against nobody's deadline: given out at once, a
 queue of 256 calls made 24 healthy scorers miss theirs."""
-_GRACE_S = 5.0
-"""How long a group whose collective broke is watched for the rank that died."""
 
 
 class Pool(Room):

@@ -298,7 +298,7 @@ class Driver:
         """Runs the pipeline to its end; the report at which the guard stopped it, if so."""
         watching = [
             Metrics(self._writer, rooms, self._reporter.metrics),
-            RolloutLog(rooms.recorder, self._run_dir / "rollouts", self._config.metrics.rollout_log_every_steps),
+            RolloutLog(rooms.recorder, self._run_dir / "rollouts", self._config.metrics),
             self._keeper,
             Progress(self._run_dir, self._config.learner.steps, self._where.step, self._say),
         ]

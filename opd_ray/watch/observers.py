@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from opd_ray.config import MetricsConfig
 from opd_ray.evaluate import Evaluation
 from opd_ray.messages import Entry
 from opd_ray.rooms import Rooms
@@ -60,12 +61,13 @@ class Metrics:
 class RolloutLog:
     """The rollouts of every n-th step to rollouts/*.parquet, written by an actor while the run goes on."""
 
-    def __init__(self, recorder: Pool, directory: Path, every_steps: int) -> None:
-        self._recorder, self._directory, self._every = recorder, directory, every_steps
+    def __init__(self, recorder: Pool, directory: Path, config: MetricsConfig) -> None:
+        self._recorder, self._directory = recorder, directory
+        self._every, self._keep = config.rollout_log_every_steps, config.rollout_log_keep
 
     async def on_step(self, report: StepReport) -> None:
         if self._every and (report.step == 1 or report.step % self._every == 0):
-            await self._recorder.call_one("write", str(self._directory), report.step, list(report.entries))
+            await self._recorder.call_one("write", str(self._directory), report.step, list(report.entries), self._keep)
 
 
 class Progress:

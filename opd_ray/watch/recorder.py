@@ -28,8 +28,8 @@ class Recorder:
     def node(self) -> str:
         return this_node()
 
-    def write(self, directory: str, step: int, entries: Sequence[Entry]) -> int:
-        """Writes step-N.parquet into ``directory`` and returns the number of rows.
+    def write(self, directory: str, step: int, entries: Sequence[Entry], keep: int) -> int:
+        """Writes step-N.parquet into ``directory`` and deletes all but the newest ``keep``; returns its number of rows.
 
         A row has the step that trained on it, the rollout columns, ``repetitive``, ``tail_period`` and ``worker`` of
         its meta, and the log-probs of the response tokens by the teacher that scored it (its name is in ``teacher``; of
@@ -48,6 +48,9 @@ class Recorder:
             except OSError:
                 partial.unlink(missing_ok=True)  # it takes space that the checkpoint needs
                 raise
+            files = sorted(target.parent.glob("step-*.parquet"), key=lambda file: int(file.stem.removeprefix("step-")))
+            for file in files[:-keep]:
+                file.unlink(missing_ok=True)
         _log.bind(step=step).info("wrote %d rollouts to %s", len(table), target)
         return len(table)
 

@@ -173,7 +173,7 @@ class FakeRecorder(Worker):
         self.log.append(("select", rows))
         return len(rows), rollouts.take(pa.array(rows, pa.int64()))
 
-    def write(self, directory: str, step: int, entries: Sequence[Entry]) -> int:
+    def write(self, directory: str, step: int, entries: Sequence[Entry], keep: int) -> int:
         """The rollout ids that a step trained on, as JSON."""
         Path(directory).mkdir(exist_ok=True)
         names = [entry.meta.rollout_id for entry in entries]

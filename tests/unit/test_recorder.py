@@ -58,7 +58,7 @@ def test_a_row_has_the_teacher_that_scored_it_and_the_reference(recorder, tmp_pa
         Entry(meta(1, repetitive=True), 0, payload, {"first": scores(-4), "second": scores(-5)}),
         Entry(meta(2), 1, payload, {}),
     ]
-    assert recorder.write(str(tmp_path / "rollouts"), 7, entries) == 3
+    assert recorder.write(str(tmp_path / "rollouts"), 7, entries, 1) == 3
     (file,) = (tmp_path / "rollouts").iterdir()
     assert file.name == "step-000007.parquet"
     table = pq.read_table(file).to_pydict()
@@ -84,7 +84,7 @@ def test_a_rollout_that_is_gone_keeps_its_row_with_what_is_known_of_it(recorder,
         Entry(meta(5, prompt_id="p5", rollout_id="5-0", num_response_tokens=8), 1, "gone", {"teacher": scores(-2)}),
         Entry(meta(1), 0, rollouts(), {"teacher": "gone", "reference": scores(-3)}),
     ]
-    assert recorder.write(str(tmp_path), 7, entries) == 2
+    assert recorder.write(str(tmp_path), 7, entries, 1) == 2
     table = pq.read_table(tmp_path / "step-000007.parquet").to_pydict()
     assert (table["rollout_id"], table["slot"], table["prompt_id"]) == (["5-0", "0-0"], [5, 0], ["p5", "0"])
     assert (table["response_tokens"], table["text"]) == ([[], [3]], ["", "a"])
@@ -102,7 +102,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing_that_takes_space(rec
 
     monkeypatch.setattr(module.pq, "write_table", full)
     with pytest.raises(Unwritable, match=r"step-000007.parquet cannot be written \(No space left on device\); free"):
-        recorder.write(str(tmp_path), 7, [Entry(meta(2), 1, rollouts(), {})])
+        recorder.write(str(tmp_path), 7, [Entry(meta(2), 1, rollouts(), {})], 1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,3 +118,10 @@ def test_it_measures_what_it_is_given(recorder):
     sums = recorder.measure(rollouts(), scores(-2.0))
     assert (sums["tokens"], sums["advantage"]) == (6, -6.0)
     assert recorder.measure(rollouts())["tokens"] == 6
+
+
+def test_the_oldest_files_of_the_log_make_room_for_the_newest(recorder, tmp_path):
+    """The bug: the log of a long run grew without a bound."""
+    for step in (1, 10, 999_999, 1_000_000):
+        recorder.write(str(tmp_path), step, [Entry(meta(2), 1, rollouts(), {})], 2)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["step-1000000.parquet", "step-999999.parquet"]
