@@ -122,10 +122,9 @@ def test_prompts_without_answers_do_where_nobody_judges(setting: dict[str, str])
     preflight.check_files(configured(setting, **LIVE_TEACHER, buffer__teacher_filter="finished"))
 
 
-@pytest.mark.parametrize("answer", ["\\text{}", "$", "\\boxed{}"])
-def test_answers_that_the_task_cannot_read_are_refused(setting: dict[str, str], answer: str) -> None:
+def test_answers_that_the_task_cannot_read_are_refused(setting: dict[str, str]) -> None:
     """The bug: the first response to such a problem ended a run whose models were long loaded."""
-    mathematical = GRPO | {"data__task": "math"}
+    mathematical, answer = GRPO | {"data__task": "math"}, "\\boxed{}"
     problems = Path(setting["data.evaluation"])
     write_jsonl(problems, [{"prompt": "5=", "answer": "5"}])
     prompts(setting, {"prompt": "1=", "answer": "1"}, {"id": "odd", "prompt": "2=", "answer": answer})

@@ -31,6 +31,7 @@ def report(step, events=()):
     return StepReport(step, [], metrics, None, events)
 
 
+@pytest.mark.slow
 def test_a_run_of_many_steps_takes_no_more_memory_than_one_of_few(tmp_path, capsys):
     """The bug: every step's metrics stayed in memory, and every event of the guard was copied into each checkpoint."""
     writer = SimpleNamespace(write=lambda *_: None)
