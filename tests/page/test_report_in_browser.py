@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from checkpoints import CHARACTERS
+from made_up_runs import EVIL, STUDY_ARMS, make_run, make_student, make_study
 from opd_ray.report import ReferenceLine, write_report
-from report_runs import EVIL, STUDY_ARMS, make_run, make_student, make_study
+from tiny_checkpoints import CHARACTERS
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the dev extra")
 pytestmark = pytest.mark.timeout(120)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from embedded_preset import preset
 from opd_ray.tasks.chain import draw_distinct, to_row
-from preset import preset
 
 
 @dataclass(frozen=True)

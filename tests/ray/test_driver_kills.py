@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
+import fake_run
 from autoscaling_head import AutoscalingHead, autoscaling_head, fake_cluster
 from fake_run import FULL, POINTS, Driver, Drivers
 from killed_runs import (
@@ -50,7 +51,7 @@ FAKE = [
 def head() -> Iterator[AutoscalingHead]:
     """A Ray whose workers know the fakes, and that stays when drivers die."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("PYTHONPATH", str(Path(fake_run.__file__).parent))
         patch.setenv("OMP_NUM_THREADS", "1")
         with autoscaling_head(fake_cluster({}, head={"CPU": 4})) as head:
             yield head

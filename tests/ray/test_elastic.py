@@ -5,7 +5,6 @@ One run goes through all of it. Engines and learner are real, on small random mo
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import sys
@@ -17,7 +16,9 @@ from typing import Any
 
 import pytest
 
+import gated_driver
 from autoscaling_head import AutoscalingHead, NodeType, autoscaling_head, fake_cluster
+from gated_driver import GATES
 from opd_ray import status
 from opd_ray.errors import InputError
 from rollout_log import assert_each_prompt_once, rows
@@ -25,8 +26,6 @@ from rollout_log import assert_each_prompt_once, rows
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(900)]
 
 STEPS, PROMPTS_PER_STEP, MAX_STALENESS = 80, 8, 2
-GATES = {40: "grown", 60: "replaced", 75: "given back"}
-"""Steps after which the run is held until the test has seen what it waits for; after those before, it goes on alone."""
 OVERRIDES = [
     # Long responses, one at a time: the generators are what the learner waits for, unless it is held.
     *("rollout.engine=torch", "rollout.max_num_seqs=1", "rollout.prompts_per_call=2", "rollout.max_response_tokens=48"),
@@ -39,58 +38,6 @@ OVERRIDES = [
     *("evaluation.num_problems=0", "evaluation.every_steps=0", "checkpoint.every_steps=0"),
     *("elastic.every_s=0.5", "elastic.grow_after_s=1.5", "elastic.shrink_after_s=6"),
 ]
-
-
-# ---- in the driver's process ----
-
-
-class Gates:
-    """Holds the run after the steps of GATES until a file is there, and then writes where actors are."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    async def on_step(self, report: Any) -> None:
-        if name := GATES.get(report.step):
-            while not (self._directory / name).exists():
-                await asyncio.sleep(0.05)
-            (self._directory / f"{name}.json").write_text(json.dumps(_places()))
-
-
-def _places() -> dict[str, Any]:
-    """The custom resources of each node, and the class and node of each actor that lives."""
-    import ray
-    from ray._private import state  # what the state API shows, without the dashboard that serves it
-
-    actors = [actor for actor in state.actors().values() if actor["State"] == "ALIVE"]
-    custom = ("generator_node", "learner_node")
-    return {
-        "nodes": {
-            node["NodeID"]: [name for name in custom if name in node["Resources"]]
-            for node in ray.nodes()
-            if node["Alive"]
-        },
-        "actors": [(actor["ActorClassName"], actor["Name"], actor["Address"]["NodeID"]) for actor in actors],
-        "placement_groups": [list(group["bundles_to_node_id"].values()) for group in _placement_groups()],
-    }
-
-
-def _placement_groups() -> list[dict[str, Any]]:
-    from ray.util import placement_group_table
-
-    return [group for group in placement_group_table().values() if group["state"] == "CREATED"]
-
-
-def drive() -> None:
-    """`opd-ray train`, with gates: directory, then overrides."""
-    from opd_ray import config
-    from opd_ray.run.train import train
-
-    directory, *overrides = sys.argv[1:]
-    train(config.load(None, overrides), Path(directory) / "run", observers=(Gates(Path(directory)),))
-
-
-# ---- in the test's ----
 
 
 @dataclass
@@ -162,7 +109,7 @@ def head() -> Iterator[AutoscalingHead]:
     generator = NodeType({"CPU": 1, "generator_node": 1}, maximum=2)
     cluster = fake_cluster({"generator": generator}, head={"CPU": 2, "learner_node": 1}, idle_timeout_s=2.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("PYTHONPATH", str(Path(gated_driver.__file__).parent))
         patch.setenv("OMP_NUM_THREADS", "1")
         with autoscaling_head(cluster) as head:
             yield head
@@ -172,7 +119,7 @@ def head() -> Iterator[AutoscalingHead]:
 def watched(head: AutoscalingHead, world, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """A run that has ended: it grew, lost a node, had it replaced, and gave one back."""
     directory = tmp_path_factory.mktemp("elastic")
-    command = [sys.executable, "-c", "from test_elastic import drive; drive()", str(directory)]
+    command = [sys.executable, "-c", "import gated_driver; gated_driver.drive()", str(directory)]
     with (directory / "log").open("wb") as log:
         driver = subprocess.Popen(
             [*command, *world.overrides(), *OVERRIDES], env=head.environment, stdout=log, stderr=subprocess.STDOUT

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-import exported
+import exported_metrics
 from opd_ray import config as configs
 from opd_ray.learn.losses.diagnostics import RATIOS
 from opd_ray.rooms import logs
@@ -71,8 +71,8 @@ def test_every_query_names_metrics_that_a_run_exports(world, ray_here, tmp_path)
     names = {line.partition("{")[0] for line in lines} | SELDOM
     missing = {
         pattern.pattern: where
-        for where, query in exported.queries().items()
-        for pattern in exported.names(query)
+        for where, query in exported_metrics.queries().items()
+        for pattern in exported_metrics.names(query)
         if not any(pattern.fullmatch(name) for name in names)
     }
     assert missing == {}

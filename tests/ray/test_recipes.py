@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from embedded_preset import preset
 from opd_ray import config as configs
 from opd_ray.buffer.mixture import Mixture
 from opd_ray.config import Config
@@ -23,7 +24,6 @@ from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.embedded.resolve import resolve
 from opd_ray.placement.session import Session
 from opd_ray.run.train import train
-from preset import preset
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 

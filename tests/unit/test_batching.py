@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factories import entry
 from opd_ray.buffer.plan import count, group_advantages, plan_step
 from opd_ray.errors import RunError
 from opd_ray.learn.microbatch import MicroBatch, collate, fetch_payloads
 from opd_ray.messages import SCORE_SCHEMA, Coefficients, Count, Denominators, Entry, StepPlan
 from opd_ray.repetition import repeated_ngrams
 from scored_rollouts import Scoring, scored_entries
+from small_messages import entry
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 60), st.sampled_from(["student", "golden", "teacher"]))
 COEFFICIENTS = Coefficients(1.0, 0.5, 0.25, 0.1)

@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from factories import entry, golden
 from opd_ray.buffer.replay import GoldenSet, ReplayBuffer
 from opd_ray.data.prompts import Shuffled
+from small_messages import entry, golden
 
 
 def golden_set(num_golden=3, by_prompt=None):

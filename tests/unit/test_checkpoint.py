@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fake_shelves import Objects, contents, held, make_snapshot
 from opd_ray.errors import InputError, RunError
 from opd_ray.snapshots import Shelf, Snapshot, Storage, storage
-from shelves import Objects, contents, held, make_snapshot
 
 
 @pytest.fixture(params=["directory", "memory"])

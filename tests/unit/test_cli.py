@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from checkpoints import CHARACTERS, make_checkpoint, make_setting, write_jsonl
 from opd_ray import __main__ as command_line
 from opd_ray import config as configs
 from opd_ray import status
@@ -23,6 +22,7 @@ from opd_ray.errors import RunError
 from opd_ray.run import evaluate as evaluation
 from opd_ray.run import train as running
 from opd_ray.status import CallStatus, RoomStatus, Status
+from tiny_checkpoints import CHARACTERS, make_checkpoint, make_setting, write_jsonl
 
 Outcome = tuple[int, str, str]
 

@@ -13,29 +13,29 @@ from types import SimpleNamespace
 import promql_parser
 import pytest
 
-import exported
+import exported_metrics
 
 
 @pytest.fixture(scope="module")
 def built():
-    return SimpleNamespace(**runpy.run_path(str(exported.GRAFANA / "build.py")))
+    return SimpleNamespace(**runpy.run_path(str(exported_metrics.GRAFANA / "build.py")))
 
 
 def test_the_dashboard_is_the_one_that_its_script_builds(built):
-    assert exported.DASHBOARD.read_text() == built.text(), "run python cluster/grafana/build.py"
+    assert exported_metrics.DASHBOARD.read_text() == built.text(), "run python cluster/grafana/build.py"
 
 
-@pytest.mark.parametrize("where", exported.queries())
+@pytest.mark.parametrize("where", exported_metrics.queries())
 def test_every_query_is_promql_on_our_metrics(where):
-    query = exported.queries()[where]
+    query = exported_metrics.queries()[where]
     promql_parser.parse(query)
-    assert exported.names(query)
+    assert exported_metrics.names(query)
     if where.startswith("panel"):
-        assert query.count('run=~"$Run"') == len(exported.names(query)), "a query that keeps to no run"
+        assert query.count('run=~"$Run"') == len(exported_metrics.names(query)), "a query that keeps to no run"
 
 
 def test_panels_do_not_share_ids_or_space():
-    panels = exported.panels()
+    panels = exported_metrics.panels()
     assert max(Counter(panel["id"] for panel in panels).values()) == 1
     taken = Counter()
     for panel in panels:
@@ -46,7 +46,7 @@ def test_panels_do_not_share_ids_or_space():
 
 
 def test_a_row_for_everything_one_wants_to_know():
-    rows = [panel["title"] for panel in exported.panels() if panel["type"] == "row"]
+    rows = [panel["title"] for panel in exported_metrics.panels() if panel["type"] == "row"]
     assert rows == [
         "Overview",
         "Rooms",
@@ -63,17 +63,17 @@ def test_a_row_for_everything_one_wants_to_know():
 
 def test_a_pattern_gives_one_line_for_each_room(built):
     line = built.Line("pool/*_ready")
-    pattern = exported.names(line.expr)[0]
+    pattern = exported_metrics.names(line.expr)[0]
     assert pattern.fullmatch("ray_opd_pool_teacher_generate_ready")[1] == "teacher_generate"
     assert line.label == "{{part}} · {{run}}"
     assert built.Line("{run/step} - {checkpoint/step}").expr.count("max by (run)") == 2
 
 
 def test_every_alert_says_how_bad_what_and_where_to_read_on():
-    headings = re.findall(r"^### (\w+)$", (exported.GRAFANA / "README.md").read_text(), re.MULTILINE)
-    names = [rule["alert"] for rule in exported.rules()]
+    headings = re.findall(r"^### (\w+)$", (exported_metrics.GRAFANA / "README.md").read_text(), re.MULTILINE)
+    names = [rule["alert"] for rule in exported_metrics.rules()]
     assert headings == names, "README.md has one heading for every alert, in their order"
-    for rule in exported.rules():
+    for rule in exported_metrics.rules():
         assert rule["labels"]["severity"] in ("critical", "warning")
         assert "$labels.run" in rule["annotations"]["summary"]
         assert len(rule["annotations"]["description"]) > 80
@@ -85,11 +85,11 @@ def test_every_alert_says_how_bad_what_and_where_to_read_on():
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed (Debian's package prometheus)")
 def test_alerts_fire_when_they_should_and_only_then():
     rules = subprocess.run(
-        ["promtool", "test", "rules", "alerts-test.yaml"], cwd=exported.GRAFANA, capture_output=True, text=True
+        ["promtool", "test", "rules", "alerts-test.yaml"], cwd=exported_metrics.GRAFANA, capture_output=True, text=True
     )
     assert rules.returncode == 0, rules.stdout + rules.stderr
 
 
 def test_every_alert_has_a_test():
-    tests = (exported.GRAFANA / "alerts-test.yaml").read_text()
-    assert {rule["alert"] for rule in exported.rules()} == set(re.findall(r"Opd\w+", tests))
+    tests = (exported_metrics.GRAFANA / "alerts-test.yaml").read_text()
+    assert {rule["alert"] for rule in exported_metrics.rules()} == set(re.findall(r"Opd\w+", tests))

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from checkpoints import write_jsonl
 from opd_ray.data.files import read_golden, read_prompts
 from opd_ray.errors import InputError
+from tiny_checkpoints import write_jsonl
 
 GOOD = {"prompt": "1+1=", "answer": "2"}
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 import fake_ray
-from driven import cast_of
+from driven_run import cast_of
 from fake_ray import actor_of
 from fake_workers import MANIFEST, FakeGenerator
 from opd_ray.errors import ActorError, GroupLost, WeightSyncError

@@ -7,7 +7,7 @@ import random
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from driven import assert_whole, cast_of, die, drive, events, in_no_hurry, on_call, slow_learner
+from driven_run import assert_whole, cast_of, die, drive, events, in_no_hurry, on_call, slow_learner
 from fake_workers import FakeLearner
 from opd_ray import status
 from opd_ray.errors import ActorError, RunError, StartFailed

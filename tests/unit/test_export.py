@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from checkpoints import configured, make_setting, refused
+from fake_shelves import Objects
 from opd_ray import config as configs
 from opd_ray.run.export import export, run_of, student_in
 from opd_ray.snapshots import Shelf, Snapshot
-from shelves import Objects
+from tiny_checkpoints import configured, make_setting, refused
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from checkpoints import CHARACTERS as TOKENS
-from checkpoints import configured, encode, make_checkpoint, make_setting, refused, write_jsonl, write_rollouts
 from opd_ray.config import Config
 from opd_ray.data import golden
 from opd_ray.data.files import read_prompts
 from opd_ray.messages import ROLLOUT_SCHEMA
 from opd_ray.run import preflight
+from tiny_checkpoints import CHARACTERS as TOKENS
+from tiny_checkpoints import configured, encode, make_checkpoint, make_setting, refused, write_jsonl, write_rollouts
 
 EOS = (1, 2)
 NO_PROBLEMS = {"without_eos": 0, "eos_inside": 0, "over_length": 0, "repetitive": 0, "wrong": 0}

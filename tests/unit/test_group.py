@@ -6,8 +6,8 @@ import pytest
 from ray.exceptions import ObjectLostError
 
 import fake_ray
-from desks import DEADLINE_S, Desk, group_of, held
 from fake_ray import until
+from held_actors import DEADLINE_S, Desk, group_of, held
 from opd_ray.errors import (
     ActorError,
     GroupLost,

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from opd_ray.config.guard import GuardConfig
 from opd_ray.messages import Strength
 from opd_ray.watch.guard import Guard, GuardEvent
-from simulated import delays, false_actions
+from simulated_runs import delays, false_actions
 
 LEVELS = ("off", "warn", "act", "rollback", "stop")
 NAMES = (

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig
 
+from objective_step import whole
 from opd_ray.config import from_dict
 from opd_ray.errors import InputError
 from opd_ray.learn.heads import ResponseModel
 from opd_ray.learn.microbatch import collate, fetch_payloads
 from opd_ray.models.heads import load_head, load_heads
 from scored_rollouts import scored_entries
-from steps import whole
 
 CPU = torch.device("cpu")
 SMALL = {

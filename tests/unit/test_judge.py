@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from judged import Hostile, Unloadable
+from hostile_task import Hostile, Unloadable
 from opd_ray.errors import RunError
 from opd_ray.tasks import get_task, judge
 from opd_ray.tasks.judge import Judge
 
 PARENT = """
 import sys
-from judged import Hostile
+from hostile_task import Hostile
 from opd_ray.tasks.judge import Judge
 if True:  # no __main__ guard: a second run of this script would start judges without end
     Judge(Hostile()).ask("verify", [("hang_known", {"part": sys.argv[1] + ".part", "pids": sys.argv[1]})])

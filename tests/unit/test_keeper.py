@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 import fake_ray
-from driven import assert_whole, cast_of, die, drive, events, latest, logged, on_call
+from driven_run import assert_whole, cast_of, die, drive, events, latest, logged, on_call
 from fake_workers import FakeLearner
 from opd_ray.errors import RunError, StorageUnavailable, Terminated
 from opd_ray.snapshots import shelf

@@ -16,12 +16,12 @@ from unittest import mock
 import pytest
 
 import fake_ray
-from driven import assert_whole, cast_of, drive, events, in_no_hurry, latest
+from driven_run import assert_whole, cast_of, drive, events, in_no_hurry, latest
+from fake_shelves import Objects, contents, held, make_snapshot
 from opd_ray.config import from_dict
 from opd_ray.errors import InputError, StorageUnavailable, Superseded
 from opd_ray.run import train
 from opd_ray.snapshots import Checkpoint, Lease, Shelf, Storage, lease, storage
-from shelves import Objects, contents, held, make_snapshot
 
 
 @pytest.fixture(params=["directory", "memory"])

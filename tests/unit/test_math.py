@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from checkpoints import CHARACTERS, make_checkpoint
 from opd_ray.generate.fake import FakeGenerationEngine
 from opd_ray.generate.generator import GeneratorSettings, StudentGenerator
 from opd_ray.messages import PromptGroup, SamplingSettings
 from opd_ray.tasks import get_task
 from opd_ray.tasks.math import MathTask
 from opd_ray.watch.metrics import rollout_metrics
+from tiny_checkpoints import CHARACTERS, make_checkpoint
 
 ROW = {"prompt": "1+1=", "answer": "2"}
 LETTERS = (*CHARACTERS, "<user>", *sorted(set("cdefghijklmnopqrstuvwxyzHNT:,.{} \n")))

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from factories import meta
 from opd_ray.watch import metrics
 from opd_ray.watch.metrics import MetricsPort, MetricsWriter, port_name, rollout_metrics
 from opd_ray.watch.observers import Metrics, Progress, StepReport
+from small_messages import meta
 
 
 def test_rollout_metrics_by_hand():

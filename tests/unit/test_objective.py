@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from objective_step import COEFFICIENTS, Step, config_with, cut, take, whole
 from opd_ray.errors import RunError
 from opd_ray.learn.heads import ResponseModel
 from opd_ray.learn.losses.diagnostics import finish
@@ -21,7 +22,6 @@ from opd_ray.learn.microbatch import collate, fetch_payloads
 from opd_ray.messages import SCORE_SCHEMA, Coefficients, Entry
 from opd_ray.repetition import repeated_ngrams
 from scored_rollouts import Scoring, head_of, scored_entries
-from steps import COEFFICIENTS, Step, config_with, cut, take, whole
 
 BOTH = ("teacher", "reference")
 STOPS = (1, 2)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fake_ray
-from fakes import make_pipeline
+from fake_rooms import make_pipeline
 from opd_ray.errors import RunError
 from opd_ray.pipeline import GuardOrder
 

@@ -15,8 +15,8 @@ from ray.exceptions import (
 )
 
 import fake_ray
-from desks import DEADLINE_S, Losses, desks, held
 from fake_ray import actor_of, until
+from held_actors import DEADLINE_S, Losses, desks, held
 from opd_ray.errors import (
     ActorError,
     EngineFailed,

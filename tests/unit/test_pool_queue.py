@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import fake_ray
-from desks import DEADLINE_S, Desk, Losses, desks, held
 from fake_ray import World, until
-from fakes import make_pipeline
+from fake_rooms import make_pipeline
+from held_actors import DEADLINE_S, Desk, Losses, desks, held
 from opd_ray.config import PoolSize, from_dict
 from opd_ray.errors import ActorError, GroupLost, MemberLost
 from opd_ray.evaluate import chunked

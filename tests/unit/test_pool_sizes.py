@@ -7,10 +7,10 @@ import time
 import pytest
 
 from fake_ray import actor_of, until
+from fake_rooms import stream
 from fake_workers import FakeGenerator
-from fakes import stream
 from opd_ray.messages import SamplingSettings
-from supervised import generators, supervised
+from supervised_rooms import generators, supervised
 
 
 def test_a_pool_that_grows_gets_workers_with_weights_and_the_others_notice_nothing():

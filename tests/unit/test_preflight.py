@@ -13,16 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import (
-    CHARACTERS,
-    configured,
-    encode,
-    make_checkpoint,
-    make_setting,
-    refused,
-    write_jsonl,
-    write_rollouts,
-)
 from opd_ray import config as configs
 from opd_ray import status
 from opd_ray.config import Config
@@ -32,6 +22,16 @@ from opd_ray.models import checkpoints as models
 from opd_ray.run import preflight, resuming
 from opd_ray.run import train as running
 from opd_ray.tasks import get_task
+from tiny_checkpoints import (
+    CHARACTERS,
+    configured,
+    encode,
+    make_checkpoint,
+    make_setting,
+    refused,
+    write_jsonl,
+    write_rollouts,
+)
 
 SFT = {
     "buffer__prompts_per_step": "0",

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from checkpoints import CHARACTERS, configured, make_checkpoint, make_setting, refused, write_jsonl
 from opd_ray.run import preflight
+from tiny_checkpoints import CHARACTERS, configured, make_checkpoint, make_setting, refused, write_jsonl
 
 LIVE_TEACHER = {"buffer__teacher_per_prompt": "1", "loss__teacher__coef": "1"}
 GRPO = {

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from ray.exceptions import ObjectLostError
 
-from factories import meta
 from opd_ray.errors import Unwritable
 from opd_ray.messages import ROLLOUT_SCHEMA, SCORE_SCHEMA, Entry
 from opd_ray.watch import recorder as module
 from opd_ray.watch.recorder import Recorder
+from small_messages import meta
 
 
 @pytest.fixture

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from checkpoints import CHARACTERS
+from made_up_pages import panels, report
+from made_up_runs import EVIL, make_rollouts, make_run, make_student, write_rollouts
 from opd_ray import __main__ as command_line
 from opd_ray.errors import InputError
 from opd_ray.messages import ROLLOUT_SCHEMA
 from opd_ray.report import ReferenceLine, default_output, rollouts, write_report, write_run_report
 from opd_ray.report.runs import read_run
-from report_runs import EVIL, make_rollouts, make_run, make_student, write_rollouts
-
-
-def report(*runs: Path, **options: Any) -> tuple[str, dict[str, Any]]:
-    """The page's text and its embedded data."""
-    output = runs[0].parent / "report.html"
-    write_report(runs, output, **options)
-    page = output.read_text()
-    packed = re.search(r'id="data">([^<]*)<', page)[1]
-    return page, json.loads(gzip.decompress(base64.b64decode(packed)))
-
-
-def panels(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {panel["title"]: panel for group in data["groups"] for panel in group["panels"]}
+from tiny_checkpoints import CHARACTERS
 
 
 def test_the_page_has_every_arm_run_and_metric(tmp_path):

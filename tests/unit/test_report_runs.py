@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from made_up_runs import make_run
 from opd_ray.errors import InputError
 from opd_ray.report.arms import MEASURES, Cell, clock, count, group, highest_truncation, inflated_at, share
 from opd_ray.report.runs import find_runs, read_run, read_runs, study_order
 from opd_ray.report.verdict import judge
-from report_runs import make_run
 
 ROLLBACK = {
     "step": 12,

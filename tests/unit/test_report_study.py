@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from made_up_pages import panels, report
+from made_up_runs import STUDY_ARMS, make_run, make_student, make_study
 from opd_ray.report import curves
 from opd_ray.report.arms import group
 from opd_ray.report.crossing import crossings, signature
 from opd_ray.report.golden import kinds
 from opd_ray.report.runs import Run, read_run, read_runs
-from report_runs import STUDY_ARMS, make_run, make_student, make_study
-from test_report_page import panels, report
 
 
 def run_of(path: Path, metrics: dict[str, dict[int, float]], **changes) -> Run:

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 import fake_ray
-from driven import assert_whole, cast_of, die, drive, in_no_hurry, latest, logged, on_call, slow_learner
+from driven_run import assert_whole, cast_of, die, drive, in_no_hurry, latest, logged, on_call, slow_learner
 from opd_ray import status
 from opd_ray.errors import RunError, Terminated, Unwritable
 from opd_ray.report.runs import read_run

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from driven import cast_of, drive, latest
+from driven_run import cast_of, drive, latest
 from opd_ray.config import from_dict
 from opd_ray.run.summary import Summary
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from ray.exceptions import ObjectLostError
 
 import fake_ray
-from factories import meta
+from fake_rooms import make_pipeline
 from fake_workers import FakeGenerator, FakeScorer
-from fakes import make_pipeline
 from opd_ray.errors import MemberLost, RunError
 from opd_ray.messages import Entry
+from small_messages import meta
 
 GOLDEN = {"golden": {"coef": 1, "divergence": "forward_kl"}}
 NO_GOLDEN = {"buffer": {"golden_per_prompt": 0}, "loss": {"golden": {"coef": 0}}}

@@ -6,12 +6,12 @@ import time
 import pytest
 
 import fake_ray
-from driven import cast_of
+from driven_run import cast_of
 from fake_ray import until
 from fake_workers import FakeGenerator
 from opd_ray.errors import GroupLost, RunError, StartFailed
 from opd_ray.placement.restarts import Restarts
-from supervised import Kept, generators, supervised
+from supervised_rooms import Kept, generators, supervised
 
 # ---- replacement ----
 

@@ -18,9 +18,9 @@ from unittest import mock
 
 from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
 
+from fake_shelves import Objects, Ref
 from opd_ray.errors import PayloadLost
 from opd_ray.rooms.room import Member
-from shelves import Objects, Ref
 
 
 class _Clock(selectors.DefaultSelector):

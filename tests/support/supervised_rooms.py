@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 import fake_ray
-from driven import cast_of
+from driven_run import cast_of
 from fake_workers import MANIFEST
 from opd_ray.placement.restarts import Restarts
 from opd_ray.placement.supervisor import Supervisor

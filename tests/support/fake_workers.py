@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from factories import meta
 from fake_ray import Actor
 from opd_ray.errors import RunError, WeightSyncError
 from opd_ray.messages import Entry, PromptGroup, SamplingSettings, StepOutcome, StepPlan, TransferGroup, WeightManifest
+from small_messages import meta
 
 MANIFEST = WeightManifest(0, ("w",), ("float32",), ((1,),))
 

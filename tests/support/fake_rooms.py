@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from factories import golden
 from fake_ray import Actor, World
 from fake_workers import (
     MANIFEST,
@@ -33,6 +32,7 @@ from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
 from opd_ray.watch.guard import Guard
 from opd_ray.weights.delivery import Delivery
+from small_messages import golden
 
 
 class Cast:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from checkpoints import CHARACTERS, make_checkpoint
+from tiny_checkpoints import CHARACTERS, make_checkpoint
 
 EVIL = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">'
 """A token that would run, were it ever parsed as HTML."""

@@ -1,6 +1,6 @@
 """Steps as a guard sees them, of runs that are made up: healthy ones, and ones whose truncation climbs to the end.
 
-python tests/unit/simulated.py SEED [HEALTHY COLLAPSING]     how often it acts on the first, how late on the others
+python tests/support/simulated_runs.py SEED [HEALTHY COLLAPSING]     how often it acts on those, how late on these
 """
 
 import sys

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from factories import meta
 from opd_ray.messages import Entry
 from opd_ray.snapshots import Checkpoint, Shelf, Snapshot
+from small_messages import meta
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 from unittest import mock
 
 import fake_ray
+from fake_rooms import Cast, stream
 from fake_workers import FakeGenerator, FakeLearner, FakeScorer
-from fakes import Cast, stream
 from opd_ray.config import from_dict
 from opd_ray.placement.session import Session
 from opd_ray.run.driver import Driver
