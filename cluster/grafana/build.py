@@ -192,7 +192,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Teacher on repetitive tokens",
             _lines("learner/teacher_logprob_repetitive", "learner/teacher_logprob"),
-            "Nats. From guard.endorsed_logprob on, the teacher endorses the repetition.",
+            "Nats. From -1 on, the teacher endorses the repetition.",
         ),
     ],
     "Restarts and recovery": [

@@ -31,18 +31,8 @@ class GuardConfig:
     """Share of rollouts whose tail is repetitive."""
     entropy: tuple[float, float, float] = (0.02, 0.01, 0.003)
     """Entropy in nats under which a student with vanishing gradient, whom the teacher contradicts, is deterministic."""
-    grad_norm: float = Field(0.02, gt=0)
-    """Gradient norm that counts as vanishing."""
-    length_ratio: float = Field(1.5, gt=1)
-    """Mean length over that of the first steps; warns only, for a student may rightly learn to write more."""
-    repetitive_share: float = Field(0.05, ge=0, le=1)
-    """Share of repetitive tokens from which their advantage is compared with that of the others."""
-    endorsed_logprob: float = Field(-1.0, le=0)
-    """Teacher's mean log-prob from which it endorses what the student writes; on repetitive tokens it warns only."""
     max_golden_per_prompt: float = Field(2.0, ge=0)
     """Limit of golden rollouts for each on-policy prompt; 0 leaves them alone."""
-    max_golden_factor: float = Field(3.0, ge=1)
-    """Limit of λ_gold as a multiple of the configured one, or of the student's coefficient where that is 0."""
     max_reference_kl: float = Field(1.0, ge=0)
     """Limit of β_KL as a multiple of the student's coefficient, for their ratio decides: at 1 a token's probability is
     drawn to the geometric mean of teacher's and reference's, at .1 hardly at all; 0 leaves it alone."""

@@ -101,6 +101,16 @@ class _State:
     """Signal to the highest severity announced and the last step at which it was not quiet."""
 
 
+_VANISHING_GRAD_NORM = 0.02
+"""Under it a student no longer moves, whatever the teacher says."""
+_LONGER = 1.5
+"""Mean length over that of the first steps; warns only, for a student may rightly learn to write more."""
+_REPETITIVE_SHARE = 0.05
+"""Share of repetitive tokens from which their advantage is compared with that of the others."""
+_ENDORSED_LOGPROB = -1.0
+"""Teacher's mean log-prob from which it endorses what the student writes; on repetitive tokens it warns only."""
+_MOST_GOLDEN_FACTOR = 3.0
+"""Limit of λ_gold as a multiple of the configured one, or of the student's coefficient where that is 0."""
 _NUM_NOTCHES = 2
 _LEAST_PATIENCE, _LEAST_QUIET = 5, 20
 """Steps: what an action needs to show whatever the window, for weights move by steps; and health to be believed."""
@@ -139,7 +149,7 @@ class Guard:
         self._state, self._shares = _State(), {}
         self._most = Strength(
             config.max_golden_per_prompt,
-            config.max_golden_factor * (self._configured.golden_coef or student_coef),
+            _MOST_GOLDEN_FACTOR * (self._configured.golden_coef or student_coef),
             config.max_reference_kl * student_coef,
         )
         self._raises_golden = has_golden and self._most.golden_per_prompt > self._configured.golden_per_prompt
@@ -281,13 +291,13 @@ class Guard:
     def _readings(self, means: Mapping[str, float], seen: list[str]) -> list[_Reading]:
         config, first, readings = self._config, self._state.first_lengths, []
         inflation = self._signature(means)
-        endorsed = means.get("teacher_logprob_repetitive", -math.inf) > config.endorsed_logprob
+        endorsed = means.get("teacher_logprob_repetitive", -math.inf) > _ENDORSED_LOGPROB
         kind = f"length inflation that the teacher endorses: {inflation}: " if inflation and endorsed else ""
-        if means.get("grad_norm", math.inf) < config.grad_norm and "entropy" in means:
+        if means.get("grad_norm", math.inf) < _VANISHING_GRAD_NORM and "entropy" in means:
             advantage = _mean_advantage(means)
             if advantage is None:
                 readings.append(_Reading("entropy", means["entropy"], config.entropy[:1], falling=True))
-            elif advantage < config.endorsed_logprob:
+            elif advantage < _ENDORSED_LOGPROB:
                 note = f"collapse to a string that the teacher does not endorse (mean advantage {advantage:.2f}): "
                 readings.append(_Reading("entropy", means["entropy"], config.entropy, note, falling=True))
                 kind = note if readings[-1].severity else kind
@@ -295,9 +305,9 @@ class Guard:
         readings += [reading for name in judged if (reading := self._share_reading(name, kind))]
         if "length" in means and len(first) >= self._windows.long and sum(first) > 0:
             ratio = means["length"] * len(first) / sum(first)
-            readings.append(_Reading("length_ratio", ratio, (config.length_ratio,)))
+            readings.append(_Reading("length_ratio", ratio, (_LONGER,)))
         if inflation:
-            early = (means["teacher_logprob_repetitive"], (config.endorsed_logprob,), f"early alarm, {inflation}: ")
+            early = (means["teacher_logprob_repetitive"], (_ENDORSED_LOGPROB,), f"early alarm, {inflation}: ")
             readings.append(_Reading("teacher_logprob_repetitive", *early))
         return readings
 
@@ -311,7 +321,7 @@ class Guard:
         if not means.keys() >= set(_TOKENS) or not self._judges("repetitive_share"):
             return ""
         share, repetitive, other = (means[each] for each in _TOKENS[:3])
-        if share <= self._over_normal("repetitive_share", self._config.repetitive_share) or repetitive <= other:
+        if share <= self._over_normal("repetitive_share", _REPETITIVE_SHARE) or repetitive <= other:
             return ""
         return f"repetitive tokens ({share:.0%}) have advantage {repetitive:.2f}, others {other:.2f}"
 
