@@ -36,12 +36,8 @@ class GuardConfig:
     max_reference_kl: float = Field(1.0, ge=0)
     """Limit of β_KL as a multiple of the student's coefficient, for their ratio decides: at 1 a token's probability is
     drawn to the geometric mean of teacher's and reference's, at .1 hardly at all; 0 leaves it alone."""
-    mask_truncated_tails: bool = True
-    """Whether the first action also takes the tails of truncated rollouts out of the loss."""
     max_rollbacks: int = Field(2, ge=0)
     """Rollbacks of one run; then it is stopped, where level allows."""
-    max_non_finite_steps: int = Field(3, ge=1)
-    """Steps in a row without a finite loss after which the run is rolled back where level allows, or else stopped."""
 
     def __post_init__(self) -> None:
         for name in _SHARES:

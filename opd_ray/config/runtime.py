@@ -48,29 +48,21 @@ class RecoveryConfig:
     """What happens when workers die."""
 
     max_restarts: int = Field(20, ge=0)
-    """Replacements of a room's workers within window_s; one more ends the run. 0 ends it with the first death."""
-    window_s: float = Field(1800.0, gt=0)
-    """Time over which replacements are counted."""
+    """Replacements of a room's workers within half an hour; one more ends the run. 0 ends it with the first death."""
     below_min_s: float = Field(900.0, gt=0)
     """How long a room may have fewer workers than its minimum before the run ends."""
     heartbeat_s: float = Field(60.0, ge=0)
     """A worker that does not answer for so long counts as dead; 0 waits for the deadlines of its calls."""
-    drain_s: float = Field(120.0, ge=0)
-    """How long a worker that is to leave may finish its calls; then they are issued again elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ElasticConfig:
     """When pools with room between their minimum and maximum grow and shrink."""
 
-    every_s: float = Field(5.0, gt=0)
-    """How often demand is looked at."""
     grow_after_s: float = Field(15.0, ge=0)
     """A pool that was the bottleneck for so long gets one more worker."""
     shrink_after_s: float = Field(120.0, ge=0)
     """A pool that could do with one worker less for so long gives one back."""
-    busy_share: float = Field(0.9, gt=0, le=1)
-    """A pool whose workers had work for this share of the time, while the learner waited, is the bottleneck."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -336,5 +336,3 @@ class MetricsConfig:
     """Write the rollouts of every n-th step to rollouts/*.parquet; 1 for all, 0 for none."""
     rollout_log_keep: int = Field(1000, ge=1)
     """Files of the rollout log, the newest, that are kept; older ones are deleted."""
-    stall_s: float = Field(60.0, gt=0)
-    """Say why, as often as this, while no step ends."""

@@ -10,9 +10,10 @@ from opd_ray.config import ElasticConfig
 
 _STARVING = 0.2
 """Share of the time that the learner waits for rollouts from which more of them would help."""
+_BUSY = 0.9
+"""Share of the time that the workers of a bottleneck have work."""
 _FULL = 0.8
-"""How busy the workers may be once there is one less; at most 0.9 of ElasticConfig.busy_share, lest they ask for it
-again."""
+"""How busy the workers may be once there is one less; below _BUSY, lest they ask for it again."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,6 @@ class Demand:
 
     def __init__(self, config: ElasticConfig) -> None:
         self._config = config
-        self._fits = min(_FULL, 0.9 * config.busy_share)
         self._pools: dict[str, _Watch] = {}
         self._waits: deque[tuple[float, float]] = deque()
 
@@ -77,7 +77,7 @@ class Demand:
         if load.size == 0:
             return 0
         config = self._config
-        if load.busy_share < config.busy_share or load.num_calls <= load.size:
+        if load.busy_share < _BUSY or load.num_calls <= load.size:
             pool.full_since = None
         elif pool.full_since is None:
             pool.full_since = now
@@ -101,7 +101,7 @@ class Demand:
 
     def _is_idle(self, now: float, pool: _Watch, size: int) -> bool:
         lasted = bool(pool.busy) and now - pool.since >= self._config.shrink_after_s
-        return lasted and _mean(pool.busy) <= (size - 1) * self._fits
+        return lasted and _mean(pool.busy) <= (size - 1) * _FULL
 
 
 def _append(looks: deque[tuple[float, float]], now: float, value: float, most_s: float) -> None:

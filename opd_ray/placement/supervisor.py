@@ -2,7 +2,7 @@
 
 The supervisor runs beside the pipeline, in the same event loop. A worker counts as lost when a call to it says so
 (its process died, its node went, it gave no answer by a deadline) or when it misses a heartbeat. Pools get a
-replacement, up to ``recovery.max_restarts`` in ``recovery.window_s``; the loss of a Group is raised as GroupLost, for
+replacement, up to ``recovery.max_restarts`` in half an hour; the loss of a Group is raised as GroupLost, for
 whoever can restore a state. A pool that stays below its minimum ends the run.
 """
 
@@ -29,6 +29,10 @@ _NEVER_RAN = "The actor never ran"
 _MOST_NEVER_RAN = 5
 """So many in a row are no death, since Ray takes a while to know that a node is gone; those after them are."""
 _NOT_UP = "the others are not placed or still load their model"
+_DRAIN_S = 120.0
+"""How long a worker that is to leave may finish its calls; then they are issued again elsewhere."""
+_LOOK_S = 5.0
+"""How often demand is looked at; oftener where a pool is to grow after less than three looks."""
 _BEATS = 4
 """Heartbeats within the time after which a worker that gave none counts as dead."""
 
@@ -134,7 +138,7 @@ class Supervisor:
             else:
                 member.become("leaving")
         for member in pool.those("leaving"):
-            if not member.num_calls or time.monotonic() - member.since > self._config.recovery.drain_s:
+            if not member.num_calls or time.monotonic() - member.since > _DRAIN_S:
                 pool.end(member)  # calls that it still had go to another worker
         for member in pool.those("starting", "joining"):
             if member not in self._bringing:
@@ -189,7 +193,7 @@ class Supervisor:
         waited = self.learner_waited_s()
         before, waited_before, work = self._looked
         wall = now - before
-        if wall < self._config.elastic.every_s:
+        if wall < min(_LOOK_S, self._config.elastic.grow_after_s / 3):
             return
         loads = []
         self._looked = (now, waited, {pool.room: pool.work() for pool in self._pools})

@@ -102,7 +102,7 @@ class Driver:
     def _assemble(self, rooms: Rooms) -> None:
         """Who looks after the rooms while they run."""
         recovery = self._config.recovery
-        self._restarts = Restarts(recovery.max_restarts, recovery.window_s, self._summary.restarts)
+        self._restarts = Restarts(recovery.max_restarts, self._summary.restarts)
         self._delivery = Delivery(
             self._config, rooms.learner, rooms.generators, list(rooms.followers.values()), self._say
         )

@@ -46,7 +46,7 @@ class Reporter:
         self._delivery, self._keeper, self._live, self._say = delivery, keeper, live, say
         self.num_restores = 0
         """How often the run went back to an earlier state because one was lost."""
-        self._stalls = StallWatch(config.metrics.stall_s)
+        self._stalls = StallWatch()
         self._path = run_dir / status.FILE
         self._writing: asyncio.Future[None] | None = None
         self._told: str | None = None

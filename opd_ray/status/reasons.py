@@ -26,13 +26,13 @@ _SLOW: dict[str, str] = {
     "send_weights": "a broadcast ends with its slowest member",
 }
 """Why a call may take long."""
+_STALL_S = 60.0
 
 
 class StallWatch:
-    """Says why a run waits, whenever nothing moved for another ``stall_s``."""
+    """Says why a run waits, whenever nothing moved for another minute."""
 
-    def __init__(self, stall_s: float) -> None:
-        self._stall_s = stall_s
+    def __init__(self) -> None:
         self._seen: tuple[object, ...] | None = None
         self._since = 0.0
 
@@ -43,7 +43,7 @@ class StallWatch:
         seen = (status.phase, status.step, status.version, answers)
         if seen != self._seen:
             self._seen, self._since = seen, now
-        if status.ended or now - self._since < self._stall_s:
+        if status.ended or now - self._since < _STALL_S:
             return None
         self._since = now
         return explain(status)

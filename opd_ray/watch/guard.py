@@ -111,6 +111,8 @@ _ENDORSED_LOGPROB = -1.0
 """Teacher's mean log-prob from which it endorses what the student writes; on repetitive tokens it warns only."""
 _MOST_GOLDEN_FACTOR = 3.0
 """Limit of λ_gold as a multiple of the configured one, or of the student's coefficient where that is 0."""
+_MOST_NON_FINITE = 3
+"""Steps in a row without a finite loss after which the run is rolled back where level allows, or else stopped."""
 _NUM_NOTCHES = 2
 _LEAST_PATIENCE, _LEAST_QUIET = 5, 20
 """Steps: what an action needs to show whatever the window, for weights move by steps; and health to be believed."""
@@ -154,7 +156,7 @@ class Guard:
         )
         self._raises_golden = has_golden and self._most.golden_per_prompt > self._configured.golden_per_prompt
         self._raises_kl = has_reference and self._most.reference_kl_coef > self._configured.reference_kl_coef
-        self._masks = config.mask_truncated_tails and not self._configured.mask_truncated_tails
+        self._masks = not self._configured.mask_truncated_tails
         self._num_notches = _NUM_NOTCHES if self._raises_golden or self._raises_kl else int(self._masks)
 
     def look(self, step: int, metrics: Mapping[str, float]) -> Verdict:
@@ -216,7 +218,7 @@ class Guard:
     def _judge_loss(self, step: int, loss: float) -> tuple[list[GuardEvent], Order]:
         """A step without a finite loss changes no weights, so a single one is harmless; a row of them is not.
         The event counts such steps in a row, so that its numbers are finite."""
-        state, limit = self._state, self._config.max_non_finite_steps
+        state, limit = self._state, _MOST_NON_FINITE
         state.num_non_finite = 0 if math.isfinite(loss) else state.num_non_finite + 1
         if state.num_non_finite == 0:
             return [], "go on"

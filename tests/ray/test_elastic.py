@@ -36,7 +36,7 @@ OVERRIDES = [
     *(f"buffer.prompts_per_step={PROMPTS_PER_STEP}", f"buffer.max_staleness={MAX_STALENESS}", "guard.level=off"),
     *(f"learner.steps={STEPS}", "metrics.rollout_log_every_steps=1"),
     *("evaluation.num_problems=0", "evaluation.every_steps=0", "checkpoint.every_steps=0"),
-    *("elastic.every_s=0.5", "elastic.grow_after_s=1.5", "elastic.shrink_after_s=6"),
+    *("elastic.grow_after_s=1.5", "elastic.shrink_after_s=6"),
 ]
 
 

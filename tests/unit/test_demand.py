@@ -10,7 +10,7 @@ import pytest
 from opd_ray.config import ElasticConfig
 from opd_ray.placement.demand import Demand, RoomLoad
 
-CONFIG = ElasticConfig(every_s=5, grow_after_s=15, shrink_after_s=60, busy_share=0.9)
+CONFIG = ElasticConfig(grow_after_s=15, shrink_after_s=60)
 
 
 def load(size: int = 2, busy: float = 1.0, calls: int = 5, **changes: int) -> RoomLoad:

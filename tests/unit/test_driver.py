@@ -179,9 +179,10 @@ def test_more_losses_of_a_group_than_allowed_end_the_run(tmp_path):
         drive(tmp_path, cast)
 
 
-def test_losses_that_come_again_at_the_same_step_end_the_run_however_seldom_they_are(tmp_path):
+def test_losses_that_come_again_at_the_same_step_end_the_run_however_seldom_they_are(tmp_path, monkeypatch):
     """The bug: what took longer than the window of recovery.max_restarts was tried again for ever."""
-    cast = cast_of(recovery={"window_s": 0.001}, checkpoint={"every_steps": 2, "memory_every_steps": 1})
+    monkeypatch.setattr("opd_ray.placement.restarts._WINDOW_S", 0.001)
+    cast = cast_of(checkpoint={"every_steps": 2, "memory_every_steps": 1})
     cast.world.before = lambda actor, method: actor.die() if method == "export" else None
     with pytest.raises(RunError, match="learn: was lost 6 times without getting beyond step 6"):
         drive(tmp_path, cast)

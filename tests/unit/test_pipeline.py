@@ -217,9 +217,9 @@ def test_a_loss_that_is_not_finite_ends_a_run_without_a_guard_and_not_one_with()
     assert [(event.step, event.signal) for event in events] == [(3, "non_finite_loss")]
 
 
-def test_the_guards_order_ends_the_loop_after_the_observers_saw_the_event():
-    seen = []
-    guard = {"level": "rollback", "max_non_finite_steps": 1}
+def test_the_guards_order_ends_the_loop_after_the_observers_saw_the_event(monkeypatch):
+    monkeypatch.setattr("opd_ray.watch.guard._MOST_NON_FINITE", 1)
+    seen, guard = [], {"level": "rollback"}
     with pytest.raises(GuardOrder) as order:
         run(make_pipeline(learner_metrics={2: {"loss": float("nan")}}, guard=guard), seen.append)
     (made,) = seen

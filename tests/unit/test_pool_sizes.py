@@ -101,7 +101,7 @@ def test_one_that_is_let_go_finishes_its_calls_first():
         await until(lambda: len(kept.pool) == 1)
         assert kept.pool.num_reissued == 0 and actor_of(leaving).is_dead
 
-    supervised(scenario, prepare=slow(20.0), rollout=generators(2, 1, 2), recovery={"drain_s": 120})
+    supervised(scenario, prepare=slow(20.0), rollout=generators(2, 1, 2))
 
 
 def test_what_is_not_finished_in_time_is_issued_again_elsewhere():
@@ -111,13 +111,13 @@ def test_what_is_not_finished_in_time_is_issued_again_elsewhere():
         kept.pool.target = 1
         began = time.monotonic()
         await until(lambda: len(kept.pool) == 1, most=20_000)
-        assert time.monotonic() - began == pytest.approx(10, abs=3)
+        assert time.monotonic() - began == pytest.approx(120, abs=3)
         assert kept.pool.num_reissued == 2
         answers = await asyncio.gather(*calls)
         assert sorted(meta.slot for metas, _ in answers for meta in metas) == list(range(4))
         assert kept.restarts.by_room == {}
 
-    supervised(scenario, prepare=slow(500.0), rollout=generators(2, 1, 2), recovery={"drain_s": 10})
+    supervised(scenario, prepare=slow(500.0), rollout=generators(2, 1, 2))
 
 
 def test_demand_raises_a_pool_to_its_maximum_and_idleness_lowers_it_to_its_minimum():

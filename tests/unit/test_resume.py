@@ -18,7 +18,7 @@ from opd_ray.watch import metrics
 
 IN_MEMORY = {"every_steps": 0, "memory_every_steps": 1}
 
-ROLLBACK = {"level": "rollback", "max_non_finite_steps": 1}
+ROLLBACK = {"level": "rollback"}
 
 # ---- signals ----
 
@@ -323,8 +323,9 @@ def test_a_checkpoint_whose_objects_are_gone_is_left_out_and_the_run_goes_on(tmp
 
 
 @pytest.mark.parametrize("checkpoint", [{"every_steps": 2}, {"every_steps": 0, "memory_every_steps": 2}])
-def test_a_learner_that_is_lost_just_after_a_rollback_goes_on_with_the_stronger_setting(tmp_path, checkpoint):
+def test_a_learner_lost_just_after_a_rollback_goes_on_with_the_stronger_setting(tmp_path, checkpoint, monkeypatch):
     """The bug: the state in memory that the run had gone back to did not know of the rollback."""
+    monkeypatch.setattr("opd_ray.watch.guard._MOST_NON_FINITE", 1)
     cast = cast_of(guard=ROLLBACK, checkpoint=checkpoint)
     cast.learner_metrics[4] = [{"loss": float("nan")}, {}]
     on_call(cast, "train_step", 6, die, role="learner")  # the first after the rollback
@@ -337,7 +338,8 @@ def test_a_learner_that_is_lost_just_after_a_rollback_goes_on_with_the_stronger_
     assert_whole(cast, tmp_path)
 
 
-def test_a_signal_after_a_rollback_speaks_of_the_checkpoint_that_is_there(tmp_path):
+def test_a_signal_after_a_rollback_speaks_of_the_checkpoint_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("opd_ray.watch.guard._MOST_NON_FINITE", 1)
     cast = cast_of(in_no_hurry, guard=ROLLBACK, checkpoint={"every_steps": 2, "keep": 3})
     cast.learner_metrics[3] = [{"loss": float("nan")}, {}]
     text = stopped_by_a_signal(tmp_path, cast, lambda: ("abandon", "student-generator-0") in cast.log)

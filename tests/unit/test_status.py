@@ -286,7 +286,7 @@ def test_the_oldest_call_of_every_method_is_listed() -> None:
 
 
 def test_the_stall_watch_speaks_each_time_that_nothing_moved() -> None:
-    watch, now = StallWatch(60), status("training")
+    watch, now = StallWatch(), status("training")
     assert [watch.look(time, now) is not None for time in (0, 59, 60, 119, 120)] == [False, False, True, False, True]
     for moved in (
         status("broadcasting"),
