@@ -33,9 +33,6 @@ class GuardConfig:
     """Entropy in nats under which a student with vanishing gradient, whom the teacher contradicts, is deterministic."""
     max_golden_per_prompt: float = Field(2.0, ge=0)
     """Limit of golden rollouts for each on-policy prompt; 0 leaves them alone."""
-    max_reference_kl: float = Field(1.0, ge=0)
-    """Limit of β_KL as a multiple of the student's coefficient, for their ratio decides: at 1 a token's probability is
-    drawn to the geometric mean of teacher's and reference's, at .1 hardly at all; 0 leaves it alone."""
     max_rollbacks: int = Field(2, ge=0)
     """Rollbacks of one run; then it is stopped, where level allows."""
 

@@ -7,7 +7,7 @@ Every recipe of the literature is a choice of these fields; see jobs/recipes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -43,10 +43,8 @@ class TermConfig:
     """The mass outside a top-k support: one more outcome, renormalised away, or gradient weights held constant."""
     beta: float = Field(0.5, gt=0, lt=1)
     """β of jsd: towards 0 like the forward KL, towards 1 like the reverse KL."""
-    entropy_gate: float | None = Field(None, ge=0)
-    """Adds the forward KL to reverse_kl or k1 where the teacher's entropy exceeds this many nats (EOPD)."""
-    entropy_gate_coef: float = Field(1.0, gt=0)
-    """Weight of the forward KL that the entropy gate adds."""
+    entropy_gate: ClassVar[float | None] = None
+    """Only the loss on what the student sampled may have one."""
 
     @property
     def used(self) -> bool:
@@ -66,10 +64,6 @@ class TermConfig:
     def needs_student_samples(self) -> bool:
         return self.divergence in _ON_STUDENT_SAMPLES or (self.on_distributions and self.support == "student_top_k")
 
-    def __post_init__(self) -> None:
-        if self.entropy_gate is not None and self.divergence not in ("reverse_kl", "k1"):
-            raise ValueError(f"entropy_gate adds to divergence=reverse_kl or k1, but it is {self.divergence}")
-
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdvantageConfig:
@@ -85,8 +79,6 @@ class AdvantageConfig:
     """Divide the group's centred reward by its standard deviation, as GRPO does."""
     extrapolation: float = Field(1.0, ge=0)
     """λ of ExOPD: adds (λ − 1)(log π_T − log π_ref); needs the reference where it is not 1."""
-    scale: float = Field(1.0, gt=0)
-    """Factor on the teacher's part, before the clip."""
     clip: float | None = Field(None, gt=0)
     """Bound on the size of a token's advantage; null for none."""
     discount: float = Field(0.0, ge=0, le=1)
@@ -153,6 +145,14 @@ class StudentTermConfig(TermConfig):
     """Weight of L_OPD; a number, or [[step, value], ...]."""
     divergence: Divergence = "reverse_kl"
     """As for every source, and k1 (a detached advantage), k2 or k3 on the sampled token."""
+    entropy_gate: float | None = Field(None, ge=0)
+    """Adds the forward KL to reverse_kl or k1 where the teacher's entropy exceeds this many nats (EOPD)."""
+    entropy_gate_coef: float = Field(1.0, gt=0)
+    """Weight of the forward KL that the entropy gate adds."""
+
+    def __post_init__(self) -> None:
+        if self.entropy_gate is not None and self.divergence not in ("reverse_kl", "k1"):
+            raise ValueError(f"entropy_gate adds to divergence=reverse_kl or k1, but it is {self.divergence}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

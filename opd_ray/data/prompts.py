@@ -23,14 +23,12 @@ DEFAULT_TEACHER = "teacher"
 class Shuffled:
     """Position ``i`` to row index: every row once per epoch, a new order each epoch."""
 
-    def __init__(self, num_rows: int, seed: int, shuffle: bool = True) -> None:
-        self._num_rows, self._seed, self._shuffle = num_rows, seed, shuffle
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self._num_rows, self._seed = num_rows, seed
         self._epoch, self._order = -1, np.arange(num_rows)
 
     def __getitem__(self, position: int) -> int:
         epoch, offset = divmod(position, self._num_rows)
-        if not self._shuffle:
-            return offset
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.default_rng([self._seed, epoch]).permutation(self._num_rows)
@@ -98,7 +96,7 @@ def prompt_stream(
         rows,
         task=get_task(config.data.task),
         tokenizer=load_tokenizer(config.student.path),
-        order=Shuffled(len(rows), config.seed, config.data.shuffle) if shuffled else None,
+        order=Shuffled(len(rows), config.seed) if shuffled else None,
         num_responses=num_responses,
         seed=config.seed + 1_000_003 * attempt if shuffled else 0,
         golden=golden,

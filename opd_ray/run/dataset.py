@@ -35,7 +35,7 @@ class Materials:
     def golden(self) -> GoldenSet:
         """The golden rollouts from the first on."""
         config, entries = self._config, self._golden or []
-        order = Shuffled(len(entries), config.seed + 1, config.data.shuffle)
+        order = Shuffled(len(entries), config.seed + 1)
         if config.buffer.golden_pairing != "prompt":
             return GoldenSet(entries, order)
         prompts = read_prompts(config.data.prompts, need_answer=False)

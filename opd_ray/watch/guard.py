@@ -111,6 +111,9 @@ _ENDORSED_LOGPROB = -1.0
 """Teacher's mean log-prob from which it endorses what the student writes; on repetitive tokens it warns only."""
 _MOST_GOLDEN_FACTOR = 3.0
 """Limit of λ_gold as a multiple of the configured one, or of the student's coefficient where that is 0."""
+_MOST_REFERENCE_KL = 1.0
+"""Limit of β_KL as a multiple of the student's coefficient, for their ratio decides: at 1 a token's probability is
+drawn to the geometric mean of teacher's and reference's, at .1 hardly at all."""
 _MOST_NON_FINITE = 3
 """Steps in a row without a finite loss after which the run is rolled back where level allows, or else stopped."""
 _NUM_NOTCHES = 2
@@ -152,7 +155,7 @@ class Guard:
         self._most = Strength(
             config.max_golden_per_prompt,
             _MOST_GOLDEN_FACTOR * (self._configured.golden_coef or student_coef),
-            config.max_reference_kl * student_coef,
+            _MOST_REFERENCE_KL * student_coef,
         )
         self._raises_golden = has_golden and self._most.golden_per_prompt > self._configured.golden_per_prompt
         self._raises_kl = has_reference and self._most.reference_kl_coef > self._configured.reference_kl_coef

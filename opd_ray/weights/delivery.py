@@ -26,6 +26,8 @@ from opd_ray.rooms.together import together
 _MARGIN_S = 5.0
 """How much later than the members of a group the driver gives up on it."""
 _MOST_ATTEMPTS = 4
+_BUCKET_BYTES = 64 * 2**20
+"""Parameters travel in messages of at most this size: large enough for a network's full speed, and little memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +217,6 @@ class Delivery:
         for receiver in receivers:
             ranks.append(world_size)
             world_size += receiver.width
-        weights = self._config.weights
         return [
             TransferGroup(
                 backend=self._config.weight_backend,
@@ -223,8 +224,8 @@ class Delivery:
                 port=port,
                 rank=rank,
                 world_size=world_size,
-                timeout_s=weights.timeout_s,
-                bucket_bytes=weights.bucket_bytes,
+                timeout_s=self._config.weights.timeout_s,
+                bucket_bytes=_BUCKET_BYTES,
             )
             for rank in ranks
         ]

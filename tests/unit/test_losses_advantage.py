@@ -144,9 +144,9 @@ def test_the_entropy_gate_of_a_policy_gradient_keeps_its_weight() -> None:
 def test_every_part_of_the_advantage_stands_where_the_formula_has_it() -> None:
     tokens = dataclasses.replace(spread_batch(), reward_advantages=torch.linspace(-2, 2, MANY))
     x = Numbers(tokens)
-    config = AdvantageConfig(teacher_coef=0.5, reward_coef=0.25, extrapolation=1.5, scale=2.0, clip=0.8)
+    config = AdvantageConfig(teacher_coef=1.5, reward_coef=0.25, extrapolation=1.5, clip=0.8)
     advantage, metrics = advantages(tokens, ONE, config)
-    raw = 2.0 * (0.5 * (x.teacher - x.log_p) + 0.5 * (x.teacher - x.reference))
+    raw = 1.5 * (x.teacher - x.log_p) + 0.5 * (x.teacher - x.reference)
     expected = np.clip(raw, -0.8, 0.8) + 0.25 * np.linspace(-2, 2, MANY)
     np.testing.assert_allclose(advantage, expected, atol=5e-6)
     np.testing.assert_allclose(metrics["advantage_clip_fraction"], np.abs(raw) > 0.8)

@@ -167,7 +167,7 @@ CONDITIONS: list[tuple[str, Callable[[Config], bool]]] = [
     (r"loss\.reference\.(top_k|tail)", lambda c: c.loss.reference.estimator == "top_k"),
     (r"loss\.advantage\..*", lambda c: c.loss.student.used and c.loss.student.divergence == "k1"),
     (r"loss\.advantage\.reward_std", lambda c: c.loss.advantage.reward_coef > 0),
-    (r"loss\.advantage\.(policy|scale|clip|discount)", lambda c: c.needs_teacher("student")),
+    (r"loss\.advantage\.(policy|clip|discount)", lambda c: c.needs_teacher("student")),
     (r"loss\.importance\..*", lambda c: c.loss.student.used),
     (r"loss\.importance\.clip_ratio", lambda c: c.loss.importance.correction == "clip"),
     (r"loss\.importance\.cap", lambda c: c.loss.importance.correction == "truncate"),

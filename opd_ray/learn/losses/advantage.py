@@ -1,7 +1,7 @@
 """The policy gradient: a detached advantage on the sampled token, and what corrects for older weights.
 
     A = clip(R_t, ±c) + α · reward,   R_t = Σ_{u ≥ t} γ^(u−t) r_u
-    r = scale · [κ (log π_T − log π) + (λ − 1)(log π_T − log π_ref)]            detached
+    r = κ (log π_T − log π) + (λ − 1)(log π_T − log π_ref)            detached
 
 with κ = teacher_coef, α = reward_coef, λ = extrapolation (ExOPD, arXiv 2602.12125) and γ = discount (0: R = r; MiniLLM,
 arXiv 2306.08543: 1). κ = 1 alone is OPD (METHOD §1), α alone GRPO. π is the student that is trained now, or the one
@@ -80,7 +80,7 @@ def log_ratios(
         if reference is None:
             raise RunError("advantage.extrapolation needs the reference's log-probs, but the scores have none")
         ratios = ratios + (config.extrapolation - 1) * (teacher - reference)
-    return config.scale * ratios
+    return ratios
 
 
 def discounted(values: torch.Tensor, lengths: torch.Tensor, discount: float) -> torch.Tensor:
