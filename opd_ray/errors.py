@@ -22,8 +22,9 @@ what to do next. Ray pickles exceptions by ``args``, so the message is the only 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class OpdError(Exception):
@@ -99,6 +100,15 @@ class EngineFailed(RunError):
 
 class WeightSyncError(RunError):
     """A weight update did not reach every generation engine."""
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """For checks before a model loads: a RunError of the block becomes an InputError that begins with ``what``."""
+    try:
+        yield
+    except RunError as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -36,8 +36,8 @@ from opd_ray.run.reporter import Reporter
 from opd_ray.run.signals import stop_signals
 from opd_ray.run.summary import SUMMARY, Summary
 from opd_ray.snapshots import Checkpoint, Shelf, Snapshot, write_files
+from opd_ray.snapshots.calls import FileCalls
 from opd_ray.snapshots.keeper import Keeper
-from opd_ray.snapshots.runners import runner
 from opd_ray.status.state import Whereabouts
 from opd_ray.watch.disk import writing
 from opd_ray.watch.events import Events
@@ -131,7 +131,7 @@ class Driver:
         await in_thread(self._go_back_to, start.step if start else 0, continued)
         patience = self._config.deadlines.train_s
         reporting = asyncio.create_task(self._reporter.run(), name="status")
-        self._lease = asyncio.create_task(self._shelf.keep(), name="lease")
+        self._lease = asyncio.create_task(self._shelf.lease.keep(), name="lease")
         try:
             with stop_signals() as stopping:
                 result = await self._to_the_end(rooms, functools.partial(self._keeper.open, start), stopping)
@@ -314,7 +314,7 @@ class Driver:
     async def _export(self, rooms: Rooms) -> None:
         """The trained student as a Hugging Face checkpoint in the run directory."""
         (_, files), *_ = await rooms.learner.call_all_for_payloads("export")
-        here = runner(local=True, deadline_s=self._config.deadlines.train_s)
+        here = FileCalls(local=True, deadline_s=self._config.deadlines.train_s)
         await here(write_files, str(self._run_dir / "student"), files)
 
     def _finish(self, stopped_at: int | None = None, stopped_by: str | None = None) -> dict[str, Any]:

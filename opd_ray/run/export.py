@@ -9,10 +9,10 @@ from pathlib import Path
 
 from opd_ray import config as configs
 from opd_ray.embedded.resolve import resolve
-from opd_ray.errors import InputError, RunError
+from opd_ray.errors import InputError, refusing
 from opd_ray.run import preflight
 from opd_ray.snapshots import Shelf, Storage, read_arrays
-from opd_ray.snapshots.runners import InThreads
+from opd_ray.snapshots.calls import FileCalls
 
 _CONFIG = "config.yaml"
 
@@ -47,11 +47,9 @@ def export(run_dir: Path, step: int | None, output: Path | None = None) -> Path:
         raise InputError(f"{run_dir}: is no run directory (it has no {_CONFIG}); give the --run-dir of a run")
     asked = configs.load(run_dir / _CONFIG)
     storage = Storage(asked.checkpoint.location(run_dir.absolute()))
-    shelf = Shelf(storage, InThreads(asked.deadlines.train_s))
-    try:
+    shelf = Shelf(storage, FileCalls(local=True, deadline_s=asked.deadlines.train_s))
+    with refusing("export"):
         checkpoint = shelf.at(step)
-    except RunError as error:
-        raise InputError(f"export: {error}") from error
     output = output or run_dir / f"student-step-{checkpoint.step}"
     if output.exists():
         raise InputError(f"export: {output} is there already; give another --output, or delete it")

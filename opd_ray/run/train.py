@@ -16,7 +16,7 @@ from opd_ray.placement.session import Session, cluster
 from opd_ray.report import write_run_report
 from opd_ray.run import preflight, resuming
 from opd_ray.snapshots import Checkpoint, Lease, Shelf, Storage
-from opd_ray.snapshots.runners import runner
+from opd_ray.snapshots.calls import FileCalls
 from opd_ray.watch.observers import Observer
 
 
@@ -63,7 +63,7 @@ def train(
                 _try_report(run_dir)
             raise
         finally:
-            shelf.release()
+            shelf.lease.release()
             if session is None:
                 own.close()
     if session is None:
@@ -94,7 +94,7 @@ def find_start(config: Config, run_dir: Path, *, resume: bool, hold: bool = True
     # A run directory may be moved together with the checkpoints in it.
     inside = storage.is_local and Path(storage.location).is_relative_to(run_dir)
     lease = Lease(storage, "that of the directory around it" if inside else str(run_dir))
-    shelf = Shelf(storage, runner(local=storage.is_local, deadline_s=config.deadlines.train_s), lease)
+    shelf = Shelf(storage, FileCalls(local=storage.is_local, deadline_s=config.deadlines.train_s), lease)
 
     def look() -> Checkpoint | None:
         start = shelf.check(resume=resume)
@@ -106,10 +106,10 @@ def find_start(config: Config, run_dir: Path, *, resume: bool, hold: bool = True
 
     start = look()
     if hold:
-        shelf.hold()
+        lease.take()
         try:
             start = look()  # the driver before may have written one more, or another run its first
         except InputError:
-            shelf.release()
+            lease.release()
             raise
     return shelf, start

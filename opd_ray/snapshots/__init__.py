@@ -2,7 +2,7 @@
 
 from opd_ray.snapshots.files import read_arrays, read_batch, write_arrays, write_batch, write_files
 from opd_ray.snapshots.lease import Lease
-from opd_ray.snapshots.shelf import Checkpoint, Runner, Shelf
+from opd_ray.snapshots.shelf import Checkpoint, Shelf
 from opd_ray.snapshots.snapshot import Snapshot
 from opd_ray.snapshots.storage import FileFact, Storage
 
@@ -10,7 +10,6 @@ __all__ = [
     "Checkpoint",
     "FileFact",
     "Lease",
-    "Runner",
     "Shelf",
     "Snapshot",
     "Storage",

@@ -1,10 +1,14 @@
-"""What is written and read: arrays, record batches, files. :mod:`opd_ray.snapshots.runners` says where these run."""
+"""What is written and read: arrays, record batches, files. :mod:`opd_ray.snapshots.calls` says where these run.
+
+Arrays are in safetensors files, which the safetensors library would write and read as well. It needs the whole file in
+memory for that, once to write and twice to read it: a rank's share of a large student, beside that in the object store.
+Here arrays go into the file and come out of it as they lie in memory.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -12,20 +16,8 @@ import pyarrow as pa
 from opd_ray.errors import RunError
 from opd_ray.snapshots.storage import FileFact, Storage
 
-_CODES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+_BITS = {"float": (64, 32, 16), "int": (64, 32, 16, 8), "uint": (64, 32, 16, 8)}
+_CODES = {f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in _BITS for bits in _BITS[kind]} | {"bool": "BOOL"}
 """NumPy's names of dtypes to those of safetensors."""
 _DTYPES = {code: np.dtype(name) for name, code in _CODES.items()}
 
@@ -33,38 +25,35 @@ _DTYPES = {code: np.dtype(name) for name, code in _CODES.items()}
 def write_arrays(storage: Storage, name: str, arrays: Mapping[str, np.ndarray]) -> FileFact:
     """Writes ``arrays`` as one safetensors file, none of them copied. Raises RunError for a dtype that it has no name
     for (give bfloat16 as uint16)."""
+    # Wide values first, as safetensors has it: then each array is aligned to its dtype.
+    arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize))
     header, offset = {}, 0
-    for key in _order(arrays):
-        array = arrays[key]
+    for key, array in arrays.items():
         if array.dtype.name not in _CODES or not array.dtype.isnative:
             raise RunError(f"{storage.url(name)}: {key} has dtype {array.dtype}, expected one of {', '.join(_CODES)}")
-        header[key] = {
-            "dtype": _CODES[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
-    text = json.dumps({key: header[key] for key in arrays}).encode()
+        end = offset + array.nbytes
+        header[key] = {"dtype": _CODES[array.dtype.name], "shape": array.shape, "data_offsets": (offset, end)}
+        offset = end
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that every array lies aligned in the file
 
     def chunks() -> Iterator[bytes | np.ndarray]:
         yield len(text).to_bytes(8, "little") + text
-        for key in _order(arrays):
-            yield np.ascontiguousarray(arrays[key]).reshape(-1).view(np.uint8)
+        for array in arrays.values():
+            yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
     return storage.write(name, chunks())
 
 
 def read_arrays(storage: Storage, fact: FileFact, otherwise: str) -> dict[str, np.ndarray]:
-    """What ``write_arrays`` wrote, in the same order, read-only. Raises RunError, which ends with ``otherwise``, when
-    the file is not as it was written."""
-    content = storage.verified(fact, otherwise)
-    start = 8 + int.from_bytes(memoryview(content)[:8], "little")
-    header = json.loads(bytes(memoryview(content)[8:start]))
+    """What ``write_arrays`` wrote, read-only. Raises RunError, which ends with ``otherwise``, when the file is not as
+    it was written."""
+    content = memoryview(storage.verified(fact, otherwise))
+    start = 8 + int.from_bytes(content[:8], "little")
     arrays = {}
-    for key, entry in header.items():
-        dtype, (first, last) = _DTYPES[entry["dtype"]], entry["data_offsets"]
-        values = np.frombuffer(content, dtype, (last - first) // dtype.itemsize, start + first)
+    for key, entry in json.loads(bytes(content[8:start])).items():
+        first, last = entry["data_offsets"]
+        values = np.frombuffer(content[start + first : start + last], _DTYPES[entry["dtype"]])
         arrays[key] = values.reshape(entry["shape"])
     return arrays
 
@@ -88,14 +77,3 @@ def write_files(directory: str, files: Mapping[str, np.ndarray]) -> list[FileFac
     """Writes the bytes (uint8) of files below ``directory``, each whole or not at all."""
     storage = Storage(directory)
     return [storage.write(name, [content]) for name, content in files.items()]
-
-
-def answer_or_payload(function: Callable[..., Any], stays: bool, *args: Any) -> tuple[Any, Any]:
-    """What ``function(*args)`` returns, as the answer or, where it ``stays`` in the object store, as the payload."""
-    value = function(*args)
-    return (None, value) if stays else (value, None)
-
-
-def _order(arrays: Mapping[str, np.ndarray]) -> Sequence[str]:
-    """Wide values first, as safetensors has it: then each array is aligned to its dtype."""
-    return sorted(arrays, key=lambda key: -arrays[key].dtype.itemsize)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opd_ray.errors import OpdError, RunError, StorageUnavailable, Superseded
+from opd_ray.errors import OpdError, RunError, StorageUnavailable, Superseded, refusing
 from opd_ray.rooms.threads import in_thread, within
 from opd_ray.snapshots.storage import Storage
 from opd_ray.status.reasons import process_alive
@@ -67,7 +67,7 @@ class Lease:
 
     def check_run(self, *, empty: bool) -> None:
         """Raises RunError where another run has its checkpoints, or is about to; ``empty`` says that none are there."""
-        there = _parsed(self._content())
+        there = self._there()
         run = there.get("run", self._mine["run"])
         if run != self._mine["run"] and not (empty and there["released"]):
             raise RunError(
@@ -77,20 +77,28 @@ class Lease:
             )
 
     def take(self) -> None:
-        """Blocks until the lease is ours. Raises RunError when another driver holds it."""
-        self._wait_until_free()
-        self._write(released=False)
-        self._pause(0.2 if self._storage.is_local else 2.0)
-        there = _parsed(self._content())
-        if there.get("owner") != self._mine["owner"]:
-            raise RunError(f"{self._storage.url()} was taken at the same moment by {_who(there)}; start one of the two")
-        self._held = True
+        """Blocks until the lease is ours. Raises InputError when another driver holds it."""
+        with refusing("checkpoints"):
+            self._wait_until_free()
+            self._write(released=False)
+            self._pause(0.2 if self._storage.is_local else 2.0)
+            there = self._there()
+            if there.get("owner") != self._mine["owner"]:
+                raise RunError(
+                    f"{self._storage.url()} was taken at the same moment by {_who(there)}; start one of the two"
+                )
+            self._held = True
 
     def confirm(self) -> None:
-        """Before anything is written or deleted. Raises Superseded when the lease is another's."""
-        # Where somebody has deleted it nobody else has taken it: the next beat writes it anew.
-        there = _parsed(self._content(), self._mine)
-        if not there:
+        """Before anything is written or deleted. Raises Superseded when the lease is another's.
+
+        The bug: of two drivers with one directory each deleted, as left over, what the other was writing, and neither
+        noticed.
+        """
+        content = self._content()
+        if content is None:  # whoever has deleted it has not taken it: the next beat writes it anew
+            return
+        if not (there := _parsed(content)):
             raise StorageUnavailable(f"{self._storage.url(FILE)} is only half written; it is read again")
         if there["owner"] != self._mine["owner"]:
             raise Superseded(
@@ -159,15 +167,18 @@ class Lease:
     def _content(self) -> bytes | None:
         return self._storage.read_if_there(FILE)
 
+    def _there(self) -> dict[str, Any]:
+        return _parsed(self._content())
+
     def _write(self, *, released: bool) -> None:
         document = self._mine | {"time": time.time(), "released": released}
         self._storage.write(FILE, [json.dumps(document).encode()])
 
 
-def _parsed(content: bytes | None, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What a lease says; nothing of one that is half written. RunError for another's file of that name."""
+def _parsed(content: bytes | None) -> dict[str, Any]:
+    """What a lease says; nothing of one that is half written or missing. RunError for another's file of that name."""
     if content is None:
-        return missing or {}
+        return {}
     try:
         there = json.loads(content)
     except ValueError:

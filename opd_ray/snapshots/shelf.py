@@ -19,13 +19,12 @@ import json
 import re
 import secrets
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from opd_ray.errors import InputError, OpdError, RunError, StorageUnavailable
-from opd_ray.messages import Entry, RolloutMeta
+from opd_ray.errors import OpdError, RunError, StorageUnavailable, refusing
 from opd_ray.rooms.threads import in_thread
 from opd_ray.snapshots.files import read_arrays, read_batch, write_arrays, write_batch
 from opd_ray.snapshots.lease import Lease
@@ -33,26 +32,17 @@ from opd_ray.snapshots.snapshot import Snapshot
 from opd_ray.snapshots.storage import FileFact, Storage
 
 if TYPE_CHECKING:
-    from ray import ObjectRef
+    from opd_ray.snapshots.calls import FileCalls
 
 _FORMAT, _VERSION = "opd_ray checkpoint", 1
 _STATE = "state.json"
 _CALL_S = 120.0
 """How long the small calls to the storage may take: listing, deleting, state.json."""
-_IN_STEP = re.compile(r"step-(\d+)/(.+)")
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-(\d+)(?:/(.+))?")
 _OURS = re.compile(r"\.?(state\.json|(learner|follower|payload)-.+\.[0-9a-f]{8}\.(safetensors|arrow))(\.partial)?")
 """Names of files that may be deleted; whatever else lies in a step's directory is somebody's."""
-
-
-class Runner(Protocol):
-    """Runs functions of opd_ray.snapshots.files where the files are; they get the values of refs among ``args``."""
-
-    def __call__(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
-        """What ``function(*args)`` returns; raises what it raises."""
-
-    def payload(self, function: Callable[..., Any], *args: Any) -> Awaitable[ObjectRef]:
-        """A ref to what ``function(*args)`` has returned; raises what it raises."""
+_WRITE = {"safetensors": write_arrays, "arrow": write_batch}
+_READ = {"safetensors": read_arrays, "arrow": read_batch}
 
 
 @dataclass(frozen=True)
@@ -79,11 +69,11 @@ class Checkpoint:
 class Shelf:
     """The checkpoints of one run."""
 
-    def __init__(self, location: str | Storage, run: Runner, lease: Lease | None = None) -> None:
-        """``location`` is a directory or a URI; nothing is opened yet. Without a ``lease`` only one process may write
-        here at a time."""
+    def __init__(self, location: str | Storage, call: FileCalls, lease: Lease | None = None) -> None:
+        """``location`` is a directory or a URI; nothing is opened yet. Nobody else writes here while the ``lease`` is
+        held."""
         self._storage = location if isinstance(location, Storage) else Storage(location)
-        self._run, self._lease = run, lease
+        self._call, self.lease = call, lease or Lease(self._storage, "")
         self._lock = asyncio.Lock()
         self._hanging: asyncio.Future[Any] | None = None
         """A call that had no end by its deadline; what it still does must not meet another one."""
@@ -95,46 +85,26 @@ class Shelf:
         run has its checkpoints here; when the newest checkpoint is damaged, incomplete, of another format or not one of
         opd_ray; and, unless ``resume``, when there are checkpoints.
         """
-        try:
+        with refusing("checkpoints"):
             self._storage.probe()
             found = self._steps()
-            if self._lease is not None:
-                self._lease.check_run(empty=not found)
-            if (steps := self._complete(found)) and not resume:
+            self.lease.check_run(empty=not found)
+            if (steps := _complete(found)) and not resume:
                 raise RunError(
                     f"{self._storage.url()} holds checkpoints of another run, up to step {steps[-1]}; add --resume to "
                     "go on with it, or give another checkpoint.directory"
                 )
             return self._intact(steps[-1]) if steps else None
-        except RunError as error:
-            raise InputError(f"checkpoints: {error}") from error
 
     def at(self, step: int | None) -> Checkpoint:
         """The checkpoint of a step, or the newest; RunError where there is none or it is not whole."""
-        there = self._complete(self._steps())
+        there = _complete(self._steps())
         if not there or step not in (None, *there):
             wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise RunError(
                 f"{self._storage.url()} holds {wanted}; complete ones: {', '.join(map(str, there)) or 'none'}"
             )
         return self._intact(there[-1] if step is None else step)
-
-    def hold(self) -> None:
-        """Until ``release`` nobody else writes here. Raises InputError when another driver is at work."""
-        if self._lease is not None:
-            try:
-                self._lease.take()
-            except RunError as error:
-                raise InputError(f"checkpoints: {error}") from error
-
-    async def keep(self) -> None:
-        """Holds the directory until cancelled. Raises Superseded when another driver has taken it over."""
-        await (self._lease.keep() if self._lease is not None else asyncio.get_running_loop().create_future())
-
-    def release(self) -> None:
-        """Lets another driver write here. Never raises."""
-        if self._lease is not None:
-            self._lease.release()
 
     async def latest(self, *, healthy: bool = False) -> Checkpoint | None:
         """The newest checkpoint, if there is one; with ``healthy``, the newest without an alarm."""
@@ -145,48 +115,33 @@ class Shelf:
 
         ``snapshot`` is taken as it is at the call. One that fails or is killed leaves the others as they were.
         """
-        attempt = secrets.token_hex(4)
-        jobs = {
-            ref: (function, f"step-{snapshot.step}/{stem}.{attempt}.{kind}", ref)
-            for function, stem, kind, ref in _parts(snapshot)
-        }
-        named = _with(snapshot, {ref: name for ref, (_, name, _) in jobs.items()})
-        described = _plain(named)
+        names = _names(snapshot, secrets.token_hex(4))
+        described = _plain(snapshot.with_parts(names))
         async with self._lock:
             await self._do(self._tidy)
             try:
-                files = await _all(
-                    [self._run(function, self._storage, name, ref) for function, name, ref in jobs.values()]
-                )
-                body = {"snapshot": described, "files": [dataclasses.asdict(file) for file in files]}
-                await self._do(self._seal, snapshot.step, body)
+                calls = [self._call(_WRITE[_kind(name)], self._storage, name, ref) for ref, name in names.items()]
+                checkpoint = await self._do(self._seal, described, await _all(calls))
                 await self._do(self._tidy, keep)
             except Exception:
                 with contextlib.suppress(OpdError):  # what was written takes space that the next one needs
                     await self._do(self._tidy)
                 raise
-        return self._made(body)
+        return checkpoint
 
     async def read(self, checkpoint: Checkpoint) -> Snapshot:
         """The snapshot, with every file read once into the object store. Raises RunError for a damaged file."""
         otherwise = await self._do(self._otherwise, checkpoint.step)
-        refs = await _all(
-            [
-                self._run.payload(
-                    read_batch if name.endswith(".arrow") else read_arrays, self._storage, fact, otherwise
-                )
-                for name, fact in checkpoint.files.items()
-            ]
-        )
-        return _with(checkpoint.snapshot, dict(zip(checkpoint.files, refs, strict=True)))
+        calls = [
+            self._call.payload(_READ[_kind(name)], self._storage, fact, otherwise)
+            for name, fact in checkpoint.files.items()
+        ]
+        return checkpoint.snapshot.with_parts(dict(zip(checkpoint.files, await _all(calls), strict=True)))
 
     async def amend(self, checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Checkpoint:
         """Writes other values into a checkpoint's state, all or none."""
         snapshot = dataclasses.replace(checkpoint.snapshot, state=checkpoint.state | dict(changes))
-        files = [dataclasses.asdict(file) for file in checkpoint.files.values()]
-        body = {"snapshot": _plain(snapshot), "files": files}
-        await self._do(self._seal, checkpoint.step, body)
-        return self._made(body)
+        return await self._do(self._seal, _plain(snapshot), list(checkpoint.files.values()))
 
     async def discard_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps, the latest first: a run that goes back makes them anew."""
@@ -207,7 +162,7 @@ class Shelf:
     # ---- what lies there ----
 
     def _latest(self, healthy: bool) -> Checkpoint | None:
-        for step in reversed(self._complete(self._steps())):
+        for step in reversed(_complete(self._steps())):
             checkpoint = self._open(step)
             if not healthy or checkpoint.state["healthy"]:
                 return checkpoint
@@ -217,20 +172,16 @@ class Shelf:
         """Step to the files in its directory, as Storage.list has them."""
         steps: dict[int, dict[str, int | None]] = {}
         for name, size in self._storage.list().items():
-            if directory := _STEP.fullmatch(name):
-                steps.setdefault(int(directory[1]), {})
-            elif inside := _IN_STEP.fullmatch(name):
-                steps.setdefault(int(inside[1]), {})[inside[2]] = size
+            if found := _STEP.fullmatch(name):
+                files = steps.setdefault(int(found[1]), {})
+                if found[2]:
+                    files[found[2]] = size
         return steps
-
-    @staticmethod
-    def _complete(steps: Mapping[int, Mapping[str, int | None]]) -> list[int]:
-        return sorted(step for step, files in steps.items() if _STATE in files)
 
     def _usable(self, steps: Mapping[int, Mapping[str, int | None]]) -> dict[int, Checkpoint]:
         """The complete ones that can be read; what cannot is left alone, for it may be somebody's."""
         usable = {}
-        for step in self._complete(steps):
+        for step in _complete(steps):
             with contextlib.suppress(RunError):
                 usable[step] = self._open(step)
         return usable
@@ -281,14 +232,14 @@ class Shelf:
 
     def _otherwise(self, step: int) -> str:
         """What to do about a checkpoint that cannot be used."""
-        older = [each for each in self._complete(self._steps()) if each < step]
+        older = [each for each in _complete(self._steps()) if each < step]
         return f"delete {self._storage.url(f'step-{step}')} to " + (
             f"resume from step {older[-1]}" if older else "begin anew: there is no older checkpoint"
         )
 
     def _made(self, body: Mapping[str, Any]) -> Checkpoint:
         files = [FileFact(**file) for file in body["files"]]
-        snapshot = _decoded(body["snapshot"])
+        snapshot = Snapshot.from_plain(body["snapshot"])
         return Checkpoint(snapshot, {file.name: file for file in files}, self._storage.url(f"step-{snapshot.step}"))
 
     # ---- what changes it ----
@@ -299,17 +250,19 @@ class Shelf:
             if later > step:
                 self._delete(later, found[later])
 
-    def _seal(self, step: int, body: Mapping[str, Any]) -> None:
+    def _seal(self, described: Mapping[str, Any], files: Sequence[FileFact]) -> Checkpoint:
         """Makes the checkpoint be there."""
+        body = {"snapshot": described, "files": [dataclasses.asdict(file) for file in files]}
         text = json.dumps(body)
         crc = zlib.crc32(text.encode())
         document = f'{{"format": "{_FORMAT}", "version": {_VERSION}, "crc32": {crc}, "body": {text}}}\n'
-        self._confirm()
-        self._storage.write(f"step-{step}/{_STATE}", [document.encode()])
+        self.lease.confirm()
+        self._storage.write(f"step-{described['step']}/{_STATE}", [document.encode()])
+        return self._made(body)
 
     def _tidy(self, keep: int | None = None) -> None:
         """Deletes what belongs to no checkpoint, and checkpoints beyond ``keep``."""
-        self._confirm()
+        self.lease.confirm()
         steps = self._steps()
         usable = self._usable(steps)
         for step, files in steps.items():
@@ -318,7 +271,7 @@ class Shelf:
             elif step in usable:
                 for name in files:
                     if _deletable(name) and name != _STATE and f"step-{step}/{name}" not in usable[step].files:
-                        self._confirm()
+                        self.lease.confirm()
                         self._storage.delete(f"step-{step}/{name}")
         if keep is not None:
             spared = max((step for step, each in usable.items() if each.state["healthy"]), default=None)
@@ -328,7 +281,7 @@ class Shelf:
 
     def _delete(self, step: int, files: Mapping[str, int | None]) -> None:
         """Deletes our files of a step, state.json first, and the directory unless there is something else in it."""
-        self._confirm()
+        self.lease.confirm()
         if _STATE in files:
             self._storage.delete(f"step-{step}/{_STATE}")
         if all(_deletable(name) for name in files):
@@ -338,63 +291,33 @@ class Shelf:
             if _deletable(name) and name != _STATE:
                 self._storage.delete(f"step-{step}/{name}")
 
-    def _confirm(self) -> None:
-        """Before all that changes something. The bug: of two drivers with one directory each deleted, as left over,
-        what the other was writing, and neither noticed."""
-        if self._lease is not None:
-            self._lease.confirm()
+
+def _complete(steps: Mapping[int, Mapping[str, int | None]]) -> list[int]:
+    return sorted(step for step, files in steps.items() if _STATE in files)
 
 
 def _deletable(name: str) -> bool:
     return _OURS.fullmatch(name) is not None
 
 
-def _parts(snapshot: Snapshot) -> list[tuple[Callable[..., FileFact], str, str, ObjectRef]]:
-    """(function that writes it, stem and kind of its name, ref) of everything that a snapshot refers to, each once."""
-    parts, ranks = [], len(snapshot.learner_parts)
-    for rank, ref in enumerate(snapshot.learner_parts):
-        parts.append((write_arrays, f"learner-{rank}-of-{ranks}", "safetensors", ref))
-    for role, (_, ref) in snapshot.followers.items():
-        parts.append((write_arrays, f"follower-{quote(role, safe='')}", "safetensors", ref))
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _names(snapshot: Snapshot, attempt: str) -> dict[Any, str]:
+    """Ref to the name of its file, for all that a snapshot refers to."""
+    ranks = len(snapshot.learner_parts)
+    stems = {ref: f"learner-{rank}-of-{ranks}" for rank, ref in enumerate(snapshot.learner_parts)}
+    stems |= {ref: f"follower-{quote(role, safe='')}" for role, (_, ref) in snapshot.followers.items()}
+    names = {ref: f"{stem}.{attempt}.safetensors" for ref, stem in stems.items()}
     payloads = dict.fromkeys(ref for entry in snapshot.entries for ref in (entry.rollouts, *entry.scores.values()))
-    parts += [(write_batch, f"payload-{number}", "arrow", ref) for number, ref in enumerate(payloads)]
-    return parts
-
-
-def _with(snapshot: Snapshot, instead: Mapping[Any, Any]) -> Snapshot:
-    """The snapshot with something else in the place of every ref, or of every name."""
-    return dataclasses.replace(
-        snapshot,
-        learner_parts=tuple(instead[part] for part in snapshot.learner_parts),
-        followers={role: (facts, instead[part]) for role, (facts, part) in snapshot.followers.items()},
-        entries=tuple(
-            dataclasses.replace(
-                entry,
-                rollouts=instead[entry.rollouts],
-                scores={role: instead[scores] for role, scores in entry.scores.items()},
-            )
-            for entry in snapshot.entries
-        ),
-    )
+    names |= {ref: f"payload-{number}.{attempt}.arrow" for number, ref in enumerate(payloads)}
+    return {ref: f"step-{snapshot.step}/{name}" for ref, name in names.items()}
 
 
 def _plain(snapshot: Snapshot) -> dict[str, Any]:
     """A snapshot of names as JSON has it, independent of what may change it afterwards; NumPy's scalars become ours."""
     return json.loads(json.dumps(dataclasses.asdict(snapshot), default=lambda number: number.item()))
-
-
-def _decoded(raw: Mapping[str, Any]) -> Snapshot:
-    """The snapshot that ``_plain`` was given."""
-    entries = [Entry(**(entry | {"meta": RolloutMeta(**entry["meta"])})) for entry in raw["entries"]]
-    return Snapshot(
-        **{
-            **raw,
-            "learner_parts": tuple(raw["learner_parts"]),
-            "followers": {role: (facts, name) for role, (facts, name) in raw["followers"].items()},
-            "slots": tuple(raw["slots"]),
-            "entries": tuple(entries),
-        }
-    )
 
 
 async def _all(calls: list[Awaitable[Any]]) -> list[Any]:

@@ -141,20 +141,16 @@ class Storage:
 
     def probe(self) -> None:
         """Raises RunError unless files can be written, read and deleted here; leaves nothing behind."""
-        missing = self._missing_directories()
+        path = Path(self.location)
+        missing = [each for each in (path, *path.parents) if not each.exists()] if self.is_local else []
         try:
             self.write(_PROBE, [b"probe"])
             self.read(_PROBE)
             self.delete(_PROBE)
         finally:
-            for directory in missing:
+            for directory in missing:  # the deepest first
                 with contextlib.suppress(OSError):
                     directory.rmdir()
-
-    def _missing_directories(self) -> list[Path]:
-        """Local directories that the first file would make, the deepest first."""
-        path = Path(self.location)
-        return [each for each in (path, *path.parents) if not each.exists()] if self.is_local else []
 
     def _open(self) -> tuple[pafs.FileSystem, str]:
         """The file system, and the location in it."""

@@ -67,7 +67,7 @@ def drive(
         with contextlib.ExitStack() as stack:
             for name, value in (
                 ("placement.launch.start_rooms", lambda *_, **__: cast.rooms()),
-                ("run.driver.runner", lambda **_: cast.world.objects),
+                ("run.driver.FileCalls", lambda **_: cast.world.objects),
                 ("placement.launch.load_golden_entries", golden),
                 ("run.dataset.prompt_stream", lambda *_, **__: stream()),
                 ("run.driver.stop_signals", signals),
@@ -77,7 +77,7 @@ def drive(
             lease = Lease(storage, "that of the test", pause=lambda _: None)
             shelf = Shelf(storage, cast.world.objects, lease)
             start = shelf.check(resume=resume)
-            shelf.hold()
+            lease.take()
             run_dir.mkdir(exist_ok=True)
             session = Session()
             driver = Driver(cast.config, FACTS, run_dir, session, shelf, observers)
@@ -89,7 +89,7 @@ def drive(
                 if beside is not None:
                     beside.cancel()
                 session.close()
-                shelf.release()
+                lease.release()
 
     return fake_ray.run(whole(), most_s)
 

@@ -130,7 +130,8 @@ def _put_points(kill: _Kill) -> None:
     from opd_ray.placement import launch
     from opd_ray.rooms.group import Group
     from opd_ray.run import driver
-    from opd_ray.snapshots import Shelf, runners, write_arrays, write_batch
+    from opd_ray.snapshots import Shelf, write_arrays, write_batch
+    from opd_ray.snapshots.calls import FileCalls
     from opd_ray.snapshots.keeper import Keeper
     from opd_ray.watch import observers
     from opd_ray.weights.delivery import Delivery
@@ -164,7 +165,7 @@ def _put_points(kill: _Kill) -> None:
     say(Group, "call_all", "training", first=True, when=lambda _, method, *__: method == "train_step")
     say(Delivery, "_together", "broadcasting", first=True)
     say(observers.RolloutLog, "on_step", "logged")
-    say(runners.InThreads, "__call__", "part written", when=lambda _, task, *__: task in (write_arrays, write_batch))
+    say(FileCalls, "__call__", "part written", when=lambda _, task, *__: task in (write_arrays, write_batch))
     say(os, "replace", "sealing", first=True, when=lambda _, target: str(target).endswith("state.json"))
     say(Shelf, "_seal", "sealed")
     say(Storage, "delete", "pruning", when=lambda _, name: name.endswith("state.json"))

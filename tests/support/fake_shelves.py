@@ -1,4 +1,4 @@
-"""An object store, runner and snapshots for tests of checkpoints."""
+"""An object store and snapshots for tests of checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Ref:
 
 
 class Objects:
-    """Objects by their refs; runs functions at once, as :class:`opd_ray.snapshots.shelf.Runner` says."""
+    """Objects by their refs; calls functions at once, as :class:`opd_ray.snapshots.calls.FileCalls` does."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
@@ -89,7 +89,7 @@ def contents(objects: Objects, snapshot: Snapshot) -> Any:
         if isinstance(value, pa.RecordBatch):
             return (str(value.schema), value.to_pylist())
         if isinstance(value, dict):
-            return [(key, plain(each)) for key, each in value.items()]
+            return {key: plain(each) for key, each in value.items()}
         if isinstance(value, (list, tuple)):
             return [plain(each) for each in value]
         if dataclasses.is_dataclass(value):

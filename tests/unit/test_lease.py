@@ -52,7 +52,7 @@ class Driver:
 
     def start(self, *, resume: bool = False) -> Checkpoint | None:
         self.shelf.check(resume=resume)
-        self.shelf.hold()
+        self.lease.take()
         return self.shelf.check(resume=resume)
 
     def _pause(self, seconds: float) -> None:
@@ -114,7 +114,7 @@ def test_a_stale_lease_is_taken_over_and_the_first_writes_and_deletes_nothing_mo
         with pytest.raises(Superseded, match=r"was taken over by process \d+ on \S+ of /runs/a, because this driver"):
             change()
         assert files(place) == before
-    first.shelf.release()
+    first.lease.release()
     assert files(place) == before, "it releases nothing that is another's"
     snapshot = make_snapshot(objects, 4)
     asyncio.run(second.shelf.write(snapshot, 1))
@@ -133,7 +133,7 @@ def test_one_that_is_superseded_while_it_writes_leaves_no_checkpoint(place: Stor
             place.write("step-2/learner-0-of-1.9f3c21d1.safetensors", [b"half of what the second is writing"])
         return await written(function, *args)
 
-    first.shelf._run = slowly
+    first.shelf._call = slowly
     with pytest.raises(Superseded):
         asyncio.run(first.shelf.write(make_snapshot(objects, 2), 1))
     assert "step-2/state.json" not in files(place)
@@ -143,7 +143,7 @@ def test_one_that_is_superseded_while_it_writes_leaves_no_checkpoint(place: Stor
 def test_after_a_clean_end_nobody_waits(place: Storage, objects: Objects) -> None:
     first, second = Driver(place, objects), Driver(place, objects)
     first.start()
-    first.shelf.release()
+    first.lease.release()
     first.lease.beat()  # one that was under way
     assert there(place)["released"]
     second.start(resume=True)
@@ -154,7 +154,7 @@ def test_after_a_clean_end_nobody_waits(place: Storage, objects: Objects) -> Non
 def test_one_that_is_released_while_it_is_watched_is_taken(place: Storage, objects: Objects) -> None:
     first = Driver(place, objects)
     first.start()
-    second = Driver(place, objects, meanwhile=first.shelf.release)
+    second = Driver(place, objects, meanwhile=first.lease.release)
     second.start(resume=True)
     assert second.waited_s < 10
 
@@ -195,7 +195,7 @@ def test_a_directory_of_another_run_is_refused_and_stays_as_it_is(
     first = Driver(place, objects)
     first.start()
     place.write("step-2/learner-0-of-1.9f3c21d0.safetensors", [b"half"])
-    for end in (lambda: None, first.shelf.release):
+    for end in (lambda: None, first.lease.release):
         end()
         before = files(place)
         other = Driver(place, objects, run="/runs/b")
@@ -209,7 +209,7 @@ def test_a_directory_that_another_run_has_left_empty_is_taken(place: Storage, ob
     first = Driver(place, objects)
     first.start()
     assert "is of another run, /runs/a" in refused(Driver(place, objects, run="/runs/b"), resume=False)
-    first.shelf.release()
+    first.lease.release()
     Driver(place, objects, run="/runs/b").start()
     assert there(place)["run"] == "/runs/b"
 
@@ -225,7 +225,7 @@ def test_a_refusal_leaves_no_trace(place: Storage, objects: Objects) -> None:
     first = Driver(place, objects)
     first.start()
     asyncio.run(first.shelf.write(make_snapshot(objects, 2), 1))
-    first.shelf.release()
+    first.lease.release()
     before = files(place)
     assert "holds checkpoints of another run, up to step 2" in refused(Driver(place, objects), resume=False)
     assert files(place) == before
@@ -270,7 +270,7 @@ def test_the_beat_goes_on_over_a_storage_that_is_away_and_ends_when_another_has_
     first.start()
 
     async def scenario() -> None:
-        keeping = asyncio.create_task(first.shelf.keep())
+        keeping = asyncio.create_task(first.lease.keep())
         await asyncio.sleep(25)
         assert there(place)["beat"] == 2
         with monkeypatch.context() as away:
@@ -304,13 +304,13 @@ def test_a_storage_that_hangs_stops_neither_the_loop_nor_the_end(
     monkeypatch.setattr(Storage, "read_if_there", hang)
 
     async def scenario() -> None:
-        keeping = asyncio.create_task(first.shelf.keep())
+        keeping = asyncio.create_task(first.lease.keep())
         while not hangs.is_set():
             await asyncio.sleep(0)
         keeping.cancel()
 
     asyncio.run(scenario())
-    first.shelf.release()
+    first.lease.release()
     gate.set()
 
 
@@ -359,7 +359,7 @@ def test_a_run_directory_may_move_with_its_checkpoints_but_not_take_those_of_ano
 
     def start(run_dir: str, directory: str | None = None) -> None:
         config = from_dict({"checkpoint": {"directory": directory}})
-        train.find_start(config, tmp_path / run_dir, resume=True)[0].release()
+        train.find_start(config, tmp_path / run_dir, resume=True)[0].lease.release()
 
     start("a")
     place = Storage(tmp_path / "a" / "checkpoints")

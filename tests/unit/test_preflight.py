@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -464,9 +465,7 @@ def test_the_saved_configuration_is_what_was_asked_for(tmp_path: Path, monkeypat
     student = replace(Config().student, path="/student")
     monkeypatch.setattr(running, "resolve", lambda asked: replace(with_teacher(asked), student=student))
     monkeypatch.setattr(running, "cluster", contextlib.nullcontext)
-    monkeypatch.setattr(
-        running, "find_start", lambda *_, **__: (type("Shelf", (), {"release": lambda self: None})(), None)
-    )
+    monkeypatch.setattr(running, "find_start", lambda *_, **__: (mock.Mock(), None))
     for check in ("check_files", "check_resources"):
         monkeypatch.setattr(preflight, check, lambda *_: None)
     monkeypatch.setattr("opd_ray.run.driver.Driver", driver)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from opd_ray.placement import launch
-from opd_ray.snapshots import runners
+from opd_ray.snapshots import calls
 
 
 class Made:
@@ -32,23 +32,22 @@ class Made:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Any]]:
     """Of what it has been asked to make something."""
     made: list[Callable[..., Any]] = []
-    monkeypatch.setattr(runners.ray, "remote", lambda function: made.append(function) or Made())
+    monkeypatch.setattr(calls.ray, "remote", lambda function: made.append(function) or Made())
     return made
 
 
-def test_the_task_that_writes_is_made_once(made: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_task_that_writes_is_made_once(made: list) -> None:
     """The bug: each file of each checkpoint made a remote function, and Ray's tables grew by its keys for good."""
-    monkeypatch.setattr(runners.InTasks, "_receipt", lambda self, function, ref: ref)
-    runners._task.cache_clear()
+    calls._task.cache_clear()
 
     async def scenario() -> list[int]:
-        first, second = runners.InTasks(60.0), runners.InTasks(60.0)
-        return [await run(abs, -number) for number in range(3) for run in (first, second)]
+        both = [calls.FileCalls(local=False, deadline_s=60.0) for _ in range(2)]
+        return [await call(abs, -number) for number in range(3) for call in both]
 
     try:
         assert asyncio.run(scenario()) == [0, 0, 1, 1, 2, 2]
     finally:
-        runners._task.cache_clear()
+        calls._task.cache_clear()
     assert len(made) == 1
 
 

@@ -1,4 +1,4 @@
-"""What runs the storage functions on a real Ray: in threads beside the files, in tasks beside the payloads."""
+"""Where the functions of files run on a real Ray: in threads beside the files, in tasks beside the payloads."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import ray
 
 from opd_ray.errors import DeadlineError, PayloadLost, RunError, StorageUnavailable
 from opd_ray.snapshots import Storage, read_arrays, read_batch, write_arrays, write_batch
-from opd_ray.snapshots.runners import InTasks, InThreads
+from opd_ray.snapshots.calls import FileCalls
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_here")]
 
 ARRAYS = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "mask": np.array([True, False])}
 BATCH = pa.record_batch({"tokens": [[1, 2], []]})
-BOTH = pytest.mark.parametrize("kind", [InThreads, InTasks])
+BOTH = pytest.mark.parametrize("local", [True, False])
 
 
-def storage_for(kind, directory):
+def storage_for(local, directory):
     """Files of this node, or, by fsspec, of every node."""
-    return Storage(directory) if kind is InThreads else Storage(f"local://{directory}")
+    return Storage(directory) if local else Storage(f"local://{directory}")
 
 
 def unavailable(storage, name, value):
@@ -39,15 +39,15 @@ def too_slow(storage):
 
 
 @BOTH
-def test_payloads_are_written_and_come_back_as_payloads(kind, tmp_path):
+def test_payloads_are_written_and_come_back_as_payloads(local, tmp_path):
     async def scenario():
-        run, storage = kind(60.0), storage_for(kind, tmp_path)
+        call, storage = FileCalls(local=local, deadline_s=60.0), storage_for(local, tmp_path)
         facts = await asyncio.gather(
-            run(write_arrays, storage, "step-1/a", ray.put(ARRAYS)), run(write_batch, storage, "step-1/b", BATCH)
+            call(write_arrays, storage, "step-1/a", ray.put(ARRAYS)), call(write_batch, storage, "step-1/b", BATCH)
         )
         arrays, batch = await asyncio.gather(
-            run.payload(read_arrays, storage, facts[0], "do this"),
-            run.payload(read_batch, storage, facts[1], "do this"),
+            call.payload(read_arrays, storage, facts[0], "do this"),
+            call.payload(read_batch, storage, facts[1], "do this"),
         )
         assert {name: array.tolist() for name, array in (await arrays).items()} == {
             name: array.tolist() for name, array in ARRAYS.items()
@@ -59,22 +59,22 @@ def test_payloads_are_written_and_come_back_as_payloads(kind, tmp_path):
 
 
 @BOTH
-def test_our_errors_arrive_as_what_they_are(kind, tmp_path):
+def test_our_errors_arrive_as_what_they_are(local, tmp_path):
     async def scenario():
-        run, storage = kind(60.0), storage_for(kind, tmp_path)
+        call, storage = FileCalls(local=local, deadline_s=60.0), storage_for(local, tmp_path)
         payload = ray.put(ARRAYS)
         with pytest.raises(StorageUnavailable, match="^a: SLOW_DOWN$"):
-            await run(unavailable, storage, "a", payload)
-        fact = await run(write_batch, storage, "missing", BATCH)
+            await call(unavailable, storage, "a", payload)
+        fact = await call(write_batch, storage, "missing", BATCH)
         storage.delete("missing")
         with pytest.raises(RunError, match="missing cannot be read: it is not there"):
-            await run.payload(read_batch, storage, fact, "do this")
+            await call.payload(read_batch, storage, fact, "do this")
 
     asyncio.run(scenario())
 
 
 @BOTH
-def test_a_payload_that_is_gone_with_its_owner_is_told(kind, tmp_path):
+def test_a_payload_that_is_gone_with_its_owner_is_told(local, tmp_path):
     @ray.remote(num_cpus=0)
     class Owner:
         def put(self):
@@ -86,17 +86,17 @@ def test_a_payload_that_is_gone_with_its_owner_is_told(kind, tmp_path):
         ray.kill(owner)
         async with asyncio.timeout(60):
             while True:  # until Ray knows
-                await kind(60.0)(ignore, ref)
+                await FileCalls(local=local, deadline_s=60.0)(ignore, ref)
 
     with pytest.raises(PayloadLost, match="an object that it needs is gone"):
         asyncio.run(scenario())
 
 
 @BOTH
-def test_what_takes_too_long_is_given_up(kind, tmp_path):
+def test_what_takes_too_long_is_given_up(local, tmp_path):
     async def scenario():
         with pytest.raises(DeadlineError, match=r"too_slow did not end within 0\.5 s \(deadlines\.train_s\)"):
-            await kind(0.5)(too_slow, storage_for(kind, tmp_path))
+            await FileCalls(local=local, deadline_s=0.5)(too_slow, storage_for(local, tmp_path))
 
     began = time.monotonic()
     asyncio.run(scenario())
