@@ -27,9 +27,10 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from opd_ray.buffer.filling import MOST_REPAIRS, Rollouts
+from opd_ray.buffer.filling import Rollouts
 from opd_ray.buffer.mixture import Mixture
 from opd_ray.buffer.plan import group_advantages, plan_step
 from opd_ray.buffer.replay import ReplayBuffer
@@ -40,6 +41,7 @@ from opd_ray.errors import PayloadLost, RunError, first_failure
 from opd_ray.evaluate import Evaluation, evaluate
 from opd_ray.messages import Entry, RolloutMeta, StepOutcome
 from opd_ray.rooms import Rooms
+from opd_ray.rooms.lost import until_whole
 from opd_ray.status import Place
 from opd_ray.status.state import Whereabouts
 from opd_ray.watch.guard import Guard
@@ -124,21 +126,17 @@ class Pipeline:
 
     async def evaluate(self, num_problems: int) -> Evaluation:
         """Held-out accuracy of the weights that the generators hold."""
-        for _ in range(MOST_REPAIRS):
-            try:
-                return await evaluate(
-                    self._rooms.generators,
-                    self._problems,
-                    min(num_problems, len(self._problems)),
-                    self._config,
-                    self._stop_token_ids,
-                    teacher=self._rooms.scorers.get("teacher") if self._judges_evaluations() else None,
-                    recorder=self._rooms.recorder,
-                )
-            except PayloadLost as error:  # answers are gone with a node: they are asked for again
-                self._lost(1, f"an evaluation begins again: {error}")
-                cause = error
-        raise RunError(f"answers of an evaluation were lost {MOST_REPAIRS} times in a row, the last: {cause}")
+        make = partial(
+            evaluate,
+            self._rooms.generators,
+            self._problems,
+            min(num_problems, len(self._problems)),
+            self._config,
+            self._stop_token_ids,
+            teacher=self._rooms.scorers.get("teacher") if self._judges_evaluations() else None,
+            recorder=self._rooms.recorder,
+        )
+        return await until_whole("answers of an evaluation", make, self._lost)
 
     def _judges_evaluations(self) -> bool:
         """May the teacher's view of sampled answers be compared with the student's? At another temperature the
@@ -199,30 +197,28 @@ class Pipeline:
     ) -> tuple[list[Entry], StepOutcome, dict[str, float]]:
         """One step and the broadcast of what came of it; rollouts that are gone with a node are made again before."""
         lost: set[str] = set()
-        for _ in range(MOST_REPAIRS):
-            try:
-                entries, lost = await self._mended(entries, lost), set()
-                every = [*entries, *(await self._rollouts.with_scores(golden))]
-            except PayloadLost as error:
-                self._lost(1, f"golden rollouts are scored again: {error}")
-                last = str(error)
-                continue
+
+        async def attempt() -> tuple[list[Entry], StepOutcome, dict[str, float]]:
+            nonlocal entries, lost
+            entries, lost = await self._mended(entries, lost), set()
+            every = [*entries, *(await self._rollouts.with_scores(golden))]
             async with self._delivery.lock:  # nobody is sent the weights while they change
                 self._where.enter("training")
                 began = time.monotonic()
                 outcome = await self._train(step, every)
                 done = time.monotonic()
-                lost = set(outcome.lost)
-                if not lost:
-                    self._where.enter("broadcasting")
-                    await self._delivery.broadcast(step + 1)
-                    self._where.version = step + 1
-                    return every, outcome, {"train_s": done - began, "weight_sync_s": time.monotonic() - done}
-            last = f"rollouts {sorted(lost)[:8]} were gone before step {step}"
-            self._lost(len(lost), f"{last}; they are made again")
-        raise RunError(f"step {step}: rollouts were lost {MOST_REPAIRS} times in a row, the last: {last}")
+                if lost := set(outcome.lost):
+                    raise PayloadLost(f"{sorted(lost)[:8]} were gone before it began")
+                self._where.enter("broadcasting")
+                await self._delivery.broadcast(step + 1)
+                self._where.version = step + 1
+            return every, outcome, {"train_s": done - began, "weight_sync_s": time.monotonic() - done}
 
-    def _lost(self, number: int, what: str) -> None:
+        return await until_whole(
+            f"step {step}: rollouts", attempt, lambda what: self._lost(what, number=max(1, len(lost)))
+        )
+
+    def _lost(self, what: str, number: int = 1) -> None:
         self.num_lost_payloads += number
         if self._say is not None:
             self._say("payload_lost", f"lost: {what}", number=number)
@@ -254,7 +250,10 @@ class Pipeline:
             micro_batch_tokens=config.learner.micro_batch_tokens,
             packing=config.learner.packing,
         )
-        outcome: StepOutcome = (await self._rooms.learner.call_all("train_step", each=plans))[0]
+        try:
+            outcome: StepOutcome = (await self._rooms.learner.call_all("train_step", each=plans))[0]
+        except PayloadLost as error:  # noticed in the midst of the step, which cannot be begun again
+            raise RunError(f"step {step}: {error}") from error
         if outcome.problem and config.guard.level == "off":
             raise RunError(outcome.problem)
         return outcome

@@ -13,16 +13,13 @@ from opd_ray.buffer.mixture import Mixture
 from opd_ray.buffer.replay import ReplayBuffer
 from opd_ray.config import Config
 from opd_ray.data.prompts import PromptStream
-from opd_ray.errors import PayloadLost, RunError
 from opd_ray.messages import Entry, PromptGroup, SamplingSettings, Source, Strength
 from opd_ray.rooms import Rooms
+from opd_ray.rooms.lost import until_whole
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.together import together
 from opd_ray.score.requests import roles_of, score_requests
 from opd_ray.status import Place
-
-MOST_REPAIRS = 10
-"""How often in a row what a node took with it is made again before the cause must be another."""
 
 
 class Rollouts:
@@ -35,9 +32,9 @@ class Rollouts:
         prompts: PromptStream,
         mixture: Mixture,
         stop_token_ids: tuple[int, ...],
-        lost: Callable[[int, str], None],
+        lost: Callable[[str], None],
     ) -> None:
-        """``lost(number, what)`` is told of payloads that are gone and made again."""
+        """``lost(what)`` is told of payloads that are gone and made again."""
         self._config, self._rooms, self._prompts, self._mixture = config, rooms, prompts, mixture
         self._stop_token_ids = stop_token_ids
         self._requests = score_requests(config, stop_token_ids)
@@ -100,19 +97,15 @@ class Rollouts:
     ) -> list[Entry]:
         """Scored rollouts of some prompts of one teacher, by one source; unwanted teacher rollouts are left out."""
         slots = [group.slot for group in groups]
-        for _ in range(MOST_REPAIRS):
+
+        async def scored() -> list[Entry]:
             self.places |= dict.fromkeys(slots, "generate")
             metas, rollouts = await pool.call("generate", groups, sampling)
             self.places |= dict.fromkeys(slots, "score")
-            try:
-                scores = await self._score(source, groups[0].teacher, rollouts)
-                break
-            except PayloadLost as error:  # with its node: nothing was trained on it, and it is sampled again
-                self._lost(1, f"rollouts of slots {slots} are sampled again: {error}")
-                cause = error
-        else:
-            raise RunError(f"rollouts of slots {slots} were lost {MOST_REPAIRS} times in a row, the last: {cause}")
-        entries = [Entry(meta, row, rollouts, scores) for row, meta in enumerate(metas)]
+            scores = await self._score(source, groups[0].teacher, rollouts)
+            return [Entry(meta, row, rollouts, scores) for row, meta in enumerate(metas)]
+
+        entries = await until_whole(f"rollouts of slots {slots}", scored, self._lost)
         wanted = self._config.buffer.teacher_filter
         if source == "student" or wanted == "none":
             return entries
