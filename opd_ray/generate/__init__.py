@@ -11,16 +11,13 @@ from opd_ray.config import RolloutConfig
 from opd_ray.generate.engine import GenerationEngine
 
 
-def make_generation_engine(
-    path: str, rollout: RolloutConfig, weight_backend: str, max_context_tokens: int
-) -> GenerationEngine:
+def make_generation_engine(path: str, rollout: RolloutConfig, max_context_tokens: int) -> GenerationEngine:
     """The configured engine on the student's checkpoint."""
     shared: dict[str, Any] = {
         "path": path,
         "dtype": rollout.dtype,
         "max_num_seqs": rollout.max_num_seqs,
         "max_context_tokens": max_context_tokens,
-        "weight_backend": weight_backend,
     }
     if rollout.engine == "torch":
         from opd_ray.generate.torch import TorchGenerationEngine

@@ -6,18 +6,19 @@ repository's tests and not on large ones. Runs on CPUs and on CUDA.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel, TopPLogitsWarper
 
-from opd_ray.errors import WeightSyncError
 from opd_ray.generate.engine import Unfinished, response_budget
 from opd_ray.messages import Finished, FinishReason, GenerationRequest, TransferGroup, WeightManifest
 from opd_ray.models.checkpoints import load_model
-from opd_ray.weights.receivers import WeightReceiver, make_receiver
+from opd_ray.weights.manifest import check_fits
+from opd_ray.weights.transfer import WeightTransfer
 
 
 class _Response:
@@ -33,19 +34,32 @@ class _Response:
         self.topk_ids: list[np.ndarray] = []
 
     def append(self, logits: Tensor, version: int) -> None:
-        """Samples the next token from logits [vocabulary] of weights ``version``."""
-        token, logprob = _sample(logits, self)
+        """Samples the next token from logits [vocabulary] of weights ``version``.
+
+        Its log-prob is that under the distribution it came from; greedy (temperature 0) reports the untempered one,
+        as vLLM does.
+        """
+        sampling = self.request.sampling
+        if sampling.temperature == 0:
+            logprobs = logits.log_softmax(-1)
+            token = int(logprobs.argmax())
+        else:
+            warped = logits / sampling.temperature
+            if sampling.top_p < 1:
+                warped = TopPLogitsWarper(sampling.top_p)(None, warped[None])[0]
+            logprobs = warped.log_softmax(-1)
+            token = int(torch.multinomial(logprobs.exp(), 1, generator=self.generator))
         self.tokens.append(token)
-        self.logprobs.append(logprob)
+        self.logprobs.append(float(logprobs[token]))
         self.versions.append(version)
-        if top_k := self.request.sampling.top_k:
-            ids = logits.topk(min(top_k, len(logits))).indices
+        if sampling.top_k:
+            ids = logits.topk(min(sampling.top_k, len(logits))).indices
             self.topk_ids.append(ids.to(torch.int32).cpu().numpy())
 
     @property
-    def prefix(self) -> np.ndarray:
+    def prefix(self) -> Tensor:
         """Prompt and what was sampled so far."""
-        return np.asarray([*self.request.prompt_tokens, *self.tokens], dtype=np.int64)
+        return torch.tensor([*self.request.prompt_tokens, *self.tokens])
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -82,13 +96,12 @@ class TorchGenerationEngine:
         device: str | None = None,
         max_num_seqs: int = 64,
         max_context_tokens: int | None = None,
-        weight_backend: str = "gloo",
     ) -> None:
         self._model = load_model(path, dtype, device)
         self._max_num_seqs = max_num_seqs
         limit = self._model.config.get_text_config().max_position_embeddings
         self._max_context_tokens = min(max_context_tokens or limit, limit)
-        self._receiver: WeightReceiver = make_receiver(weight_backend, self._model.device)
+        self._transfer = WeightTransfer()
         self._waiting: list[_Response] = []
         self._running: list[_Response] = []
         self._cache: _Cache | None = None
@@ -105,33 +118,33 @@ class TorchGenerationEngine:
         logits = []
         if self._running:
             last = torch.tensor([[response.tokens[-1]] for response in self._running], device=self._model.device)
-            logits.append(self._cache.extend(self._model, last))
+            logits.append(self._cache.extend(self._model, last, 1))
         if entering:
-            prefilled, entered = _Cache.prefill(self._model, [response.prefix for response in entering])
-            logits.append(prefilled)
+            prefixes, entered = [response.prefix for response in entering], _Cache()
+            columns = pad_sequence(prefixes, batch_first=True, padding_side="left").to(self._model.device)
+            lengths = torch.tensor([len(prefix) for prefix in prefixes], device=self._model.device)
+            logits.append(entered.extend(self._model, columns, lengths))
             self._cache = entered if self._cache is None else self._cache.joined(entered)
             self._running = self._running + entering
         for response, row in zip(self._running, torch.cat(logits) if logits else (), strict=True):
             response.append(row.float(), self.weight_version)
-        return self._leave()
+        finished = [response.finished() for response in self._running if response.finish_reason is not None]
+        self._keep(lambda response: response.finish_reason is None)
+        return finished
 
     def abort(self, request_ids: Sequence[str]) -> None:
         dropped = set(request_ids)
         self._waiting = [response for response in self._waiting if response.request.request_id not in dropped]
-        self._keep([row for row, each in enumerate(self._running) if each.request.request_id not in dropped])
+        self._keep(lambda response: response.request.request_id not in dropped)
 
     def connect(self, group: TransferGroup) -> None:
-        self._receiver.connect(group)
+        self._transfer.connect(group)
 
     @torch.no_grad()
     def update_weights(self, manifest: WeightManifest, unfinished: Unfinished) -> None:
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        if missing := parameters.keys() - set(manifest.names):
-            raise WeightSyncError(
-                f"weights: the broadcast of version {manifest.version} leaves out {len(missing)} parameters of the "
-                f"generator, as {min(missing)}; send the same architecture that the generator loaded"
-            )
-        for name, tensor in self._receiver.receive(manifest):
+        check_fits(manifest, parameters, "a generator")
+        for name, tensor in self._transfer.receive(manifest):
             parameters[name].copy_(tensor)
         self.weight_version = manifest.version
         # Kept responses are prefilled again, ahead of those that have not begun.
@@ -140,14 +153,9 @@ class TorchGenerationEngine:
             kept = [_Response(response.request, response.budget, self._model.device) for response in kept]
         self._waiting, self._running, self._cache = kept + self._waiting, [], None
 
-    def _leave(self) -> list[Finished]:
-        """Returns the responses that ended and takes their rows out of the cache."""
-        finished = [response.finished() for response in self._running if response.finish_reason is not None]
-        self._keep([row for row, response in enumerate(self._running) if response.finish_reason is None])
-        return finished
-
-    def _keep(self, rows: list[int]) -> None:
-        """Goes on with these running responses only."""
+    def _keep(self, stays: Callable[[_Response], bool]) -> None:
+        """Goes on with these running responses only, and takes the others' rows out of the cache."""
+        rows = [row for row, response in enumerate(self._running) if stays(response)]
         if len(rows) < len(self._running):
             self._running = [self._running[row] for row in rows]
             self._cache = self._cache.rows(rows) if rows else None
@@ -156,98 +164,52 @@ class TorchGenerationEngine:
 class _Cache:
     """Key-value cache of R responses, aligned at their last column.
 
-    ``layers`` holds keys and values [R, heads, width, head size] of each layer; ``lengths`` [R]
-    how many of the last columns of a row are real.
+    ``tensors`` are the keys and the values [R, heads, width, head size] of each layer in turn; ``lengths`` [R] how many
+    of the last columns of a row are real.
     """
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]], lengths: Tensor) -> None:
-        self.layers = layers
-        self.lengths = lengths
+    def __init__(self, tensors: Sequence[Tensor] = (), lengths: Tensor | int = 0) -> None:
+        self._tensors = tensors
+        self._lengths = lengths
 
-    @staticmethod
-    def prefill(model: PreTrainedModel, prefixes: Sequence[np.ndarray]) -> tuple[Tensor, _Cache]:
-        """Next-token logits [R, vocabulary] of the prefixes, and their cache."""
-        lengths = torch.tensor([len(prefix) for prefix in prefixes], device=model.device)
-        width = int(lengths.max())
-        input_ids = torch.zeros((len(prefixes), width), dtype=torch.int64)
-        for row, prefix in enumerate(prefixes):
-            input_ids[row, width - len(prefix) :] = torch.from_numpy(prefix)
-        return _Cache([], lengths)._forward(model, input_ids.to(model.device))
-
-    def extend(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
-        """Appends one token [R, 1] to each row and returns the logits [R, vocabulary] after it."""
-        logits, grown = _Cache(self.layers, self.lengths + 1)._forward(model, tokens)
-        self.layers, self.lengths = grown.layers, grown.lengths
+    def extend(self, model: PreTrainedModel, columns: Tensor, lengths: Tensor | int) -> Tensor:
+        """Appends tokens [R, n], of each row the last ``lengths``; returns the logits [R, vocabulary] after them."""
+        self._lengths = self._lengths + lengths
+        cache = DynamicCache()
+        for layer in range(len(self._tensors) // 2):
+            cache.update(*self._tensors[2 * layer : 2 * layer + 2], layer)
+        num_new = columns.shape[1]
+        width = num_new + self._width
+        attention_mask = torch.arange(width, device=columns.device) >= width - self._lengths[:, None]
+        logits = model(
+            input_ids=columns,
+            attention_mask=attention_mask.to(torch.int64),
+            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0)[:, -num_new:],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        self._tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         return logits
 
     def joined(self, other: _Cache) -> _Cache:
         """The rows of both, the narrower one padded on the left."""
         width = max(self._width, other._width)
-        layers = [
-            (
-                torch.cat([_widen(keys, width), _widen(other_keys, width)]),
-                torch.cat([_widen(values, width), _widen(other_values, width)]),
-            )
-            for (keys, values), (other_keys, other_values) in zip(self.layers, other.layers, strict=True)
-        ]
-        return _Cache(layers, torch.cat([self.lengths, other.lengths]))
+        pairs = zip(self._tensors, other._tensors, strict=True)
+        tensors = [torch.cat([_widen(tensor, width) for tensor in pair]) for pair in pairs]
+        return _Cache(tensors, torch.cat([self._lengths, other._lengths]))
 
     def rows(self, rows: list[int]) -> _Cache:
         """Only these rows, without the columns that none of them uses."""
-        index = torch.tensor(rows, device=self.lengths.device)
-        lengths = self.lengths[index]
+        index = torch.tensor(rows, device=self._lengths.device)
+        lengths = self._lengths[index]
         unused = self._width - int(lengths.max())
-        return _Cache([(keys[index, :, unused:], values[index, :, unused:]) for keys, values in self.layers], lengths)
+        return _Cache([tensor[index, :, unused:] for tensor in self._tensors], lengths)
 
     @property
     def _width(self) -> int:
-        return self.layers[0][0].shape[2]
-
-    def _forward(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, _Cache]:
-        """Runs new columns [R, n] on top of the cached ones; ``lengths`` counts the new ones already."""
-        cache = DynamicCache()
-        for index, (keys, values) in enumerate(self.layers):
-            cache.update(keys, values, index)
-        num_new = input_ids.shape[1]
-        width = num_new + (self._width if self.layers else 0)
-        columns = torch.arange(width, device=input_ids.device)
-        attention_mask = (columns >= width - self.lengths[:, None]).to(torch.int64)
-        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -num_new:]
-        logits = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        return logits, _Cache([(layer.keys, layer.values) for layer in cache.layers], self.lengths)
+        return self._tensors[0].shape[2] if self._tensors else 0
 
 
 def _widen(tensor: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[2], 0))
-
-
-def _sample(logits: Tensor, response: _Response) -> tuple[int, float]:
-    """One token from logits [vocabulary] and its log-prob under the distribution it came from.
-
-    Greedy (temperature 0) reports the untempered distribution, as vLLM does.
-    """
-    sampling = response.request.sampling
-    if sampling.temperature == 0:
-        logprobs = logits.log_softmax(-1)
-        token = int(logprobs.argmax())
-        return token, float(logprobs[token])
-    logprobs = (logits / sampling.temperature).log_softmax(-1)
-    if sampling.top_p < 1:
-        logprobs = _nucleus(logprobs, sampling.top_p)
-    token = int(torch.multinomial(logprobs.exp(), 1, generator=response.generator))
-    return token, float(logprobs[token])
-
-
-def _nucleus(logprobs: Tensor, top_p: float) -> Tensor:
-    """Renormalised log-probs of the smallest set of tokens that holds ``top_p`` of the mass."""
-    ordered, ids = logprobs.sort(descending=True)
-    before = ordered.exp().cumsum(0) - ordered.exp()
-    outside = ids[before >= top_p]
-    return logprobs.index_fill(0, outside, -torch.inf).log_softmax(-1)

@@ -1,11 +1,8 @@
-"""GenerationEngine on vLLM, and what both vLLM engines share: an in-process LLMEngine, driven by ``step``.
-
-Importing vLLM binds the process's memory and turns ``torch.set_num_threads`` into a no-op on
-CPUs, so each engine belongs in a process of its own; the import happens in the constructors.
-"""
+"""GenerationEngine on vLLM: an in-process LLMEngine, driven by ``step``."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +13,16 @@ from opd_ray.errors import WeightSyncError
 from opd_ray.generate.engine import Unfinished, response_budget
 from opd_ray.messages import Finished, GenerationRequest, TransferGroup, WeightManifest
 from opd_ray.models.vllm import (
+    TRANSFER_BACKEND,
     build,
-    cache_bytes,
     columns,
     context_limit,
-    prepare_process,
     prompt_input,
     vocabulary_size,
 )
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-
-_WORKER_BACKENDS = {"gloo": "gloo", "nccl": "limited_nccl"}
-"""weights.backend to the transfer backend of vLLM's workers (see opd_ray.weights.vllm_worker)."""
 
 
 class VllmGenerationEngine:
@@ -40,41 +33,21 @@ class VllmGenerationEngine:
     """
 
     def __init__(
-        self,
-        *,
-        path: str,
-        dtype: str = "float32",
-        tensor_parallel_size: int = 1,
-        max_num_seqs: int = 64,
-        max_context_tokens: int | None = None,
-        kv_cache_bytes: int = 256 * 2**20,
-        gpu_memory_utilization: float = 0.85,
-        max_batch_tokens: int = 8192,
-        weight_backend: str = "gloo",
+        self, *, path: str, max_context_tokens: int | None = None, max_batch_tokens: int = 8192, **engine: Any
     ) -> None:
         """``max_context_tokens`` caps prompt + response, by default at what the checkpoint allows;
-        ``kv_cache_bytes`` counts on CPUs, ``gpu_memory_utilization`` on GPUs; ``max_batch_tokens``
-        bounds the tokens of one step, prefills and recomputed prefixes included."""
-        prepare_process()
-        from vllm.config import WeightTransferConfig
-
-        self._backend = weight_backend
+        ``max_batch_tokens`` bounds the tokens of one step, prefills and recomputed prefixes included.
+        ``engine``: see :func:`opd_ray.models.vllm.build`."""
         self._max_context_tokens = context_limit(path, max_context_tokens)
         self._engine = build(
-            model=path,
-            dtype=dtype,
-            tensor_parallel_size=tensor_parallel_size,
-            max_num_seqs=max_num_seqs,
+            path,
             max_model_len=self._max_context_tokens,
             **_prefill_arguments(max_batch_tokens, self._max_context_tokens),
-            gpu_memory_utilization=gpu_memory_utilization,
-            kv_cache_memory_bytes=cache_bytes(kv_cache_bytes),
             # On CPUs the bookkeeping of the prefix cache costs a tenth of the tokens per second.
             enable_prefix_caching=torch.cuda.is_available(),
             logprobs_mode="processed_logprobs",
-            max_logprobs=-1,
-            weight_transfer_config=WeightTransferConfig(backend=_WORKER_BACKENDS[weight_backend]),
-            worker_extension_cls="opd_ray.weights.vllm_worker.WorkerExtension",
+            weight_transfer_config={"backend": TRANSFER_BACKEND},
+            **engine,
         )
         self._vocab_size = vocabulary_size(self._engine)
         self._unfinished: dict[str, GenerationRequest] = {}
@@ -109,13 +82,12 @@ class VllmGenerationEngine:
         self._engine.abort_request(unfinished)
 
     def connect(self, group: TransferGroup) -> None:
-        self._on_workers("opd_connect", init_info(self._backend, group), "join the transfer group")
+        self._on_workers("init_weight_transfer_engine", group, "join the transfer group")
 
     def update_weights(self, manifest: WeightManifest, unfinished: Unfinished) -> None:
         begun_again = list(self._unfinished.values()) if unfinished == "restart" else []
         self._engine.abort_request([request.request_id for request in begun_again])
-        info = update_info(self._backend, manifest)
-        self._on_workers("opd_update_weights", info, f"load weight version {manifest.version}")
+        self._on_workers("opd_update_weights", manifest, f"load weight version {manifest.version}")
         # Preempts what runs and empties the prefix cache, so every prefix is recomputed: KV
         # entries of the old weights under the new ones shift the log-probs without an error.
         self._engine.reset_prefix_cache(reset_running_requests=True)
@@ -131,35 +103,16 @@ class VllmGenerationEngine:
         # vLLM labels each step's tokens with it and returns the spans with the finished response.
         self._engine.set_weight_version(str(version))
 
-    def _on_workers(self, method: str, info: dict[str, Any], action: str) -> None:
+    def _on_workers(self, method: str, argument: TransferGroup | WeightManifest, action: str) -> None:
         try:
-            self._engine.collective_rpc(method, args=(info,))
+            self._engine.collective_rpc(method, args=(dataclasses.asdict(argument),))
         except WeightSyncError:
             raise
         except Exception as error:
             raise WeightSyncError(
-                f"weights: a vLLM engine on backend {self._backend} could not {action}: {error}; "
+                f"weights: a vLLM engine could not {action}: {error}; "
                 "its weights may be of two versions: do not step it before an update has succeeded"
             ) from error
-
-
-def init_info(backend: str, group: TransferGroup) -> dict[str, Any]:
-    """How a worker joins ``group``, as our backends "limited_nccl" and "gloo" want it."""
-    shared = {"rank_offset": group.rank, "world_size": group.world_size, "timeout_s": group.timeout_s}
-    if backend == "nccl":
-        where = {"master_address": group.host, "master_port": group.port}
-        return shared | where | {"packed": True, "packed_buffer_size_bytes": group.bucket_bytes}
-    return shared | {"host": group.host, "port": group.port, "bucket_bytes": group.bucket_bytes}
-
-
-def update_info(backend: str, manifest: WeightManifest) -> dict[str, Any]:
-    """What one broadcast brings, as vLLM's backend "nccl" or our "gloo" wants it."""
-    info: dict[str, Any] = {
-        "names": list(manifest.names),
-        "dtype_names": list(manifest.dtypes),
-        "shapes": [list(shape) for shape in manifest.shapes],
-    }
-    return info if backend == "nccl" else info | {"version": manifest.version}
 
 
 def _per_token(spans: Any) -> np.ndarray:

@@ -44,8 +44,8 @@ from opd_ray.models.checkpoints import load_causal_lm, local_directory
 from opd_ray.models.heads import load_heads
 from opd_ray.rooms import logs
 from opd_ray.rooms.node import free_port, node_ip, this_node
-from opd_ray.weights import make_transport
 from opd_ray.weights.manifest import manifest_of, weights_of
+from opd_ray.weights.transfer import WeightTransfer
 
 _log = logs.get(__name__)
 
@@ -68,7 +68,7 @@ class Learner:
         if not self._cuda:
             torch.set_num_threads(max(1, int(config.learner.cpus_per_rank)))
         self._device = torch.device("cuda", 0) if self._cuda else torch.device("cpu")
-        self._transport = make_transport(config.weight_backend)
+        self._transfer = WeightTransfer()
         self._engine: Any = None
 
     def node(self) -> str:
@@ -172,7 +172,7 @@ class Learner:
     def open_transport(self, group: TransferGroup) -> None:
         """Rank 0 forms the weight-transfer group; the other ranks take no part in it and return at once."""
         if self._rank == 0:
-            self._transport.open(group)
+            self._transfer.connect(group)
 
     def send_weights(self, manifest: WeightManifest, group: TransferGroup | None = None) -> None:
         """Broadcasts the weights from rank 0. Collective under ZeRO-3; elsewhere the other ranks return at once.
@@ -182,25 +182,18 @@ class Learner:
         goes on, and may open another group.
         """
         weights = self._full_weights()
+        transfer = self._transfer if group is None else WeightTransfer()
         try:
-            if self._rank == 0 and group is None:
-                self._transport.send(manifest, weights)
-            elif self._rank == 0:
-                self._send_once(manifest, group, weights)
+            if self._rank == 0:
+                if group is not None:
+                    transfer.connect(group)
+                transfer.send(manifest, weights)
         finally:
+            if group is not None:
+                transfer.close()
             if self._zero_stage == 3:
                 for _ in weights:  # every rank gathers every parameter, also after a failure of rank 0
                     pass
-
-    def _send_once(
-        self, manifest: WeightManifest, group: TransferGroup, weights: Iterator[tuple[str, torch.Tensor]]
-    ) -> None:
-        transport = make_transport(self._config.weight_backend)
-        try:
-            transport.open(group)
-            transport.send(manifest, weights)
-        finally:
-            transport.close()
 
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """The state between two steps: what all ranks agree on, for JSON, and this rank's share of the arrays.

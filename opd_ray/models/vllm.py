@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from vllm import LLMEngine
 
 
+TRANSFER_BACKEND = "opd_ray"
+"""The weight transfer of vLLM's workers that opd_ray.weights.vllm_worker registers."""
+
+
 def columns(flat: Any, num_tokens: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """Log-probs and ids, [num_tokens, 1 + top_k] each, from the end of vLLM's flat list: the token itself, then the
     most probable ones."""
@@ -33,7 +37,7 @@ def prompt_input(tokens: Sequence[int]) -> Any:
     return tokens_input([int(token) for token in tokens])
 
 
-def prepare_process() -> None:
+def _prepare_process() -> None:
     """Environment that vLLM reads when it is imported; what the user has set stays."""
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -58,24 +62,41 @@ def context_limit(path: str, max_context_tokens: int | None) -> int:
     return max_context_tokens or AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings
 
 
-def cache_bytes(kv_cache_bytes: int) -> int | None:
-    """The size of the key-value cache where it is given outright: on CPUs."""
-    return None if torch.cuda.is_available() else kv_cache_bytes
+def build(
+    path: str,
+    *,
+    dtype: str = "float32",
+    tensor_parallel_size: int = 1,
+    max_num_seqs: int = 64,
+    kv_cache_bytes: int = 256 * 2**20,
+    gpu_memory_utilization: float = 0.85,
+    **arguments: Any,
+) -> LLMEngine:
+    """An engine that speaks tokens and steps only when it is told to; ``arguments`` are vLLM's further ones.
 
-
-def build(*, tensor_parallel_size: int, **arguments: Any) -> LLMEngine:
-    """An engine that speaks tokens and steps only when it is told to."""
+    ``kv_cache_bytes`` counts on CPUs, ``gpu_memory_utilization`` on GPUs. Importing vLLM binds the process's memory
+    and turns ``torch.set_num_threads`` into a no-op on CPUs, so each engine belongs in a process of its own.
+    """
+    _prepare_process()
     from vllm import EngineArgs, LLMEngine
 
+    cuda = torch.cuda.is_available()
     return LLMEngine.from_engine_args(
         EngineArgs(
+            model=path,
             skip_tokenizer_init=True,
+            dtype=dtype,
             tensor_parallel_size=tensor_parallel_size,
             # Named outright: inside a Ray actor vLLM would pick its Ray executor and ask for more actors.
             distributed_executor_backend="uni" if tensor_parallel_size == 1 else "mp",
-            enforce_eager=not torch.cuda.is_available(),
+            enforce_eager=not cuda,
             # An asynchronous step would still be under way on the old weights during an update.
             async_scheduling=False,
+            max_num_seqs=max_num_seqs,
+            kv_cache_memory_bytes=None if cuda else kv_cache_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
+            max_logprobs=-1,
+            worker_extension_cls="opd_ray.weights.vllm_worker.WorkerExtension",
             disable_log_stats=True,
             use_tqdm_on_load=False,
             **arguments,

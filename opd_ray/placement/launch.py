@@ -71,7 +71,7 @@ def _teacher_generators(config: Config, namespace: str, max_context_tokens: int)
 
 def _generator(config: Config, path: str, rollout: RolloutConfig, max_context_tokens: int) -> dict[str, Any]:
     return {
-        "make_engine": partial(make_generation_engine, path, rollout, config.weight_backend, max_context_tokens),
+        "make_engine": partial(make_generation_engine, path, rollout, max_context_tokens),
         "load_tokenizer": partial(load_tokenizer, config.student.path),
         "settings": _settings(config),
     }
@@ -103,7 +103,6 @@ def _scorers(role: str, config: Config, namespace: str, max_context_tokens: int)
         Scorer,
         make_engine=partial(make_scoring_engine, scorer, longest),
         scorer=scorer,
-        weight_backend=config.weight_backend,
         member=scorer.follows_student,
     )
     resources = _resources(scorer.cpus_per_actor, scorer.gpus_in_all, scorer.node_resource)

@@ -10,7 +10,8 @@ import torch
 
 from opd_ray.errors import RunError, WeightSyncError
 from opd_ray.messages import TransferGroup, WeightManifest
-from opd_ray.weights.receivers import WeightReceiver
+from opd_ray.weights.manifest import check_fits
+from opd_ray.weights.transfer import WeightTransfer
 
 Update = Literal["fixed", "periodic", "average"]
 
@@ -30,14 +31,13 @@ class Follower:
     def __init__(
         self,
         parameters: Mapping[str, torch.nn.Parameter],
-        receiver: WeightReceiver,
         *,
         update: Update,
         every_steps: int,
         decay: float,
     ) -> None:
         """``parameters``: the model's, tied ones under each of their names."""
-        self._receiver = receiver
+        self._transfer = WeightTransfer()
         self.follow(parameters, update=update, every_steps=every_steps, decay=decay)
 
     def follow(
@@ -58,13 +58,13 @@ class Follower:
 
     def connect(self, group: TransferGroup) -> None:
         """Joins the group that weights are broadcast in."""
-        self._receiver.connect(group)
+        self._transfer.connect(group)
 
     @torch.no_grad()
     def update(self, manifest: WeightManifest) -> None:
         """Receives one broadcast. Raises WeightSyncError for another architecture's, or one older than what is held."""
         self._check(manifest)
-        received, own = self._receiver.receive(manifest), self._own()
+        received, own = self._transfer.receive(manifest), self._own()
         keep = self._rule(manifest.version)
         if 0.0 < keep < 1.0:
             # All or nothing: a broadcast that breaks off is repeated, and an average must not take it in twice.
@@ -135,15 +135,4 @@ class Follower:
                 f"weights: a scorer that follows the student holds version {self.version}, but version "
                 f"{manifest.version} was sent; restore its weights before a run goes back"
             )
-        if missing := self._parameters.keys() - set(manifest.names):
-            raise WeightSyncError(
-                f"weights: the broadcast of version {manifest.version} leaves out {len(missing)} parameters of a "
-                f"scorer that follows the student, as {min(missing)}; it must have the student's architecture"
-            )
-        shapes = dict(zip(manifest.names, manifest.shapes, strict=True))
-        for name, parameter in self._parameters.items():
-            if tuple(parameter.shape) != tuple(shapes[name]):
-                raise WeightSyncError(
-                    f"weights: {name} has shape {list(shapes[name])} in the student but {list(parameter.shape)} in a "
-                    "scorer that follows it; it must have the student's architecture"
-                )
+        check_fits(manifest, self._parameters, "a scorer that follows the student")

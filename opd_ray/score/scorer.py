@@ -76,19 +76,15 @@ class Scorer:
     part in every broadcast, whether its run's ``scorer.update`` follows the student or not.
     """
 
-    def __init__(
-        self, *, make_engine: Callable[[], ScoringEngine], scorer: ScorerConfig, weight_backend: str, member: bool
-    ) -> None:
+    def __init__(self, *, make_engine: Callable[[], ScoringEngine], scorer: ScorerConfig, member: bool) -> None:
         self._worker = Worker()
         self._engine = self._worker.submit(make_engine).result()
         self._scorer = scorer
         self._follower: Follower | None = None
         if member:  # torch is loaded by those that need it
             from opd_ray.score.follower import Follower
-            from opd_ray.weights.receivers import make_receiver
 
-            receiver = make_receiver(weight_backend, self._engine.device)
-            self._follower = follower = Follower(self._engine.parameters(), receiver, **_rule(scorer))
+            self._follower = follower = Follower(self._engine.parameters(), **_rule(scorer))
             self._worker.on_hold = lambda: not follower.whole
 
     async def node(self) -> str:

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opd_ray.messages import ScoreRequest
-from opd_ray.models.vllm import (
-    build,
-    cache_bytes,
-    columns,
-    context_limit,
-    prepare_process,
-    prompt_input,
-    vocabulary_size,
-)
+from opd_ray.models.vllm import build, columns, context_limit, prompt_input, vocabulary_size
 from opd_ray.score.engine import Rollout, Scores
 
 if TYPE_CHECKING:
@@ -33,32 +25,15 @@ class VllmScoringEngine:
     among the k + 16 most probable ones nor sampled counts as probability 0.
     """
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        dtype: str = "float32",
-        tensor_parallel_size: int = 1,
-        max_num_seqs: int = 64,
-        max_context_tokens: int | None = None,
-        kv_cache_bytes: int = 256 * 2**20,
-        gpu_memory_utilization: float = 0.85,
-    ) -> None:
+    def __init__(self, *, path: str, max_context_tokens: int | None = None, **engine: Any) -> None:
         """As for VllmGenerationEngine."""
-        prepare_process()
         self._engine = build(
-            model=path,
-            dtype=dtype,
-            tensor_parallel_size=tensor_parallel_size,
-            max_num_seqs=max_num_seqs,
+            path,
             # vLLM insists on sampling one token, which is never fed back; a sequence of exactly
             # the checkpoint's length needs this room for it.
             max_model_len=context_limit(path, max_context_tokens) + 1,
-            gpu_memory_utilization=gpu_memory_utilization,
-            kv_cache_memory_bytes=cache_bytes(kv_cache_bytes),
             enable_prefix_caching=False,
-            max_logprobs=-1,
-            worker_extension_cls="opd_ray.weights.vllm_worker.WorkerExtension",
+            **engine,
         )
         self._vocab_size = vocabulary_size(self._engine)
         self._num_calls = 0

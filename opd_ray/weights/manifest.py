@@ -6,10 +6,11 @@ The learner calls ``weights_of`` once per broadcast and hands the same list to `
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
+from opd_ray.errors import WeightSyncError
 from opd_ray.messages import WeightManifest
 
 
@@ -36,6 +37,22 @@ def manifest_of(weights: Iterable[tuple[str, torch.Tensor]], version: int) -> We
         dtypes=tuple(dtype_name(tensor.dtype) for _, tensor in weights),
         shapes=tuple(tuple(getattr(tensor, "ds_shape", tensor.shape)) for _, tensor in weights),
     )
+
+
+def check_fits(manifest: WeightManifest, parameters: Mapping[str, torch.Tensor], whose: str) -> None:
+    """Refuses a broadcast that lacks one of a model's parameters or has it in another shape."""
+    shapes = dict(zip(manifest.names, manifest.shapes, strict=True))
+    if missing := parameters.keys() - shapes.keys():
+        raise WeightSyncError(
+            f"weights: the broadcast of version {manifest.version} leaves out {len(missing)} parameters of {whose}, "
+            f"as {min(missing)}; it must have the student's architecture"
+        )
+    for name, parameter in parameters.items():
+        if tuple(parameter.shape) != tuple(shapes[name]):
+            raise WeightSyncError(
+                f"weights: {name} has shape {list(shapes[name])} in the student but {list(parameter.shape)} in "
+                f"{whose}; it must have the student's architecture"
+            )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

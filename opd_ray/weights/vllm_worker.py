@@ -1,19 +1,18 @@
-"""What runs inside vLLM's worker processes: our transfer backends, the update call, and loading another checkpoint.
+"""What runs inside vLLM's worker processes: our transfer engine, the update call, and loading another checkpoint.
 
 vLLM imports this module in every worker, because ``WorkerExtension`` is named as the engine's
-``worker_extension_cls``; the import registers "gloo" and "limited_nccl" beside vLLM's own transfer backends.
+``worker_extension_cls``; the import registers the transfer engine beside vLLM's own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
-from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -21,56 +20,26 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from opd_ray.errors import WeightSyncError
 from opd_ray.messages import TransferGroup, WeightManifest
-from opd_ray.weights.gloo import GlooGroup, receive
+from opd_ray.models.vllm import TRANSFER_BACKEND
+from opd_ray.weights.transfer import WeightTransfer
 
 
-@dataclass
-class GlooInitInfo(WeightTransferInitInfo):
-    """A TransferGroup whose rank is that of the engine's first worker."""
+class BroadcastEngine(WeightTransferEngine[TransferGroup, WeightManifest]):
+    """vLLM's checkpoint-format update with this package's broadcasts underneath. The group's rank is that of the
+    engine's first worker."""
 
-    host: str
-    port: int
-    rank_offset: int
-    world_size: int
-    timeout_s: float
-    bucket_bytes: int
+    init_info_cls = TransferGroup
+    update_info_cls = WeightManifest
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._transfer = WeightTransfer()
 
-@dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """The manifest of one broadcast."""
-
-    version: int
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
-
-
-class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """vLLM's checkpoint-format update with gloo instead of NCCL underneath."""
-
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
-    _members: GlooGroup | None = None
-
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        self._members = GlooGroup(
-            TransferGroup(
-                backend="gloo",
-                host=init_info.host,
-                port=init_info.port,
-                rank=init_info.rank_offset + self.parallel_config.rank,
-                world_size=init_info.world_size,
-                timeout_s=init_info.timeout_s,
-                bucket_bytes=init_info.bucket_bytes,
-            )
-        )
+    def init_transfer_engine(self, init_info: TransferGroup) -> None:
+        self._transfer.connect(dataclasses.replace(init_info, rank=init_info.rank + self.parallel_config.rank))
 
     def start_weight_update(self) -> None:
-        if self._members is None:
-            raise WeightSyncError("weights: update_weights was called before connect; connect the engine first")
         # The CPU build repacks linear weights after loading; only a load inside the layer-wise
         # reload repacks them again, in place, so that captured graphs stay valid on GPUs.
         initialize_layerwise_reload(self.model)
@@ -80,30 +49,19 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         # load_weights copies on the current stream, which orders it before the next step.
         self.receive_weights(self.parse_update_info(update_info))
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        manifest = WeightManifest(
-            version=update_info.version,
-            names=tuple(update_info.names),
-            dtypes=tuple(update_info.dtype_names),
-            shapes=tuple(tuple(shape) for shape in update_info.shapes),
-        )
-        for bucket in receive(self._members, manifest):
-            self.model.load_weights([(name, tensor.to(self.device)) for name, tensor in bucket])
+    def receive_weights(self, update_info: WeightManifest) -> None:
+        received = self._transfer.receive(update_info)
+        self.model.load_weights((name, tensor.to(self.device)) for name, tensor in received)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        self._members = None
+        self._transfer.close()
 
 
 class WorkerExtension:
     """Methods that vLLM mixes into its worker class, called by ``collective_rpc``."""
-
-    def opd_connect(self, init_info: dict[str, Any]) -> None:
-        """Leaves the former transfer group, if any, and joins the one described."""
-        self.shutdown_weight_transfer_engine()
-        self.init_weight_transfer_engine(init_info)
 
     def opd_update_weights(self, update_info: dict[str, Any]) -> None:
         """One whole update in one call: between separate calls the engine could step on half-loaded layers.
@@ -156,6 +114,4 @@ def _with_tied_head(weights: Iterable[tuple[str, Any]], config: Any) -> Iterator
             yield head, tensor
 
 
-WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
-# vLLM's own "nccl" waits without end; imported only where it is asked for.
-WeightTransferEngineFactory.register_engine("limited_nccl", "opd_ray.weights.nccl", "LimitedNcclEngine")
+WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, BroadcastEngine)

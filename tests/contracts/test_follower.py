@@ -17,9 +17,8 @@ from opd_ray.messages import ScoreRequest, TransferGroup
 from opd_ray.score.engine import Rollout
 from opd_ray.score.follower import Follower
 from opd_ray.score.torch import TorchScoringEngine
-from opd_ray.weights.gloo import GlooTransport
 from opd_ray.weights.manifest import manifest_of, weights_of
-from opd_ray.weights.receivers import GlooReceiver
+from opd_ray.weights.transfer import WeightTransfer
 
 DECAY = 0.9
 ROLLOUT = Rollout(np.array([5, 6, 7]), np.array([8, 9, 10, 1], np.int32))
@@ -33,14 +32,14 @@ class Followed:
     student: PreTrainedModel
     engine: TorchScoringEngine
     follower: Follower
-    transport: GlooTransport
+    transfer: WeightTransfer
 
     def broadcast(self, version: int) -> None:
         weights = weights_of(self.student)
         manifest = manifest_of(weights, version)
         with ThreadPoolExecutor(1) as thread:
             received = thread.submit(self.follower.update, manifest)
-            self.transport.send(manifest, weights)
+            self.transfer.send(manifest, weights)
             received.result()
 
     def train(self, version: int) -> Weights:
@@ -76,16 +75,16 @@ def assert_same(held: Weights, expected: Weights, **tolerance: float) -> None:
 def follow(path: Path, update: str, *, every_steps: int = 3, dtype: str = "float32") -> Followed:
     engine = TorchScoringEngine(path=str(path), device="cpu", dtype=dtype)
     rule = {"update": update, "every_steps": every_steps, "decay": DECAY}
-    follower, transport = Follower(engine.parameters(), GlooReceiver(), **rule), GlooTransport()
+    follower, transfer = Follower(engine.parameters(), **rule), WeightTransfer()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     group = TransferGroup("gloo", "127.0.0.1", port, 0, 2, timeout_s=20.0, bucket_bytes=2**12)
     with ThreadPoolExecutor(1) as thread:
         joined = thread.submit(follower.connect, replace(group, rank=1))
-        transport.open(group)
+        transfer.connect(group)
         joined.result()
-    return Followed(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), engine, follower, transport)
+    return Followed(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), engine, follower, transfer)
 
 
 @pytest.fixture(params=["untied", "tied"])

@@ -24,8 +24,8 @@ from opd_ray.generate.engine import GenerationEngine
 from opd_ray.generate.fake import FakeGenerationEngine
 from opd_ray.generate.torch import TorchGenerationEngine
 from opd_ray.messages import Finished, GenerationRequest, SamplingSettings, TransferGroup, WeightManifest
-from opd_ray.weights.gloo import GlooTransport
 from opd_ray.weights.manifest import manifest_of, weights_of
+from opd_ray.weights.transfer import WeightTransfer
 
 VOCAB_SIZE = 32
 MAX_NUM_SEQS = 8
@@ -54,7 +54,7 @@ class Subject:
 
     engine: GenerationEngine
     model: PreTrainedModel | None
-    transport: GlooTransport = field(default_factory=GlooTransport)
+    transfer: WeightTransfer = field(default_factory=WeightTransfer)
 
     def connect(self, bucket_bytes: int = 2**14) -> None:
         with socket.socket() as probe:
@@ -66,7 +66,7 @@ class Subject:
             return
         with ThreadPoolExecutor(1) as thread:
             joined = thread.submit(self.engine.connect, replace(group, rank=1))
-            self.transport.open(group)
+            self.transfer.connect(group)
             joined.result()
 
     def update(
@@ -81,11 +81,11 @@ class Subject:
         with ThreadPoolExecutor(1) as thread:
             received = thread.submit(self.engine.update_weights, manifest, unfinished)
             if cut is None:
-                self.transport.send(manifest, weights)
+                self.transfer.send(manifest, weights)
             else:
                 with pytest.raises(SenderDied):
-                    self.transport.send(manifest, _dying_after(weights[:cut]))
-                self.transport.close()
+                    self.transfer.send(manifest, _dying_after(weights[:cut]))
+                self.transfer.close()
             received.result()
 
     def finish(self, count: int) -> dict[str, Finished]:

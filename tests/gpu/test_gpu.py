@@ -1,6 +1,6 @@
 """What one CUDA device can show: the bf16 learner, the torch engine, vLLM, and weights sent from the device.
 
-NCCL refuses two ranks on one device, so its broadcast needs two; the transport that runs here is gloo.
+NCCL refuses two ranks on one device, so its broadcast needs two; what runs here is gloo.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from opd_ray.rooms.node import free_port
 from opd_ray.score.engine import Rollout
 from opd_ray.score.follower import Follower
 from opd_ray.score.torch import TorchScoringEngine
-from opd_ray.weights.receivers import make_receiver
 from scored_rollouts import scored_entries
 
 pytestmark = [
@@ -119,7 +118,7 @@ def test_a_scorer_on_the_device_follows_the_learner(learner, tiny_model):
     """The average of a bfloat16 model is kept in float32, on the device."""
     engine = TorchScoringEngine(path=str(tiny_model["tied"]), dtype="bfloat16", device="cuda")
     before = {name: parameter.detach().double().cpu() for name, parameter in engine.parameters().items()}
-    follower = Follower(engine.parameters(), make_receiver("gloo", engine.device), **AVERAGE)
+    follower = Follower(engine.parameters(), **AVERAGE)
     manifest = broadcast(learner, follower.connect, follower.update, 1)
     sent = dict(learner._full_weights())
     for name, parameter in engine.parameters().items():

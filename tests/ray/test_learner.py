@@ -26,7 +26,7 @@ from opd_ray.learn.microbatch import fetch_payloads
 from opd_ray.messages import Entry, StepPlan, TransferGroup
 from opd_ray.models.heads import load_head
 from opd_ray.rooms.node import free_port
-from opd_ray.weights.receivers import GlooReceiver
+from opd_ray.weights.transfer import WeightTransfer
 from scored_rollouts import Scoring, scored_entries
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
@@ -417,11 +417,11 @@ def test_a_joiner_gets_the_weights_in_a_group_of_its_own(
     sent = learner.sent_weights()
     manifest = learner.call("manifest", 1)[0]
 
-    def take(receiver: GlooReceiver) -> None:
+    def take(receiver: WeightTransfer) -> None:
         got = dict(receiver.receive(manifest))
         assert all(torch.equal(got[name], sent[name]) for name in sent)
 
-    members, joiner = GlooReceiver(), GlooReceiver()
+    members, joiner = WeightTransfer(), WeightTransfer()
     main, own = transfer_group(2), transfer_group(2)
     opening = learner.begin_call("open_transport", main)
     members.connect(dataclasses.replace(main, rank=1))

@@ -83,7 +83,7 @@ def _until_full(chunks: Any) -> Iterator[Any]:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def make_generation_engine(path: str, rollout: Any, weight_backend: str, max_context_tokens: int) -> VersionedEngine:
+def make_generation_engine(path: str, rollout: Any, max_context_tokens: int) -> VersionedEngine:
     return VersionedEngine(max_num_seqs=rollout.max_num_seqs, max_context_tokens=max_context_tokens)
 
 

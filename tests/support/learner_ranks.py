@@ -33,13 +33,13 @@ NUM_STEPS = 5
 COEFFICIENTS = Coefficients(student=1.0, golden=0.5, teacher=0.25, reference=0.1)
 
 
-class RecordingTransport:
-    """WeightTransport that keeps what it was told to send."""
+class RecordingTransfer:
+    """A WeightTransfer that keeps what it was told to send."""
 
     def __init__(self) -> None:
         self.sent: dict[str, torch.Tensor] = {}
 
-    def open(self, group: TransferGroup) -> None:
+    def connect(self, group: TransferGroup) -> None:
         raise AssertionError("no group in this test")
 
     def send(self, manifest: WeightManifest, parameters: Any) -> None:
@@ -113,9 +113,9 @@ class Host:
         self._learner._model.model.norm.register_forward_hook(lambda _module, _inputs, output: Overflow.apply(output))
 
     def sent_weights(self) -> dict[str, torch.Tensor]:
-        usual, self._learner._transport = self._learner._transport, RecordingTransport()
+        usual, self._learner._transfer = self._learner._transfer, RecordingTransfer()
         self._learner.send_weights(self._learner.manifest(1))
-        recorded, self._learner._transport = self._learner._transport, usual
+        recorded, self._learner._transfer = self._learner._transfer, usual
         return recorded.sent
 
 

@@ -1,77 +1,81 @@
-"""NcclTransport against vLLM's trainer engine, with a communicator that only records.
+"""Broadcasts over the NCCL wire with stand-ins for vLLM's communicators.
 
-Lives in the vLLM host process. It shows that both sides' arguments are those that the installed
-vLLM takes, and that its checks of names, dtypes and shapes accept what we send.
+Lives in the vLLM host process: the communicators are made by the installed vLLM's own rendezvous, up to the point where
+it would need GPUs.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from vllm.distributed.weight_transfer import nccl_engine
+from vllm.distributed.weight_transfer import nccl_common
 
 from opd_ray.errors import WeightSyncError
-from opd_ray.generate.vllm import init_info, update_info
-from opd_ray.messages import TransferGroup, WeightManifest
-from opd_ray.weights.nccl import LimitedNcclInitInfo, NcclTransport
+from opd_ray.messages import TransferGroup
+from opd_ray.weights.manifest import manifest_of
+from opd_ray.weights.transfer import WeightTransfer
+
+WEIGHTS = [("matrix", torch.randn(7, 5)), ("half", torch.randn(3).to(torch.bfloat16)), ("large", torch.randn(300))]
+
+
+class Communicator:
+    """Takes tensors from rank 0 to the others of this process; or, ``stuck``, waits for an abort."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, lines: Sequence[queue.Queue[torch.Tensor]], stuck: bool = False) -> None:
+        self.disabled, self.nccl, self.comm = False, self, None
+        self._rank, self._lines, self._stuck = rank, lines, stuck
+        self._aborted = threading.Event()
+
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: object) -> None:
+        if self._stuck:
+            assert self._aborted.wait(60) and self.disabled
+        elif self._rank == src:
+            for line in self._lines[1:]:
+                line.put(tensor.clone())
+        else:
+            tensor.copy_(self._lines[self._rank].get(timeout=60))
+
+    def ncclCommAbort(self, comm: object) -> None:  # noqa: N802
+        self._aborted.set()
+
+    def destroy(self) -> None:
+        self.disabled = True
 
 
 class NcclProbe:
-    def broadcast(self, group: TransferGroup, manifest: WeightManifest, rounds: int) -> list[list[str]]:
-        """The names of each round's broadcast, in the order in which they would be packed."""
-        sent: list[list[str]] = []
-        columns = zip(manifest.names, manifest.dtypes, manifest.shapes, strict=True)
-        weights = [(name, torch.zeros(shape, dtype=getattr(torch, dtype))) for name, dtype, shape in columns]
+    def broadcast(self, groups: Sequence[TransferGroup], rounds: int) -> list[bool]:
+        """Did each receiver get the weights bit for bit, round by round?"""
+        lines: list[queue.Queue[torch.Tensor]] = [queue.Queue() for _ in groups]
+        with _made_by(lambda rank: Communicator(rank, lines)), ThreadPoolExecutor() as threads:
+            sender, *receivers = [WeightTransfer() for _ in groups]
+            list(threads.map(WeightTransfer.connect, [sender, *receivers], groups))
+            got = []
+            for version in range(rounds):
+                manifest = manifest_of(WEIGHTS, version)
+                takes = [threads.submit(lambda r=each, m=manifest: list(r.receive(m))) for each in receivers]
+                sender.send(manifest, WEIGHTS)
+                got += [_same(take.result()) for take in takes]
+        return got
 
-        def record(iterator, group, src, post_iter_func, buffer_size_bytes, num_buffers):  # vLLM's producer
-            sent.append([name for name, _ in iterator])
-
-        endpoint = mock.patch.object(nccl_engine, "open_trainer_endpoint", return_value=mock.Mock())
-        producer = mock.patch.object(nccl_engine, "packed_nccl_broadcast_producer", record)
-        with endpoint, producer:
-            transport = NcclTransport()
-            transport.open(group)
-            for _ in range(rounds):
-                transport.send(manifest, iter(weights))
-            transport.close()
-        return sent
-
-    def parsed(self, group: TransferGroup, manifest: WeightManifest) -> dict[str, object]:
-        """What vLLM's worker reads from the engine's two calls."""
-        joined = LimitedNcclInitInfo(**init_info("nccl", group))
-        update = nccl_engine.NCCLWeightTransferUpdateInfo(**update_info("nccl", manifest))
-        return {
-            "port": joined.master_port,
-            "rank": joined.rank_offset,
-            "packed": joined.packed,
-            "bucket_bytes": joined.packed_buffer_size_bytes,
-            "timeout_s": joined.timeout_s,
-            "shapes": update.shapes,
-        }
-
-    def send_to_a_stopped_member(self, group: TransferGroup, manifest: WeightManifest) -> tuple[float, list[str]]:
+    def send_to_a_stopped_member(self, group: TransferGroup) -> tuple[float, list[str]]:
         """Seconds that a broadcast took which only an abort ends, and the errors of it and of the next one."""
-        columns = zip(manifest.names, manifest.dtypes, manifest.shapes, strict=True)
-        weights = [(name, torch.zeros(shape, dtype=getattr(torch, dtype))) for name, dtype, shape in columns]
-        communicator = mock.Mock(disabled=False, device=torch.device("cuda"))
-        aborted = threading.Event()
-        communicator.nccl.ncclCommAbort = lambda _comm: aborted.set()
-
-        def wait(iterator, group, src, post_iter_func, buffer_size_bytes, num_buffers):  # vLLM's producer
-            assert aborted.wait(60) and communicator.disabled
-
-        endpoint = mock.patch.object(nccl_engine, "open_trainer_endpoint", return_value=communicator)
         errors = []
-        with endpoint, mock.patch.object(nccl_engine, "packed_nccl_broadcast_producer", wait):
-            transport = NcclTransport()
-            transport.open(group)
+        with _made_by(lambda rank: Communicator(rank, [], stuck=True)):
+            transfer = WeightTransfer()
+            transfer.connect(group)
             start = time.monotonic()
-            for _ in range(2):
+            for version in range(2):
                 try:
-                    transport.send(manifest, iter(weights))
+                    transfer.send(manifest_of(WEIGHTS, version), WEIGHTS)
                 except WeightSyncError as error:
                     errors.append(str(error))
         return time.monotonic() - start, errors
@@ -79,9 +83,27 @@ class NcclProbe:
     def join_without_the_others(self, group: TransferGroup) -> str:
         """The error of a rendezvous that never ends by itself."""
         forever = threading.Event()
-        with mock.patch.object(nccl_engine, "open_trainer_endpoint", side_effect=lambda _info: forever.wait()):
+        with _made_by(lambda rank: forever.wait()):
             try:
-                NcclTransport().open(group)
+                WeightTransfer().connect(group)
             except WeightSyncError as error:
                 return str(error)
         return "it ended without an error"
+
+
+def _same(received: list[tuple[str, torch.Tensor]]) -> bool:
+    pairs = zip(received, WEIGHTS, strict=True)
+    return all(got == name and torch.equal(tensor, sent) for (got, tensor), (name, sent) in pairs)
+
+
+@contextmanager
+def _made_by(make: object) -> Iterator[None]:
+    def rendezvous(master_address: str, master_port: int, rank: int, world_size: int, device: int) -> object:
+        return make(rank)
+
+    with (
+        mock.patch.object(nccl_common, "stateless_init_process_group", rendezvous),
+        mock.patch.object(torch.accelerator, "current_device_index", return_value=0),
+        mock.patch.object(torch.cuda, "current_stream"),
+    ):
+        yield

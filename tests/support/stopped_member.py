@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from opd_ray.messages import TransferGroup
 from opd_ray.weights.manifest import manifest_of
-from opd_ray.weights.receivers import GlooReceiver
+from opd_ray.weights.transfer import WeightTransfer
 
 
 def weights() -> list[tuple[str, torch.Tensor]]:
@@ -51,7 +51,7 @@ def _main(rank: int, world_size: int, port: int, where: str) -> None:
     if where == "hosting":
         _store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     else:
-        receiver = GlooReceiver()
+        receiver = WeightTransfer()
         receiver.connect(TransferGroup("gloo", "127.0.0.1", port, rank, world_size, 60.0, 4_000_000))
         next(iter(receiver.receive(manifest_of(weights(), 1))))
     os.kill(os.getpid(), signal.SIGSTOP)

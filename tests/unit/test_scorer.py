@@ -23,8 +23,6 @@ NOTHING = WeightManifest(0, (), (), ())
 class Recording(FakeScoringEngine):
     """Keeps what it was asked."""
 
-    device = "cpu"
-
     def __init__(self):
         super().__init__()
         self.sequences = []
@@ -39,7 +37,7 @@ class Recording(FakeScoringEngine):
 
 def make(engine=None, scorer=CONFIG, member=False):
     engine = engine or Recording()
-    return Scorer(make_engine=lambda: engine, scorer=scorer, weight_backend="gloo", member=member), engine
+    return Scorer(make_engine=lambda: engine, scorer=scorer, member=member), engine
 
 
 def rollouts(*sizes, top_k=0, privileged=True):
@@ -212,7 +210,7 @@ class TestHalfUpdated:
 
         seen = []
         scorer, engine = make(Follows(), replace(CONFIG, update="periodic", update_every_steps=1), member=True)
-        scorer._follower._receiver.receive = receive
+        scorer._follower._transfer.receive = receive
         return scorer, engine, seen
 
     async def broken(self, scorer):
