@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +38,9 @@ from opd_ray.tasks.judge import Judge
 
 _log = logs.get(__name__)
 
+_OF_META = ("rollout_id", "slot", "prompt_id", "source", "finish_reason", "correct")
+"""Columns of a payload that repeat its metas."""
+
 
 @dataclass(frozen=True)
 class GeneratorSettings:
@@ -52,10 +54,12 @@ class GeneratorSettings:
     """L in characters and τ of rep(o)."""
 
 
-class Generator(ABC):
+class Generator:
     """Samples responses (an async Ray actor). Its subclasses say for whom."""
 
     source: Source
+    id_prefix: str
+    """Of the index in a rollout's id, which is unlike that of any other source's rollout."""
 
     def __init__(
         self,
@@ -89,14 +93,14 @@ class Generator(ABC):
             GenerationRequest(str(next(self._request_ids)), group.prompt_tokens, group.seed + i, sampling)
             for group, i in owners
         ]
-        finished = await asyncio.gather(*(asyncio.wrap_future(self._engine.submit(each)) for each in requests))
+        finished = await asyncio.gather(*map(self._respond, requests))
         texts = self._tokenizer.batch_decode([each.tokens for each in finished], skip_special_tokens=True)
         verdicts = await self._verdicts([group for group, _ in owners], finished, texts)
         metas = tuple(
             self._meta(group, i, each, text, verdict)
             for (group, i), each, text, verdict in zip(owners, finished, texts, verdicts, strict=True)
         )
-        return metas, self._payload([group for group, _ in owners], finished, metas, texts)
+        return metas, _payload([group for group, _ in owners], finished, metas, texts)
 
     async def abandon(self) -> int:
         """Drops every unfinished response, whose callers get a RunError; returns how many there were."""
@@ -111,10 +115,13 @@ class Generator(ABC):
         verdicts = iter(await self._judge.verify(asked))
         return [next(verdicts) if stop else False for stop in stopped]
 
+    async def _respond(self, request: GenerationRequest) -> Finished:
+        return await asyncio.wrap_future(self._engine.submit(request))
+
     def _meta(self, group: PromptGroup, index: int, finished: Finished, text: str, verdict: bool | None) -> RolloutMeta:
-        settings = self._settings
+        versions = finished.weight_versions if len(finished.weight_versions) else [-1]
         return RolloutMeta(
-            rollout_id=self._rollout_id(group.slot, index),
+            rollout_id=f"{group.slot}-{self.id_prefix}{index}",
             slot=group.slot,
             prompt_id=group.prompt_id,
             source=self.source,
@@ -122,53 +129,38 @@ class Generator(ABC):
             num_response_tokens=len(finished.tokens),
             finish_reason=finished.finish_reason,
             correct=bool(verdict),
-            repetitive=is_repetitive(text, *settings.repetition),
-            **self._behaviour(finished),
+            repetitive=is_repetitive(text, *self._settings.repetition),
+            oldest_version=int(versions[0]),
+            newest_version=int(versions[-1]),
+            mean_version=float(np.mean(versions)),
+            mean_behaviour_logprob=float(np.mean(finished.logprobs)) if len(finished.logprobs) else math.nan,
             teacher=group.teacher,
             tail_period=tail_period(finished.tokens),
             worker=self._name,
             no_verdict=verdict is None,
         )
 
-    def _payload(
-        self,
-        groups: Sequence[PromptGroup],
-        finished: Sequence[Finished],
-        metas: Sequence[RolloutMeta],
-        texts: Sequence[str],
-    ) -> pa.RecordBatch:
-        columns = {
-            "rollout_id": [meta.rollout_id for meta in metas],
-            "slot": [meta.slot for meta in metas],
-            "prompt_id": [meta.prompt_id for meta in metas],
-            "source": [meta.source for meta in metas],
-            "prompt_tokens": [group.prompt_tokens for group in groups],
-            "response_tokens": [each.tokens for each in finished],
-            "topk_ids": [() if each.topk_ids is None else each.topk_ids.ravel() for each in finished],
-            "privileged_prompt_tokens": [group.privileged_prompt_tokens for group in groups],
-            "finish_reason": [meta.finish_reason for meta in metas],
-            "correct": [meta.correct for meta in metas],
-            "text": list(texts),
-        }
-        return pa.RecordBatch.from_pydict(columns | self._behaviour_columns(finished), schema=ROLLOUT_SCHEMA)
 
-    @abstractmethod
-    def _rollout_id(self, slot: int, index: int) -> str:
-        """Unlike that of any other source's rollout."""
-
-    @abstractmethod
-    def _behaviour(self, finished: Finished) -> dict[str, Any]:
-        """The meta's view of the weights that sampled."""
-
-    @abstractmethod
-    def _behaviour_columns(self, finished: Sequence[Finished]) -> dict[str, list[Any]]:
-        """The payload's."""
+def _payload(
+    groups: Sequence[PromptGroup], finished: Sequence[Finished], metas: Sequence[RolloutMeta], texts: Sequence[str]
+) -> pa.RecordBatch:
+    columns = {
+        **{name: [getattr(meta, name) for meta in metas] for name in _OF_META},
+        "prompt_tokens": [group.prompt_tokens for group in groups],
+        "response_tokens": [each.tokens for each in finished],
+        "behaviour_logprobs": [each.logprobs for each in finished],
+        "weight_versions": [each.weight_versions for each in finished],
+        "topk_ids": [() if each.topk_ids is None else each.topk_ids.ravel() for each in finished],
+        "privileged_prompt_tokens": [group.privileged_prompt_tokens for group in groups],
+        "text": list(texts),
+    }
+    return pa.RecordBatch.from_pydict(columns, schema=ROLLOUT_SCHEMA)
 
 
 class StudentGenerator(Generator):
     """Samples responses with the student's current weights."""
 
-    source = "student"
+    source, id_prefix = "student", ""
 
     async def connect(self, group: TransferGroup) -> None:
         """Joins the group that weights are broadcast in."""
@@ -186,35 +178,11 @@ class StudentGenerator(Generator):
         logs.at(version=manifest.version)
         _log.info("has weights of version %d", manifest.version)
 
-    def _rollout_id(self, slot: int, index: int) -> str:
-        return f"{slot}-{index}"
-
-    def _behaviour(self, finished: Finished) -> dict[str, Any]:
-        return {
-            "oldest_version": int(finished.weight_versions[0]),
-            "newest_version": int(finished.weight_versions[-1]),
-            "mean_version": float(np.mean(finished.weight_versions)),
-            "mean_behaviour_logprob": float(np.mean(finished.logprobs)),
-        }
-
-    def _behaviour_columns(self, finished: Sequence[Finished]) -> dict[str, list[Any]]:
-        return {
-            "behaviour_logprobs": [each.logprobs for each in finished],
-            "weight_versions": [each.weight_versions for each in finished],
-        }
-
 
 class TeacherGenerator(Generator):
     """Samples responses with the teacher's weights: rollouts to imitate, without a policy that is a student's."""
 
-    source = "teacher"
+    source, id_prefix = "teacher", "t"
 
-    def _rollout_id(self, slot: int, index: int) -> str:
-        return f"{slot}-t{index}"
-
-    def _behaviour(self, finished: Finished) -> dict[str, Any]:
-        return {"oldest_version": -1, "newest_version": -1, "mean_version": -1.0, "mean_behaviour_logprob": math.nan}
-
-    def _behaviour_columns(self, finished: Sequence[Finished]) -> dict[str, list[Any]]:
-        empty: list[Any] = [() for _ in finished]
-        return {"behaviour_logprobs": empty, "weight_versions": empty}
+    async def _respond(self, request: GenerationRequest) -> Finished:
+        return replace(await super()._respond(request), logprobs=(), weight_versions=())
