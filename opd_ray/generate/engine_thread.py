@@ -11,9 +11,10 @@ from typing import Any
 
 from opd_ray.errors import EngineFailed, RunError
 from opd_ray.generate.engine import GenerationEngine
-from opd_ray.messages import (
-    GenerationRequest,
-)
+from opd_ray.messages import GenerationRequest
+
+Handle = Callable[[GenerationEngine, Future], None]
+"""Runs on the engine, and settles the future now or later."""
 
 
 class EngineThread:
@@ -24,8 +25,8 @@ class EngineThread:
     """
 
     def __init__(self, make_engine: Callable[[], GenerationEngine]) -> None:
-        # What came in and was not looked at yet: each runs on the engine and settles the future beside it.
-        self._inbox: deque[tuple[Callable[[GenerationEngine], None], Future]] = deque()
+        self._inbox: deque[tuple[Handle, Future]] = deque()
+        """What came in and was not looked at yet."""
         self._running: dict[str, Future] = {}
         self._drained: list[Future] = []
         """Whoever waits until nothing is unfinished."""
@@ -41,18 +42,22 @@ class EngineThread:
 
     def submit(self, request: GenerationRequest) -> Future:
         """A future of the request's Finished."""
-        done: Future = Future()
-        return self._enqueue(partial(self._admit, request, done), done)
+        return self._enqueue(partial(self._admit, request))
 
     def command(self, run: Callable[[GenerationEngine], Any]) -> Future:
         """Runs ``run(engine)`` between two steps."""
-        done: Future = Future()
-        return self._enqueue(partial(_settle, done, run), done)
+
+        def handle(engine: GenerationEngine, done: Future) -> None:
+            try:
+                done.set_result(run(engine))
+            except Exception as error:
+                done.set_exception(error)
+
+        return self._enqueue(handle)
 
     def drain(self) -> Future:
         """Done when nothing is unfinished; requests that come from now on wait for the next weight update."""
-        done: Future = Future()
-        return self._enqueue(partial(self._hold, done), done)
+        return self._enqueue(self._hold)
 
     def update(self, run: Callable[[GenerationEngine], Any]) -> Future:
         """Runs a weight update between two steps, and then lets in what waited for it."""
@@ -63,17 +68,17 @@ class EngineThread:
             self._half_updated = self._on_hold = False
             held, self._held = self._held, deque()
             for request, waiting in held:
-                self._admit(request, waiting, engine)
+                self._admit(request, engine, waiting)
             return outcome
 
         return self.command(whole)
 
     def abandon(self) -> Future:
         """Drops every unfinished request; their futures get a RunError, that of ``abandon`` their number."""
-        done: Future = Future()
-        return self._enqueue(partial(self._drop, done), done)
+        return self._enqueue(self._drop)
 
-    def _enqueue(self, handle: Callable[[GenerationEngine], None], done: Future) -> Future:
+    def _enqueue(self, handle: Handle) -> Future:
+        done: Future = Future()
         done.set_running_or_notify_cancel()  # a caller that gives up must not make set_result() fail later
         with self._wake:
             if self._failure is not None:
@@ -83,11 +88,11 @@ class EngineThread:
                 self._wake.notify()
         return done
 
-    def _hold(self, done: Future, _: GenerationEngine) -> None:
+    def _hold(self, _: GenerationEngine, done: Future) -> None:
         self._on_hold = True
         self._drained.append(done)
 
-    def _drop(self, done: Future, engine: GenerationEngine) -> None:
+    def _drop(self, engine: GenerationEngine, done: Future) -> None:
         engine.abort(list(self._running))
         dropped = [*self._running.values(), *(waiting for _, waiting in self._held)]
         self._running, self._held = {}, deque()
@@ -95,7 +100,7 @@ class EngineThread:
             waiting.set_exception(RunError("the response was abandoned: its run ended or went back to a checkpoint"))
         done.set_result(len(dropped))
 
-    def _admit(self, request: GenerationRequest, done: Future, engine: GenerationEngine) -> None:
+    def _admit(self, request: GenerationRequest, engine: GenerationEngine, done: Future) -> None:
         if self._on_hold:
             self._held.append((request, done))
             return
@@ -130,8 +135,8 @@ class EngineThread:
         with self._wake:
             self._wake.wait_for(lambda: self._inbox or self._drained or (self._running and not self._half_updated))
         while self._inbox:
-            handle, _ = self._inbox[0]
-            handle(engine)
+            handle, done = self._inbox[0]
+            handle(engine, done)
             self._inbox.popleft()  # only now: what fails is told of the failure like what waits behind it
         if self._drained and (not self._running or self._half_updated):
             drained, self._drained = self._drained, []
@@ -140,11 +145,3 @@ class EngineThread:
         if self._running and not self._half_updated:
             for finished in engine.step():
                 self._running.pop(finished.request_id).set_result(finished)
-
-
-def _settle(done: Future, run: Callable[[GenerationEngine], Any], engine: GenerationEngine) -> None:
-    """Puts the outcome of ``run(engine)`` into ``done``."""
-    try:
-        done.set_result(run(engine))
-    except Exception as error:
-        done.set_exception(error)
