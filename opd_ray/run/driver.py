@@ -10,11 +10,9 @@ On SIGTERM and SIGINT the newest state in memory is saved, then that after the s
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import functools
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ from opd_ray.placement import launch
 from opd_ray.placement.restarts import Restarts
 from opd_ray.placement.session import Session
 from opd_ray.placement.supervisor import Supervisor
-from opd_ray.rooms import Rooms
 from opd_ray.rooms.threads import in_thread
 from opd_ray.run.dataset import Materials
 from opd_ray.run.preflight import Preflight
@@ -63,9 +60,16 @@ class Driver:
         session: Session,
         shelf: Shelf,
         observers: tuple[Observer, ...],
+        start: Checkpoint | None,
+        before: Evaluation | None,
     ) -> None:
+        """``start``: the newest checkpoint on the shelf, if there is one. ``before``: the student's evaluation, where
+        it is known already."""
         self._config, self._facts, self._run_dir = config, facts, run_dir
-        self._session, self._shelf, self._observers = session, shelf, observers
+        self._session, self._shelf, self._observers, self._before = session, shelf, observers, before
+        self._rooms = rooms = session.rooms(config, facts.max_context_tokens)
+        self._groups = [rooms.learner, *rooms.followers.values()]
+        self._materials = Materials(config, facts)
         self._guard = Guard(
             config.guard,
             has_golden=config.loads_golden,
@@ -75,66 +79,47 @@ class Driver:
             rollouts_per_step=config.buffer.prompts_per_step * config.rollout.responses_per_prompt,
         )
         self._guard_at_start = self._guard.state()
-        self._where = Whereabouts()
+        self._where = where = Whereabouts(checkpoint_step=start.step if start else None)
         self._events = Events(run_dir / "events.jsonl")
-        self._materials = Materials(config, facts)
+        self._summary = Summary(start.state.get("summary") if start else None)
+        self._restarts = restarts = Restarts(config.recovery.max_restarts, self._summary.restarts)
+        self._delivery = Delivery(config, rooms.learner, rooms.generators, list(rooms.followers.values()), self._say)
+        self._supervisor = Supervisor(config, rooms.pools, self._groups, self._delivery, restarts, self._say)
+        self._keeper = Keeper(config.checkpoint, config.learner.steps, rooms, shelf, self._state, where, self._say)
+        self._reporter = Reporter(
+            config,
+            run_dir,
+            rooms,
+            where,
+            self._supervisor,
+            restarts,
+            self._delivery,
+            self._keeper,
+            live=lambda metrics: self._writer.live(metrics),
+            say=self._say,
+        )
         self._writer: MetricsWriter | None = None
         self._after: Evaluation | None = None
         self._begun = False
+        """Have the rooms been told of this run, and are the groups still those that were?"""
         self._down_since: dict[str, float] = {}
         self._lost_at: dict[str, tuple[int, int]] = {}
 
-    async def train(
-        self, start: Checkpoint | None, before: Evaluation | None, *, continued: bool = False
-    ) -> tuple[dict[str, Any], str | None]:
-        """The summary, and why the guard stopped the run if it did.
+    async def train(self, *, continued: bool) -> tuple[dict[str, Any], str | None]:
+        """The summary, and why the guard stopped the run if it did. What has to be saved, said and closed is, however
+        the run ends.
 
-        ``start`` is where the run goes on; ``continued`` says that an earlier start of it may have left files behind.
-        Raises RunError for what recovery cannot mend, Terminated when a signal ended the run.
+        ``continued`` says that an earlier start of it may have left files behind. Raises RunError for what recovery
+        cannot mend, Terminated when a signal ended the run.
         """
-        rooms = self._session.rooms(self._config, self._facts.max_context_tokens)
-        self._summary = Summary(start.state.get("summary") if start else None)
-        self._before = before
         (self._run_dir / SUMMARY).unlink(missing_ok=True)  # of an earlier start, which was stopped
-        self._assemble(rooms)
-        return await self._run(rooms, start, continued)
-
-    def _assemble(self, rooms: Rooms) -> None:
-        """Who looks after the rooms while they run."""
-        recovery = self._config.recovery
-        self._restarts = Restarts(recovery.max_restarts, self._summary.restarts)
-        self._delivery = Delivery(
-            self._config, rooms.learner, rooms.generators, list(rooms.followers.values()), self._say
-        )
-        self._supervisor = Supervisor(
-            self._config, rooms.pools, self._groups(rooms), self._delivery, self._restarts, self._say
-        )
-        self._keeper = Keeper(
-            self._config.checkpoint, self._config.learner.steps, rooms, self._shelf, self._state, self._where, self._say
-        )
-        self._reporter = Reporter(
-            self._config,
-            self._run_dir,
-            rooms,
-            self._where,
-            self._supervisor,
-            self._restarts,
-            self._delivery,
-            self._keeper,
-            lambda metrics: self._writer.live(metrics),
-            self._say,
-        )
-
-    async def _run(self, rooms: Rooms, start: Checkpoint | None, continued: bool) -> tuple[dict[str, Any], str | None]:
-        """To the end of the run, whatever it is: what has to be saved, said and closed then is."""
-        self._where.checkpoint_step = start.step if start else None
-        await in_thread(self._go_back_to, start.step if start else 0, continued)
+        await in_thread(self._go_back_to, self._where.checkpoint_step or 0, continued)
         patience = self._config.deadlines.train_s
         reporting = asyncio.create_task(self._reporter.run(), name="status")
-        self._lease = asyncio.create_task(self._shelf.lease.keep(), name="lease")
+        leased = asyncio.create_task(self._shelf.lease.keep(), name="lease")
         try:
             with stop_signals() as stopping:
-                result = await self._to_the_end(rooms, functools.partial(self._keeper.open, start), stopping)
+                result = await self._to_the_end(leased, stopping)
             self._where.enter("done")
             return result
         except Terminated as error:
@@ -146,7 +131,7 @@ class Driver:
                 print(failure, flush=True)
             raise
         except Unwritable as error:
-            await self._try_to_save(self._keeper.save_newest())
+            await _try_to_save(self._keeper.save_newest())
             text = f"{error}; {self._where.how_to_go_on(self._run_dir)}"
             self._where.end("failed", text)
             raise Unwritable(text) from error
@@ -156,105 +141,93 @@ class Driver:
         finally:
             reporting.cancel()
             await self._keeper.close(patience)
-            self._lease.cancel()
+            leased.cancel()
             await self._reporter.close()
             await in_thread(self._writer.close)
 
-    @staticmethod
-    def _groups(rooms: Rooms) -> list[Any]:
-        return [rooms.learner, *rooms.followers.values()]
-
     async def _to_the_end(
-        self, rooms: Rooms, find: Callable[[], Awaitable[Snapshot | None]], stopping: asyncio.Event
+        self, leased: asyncio.Task[None], stopping: asyncio.Event
     ) -> tuple[dict[str, Any], str | None]:
-        """One attempt after the other; ``find`` gives the state that the next one begins with."""
+        """One attempt after the other; beside each the supervisor keeps the rooms at strength, and a signal, or
+        another driver that has taken the lease, may end it."""
         while True:
             try:
-                return await self._tended(self._attempt(rooms, find), stopping)
-            except GroupLost as error:
-                self._restart(rooms, error)
-                find = self._keeper.newest
-            except GuardOrder:
-                find = functools.partial(_at_hand, await self._roll_back())
+                async with asyncio.TaskGroup() as tasks:
+                    beside = [
+                        tasks.create_task(self._supervisor.run(), name="supervisor"),
+                        tasks.create_task(self._end_on(stopping), name="signals"),
+                        tasks.create_task(_outcome(leased), name="superseded"),
+                    ]
+                    result = await self._attempt()
+                    for task in beside:
+                        task.cancel()
+                return result
+            except BaseExceptionGroup as failures:
+                error = first_failure(failures)
+            if isinstance(error, GroupLost):
+                self._restart(error)
+            elif isinstance(error, GuardOrder):
+                await self._roll_back()
+            else:
+                raise error
 
-    async def _tended(self, work: Awaitable[Any], stopping: asyncio.Event) -> Any:
-        """``work``, while the supervisor keeps the rooms at strength and a signal may end it."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                others = [
-                    tasks.create_task(self._supervisor.run(), name="supervisor"),
-                    tasks.create_task(self._end_on(stopping), name="signals"),
-                    tasks.create_task(_outcome(self._lease), name="superseded"),
-                ]
-                result = await work
-                for task in others:
-                    task.cancel()
-        except BaseExceptionGroup as failures:
-            raise first_failure(failures) from None
-        return result
-
-    async def _attempt(
-        self, rooms: Rooms, find: Callable[[], Awaitable[Snapshot | None]]
-    ) -> tuple[dict[str, Any], str | None]:
+    async def _attempt(self) -> tuple[dict[str, Any], str | None]:
         self._keeper.pipeline = None  # until the rooms hold a state there is none that a signal could save
         self._supervisor.learner_waited_s = None
-        await self._bring_up(rooms)
-        snapshot = await find()
+        await self._bring_up()
+        snapshot = await self._keeper.newest()
         if snapshot is None or not self._begun:
-            await self._begin(rooms)
+            await self._begin()
         else:
-            await launch.abandon(rooms)
-        if snapshot is not None:
-            snapshot = await self._keeper.restore(snapshot)
-            if snapshot is None:
-                await self._begin(rooms)
+            await launch.abandon(self._rooms)
+        if snapshot is not None and (snapshot := await self._keeper.restore(snapshot)) is None:
+            await self._begin()
         self._guard.restore(snapshot.state["guard"] if snapshot else self._guard_at_start)
         if (step := snapshot.step if snapshot else 0) < self._where.step:
             await in_thread(self._go_back_to, step, True)
         self._summary.go_back(snapshot.state.get("summary") if snapshot else None)
-        pipeline = self._pipeline(rooms, snapshot)
+        pipeline = self._pipeline(snapshot)
         await pipeline.broadcast(self._where.step)
         if self._summary.evaluated_before is None:
             self._summary.begin(self._before or await self._evaluate(pipeline))
             say_evaluation("before", self._summary.evaluated_before)
-        stopped = await self._steps(rooms, pipeline)
+        stopped = await self._steps(pipeline)
         self._after = await self._evaluate(pipeline)
         say_evaluation("after", self._after)
         self._where.enter("exporting")
-        await self._export(rooms)
+        await self._export()
         result = self._finish(stopped.step, "guard") if stopped else self._finish()
-        why = f"{stopped.events[-1]}; results so far are in {self._run_dir}" if stopped else None
         self._where.enter("saving")
-        await self._keeper.flush(patient=True)
-        return result, why
+        await self._keeper.flush()
+        return result, f"{stopped.events[-1]}; results so far are in {self._run_dir}" if stopped else None
 
-    async def _bring_up(self, rooms: Rooms) -> None:
+    async def _bring_up(self) -> None:
         """Until every group is whole and every pool has its minimum."""
         began, limit = time.monotonic(), self._config.deadlines.start_s
-        new = [room for room in self._groups(rooms) if not room.is_up]
-        new += [pool for pool in rooms.pools if not pool.those("ready", "joining")]
+        new = [room for room in self._groups if not room.is_up]
+        new += [pool for pool in self._rooms.pools if not pool.those("ready", "joining")]
         if new:
             print(f"starting {', '.join(f'{len(room)} {room.room}' for room in new)} actors", flush=True)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._supervisor.wait_for_minimum(limit))
-            tasks.create_task(launch.up(self._config, rooms))
+            tasks.create_task(launch.up(self._config, self._rooms))
         if new:
             print(f"all rooms are up after {time.monotonic() - began:.0f} s", flush=True)
 
-    async def _begin(self, rooms: Rooms) -> None:
+    async def _begin(self) -> None:
         """The student as it was before the first step, in rooms that may have had another run."""
         try:
-            await launch.begin(self._config, rooms, self._facts.eos_token_ids)
+            await launch.begin(self._config, self._rooms, self._facts.eos_token_ids)
         except GroupLost:
             raise
         except Exception:
             self._session.close()  # rooms of which only some began are of no use to any run
             raise
         self._begun = True
-        self._delivery.manifest = (await rooms.learner.call_all("manifest", 0))[0]
+        self._delivery.manifest = (await self._rooms.learner.call_all("manifest", 0))[0]
         await self._materials.load()
 
-    def _pipeline(self, rooms: Rooms, snapshot: Snapshot | None) -> Pipeline:
+    def _pipeline(self, snapshot: Snapshot | None) -> Pipeline:
         """A pipeline that goes on from a snapshot, or from the beginning."""
         config = self._config
         step = snapshot.step if snapshot else 0
@@ -271,7 +244,7 @@ class Driver:
         self._where.step = self._where.version = step
         pipeline = Pipeline(
             config=config,
-            rooms=rooms,
+            rooms=self._rooms,
             buffer=ReplayBuffer(config.buffer.prompts_per_step, golden),
             # A run that goes back samples other responses than those that led it astray.
             prompts=self._materials.prompts(attempt=self._guard.state()["num_rollbacks"]),
@@ -294,11 +267,11 @@ class Driver:
         versions = [entry.meta.oldest_version for entry in group if entry.meta.source == "student"]
         return bool(versions) and slot // buffer.prompts_per_step - min(versions) > buffer.max_staleness
 
-    async def _steps(self, rooms: Rooms, pipeline: Pipeline) -> StepReport | None:
+    async def _steps(self, pipeline: Pipeline) -> StepReport | None:
         """Runs the pipeline to its end; the report at which the guard stopped it, if so."""
         watching = [
-            Metrics(self._writer, rooms, self._reporter.metrics),
-            RolloutLog(rooms.recorder, self._run_dir / "rollouts", self._config.metrics),
+            Metrics(self._writer, self._rooms, self._reporter.metrics),
+            RolloutLog(self._rooms.recorder, self._run_dir / "rollouts", self._config.metrics),
             self._keeper,
             Progress(self._run_dir, self._config.learner.steps, self._where.step, self._say),
         ]
@@ -307,13 +280,13 @@ class Driver:
         except GuardOrder as end:
             if end.order != "stop":
                 raise
-            await launch.abandon(rooms)
+            await launch.abandon(self._rooms)
             return end.report
         return None
 
-    async def _export(self, rooms: Rooms) -> None:
+    async def _export(self) -> None:
         """The trained student as a Hugging Face checkpoint in the run directory."""
-        (_, files), *_ = await rooms.learner.call_all_for_payloads("export")
+        (_, files), *_ = await self._rooms.learner.call_all_for_payloads("export")
         here = FileCalls(local=True, deadline_s=self._config.deadlines.train_s)
         await here(write_files, str(self._run_dir / "student"), files)
 
@@ -328,9 +301,9 @@ class Driver:
 
     # ---- what goes wrong ----
 
-    def _restart(self, rooms: Rooms, error: GroupLost) -> None:
+    def _restart(self, error: GroupLost) -> None:
         """Starts the actors of a group anew; the state that they held comes from the newest snapshot."""
-        group = rooms.learner if error.room == "learn" else rooms.followers[error.room]
+        group = next(each for each in self._groups if each.room == error.room)
         now, limit = time.monotonic(), self._config.recovery.below_min_s
         since = self._down_since.setdefault(error.room, now) if not group.is_up else now
         if now - since > limit:
@@ -355,19 +328,16 @@ class Driver:
         self._delivery.forget()
         self._begun = False
 
-    async def _roll_back(self) -> Snapshot | None:
-        """The newest healthy state, with the guard's stronger setting."""
+    async def _roll_back(self) -> None:
+        """To the newest healthy state, with the guard's stronger setting."""
         self._where.enter("restoring")
-        snapshot = await self._keeper.newest(healthy=True)
-        step = snapshot.step if snapshot else 0
+        step = await self._keeper.newest_healthy()
         self._say("rollback", f"guard: going back to step {step}, with the stronger setting", step=step)
         self._guard.rolled_back(step)
         # A run that is killed from here on resumes with the stronger setting, too, and without the old rollouts.
-        changes = {"guard": self._guard.state(), _BUFFER_IS_OLD: True}
-        await self._keeper.back_to(step, changes)
-        if snapshot is None:
+        await self._keeper.back_to(step, {"guard": self._guard.state(), _BUFFER_IS_OLD: True})
+        if step == 0:
             self._guard_at_start = self._guard.state()
-        return dataclasses.replace(snapshot, state=snapshot.state | changes) if snapshot else None
 
     async def _end_on(self, stopping: asyncio.Event) -> None:
         """Waits for a signal, saves what there is and then the state after the step under way, and ends the run."""
@@ -376,17 +346,10 @@ class Driver:
         print("a signal asks the run to end: saving after the step under way", flush=True)
         try:
             async with asyncio.timeout(grace):
-                await self._try_to_save(self._keeper.save_now())
+                await _try_to_save(self._keeper.save_now())
         except TimeoutError:
             print(f"the step under way could not be finished and saved within {grace:g} s", flush=True)
         raise Terminated(f"ended by a signal after step {self._where.step}; {self._where.how_to_go_on(self._run_dir)}")
-
-    async def _try_to_save(self, saving: Awaitable[None]) -> None:
-        """What cannot be saved is said: the run ends for another reason."""
-        try:
-            await saving
-        except OpdError as error:
-            print(f"the state could not be saved: {error}", flush=True)
 
     # ---- parts ----
 
@@ -422,5 +385,9 @@ async def _outcome(task: asyncio.Task[None]) -> None:
     await asyncio.shield(task)
 
 
-async def _at_hand(snapshot: Snapshot | None) -> Snapshot | None:
-    return snapshot
+async def _try_to_save(saving: Awaitable[None]) -> None:
+    """What cannot be saved is said: the run ends for another reason."""
+    try:
+        await saving
+    except OpdError as error:
+        print(f"the state could not be saved: {error}", flush=True)

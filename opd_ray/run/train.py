@@ -56,8 +56,8 @@ def train(
             if dashboard:
                 print(f"dashboard: http://{dashboard}")
             print(f"run directory: {run_dir}\nmethod: {config.method}, seed {config.seed}", flush=True)
-            driver = Driver(config, facts, run_dir, own, shelf, observers)
-            result, stopped = asyncio.run(driver.train(start, before, continued=resume or start is not None))
+            driver = Driver(config, facts, run_dir, own, shelf, observers, start, before)
+            result, stopped = asyncio.run(driver.train(continued=resume or start is not None))
         except Terminated:
             if session is None:
                 _try_report(run_dir)

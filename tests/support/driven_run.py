@@ -80,10 +80,10 @@ def drive(
             lease.take()
             run_dir.mkdir(exist_ok=True)
             session = Session()
-            driver = Driver(cast.config, FACTS, run_dir, session, shelf, observers)
+            driver = Driver(cast.config, FACTS, run_dir, session, shelf, observers, start, None)
             beside = asyncio.create_task(meanwhile(stopping)) if meanwhile else None
             try:
-                return await driver.train(start, None, continued=start is not None)
+                return await driver.train(continued=start is not None)
             finally:
                 cast.final, cast.at_the_end = cast.ranks, cast.world.living()  # before they are ended
                 if beside is not None:
