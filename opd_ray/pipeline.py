@@ -72,20 +72,19 @@ class Pipeline:
         stop_token_ids: tuple[int, ...],
         delivery: Delivery,
         guard: Guard,
-        first_step: int = 0,
-        restored: Mapping[int, Sequence[Entry]] | None = None,
-        where: Whereabouts | None = None,
-        say: Callable[..., None] | None = None,
+        first_step: int,
+        restored: Mapping[int, Sequence[Entry]],
+        where: Whereabouts,
+        say: Callable[..., None],
     ) -> None:
         """``restored``: slots that are scored already, and their rollouts. ``say(kind, text)`` tells of losses."""
         self._config, self._rooms, self._buffer, self._guard = config, rooms, buffer, guard
         self._prompts, self._problems = prompts, problems
         self._stop_token_ids, self._delivery = stop_token_ids, delivery
-        self._first_step, self._restored = first_step, dict(restored or {})
-        self._where = where or Whereabouts()
+        self._first_step, self._restored = first_step, restored
+        self._where, self._say = where, say
         self.between_steps = asyncio.Lock()
         """Held while a step is under way, its observers included; whoever has it sees the state after a whole step."""
-        self._say = say
         self.num_lost_payloads = 0
         """Payloads that were gone with a node and made again."""
         self._waited_s, self._waits_since = 0.0, None
@@ -220,8 +219,7 @@ class Pipeline:
 
     def _lost(self, what: str, number: int = 1) -> None:
         self.num_lost_payloads += number
-        if self._say is not None:
-            self._say("payload_lost", f"lost: {what}", number=number)
+        self._say("payload_lost", f"lost: {what}", number=number)
 
     async def _mended(self, entries: Sequence[Entry], lost: set[str]) -> Sequence[Entry]:
         """The entries, with new rollouts for every slot of which one is lost."""

@@ -13,11 +13,11 @@ _T = TypeVar("_T")
 
 
 async def until_whole(what: str, make: Callable[[], Awaitable[_T]], tell: Callable[[str], None]) -> _T:
-    """What ``make`` returns; it begins again, and ``tell`` says so, when a payload of ``what`` is gone."""
+    """What ``make`` returns; it begins again, and ``tell`` says so, when a payload that belongs to ``what`` is gone."""
     for _ in range(_MOST_REPAIRS):
         try:
             return await make()
         except PayloadLost as error:
-            tell(f"{what} are made again: {error}")
+            tell(f"{what}; they are got anew: {error}")
             last = error
     raise RunError(f"{what} were lost {_MOST_REPAIRS} times in a row, the last: {last}")

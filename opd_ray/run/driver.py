@@ -10,23 +10,28 @@ On SIGTERM and SIGINT the newest state in memory is saved, then that after the s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from opd_ray import config as configs
 from opd_ray.buffer.replay import ReplayBuffer
 from opd_ray.config import Config, schedule
-from opd_ray.errors import GroupLost, OpdError, RunError, Terminated, Unwritable, first_failure
+from opd_ray.errors import GroupLost, OpdError, Terminated, Unwritable, first_failure
 from opd_ray.evaluate import Evaluation
+from opd_ray.messages import Entry, RolloutMeta
 from opd_ray.pipeline import GuardOrder, Pipeline
 from opd_ray.placement import launch
 from opd_ray.placement.restarts import Restarts
 from opd_ray.placement.session import Session
 from opd_ray.placement.supervisor import Supervisor
+from opd_ray.rooms.lost import until_whole
 from opd_ray.rooms.threads import in_thread
+from opd_ray.rooms.together import together
 from opd_ray.run.dataset import Materials
 from opd_ray.run.preflight import Preflight
 from opd_ray.run.reporter import Reporter
@@ -45,8 +50,6 @@ from opd_ray.weights.delivery import Delivery
 
 _BUFFER_IS_OLD = "buffer_is_old"
 """In the state of a snapshot that the run was rolled back to: its rollouts are of the attempt that went astray."""
-_MOST_IN_VAIN = 5
-"""Losses of a group in a row without a step beyond those before."""
 
 
 class Driver:
@@ -82,7 +85,7 @@ class Driver:
         self._where = where = Whereabouts(checkpoint_step=start.step if start else None)
         self._events = Events(run_dir / "events.jsonl")
         self._summary = Summary(start.state.get("summary") if start else None)
-        self._restarts = restarts = Restarts(config.recovery.max_restarts, self._summary.restarts)
+        self._restarts = restarts = Restarts(config.recovery, self._summary.restarts)
         self._delivery = Delivery(config, rooms.learner, rooms.generators, list(rooms.followers.values()), self._say)
         self._supervisor = Supervisor(config, rooms.pools, self._groups, self._delivery, restarts, self._say)
         self._keeper = Keeper(config.checkpoint, config.learner.steps, rooms, shelf, self._state, where, self._say)
@@ -102,8 +105,6 @@ class Driver:
         self._after: Evaluation | None = None
         self._begun = False
         """Have the rooms been told of this run, and are the groups still those that were?"""
-        self._down_since: dict[str, float] = {}
-        self._lost_at: dict[str, tuple[int, int]] = {}
 
     async def train(self, *, continued: bool) -> tuple[dict[str, Any], str | None]:
         """The summary, and why the guard stopped the run if it did. What has to be saved, said and closed is, however
@@ -125,13 +126,12 @@ class Driver:
         except Terminated as error:
             self._where.end("stopped", str(error))
             patience = 0.0  # the grace time is over, or what was asked for is written
-            try:
+            with _said("no summary"):
                 self._finish(self._where.step, "signal")
-            except Unwritable as failure:
-                print(failure, flush=True)
             raise
         except Unwritable as error:
-            await _try_to_save(self._keeper.save_newest())
+            with _said("the state could not be saved"):
+                await self._keeper.save_newest()
             text = f"{error}; {self._where.how_to_go_on(self._run_dir)}"
             self._where.end("failed", text)
             raise Unwritable(text) from error
@@ -156,7 +156,7 @@ class Driver:
                     beside = [
                         tasks.create_task(self._supervisor.run(), name="supervisor"),
                         tasks.create_task(self._end_on(stopping), name="signals"),
-                        tasks.create_task(_outcome(leased), name="superseded"),
+                        tasks.create_task(asyncio.wait_for(asyncio.shield(leased), None), name="superseded"),
                     ]
                     result = await self._attempt()
                     for task in beside:
@@ -175,13 +175,8 @@ class Driver:
         self._keeper.pipeline = None  # until the rooms hold a state there is none that a signal could save
         self._supervisor.learner_waited_s = None
         await self._bring_up()
-        snapshot = await self._keeper.newest()
-        if snapshot is None or not self._begun:
-            await self._begin()
-        else:
-            await launch.abandon(self._rooms)
-        if snapshot is not None and (snapshot := await self._keeper.restore(snapshot)) is None:
-            await self._begin()
+        tell = partial(self._say, "snapshot_lost")
+        snapshot = await until_whole("lost: arrays of the newest state", self._restored, tell)
         self._guard.restore(snapshot.state["guard"] if snapshot else self._guard_at_start)
         if (step := snapshot.step if snapshot else 0) < self._where.step:
             await in_thread(self._go_back_to, step, True)
@@ -208,11 +203,20 @@ class Driver:
         new += [pool for pool in self._rooms.pools if not pool.those("ready", "joining")]
         if new:
             print(f"starting {', '.join(f'{len(room)} {room.room}' for room in new)} actors", flush=True)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._supervisor.wait_for_minimum(limit))
-            tasks.create_task(launch.up(self._config, self._rooms))
+        await together(self._supervisor.wait_for_minimum(limit), launch.up(self._config, self._rooms))
         if new:
             print(f"all rooms are up after {time.monotonic() - began:.0f} s", flush=True)
+
+    async def _restored(self) -> Snapshot | None:
+        """The newest state, which the rooms have then; None for the beginning."""
+        snapshot = await self._keeper.newest()
+        if snapshot is None or not self._begun:
+            await self._begin()
+        else:
+            await launch.abandon(self._rooms)
+        if snapshot is not None:
+            await self._keeper.restore(snapshot)
+        return snapshot
 
     async def _begin(self) -> None:
         """The student as it was before the first step, in rooms that may have had another run."""
@@ -232,15 +236,15 @@ class Driver:
         config = self._config
         step = snapshot.step if snapshot else 0
         golden = self._materials.golden()
-        restored: dict[int, list[Any]] = {}
+        restored: dict[int, list[Entry]] = {}
         if snapshot is not None:
             golden.position = snapshot.state["golden_position"]
             if not snapshot.state.get(_BUFFER_IS_OLD):
-                restored = {slot: [] for slot in snapshot.slots}
-                for entry in snapshot.entries:
-                    restored[entry.meta.slot].append(entry)
                 # A smaller max_staleness than the run was saved with: what exceeds it is sampled anew.
-                restored = {slot: group for slot, group in restored.items() if not self._too_old(slot, group)}
+                old = {entry.meta.slot for entry in snapshot.entries if self._too_old(entry.meta)}
+                restored = {slot: [] for slot in snapshot.slots if slot not in old}
+                for entry in snapshot.entries:
+                    restored.get(entry.meta.slot, []).append(entry)
         self._where.step = self._where.version = step
         pipeline = Pipeline(
             config=config,
@@ -261,11 +265,11 @@ class Driver:
         self._supervisor.learner_waited_s = pipeline.waited_s
         return pipeline
 
-    def _too_old(self, slot: int, group: Sequence[Any]) -> bool:
-        """Will a slot's rollouts be older than ``buffer.max_staleness`` at the step that trains on them?"""
+    def _too_old(self, meta: RolloutMeta) -> bool:
+        """Will a rollout be older than ``buffer.max_staleness`` at the step that trains on it?"""
         buffer = self._config.buffer
-        versions = [entry.meta.oldest_version for entry in group if entry.meta.source == "student"]
-        return bool(versions) and slot // buffer.prompts_per_step - min(versions) > buffer.max_staleness
+        age = meta.slot // buffer.prompts_per_step - meta.oldest_version
+        return meta.source == "student" and age > buffer.max_staleness
 
     async def _steps(self, pipeline: Pipeline) -> StepReport | None:
         """Runs the pipeline to its end; the report at which the guard stopped it, if so."""
@@ -294,7 +298,6 @@ class Driver:
         """Writes summary.json; ``stopped_by``, where the run ends before its last step, is "guard" or "signal"."""
         result = self._summary.result(self._config, self._after)
         result |= {"golden": self._materials.golden_report, "stopped_at": stopped_at, "stopped_by": stopped_by}
-        result |= {"restarts": sum(self._restarts.by_room.values()), "restarts_by_room": dict(self._restarts.by_room)}
         with writing(path := self._run_dir / SUMMARY):
             path.write_text(json.dumps(result, indent=2) + "\n")
         return result
@@ -304,23 +307,8 @@ class Driver:
     def _restart(self, error: GroupLost) -> None:
         """Starts the actors of a group anew; the state that they held comes from the newest snapshot."""
         group = next(each for each in self._groups if each.room == error.room)
-        now, limit = time.monotonic(), self._config.recovery.below_min_s
-        since = self._down_since.setdefault(error.room, now) if not group.is_up else now
-        if now - since > limit:
-            raise RunError(
-                f"{error.room}: was not whole for more than {limit:g} s (recovery.below_min_s); the last loss: "
-                f"{error}; see that the cluster has a place for it, and go on with --resume"
-            ) from error
-        self._down_since[error.room] = since
-        furthest, losses = self._lost_at.get(error.room, (-1, 0))
-        losses = 1 if self._where.step > furthest else losses + 1
-        self._lost_at[error.room] = (max(furthest, self._where.step), losses)
-        if losses > _MOST_IN_VAIN:
-            raise RunError(
-                f"{error.room}: was lost {losses} times without getting beyond step {furthest}; the last: {error}; "
-                "mend the cause and go on with --resume"
-            ) from error
-        count = self._restarts.count(error.room, str(error), now)
+        now, step = time.monotonic(), self._where.step
+        count = self._restarts.count_group(error, now, was_up=group.is_up, step=step)
         self._say("group_lost", f"lost: {error}; room {error.room} is started anew ({count})", room=error.room)
         self._where.enter("restoring")
         self._reporter.num_restores += 1
@@ -345,8 +333,9 @@ class Driver:
         grace = self._config.checkpoint.grace_s
         print("a signal asks the run to end: saving after the step under way", flush=True)
         try:
-            async with asyncio.timeout(grace):
-                await _try_to_save(self._keeper.save_now())
+            with _said("the state could not be saved"):
+                async with asyncio.timeout(grace):
+                    await self._keeper.save_now()
         except TimeoutError:
             print(f"the step under way could not be finished and saved within {grace:g} s", flush=True)
         raise Terminated(f"ended by a signal after step {self._where.step}; {self._where.how_to_go_on(self._run_dir)}")
@@ -359,7 +348,7 @@ class Driver:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the pipeline's own state."""
-        summary = self._summary.state() | {"restarts": dict(self._restarts.by_room)}
+        summary = self._summary.state()
         return {"summary": summary, "healthy": self._guard.healthy(), "config": configs.to_dict(self._config)}
 
     def _go_back_to(self, step: int, continued: bool) -> None:
@@ -380,14 +369,10 @@ class Driver:
         return evaluation
 
 
-async def _outcome(task: asyncio.Task[None]) -> None:
-    """Raises what the task raises; the task goes on where whoever waits for it is cancelled."""
-    await asyncio.shield(task)
-
-
-async def _try_to_save(saving: Awaitable[None]) -> None:
-    """What cannot be saved is said: the run ends for another reason."""
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """For the last words of a run that ends for another reason: what fails is only printed."""
     try:
-        await saving
+        yield
     except OpdError as error:
-        print(f"the state could not be saved: {error}", flush=True)
+        print(f"{what}: {error}", flush=True)

@@ -50,11 +50,8 @@ class Reporter:
         self._path = run_dir / status.FILE
         self._writing: asyncio.Future[None] | None = None
         self._told: str | None = None
+        self._every: list[Pool | Group] = [*rooms.all.values(), rooms.recorder]
         self._work = {room.room: (0.0, 0.0) for room in self._every}
-
-    @property
-    def _every(self) -> list[Pool | Group]:
-        return [*self._rooms.all.values(), self._rooms.recorder]
 
     async def run(self) -> None:
         """Until cancelled. What fails here costs the file, not the run, and is said once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -42,11 +42,9 @@ class Measured:
         elif (at := self._random.randrange(self.count)) < _SAMPLE:
             self._sample[at] = value
 
-    @property
     def mean(self) -> float:
         return self.sum / self.count if self.count else 0.0
 
-    @property
     def median(self) -> float:
         return float(np.median(self._sample)) if self._sample else 0.0
 
@@ -63,20 +61,15 @@ class Summary:
         self._measured = {name: Measured() for name in _MEASURED}
         self._rollout_tokens = 0
         before = state or {}
-        self._first: list[dict[str, Any]] = []
-        self._ends: list[dict[str, Any]] = []
-        """Events between the first and the last that ended an attempt: guard.max_rollbacks limits them."""
-        self._last: deque[dict[str, Any]] = deque()
-        self._event_counts: Counter[str] = Counter()
-        for event in before.get("guard_events", []):
-            self._note(event)
-        self._event_counts = Counter(before.get("guard_event_counts", self._event_counts))
+        self._events: list[dict[str, Any]] = list(before.get("guard_events", []))
+        # Checkpoints of older releases count no events.
+        self._event_counts = Counter(before.get("guard_event_counts", map(_kind, self._events)))
         self._max_truncation_rate = float(before.get("max_truncation_rate", 0.0))
         self._trained_tokens = int(before.get("trained_tokens", 0))
         self._earlier_s = float(before.get("wall_s", 0.0))
         self._eval_before = before.get("eval_before")
-        self.restarts: dict[str, int] = dict(before.get("restarts", {}))
-        """Workers that were replaced in earlier starts of the run, by room."""
+        self.restarts = Counter(before.get("restarts", {}))
+        """Workers that were replaced, by room; whoever replaces one counts it here."""
 
     @property
     def evaluated_before(self) -> Evaluation | None:
@@ -104,28 +97,29 @@ class Summary:
             self._rollout_tokens += entry.meta.num_response_tokens if entry.meta.source == "student" else 0
 
     def _note(self, event: dict[str, Any]) -> None:
-        self._event_counts[f"{event['level']} {event['signal']}"] += 1
-        (self._first if len(self._first) < _MOST_EVENTS else self._last).append(event)
-        if len(self._last) > _MOST_EVENTS:
-            left_out = self._last.popleft()
-            if left_out["level"] in ("rollback", "stop"):
-                self._ends.append(left_out)
+        self._event_counts[_kind(event)] += 1
+        self._events.append(event)
+        # Neither of the first nor, from now on, of the last. Those that ended an attempt are few: guard.max_rollbacks.
+        oldest = len(self._events) - _MOST_EVENTS - 1
+        if oldest >= _MOST_EVENTS and self._events[oldest]["level"] not in ("rollback", "stop"):
+            del self._events[oldest]
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {
-            "guard_events": [*self._first, *self._ends, *self._last],
+            "guard_events": list(self._events),
             "guard_event_counts": dict(self._event_counts),
             "max_truncation_rate": self._max_truncation_rate,
             "trained_tokens": self._trained_tokens,
             "wall_s": self._earlier_s + time.monotonic() - self._began,
             "eval_before": self._eval_before,
+            "restarts": dict(self.restarts),
         }
 
     def result(self, config: Config, after: Evaluation | None) -> dict[str, Any]:
         wall = time.monotonic() - self._began
         train, sync, mean, oldest = self._measured.values()
-        return {
+        return self.state() | {
             "method": config.method,
             "name": config.label,
             "seed": config.seed,
@@ -133,11 +127,17 @@ class Summary:
             "rollout_tokens": self._rollout_tokens,
             "tokens_per_s": self._rollout_tokens / wall,
             "learner_idle_share": 1 - (train.sum + sync.sum) / wall,
-            "weight_sync_s": {"p50": sync.median, "max": sync.max},
-            "staleness": {"mean": mean.mean, "max": oldest.max},
+            "weight_sync_s": {"p50": sync.median(), "max": sync.max},
+            "staleness": {"mean": mean.mean(), "max": oldest.max},
             "eval_after": asdict(after) if after else None,
             "versions": _versions(),
-        } | self.state()
+            "restarts": self.restarts.total(),
+            "restarts_by_room": dict(self.restarts),
+        }
+
+
+def _kind(event: Mapping[str, Any]) -> str:
+    return f"{event['level']} {event['signal']}"
 
 
 def _versions() -> dict[str, str]:

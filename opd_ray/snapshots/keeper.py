@@ -1,26 +1,104 @@
 """Keeps the states that a run can go back to: the newest in Ray's object store, some of them on the shelf.
 
 Taking a snapshot is quick: every learner rank copies its share of the state to its host's memory, and the buffer's
-rollouts are there already. Writing one goes on in the background (:mod:`opd_ray.snapshots.writer`) while the loop
-trains.
+rollouts are there already. Writing one goes on in the background while the loop trains.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from opd_ray.config import CheckpointConfig
-from opd_ray.errors import OpdError, PayloadLost
+from opd_ray.errors import DeadlineError, OpdError, PayloadLost, StorageUnavailable
 from opd_ray.pipeline import Pipeline
 from opd_ray.rooms import Rooms
 from opd_ray.snapshots import Shelf, Snapshot
-from opd_ray.snapshots.writer import LatestWriter
 from opd_ray.status.state import Whereabouts
 from opd_ray.watch.observers import StepReport
+
+_AGAIN_S = 20.0
+"""Pause before a write is tried again."""
+
+
+class LatestWriter:
+    """One task that writes the snapshot that it was given last.
+
+    Whoever gives it one waits for the first try at the one before. While the storage does not answer nobody waits, and
+    a newer snapshot takes the place of the one that is tried again, for ``retry_s`` at most.
+    """
+
+    def __init__(
+        self, write: Callable[[Snapshot], Awaitable[None]], retry_s: float, say: Callable[[str, str], None]
+    ) -> None:
+        self._write, self._retry_s, self._say = write, retry_s, say
+        self.num_failed = 0
+        self._due: Snapshot | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._free = asyncio.Event()
+        """Nothing is being written, or it failed already."""
+        self._free.set()
+        self._hurry = asyncio.Event()
+        """Somebody waits for the end."""
+
+    async def put(self, snapshot: Snapshot) -> None:
+        """Raises what went wrong with the one before."""
+        await self._free.wait()
+        self.check()
+        self._due = snapshot
+        if self._task is None:
+            self._free.clear()
+            self._task = asyncio.create_task(self._work(), name="write a checkpoint")
+
+    def check(self) -> None:
+        """Raises what has ended the task, once."""
+        if self._task is not None and self._task.done():
+            done, self._task = self._task, None
+            done.result()
+
+    async def flush(self, *, patient: bool) -> None:
+        """Waits until nothing is being written; each that waits gets what went wrong. What waits to be tried again is
+        tried once more, at once, or, if ``patient``, for as long as ``retry_s`` allows."""
+        if (task := self._task) is None:
+            return
+        if not patient:
+            self._hurry.set()
+        try:
+            await asyncio.wait([task])
+        finally:
+            if not patient:
+                self._hurry.clear()
+        if self._task is task:
+            self._task = None
+        task.result()
+
+    async def _work(self) -> None:
+        gives_up_at = None
+        try:
+            while (snapshot := self._due) is not None:
+                if gives_up_at is None:
+                    self._free.clear()
+                try:
+                    await self._write(snapshot)
+                except (StorageUnavailable, DeadlineError) as error:
+                    self.num_failed += 1
+                    gives_up_at = gives_up_at or time.monotonic() + self._retry_s
+                    if self._hurry.is_set() or time.monotonic() >= gives_up_at:
+                        raise
+                    self._say("checkpoint_failed", f"checkpoint: step {snapshot.step} is tried again: {error}")
+                    self._free.set()
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._hurry.wait(), _AGAIN_S)
+                else:
+                    gives_up_at = None
+                    self._due = None if self._due is snapshot else self._due
+        finally:
+            self._due = None
+            self._free.set()
 
 
 class Keeper:
@@ -136,25 +214,17 @@ class Keeper:
         if left is not None:
             await self._shelf.amend(left, changes)
 
-    async def restore(self, snapshot: Snapshot) -> Snapshot | None:
-        """Learner and followers go on from ``snapshot``; from the shelf where the one in memory is gone with a node.
-        Returns the one that it was, None where nothing is left but the beginning."""
+    async def restore(self, snapshot: Snapshot) -> None:
+        """Learner and followers go on from ``snapshot``. Raises PayloadLost where it is gone from memory with a node;
+        then the newest is that on the shelf."""
         try:
-            await self._hand_out(snapshot)
-            return snapshot
-        except PayloadLost as error:
-            self._say("snapshot_lost", f"lost: the state of step {snapshot.step} in memory ({error})")
-        self._newest = None
-        written = await self.newest()
-        if written is not None:
-            await self._hand_out(written)
-        return written
-
-    async def _hand_out(self, snapshot: Snapshot) -> None:
-        await self._rooms.learner.call_all("restore", snapshot.learner_facts, list(snapshot.learner_parts))
-        for role, (facts, arrays) in snapshot.followers.items():
-            if role in self._rooms.followers:
-                await self._rooms.followers[role].call_all("restore", facts, arrays)
+            await self._rooms.learner.call_all("restore", snapshot.learner_facts, list(snapshot.learner_parts))
+            for role, (facts, arrays) in snapshot.followers.items():
+                if role in self._rooms.followers:
+                    await self._rooms.followers[role].call_all("restore", facts, arrays)
+        except PayloadLost:
+            self._newest = None
+            raise
 
     # ---- the end ----
 
@@ -190,8 +260,6 @@ class Keeper:
 
     async def close(self, limit_s: float) -> None:
         """Waits for what is being written, whether it succeeds or not, but not for longer than ``limit_s``."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 await self._settle()
-        except TimeoutError:
-            self._writer.cancel()

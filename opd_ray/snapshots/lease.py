@@ -67,7 +67,7 @@ class Lease:
 
     def check_run(self, *, empty: bool) -> None:
         """Raises RunError where another run has its checkpoints, or is about to; ``empty`` says that none are there."""
-        there = self._there()
+        there = self._read()
         run = there.get("run", self._mine["run"])
         if run != self._mine["run"] and not (empty and there["released"]):
             raise RunError(
@@ -82,7 +82,7 @@ class Lease:
             self._wait_until_free()
             self._write(released=False)
             self._pause(0.2 if self._storage.is_local else 2.0)
-            there = self._there()
+            there = self._read()
             if there.get("owner") != self._mine["owner"]:
                 raise RunError(
                     f"{self._storage.url()} was taken at the same moment by {_who(there)}; start one of the two"
@@ -95,12 +95,10 @@ class Lease:
         The bug: of two drivers with one directory each deleted, as left over, what the other was writing, and neither
         noticed.
         """
-        content = self._content()
-        if content is None:  # whoever has deleted it has not taken it: the next beat writes it anew
-            return
-        if not (there := _parsed(content)):
+        if not (there := self._read()):
             raise StorageUnavailable(f"{self._storage.url(FILE)} is only half written; it is read again")
-        if there["owner"] != self._mine["owner"]:
+        # Whoever has deleted the file has not taken it: the next beat writes it anew.
+        if there.get("owner", self._mine["owner"]) != self._mine["owner"]:
             raise Superseded(
                 f"{self._storage.url()} was taken over by {_who(there)} of {there['run']}, because this driver gave no "
                 f"sign for more than {STALE_S:g} s; this one ends and leaves everything there to the other"
@@ -139,57 +137,49 @@ class Lease:
             self._write(released=True)
 
     def _wait_until_free(self) -> None:
-        seen = self._content()
-        there = _parsed(seen)
-        if seen is None or there.get("released"):
+        seen = self._read()
+        if seen.get("released"):
             return
-        if there.get("machine") == self._mine["machine"] and there["pid"] != os.getpid():
-            if not process_alive(there["pid"], there["time"]):
-                return
-            raise self._in_use(there)
+        if seen.get("machine") == self._mine["machine"] and seen["pid"] != os.getpid():
+            if process_alive(seen["pid"], seen["time"]):
+                raise self._in_use(seen)
+            return
         print(
-            f"checkpoints: {self._storage.url()} was not released by {_who(there)}; watching for {STALE_S:g} s whether "
+            f"checkpoints: {self._storage.url()} was not released by {_who(seen)}; watching for {STALE_S:g} s whether "
             "it is still at work",
             flush=True,
         )
         until = self._clock() + STALE_S
         while self._clock() < until:
             self._pause(_LOOK_S)
-            if (now := self._content()) != seen:
-                there = _parsed(now)
-                if now is None or there.get("released"):
+            if (there := self._read()) != seen:
+                if there.get("released"):
                     return
                 raise self._in_use(there)
 
     def _in_use(self, there: dict[str, Any]) -> RunError:
         return RunError(f"{self._storage.url()} is being written by {_who(there)}; wait for it, or end it first")
 
-    def _content(self) -> bytes | None:
-        return self._storage.read_if_there(FILE)
-
-    def _there(self) -> dict[str, Any]:
-        return _parsed(self._content())
+    def _read(self) -> dict[str, Any]:
+        """What the file says; nothing where it is half written. RunError for another's file of that name."""
+        content = self._storage.read_if_there(FILE)
+        if content is None:
+            return {"released": True}
+        try:
+            there = json.loads(content)
+        except ValueError:
+            return {}
+        if not isinstance(there, dict) or there.get("format") != _FORMAT:
+            raise RunError(f"{FILE} is not one of opd_ray; give a directory of its own with checkpoint.directory")
+        return there
 
     def _write(self, *, released: bool) -> None:
         document = self._mine | {"time": time.time(), "released": released}
         self._storage.write(FILE, [json.dumps(document).encode()])
 
 
-def _parsed(content: bytes | None) -> dict[str, Any]:
-    """What a lease says; nothing of one that is half written or missing. RunError for another's file of that name."""
-    if content is None:
-        return {}
-    try:
-        there = json.loads(content)
-    except ValueError:
-        return {}
-    if not isinstance(there, dict) or there.get("format") != _FORMAT:
-        raise RunError(f"{FILE} is not one of opd_ray; give a directory of its own with checkpoint.directory")
-    return there
-
-
 def _who(there: dict[str, Any]) -> str:
-    return f"process {there['pid']} on {there['host']}" if there else "an unknown driver"
+    return f"process {there['pid']} on {there['host']}" if "pid" in there else "an unknown driver"
 
 
 def _machine() -> str:

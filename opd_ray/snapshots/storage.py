@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import zlib
@@ -55,13 +56,9 @@ class Storage:
                 raise InputError(f"{location} is no path: {error}; write it as file:///DIRECTORY") from error
         # Tasks that use it run in other working directories.
         self.location = os.path.abspath(location) if self.is_local else location.rstrip("/")
-        self._opened: tuple[pafs.FileSystem, str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Storage, (self.location,)
-
-    def __repr__(self) -> str:
-        return f"Storage({self.url()!r})"
 
     def url(self, name: str = "") -> str:
         """Where a file is, for messages: without passwords and options."""
@@ -89,7 +86,7 @@ class Storage:
     def read(self, name: str) -> pa.Buffer:
         """The whole file; a local one is mapped, not loaded."""
         with self._explained("be read", name):
-            filesystem, root = self._open()
+            filesystem, root = self._opened
             if self.is_local and os.path.getsize(f"{root}/{name}"):  # an empty file cannot be mapped
                 return pa.memory_map(f"{root}/{name}").read_buffer()
             with filesystem.open_input_file(f"{root}/{name}") as file:
@@ -99,7 +96,7 @@ class Storage:
         """The whole file as it is now, None where there is none."""
         try:
             with self._explained("be read", name):
-                filesystem, root = self._open()
+                filesystem, root = self._opened
                 with filesystem.open_input_file(f"{root}/{name}") as file:
                     return file.read()
         except RunError as error:
@@ -120,7 +117,7 @@ class Storage:
     def list(self) -> dict[str, int | None]:
         """Name to size in bytes of every file here, at any depth, and None for a directory."""
         with self._explained("be listed", ""):
-            filesystem, root = self._open()
+            filesystem, root = self._opened
             if isinstance(filesystem, pafs.PyFileSystem) and isinstance(filesystem.handler, pafs.FSSpecHandler):
                 filesystem.handler.fs.invalidate_cache()  # others write here, too
             found = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True, recursive=True))
@@ -130,13 +127,13 @@ class Storage:
     def delete(self, name: str) -> None:
         """Deletes a file."""
         with self._explained("be deleted", name):
-            filesystem, root = self._open()
+            filesystem, root = self._opened
             filesystem.delete_file(f"{root}/{name}")
 
     def delete_directory(self, name: str) -> None:
         """Deletes a directory with all that is in it."""
         with self._explained("be deleted", name):
-            filesystem, root = self._open()
+            filesystem, root = self._opened
             filesystem.delete_dir(f"{root}/{name}")
 
     def probe(self) -> None:
@@ -152,14 +149,13 @@ class Storage:
                 with contextlib.suppress(OSError):
                     directory.rmdir()
 
-    def _open(self) -> tuple[pafs.FileSystem, str]:
+    @functools.cached_property
+    def _opened(self) -> tuple[pafs.FileSystem, str]:
         """The file system, and the location in it."""
-        if self._opened is None:
-            self._opened = (pafs.LocalFileSystem(), self.location) if self.is_local else _open_uri(self.location)
-        return self._opened
+        return (pafs.LocalFileSystem(), self.location) if self.is_local else _open_uri(self.location)
 
     def _write_remote(self, name: str, chunks: Iterable[memoryview]) -> None:
-        filesystem, root = self._open()
+        filesystem, root = self._opened
         path = f"{root}/{name}"
         if filesystem.type_name not in _OBJECT_STORES:
             filesystem.create_dir(path.rpartition("/")[0], recursive=True)

@@ -30,6 +30,7 @@ from opd_ray.pipeline import Pipeline
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
+from opd_ray.status.state import Whereabouts
 from opd_ray.watch.guard import Guard
 from opd_ray.weights.delivery import Delivery
 from small_messages import golden
@@ -218,7 +219,9 @@ async def make_pipeline(
             delivery=delivery,
             guard=guard,
             first_step=first_step,
-            restored=restored,
+            restored=restored or {},
+            where=Whereabouts(),
+            say=lambda *_, **__: None,
         ),
         cast,
         rooms,

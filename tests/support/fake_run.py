@@ -161,7 +161,7 @@ def _put_points(kill: _Kill) -> None:
         setattr(owner, name, telling_later if inspect.iscoroutinefunction(function) and not first else telling)
 
     say(launch, "start_rooms", "started")
-    say(Keeper, "_hand_out", "restoring", first=True)
+    say(Keeper, "restore", "restoring", first=True)
     say(Group, "call_all", "training", first=True, when=lambda _, method, *__: method == "train_step")
     say(Delivery, "_together", "broadcasting", first=True)
     say(observers.RolloutLog, "on_step", "logged")

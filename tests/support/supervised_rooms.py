@@ -21,7 +21,7 @@ class Kept:
         self.groups = groups = [self.rooms.learner, *self.rooms.followers.values()]
         self.delivery = Delivery(config, groups[0], self.rooms.generators, groups[1:], self._say)
         self.delivery.manifest = MANIFEST
-        self.restarts = Restarts(config.recovery.max_restarts)
+        self.restarts = Restarts(config.recovery)
         self.supervisor = Supervisor(config, self.rooms.pools, groups, self.delivery, self.restarts, self._say)
 
     def _say(self, kind, text, **_):

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 
 import pytest
 
@@ -9,6 +10,7 @@ import fake_ray
 from driven_run import cast_of
 from fake_ray import until
 from fake_workers import FakeGenerator
+from opd_ray.config import RecoveryConfig
 from opd_ray.errors import GroupLost, RunError, StartFailed
 from opd_ray.placement.restarts import Restarts
 from supervised_rooms import Kept, generators, supervised
@@ -103,7 +105,7 @@ def test_a_limit_of_none_ends_the_run_with_the_first_death():
 
 
 def test_restarts_of_earlier_starts_of_the_run_are_counted_and_not_limited():
-    restarts = Restarts(2, {"generate": 40})
+    restarts = Restarts(RecoveryConfig(max_restarts=2), Counter(generate=40))
     assert restarts.count("generate", "gone", 0.0) == "restart 1 of 2"
     assert restarts.count("generate", "gone", 1.0) == "restart 2 of 2"
     assert restarts.count("teacher", "gone", 2.0) == "restart 1 of 2", "each room has its own limit"
