@@ -108,7 +108,7 @@ async def _ask_teacher(
 
     async def measure(rollouts: Any) -> dict[str, float]:
         _, scores = await teacher.call("score", rollouts, request)
-        return await recorder.call_one("measure", rollouts, scores)
+        return await recorder.call("measure", rollouts, scores, payload=False)
 
     sums: Counter[str] = Counter()
     for part in await together(*(measure(rollouts) for _, rollouts in answers)):

@@ -124,8 +124,7 @@ def _learner(config: Config, namespace: str) -> Group:
         make = partial(Learner, config, rank)
         return _spawning("learn", "learner", make, namespace, resources, pings=True, **place)(rank, restart)
 
-    group = Group("learn", spawn, learner.num_ranks, config.deadlines.train_s)
-    group.pings = _PINGS
+    group = Group("learn", spawn, learner.num_ranks, config.deadlines.train_s, _PINGS)
     if together is not None:
         group.on_stop = partial(remove_placement_group, together)
     return group
@@ -144,9 +143,7 @@ def _recorder(config: Config, namespace: str) -> Pool:
     """On this process's node, where the run directory is."""
     here = {"pings": True, "scheduling_strategy": _here()}
     spawn = _spawning("record", "recorder", partial(Recorder), namespace, _resources(0, 0, None), **here)
-    pool = Pool("record", spawn, PoolSize.fixed(1), config.deadlines.train_s)
-    pool.pings = _PINGS
-    return pool
+    return Pool("record", spawn, PoolSize.fixed(1), config.deadlines.train_s, pings=_PINGS)
 
 
 def _here() -> NodeAffinitySchedulingStrategy:

@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from opd_ray.config import Config
-from opd_ray.errors import GroupLost, MemberLost, RunError, StartFailed
+from opd_ray.errors import MemberLost, RunError, StartFailed
 from opd_ray.placement.demand import Demand, RoomLoad
 from opd_ray.placement.restarts import Restarts
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
-from opd_ray.rooms.room import Member, Room
+from opd_ray.rooms.room import Member
 from opd_ray.rooms.together import together
 from opd_ray.weights.delivery import Delivery
 
@@ -222,16 +222,14 @@ class Supervisor:
         limit = self._config.recovery.heartbeat_s
         while True:
             await asyncio.sleep(limit / _BEATS)
-            rooms: list[Room] = [*self._pools, *self._groups]
+            rooms = (*self._pools, *self._groups)
             await together(*(self._beat(room, member) for room in rooms for member in list(room.members)))
 
-    async def _beat(self, room: Room, member: Member) -> None:
+    async def _beat(self, room: Pool | Group, member: Member) -> None:
         if member.state in ("starting", "gone"):
             return
         try:
             await room.ping(member, self._config.recovery.heartbeat_s)
         except MemberLost as error:
-            if isinstance(room, Pool):
+            if member in room.members:
                 room.lose(member, str(error))
-            elif member in room.members:
-                raise GroupLost(str(error), room.room) from error

@@ -31,9 +31,9 @@ class Rooms:
     @property
     def pools(self) -> list[Pool]:
         """All that grow, shrink and replace their dead."""
-        return [room for room in (*self.all.values(), self.recorder) if isinstance(room, Pool)]
+        return [room for room in (*self.all.values(), self.recorder) if not room.holds_state]
 
     @property
     def followers(self) -> dict[str, Group]:
         """Scorers that take in the student's weights, by role."""
-        return {role: room for role, room in self.scorers.items() if isinstance(room, Group)}
+        return {role: room for role, room in self.scorers.items() if room.holds_state}

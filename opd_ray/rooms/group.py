@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 from ray import ObjectRef
 from ray.exceptions import RayTaskError
 
-from opd_ray.errors import (
-    GroupLost,
-    MemberLost,
-    OpdError,
-    PayloadLost,
-    StartFailed,
-    WeightSyncError,
-)
-from opd_ray.rooms.room import Room, Spawn
+from opd_ray.errors import GroupLost, MemberLost, OpdError, PayloadLost, StartFailed, WeightSyncError
+from opd_ray.messages import PoolSize
+from opd_ray.rooms.room import Member, Room, Spawn
 
 _GRACE_S = 5.0
 """How long a group whose collective broke is watched for the rank that died."""
@@ -26,21 +20,25 @@ _GRACE_S = 5.0
 class Group(Room):
     """Workers that make up one whole, as many as ``size``: none can be replaced alone."""
 
-    def __init__(self, room: str, spawn: Spawn, size: int, deadline_s: float) -> None:
-        super().__init__(room, deadline_s)
-        self._spawn, self.size = spawn, size
+    holds_state = True
+
+    def __init__(self, room: str, spawn: Spawn, size: int, deadline_s: float, pings: str | None = None) -> None:
+        super().__init__(room, spawn, PoolSize.fixed(size), deadline_s, pings)
         self.is_up = False
         """Have its actors started, and do they know each other?"""
         self.num_restarts = 0
         self.on_stop: Callable[[], None] | None = None
-        self.members = [spawn(number, 0) for number in range(size)]
+        self.members = self._started()
 
     def restart(self) -> None:
         """Ends what is left of the group and starts all its actors anew."""
         super().stop()
         self.is_up = False
         self.num_restarts += 1
-        self.members = [self._spawn(number, self.num_restarts) for number in range(self.size)]
+        self.members = self._started()
+
+    def _started(self) -> list[Member]:
+        return [self._spawn(number, self.num_restarts) for number in range(self.size.start)]
 
     def stop(self) -> None:
         super().stop()
@@ -58,37 +56,24 @@ class Group(Room):
             member.node = node
             member.become("ready")
 
+    def lose(self, member: Member, cause: str) -> NoReturn:
+        """A member is dead, or of no use, and its state with it: raises GroupLost."""
+        raise self._lost(cause)
+
     async def call(self, method: str, *args: Any) -> tuple[Any, ObjectRef]:
         """(answer, ref to the payload) of the least loaded member."""
         member = min(self.members, key=lambda each: each.num_calls)
         try:
-            return await self.ask_for_payload(member, method, *args)
+            return await self.ask(member, method, *args, payload=True)
         except MemberLost as error:
-            raise self._lost(error) from error
+            self.lose(member, str(error))
 
-    async def call_all(
-        self, method: str, *args: Any, each: Iterable[Any] | None = None, deadline_s: float | None = None
-    ) -> list[Any]:
-        """Calls every member at once; ``each`` gives every member a first argument of its own."""
-        return await self._all(self.ask, method, args, each, deadline_s)
-
-    async def call_all_for_payloads(
-        self, method: str, *args: Any, deadline_s: float | None = None
-    ) -> list[tuple[Any, ObjectRef]]:
-        """(answer, ref to the payload) of every member."""
-        return await self._all(self.ask_for_payload, method, args, None, deadline_s)
-
-    async def _all(
-        self,
-        ask: Callable[..., Awaitable[Any]],
-        method: str,
-        args: tuple[Any, ...],
-        each: Iterable[Any] | None,
-        deadline_s: float | None,
-    ) -> list[Any]:
+    async def call_all(self, method: str, *args: Any, each: Iterable[Any] | None = None, **options: Any) -> list[Any]:
+        """Calls every member at once, with the ``options`` of ``ask``; ``each`` gives every member a first argument of
+        its own."""
         own = [()] * len(self) if each is None else [(value,) for value in each]
         tasks = [
-            asyncio.ensure_future(ask(member, method, *first, *args, deadline_s=deadline_s))
+            asyncio.ensure_future(self.ask(member, method, *first, *args, **options))
             for member, first in zip(self.members, own, strict=True)
         ]
         try:
@@ -118,6 +103,6 @@ class Group(Room):
             return self._lost(broken[0])
         return next((failure for failure in failures if failure not in broken), failures[0])
 
-    def _lost(self, error: BaseException) -> GroupLost:
+    def _lost(self, error: BaseException | str) -> GroupLost:
         self.last_loss = str(error)
         return GroupLost(str(error), self.room)

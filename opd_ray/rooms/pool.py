@@ -12,17 +12,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
-from ray import ObjectRef
-
-from opd_ray.errors import (
-    ActorError,
-    MemberLost,
-)
+from opd_ray.errors import ActorError, MemberLost
 from opd_ray.messages import PoolSize
-from opd_ray.rooms.room import Member, Room, Spawn, State
+from opd_ray.rooms.room import Member, Room, Spawn
 from opd_ray.rooms.together import together
 
 _MOST_DEATHS = 5
@@ -36,6 +31,8 @@ queue of 256 calls made 24 healthy scorers miss theirs."""
 class Pool(Room):
     """Interchangeable workers, between a minimum and a maximum of them."""
 
+    holds_state = False
+
     def __init__(
         self,
         room: str,
@@ -45,19 +42,19 @@ class Pool(Room):
         *,
         needs_weights: bool = False,
         calls_at_once: int = 1,
+        pings: str | None = None,
     ) -> None:
         """``needs_weights``: a worker that is up is of use only when it has the student's current weights."""
-        super().__init__(room, deadline_s)
+        super().__init__(room, spawn, size, deadline_s, pings)
         self.calls_at_once = calls_at_once
         """How many a worker works on at the same time; a run may have others than the one before."""
-        self.size, self.target, self.needs_weights = size, size.start, needs_weights
+        self.target, self.needs_weights = size.start, needs_weights
         self.num_reissued = 0
         """Calls that went to another worker because theirs was lost."""
         self.on_loss: Callable[[Pool, Member, str], None] | None = None
         """Told of every worker that is lost; without it, a loss is the caller's failure."""
         self.has_been_up = False
         """Has any worker ever come up?"""
-        self._spawn = spawn
         self._begun_with: tuple[Any, ...] | None = None
         self._numbers = itertools.count()
         self._waiting: deque[asyncio.Event] = deque()
@@ -66,16 +63,8 @@ class Pool(Room):
             self.grow()
 
     @property
-    def num_calls(self) -> int:
-        return super().num_calls + len(self._waiting)
-
-    @property
     def num_waiting(self) -> int:
-        """Calls for which no worker is ready, or none has room."""
         return len(self._waiting)
-
-    def those(self, *states: State) -> list[Member]:
-        return [member for member in self.members if member.state in states]
 
     def grow(self) -> Member:
         """Starts one more actor."""
@@ -109,57 +98,43 @@ class Pool(Room):
         self._wake()
 
     def lose(self, member: Member, cause: str) -> None:
-        """A member is dead, or of no use: it is ended, and whoever replaces it is told."""
-        if member.state == "gone":
-            return
-        self.last_loss = cause
-        self.end(member)
-        if self.on_loss is not None:
-            self.on_loss(self, member, cause)
+        """A member is dead, or of no use: it is ended, and whoever replaces it is told. Raises MemberLost where nobody
+        does."""
+        if member.state != "gone":
+            self.last_loss = cause
+            self.end(member)
+            if self.on_loss is not None:
+                self.on_loss(self, member, cause)
+        if self.on_loss is None:
+            raise MemberLost(cause)
 
-    async def call(self, method: str, *args: Any) -> tuple[Any, ObjectRef]:
-        """(answer, ref to the payload) of the least loaded member; waits for one that is ready and has room.
+    async def call(self, method: str, *args: Any, payload: bool = True) -> Any:
+        """What the least loaded member answers (as ``ask``); waits for one that is ready and has room.
 
         A call whose member is lost goes to another one, so ``method`` must bear being called twice.
         Raises ActorError when a member raises, or when the call takes down one member after another.
         """
-        return await self._of_any(self.ask_for_payload, method, args)
-
-    async def call_one(self, method: str, *args: Any) -> Any:
-        """The same for a method without a payload."""
-        return await self._of_any(self.ask, method, args)
-
-    async def _of_any(self, ask: Callable[..., Awaitable[Any]], method: str, args: tuple[Any, ...]) -> Any:
         for death in itertools.count(1):
             member = await self._with_room(first=death > 1)
             try:
-                return await ask(member, method, *args)
+                return await self.ask(member, method, *args, payload=payload)
             except MemberLost as error:
                 self.lose(member, str(error))
-                if self.on_loss is None:
-                    raise
                 if death == _MOST_DEATHS:
                     raise ActorError(f"{self.room}: one call took down {death} workers, the last: {error}") from error
                 self.num_reissued += 1
         raise AssertionError("unreachable")
 
-    async def call_all(self, method: str, *args: Any, deadline_s: float | None = None) -> list[Any]:
-        """The answers of all members that are ready; those that are lost meanwhile give none."""
-        answers = await together(
-            *(self._one(member, method, args, deadline_s) for member in self.those("ready", "joining"))
-        )
-        return [answer for answered, answer in answers if answered]
+    async def call_all(self, method: str, *args: Any, deadline_s: float | None = None) -> None:
+        """Calls all members that are there; those that are lost meanwhile are replaced."""
 
-    async def _one(
-        self, member: Member, method: str, args: tuple[Any, ...], deadline_s: float | None
-    ) -> tuple[bool, Any]:
-        try:
-            return True, await self.ask(member, method, *args, deadline_s=deadline_s)
-        except MemberLost as error:
-            self.lose(member, str(error))
-            if self.on_loss is None:
-                raise
-            return False, None
+        async def call(member: Member) -> None:
+            try:
+                await self.ask(member, method, *args, deadline_s=deadline_s)
+            except MemberLost as error:
+                self.lose(member, str(error))
+
+        await together(*map(call, self.those("ready", "joining")))
 
     async def _with_room(self, first: bool) -> Member:
         """The least loaded member that has room, when all that came before have theirs; ``first``: this one was there
@@ -179,9 +154,9 @@ class Pool(Room):
             self._waiting.remove(turn)
             self._wake()
 
-    async def _answer(self, *args: Any) -> Any:
+    async def ask(self, *call: Any, **options: Any) -> Any:
         try:
-            return await super()._answer(*args)
+            return await super().ask(*call, **options)
         finally:
             self._wake()  # whatever it was that ended, a broadcast as well: there is room again
 

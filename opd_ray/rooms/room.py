@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,6 +37,7 @@ from opd_ray.errors import (
     Unwritable,
     WeightSyncError,
 )
+from opd_ray.messages import PoolSize
 
 State = Literal["starting", "joining", "ready", "leaving", "gone"]
 """On its way up; up but without the current weights; at work; finishing its last calls; lost or ended."""
@@ -54,13 +54,12 @@ class Member:
     since: float = field(default_factory=time.monotonic)
     """When it came into its state."""
     ready_since: float | None = None
-    calls: dict[int, tuple[str, float]] = field(default_factory=dict)
+    calls: list[tuple[str, float]] = field(default_factory=list)
     """Calls under way: method, and when it was made."""
     answered_at: float = 0.0
     """When a call of it ended last, other than by its loss."""
     _busy_s: float = 0.0
     _busy_since: float = 0.0
-    _numbers: Any = field(default_factory=itertools.count)
 
     @property
     def num_calls(self) -> int:
@@ -71,16 +70,16 @@ class Member:
         if state == "ready" and self.ready_since is None:
             self.ready_since = self.since
 
-    def begin(self, method: str) -> int:
-        """A call begins; its number, for ``end``."""
+    def begin(self, method: str) -> tuple[str, float]:
+        """A call begins, which is what ``end`` takes."""
+        call = (method, time.monotonic())
         if not self.calls:
-            self._busy_since = time.monotonic()
-        number = next(self._numbers)
-        self.calls[number] = (method, time.monotonic())
-        return number
+            self._busy_since = call[1]
+        self.calls.append(call)
+        return call
 
-    def end(self, number: int, answered: bool = True) -> None:
-        del self.calls[number]
+    def end(self, call: tuple[str, float], answered: bool) -> None:
+        self.calls.remove(call)
         now = time.monotonic()
         if answered:
             self.answered_at = now
@@ -108,24 +107,32 @@ Spawn = Callable[[int, int], Member]
 class Room:
     """What pools and groups have in common."""
 
-    pings: str | None = None
-    """Concurrency group of the actors that answers while they are at work; None where all calls do (async actors)."""
+    holds_state: bool
+    """Do its actors hold a state together, so that the loss of one is the loss of all?"""
+    num_waiting = 0
+    """Calls for which no actor is ready, or none has room."""
 
-    def __init__(self, room: str, deadline_s: float) -> None:
-        """``deadline_s``: how long an actor with calls may answer none, where a call has no limit of its own."""
-        self.room, self.deadline_s = room, deadline_s
+    def __init__(self, room: str, spawn: Spawn, size: PoolSize, deadline_s: float, pings: str | None = None) -> None:
+        """``deadline_s``: how long an actor with calls may answer none, where a call has no limit of its own.
+        ``pings``: concurrency group of the actors that answers while they are at work; None where all calls do (async
+        actors)."""
+        self.room, self.size, self.deadline_s = room, size, deadline_s
         self.members: list[Member] = []
         self.last_loss: str | None = None
         self.calls_done = 0
+        self._spawn, self._pings = spawn, pings
         self._gone_busy_s = self._gone_ready_s = 0.0
 
     def __len__(self) -> int:
         return len(self.members)
 
+    def those(self, *states: State) -> list[Member]:
+        return [member for member in self.members if member.state in states]
+
     @property
     def num_calls(self) -> int:
         """Calls under way and waiting."""
-        return sum(member.num_calls for member in self.members)
+        return sum(len(member.calls) for member in self.members) + self.num_waiting
 
     def work(self) -> tuple[float, float]:
         """Seconds of work and seconds of being there, summed over all workers that ever were ready."""
@@ -133,26 +140,49 @@ class Room:
         return busy, self._gone_ready_s + sum(member.ready_s() for member in self.members)
 
     async def ask(
-        self, member: Member, method: str, *args: Any, deadline_s: float | None = None, **options: Any
+        self, member: Member, method: str, *args: Any, deadline_s: float | None = None, payload: bool = False
     ) -> Any:
-        """One answer of one member; ``options`` are Ray's for the call. A ``deadline_s`` counts from now."""
-        bound = getattr(member.handle, method)
-        ref = (bound.options(**options) if options else bound).remote(*args)
-        return await self._answer(member, method, ref, deadline_s)
-
-    async def ask_for_payload(
-        self, member: Member, method: str, *args: Any, deadline_s: float | None = None
-    ) -> tuple[Any, ObjectRef]:
-        """The first return value, and a ref to the second, which stays in the object store."""
-        answer, payload = getattr(member.handle, method).options(num_returns=2).remote(*args)
-        return await self._answer(member, method, answer, deadline_s), payload
+        """The answer of one member; with ``payload``, (answer, ref to the method's second return value, which stays in
+        the object store). A ``deadline_s`` counts from now. Raises what :func:`explained` makes of a failure, and
+        MemberLost where there is no answer in time."""
+        bound, call = getattr(member.handle, method), member.begin(method)
+        answered = True
+        try:
+            if not payload:
+                return await self._value(bound.remote(*args), member, f"{method}()", deadline_s)
+            answer, ref = bound.options(num_returns=2).remote(*args)
+            return await self._value(answer, member, f"{method}()", deadline_s), ref
+        except MemberLost:
+            answered = False  # to give up on one call must not give the calls beside it more time
+            raise
+        finally:
+            member.end(call, answered)
+            self.calls_done += 1
 
     async def ping(self, member: Member, deadline_s: float) -> None:
         """Waits for a sign of life, which an actor gives while it is at work as well. Raises MemberLost."""
         method = member.handle.node
-        ref = (method.options(concurrency_group=self.pings) if self.pings else method).remote()
-        where = f"{self.room}: {member.name} on {member.node}, heartbeat"
-        await self._value_of(where, asyncio.wait_for(_value(ref), deadline_s), deadline_s)
+        ref = (method.options(concurrency_group=self._pings) if self._pings else method).remote()
+        await self._value(ref, member, "heartbeat", deadline_s)
+
+    async def _value(self, ref: ObjectRef, member: Member, what: str, deadline_s: float | None) -> Any:
+        where = f"{self.room}: {member.name} on {member.node}, {what}"
+        since, limit = time.monotonic(), self.deadline_s if deadline_s is None else deadline_s
+        value = asyncio.ensure_future(ref)
+        try:
+            while not value.done():
+                waited = member.silent_s(since) if deadline_s is None else time.monotonic() - since
+                if waited >= limit:
+                    raise MemberLost(
+                        f"{where} gave no answer within {limit:g} s; see its log in the Ray dashboard "
+                        "(or raise the room's deadline under deadlines.*)"
+                    )
+                await asyncio.wait([value], timeout=limit - waited)
+            return value.result()
+        except RayError as error:
+            raise explained(where, error) from error
+        finally:
+            value.cancel()
 
     def end(self, member: Member) -> None:
         """Ends an actor and forgets it."""
@@ -169,49 +199,6 @@ class Room:
         """Ends every actor."""
         for member in list(self.members):
             self.end(member)
-
-    async def _answer(self, member: Member, method: str, ref: ObjectRef, deadline_s: float | None) -> Any:
-        call = member.begin(method)
-        where, answered = f"{self.room}: {member.name} on {member.node}, {method}()", True
-        try:
-            if deadline_s is None:
-                return await self._value_of(where, self._while_it_answers(member, ref), self.deadline_s)
-            return await self._value_of(where, asyncio.wait_for(_value(ref), deadline_s), deadline_s)
-        except MemberLost:
-            answered = False  # to give up on one call must not give the calls beside it more time
-            raise
-        finally:
-            member.end(call, answered)
-            self.calls_done += 1
-
-    async def _while_it_answers(self, member: Member, ref: ObjectRef) -> Any:
-        """The value; raises TimeoutError when the member answers neither this call nor another one for the room's
-        deadline."""
-        since, value = time.monotonic(), asyncio.ensure_future(_value(ref))
-        try:
-            while not value.done():
-                left = self.deadline_s - member.silent_s(since)
-                if left <= 0:
-                    raise TimeoutError
-                await asyncio.wait([value], timeout=left)
-            return value.result()
-        finally:
-            value.cancel()
-
-    async def _value_of(self, where: str, value: Awaitable[Any], deadline_s: float) -> Any:
-        try:
-            return await value
-        except TimeoutError:
-            raise MemberLost(
-                f"{where} gave no answer within {deadline_s:g} s; see its log in the Ray dashboard "
-                "(or raise the room's deadline under deadlines.*)"
-            ) from None
-        except RayError as error:
-            raise explained(where, error) from error
-
-
-async def _value(ref: ObjectRef) -> Any:
-    return await ref
 
 
 def explained(where: str, error: RayError) -> OpdError:

@@ -290,7 +290,7 @@ class Driver:
 
     async def _export(self) -> None:
         """The trained student as a Hugging Face checkpoint in the run directory."""
-        (_, files), *_ = await self._rooms.learner.call_all_for_payloads("export")
+        (_, files), *_ = await self._rooms.learner.call_all("export", payload=True)
         here = FileCalls(local=True, deadline_s=self._config.deadlines.train_s)
         await here(write_files, str(self._run_dir / "student"), files)
 

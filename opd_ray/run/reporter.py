@@ -16,7 +16,6 @@ from opd_ray.placement.supervisor import Supervisor
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
-from opd_ray.rooms.room import Room
 from opd_ray.rooms.threads import in_thread
 from opd_ray.snapshots.keeper import Keeper
 from opd_ray.status import CallStatus, RoomStatus, StallWatch, Status
@@ -120,11 +119,9 @@ class Reporter:
         by_room = self._restarts.by_room
         values = {"restarts/total": float(sum(by_room.values()))}
         for room in self._every:
-            ready = room.those("ready") if isinstance(room, Pool) else room.members
-            values[f"pool/{room.room}_ready"] = float(len(ready))
-            values[f"pool/{room.room}_starting"] = float(len(_starting(room)))
-            minimum = room.size.minimum if isinstance(room, Pool) else room.size
-            values[f"pool/{room.room}_minimum"] = float(minimum)
+            values[f"pool/{room.room}_ready"] = float(len(room.those("ready")))
+            values[f"pool/{room.room}_starting"] = float(len(room.those("starting", "joining")))
+            values[f"pool/{room.room}_minimum"] = float(room.size.minimum)
             values[f"restarts/{room.room}"] = float(by_room[room.room])
         pipeline = self._keeper.pipeline
         return values | {
@@ -138,22 +135,21 @@ class Reporter:
         }
 
     def _room(self, room: Pool | Group) -> RoomStatus:
-        now, starting = time.monotonic(), _starting(room)
+        now, starting = time.monotonic(), room.those("starting", "joining")
         busy, there = room.work()
         busy_before, there_before = self._work[room.room]
         self._work[room.room] = (busy, there)
-        elastic = isinstance(room, Pool)
         return RoomStatus(
             room=room.room,
             ready=len(room.members) - len(starting),
             starting=len(starting),
-            minimum=room.size.minimum if elastic else room.size,
-            maximum=room.size.maximum if elastic else room.size,
-            waiting=room.num_waiting if elastic else 0,
+            minimum=room.size.minimum,
+            maximum=room.size.maximum,
+            waiting=room.num_waiting,
             calls=status.oldest_calls(
                 CallStatus(member.name, member.node, method, now - since, member.silent_s(since))
                 for member in room.members
-                for method, since in member.calls.values()
+                for method, since in member.calls
             ),
             num_calls=room.num_calls,
             restarts=self._restarts.by_room[room.room],
@@ -166,7 +162,3 @@ class Reporter:
             calls_done=room.calls_done,
             deadline_s=room.deadline_s,
         )
-
-
-def _starting(room: Room) -> list:
-    return [member for member in room.members if member.state in ("starting", "joining")]

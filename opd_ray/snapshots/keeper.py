@@ -138,7 +138,7 @@ class Keeper:
         """The state after ``step`` steps, between two of them."""
         state = self._state() | self.pipeline.state()
         slots, entries = self.pipeline.buffered()
-        parts = await self._rooms.learner.call_all_for_payloads("snapshot")
+        parts = await self._rooms.learner.call_all("snapshot", payload=True)
         followers = {role: await group.call("snapshot") for role, group in self._rooms.followers.items()}
         snapshot = Snapshot(step, parts[0][0], tuple(part for _, part in parts), followers, slots, entries, state)
         if self._config.memory_every_steps:

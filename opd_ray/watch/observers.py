@@ -67,7 +67,9 @@ class RolloutLog:
 
     async def on_step(self, report: StepReport) -> None:
         if self._every and (report.step == 1 or report.step % self._every == 0):
-            await self._recorder.call_one("write", str(self._directory), report.step, list(report.entries), self._keep)
+            await self._recorder.call(
+                "write", str(self._directory), report.step, list(report.entries), self._keep, payload=False
+            )
 
 
 class Progress:

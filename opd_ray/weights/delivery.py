@@ -135,8 +135,6 @@ class Delivery:
         if receivers and len(failures) == len(receivers):
             return next(iter(failures.values()))
         for receiver, failure in failures.items():
-            if isinstance(receiver.room, Group):
-                raise GroupLost(failure, receiver.room.room)
             receiver.room.lose(receiver.member, failure)
         return None
 
@@ -190,8 +188,6 @@ class Delivery:
         failures: list[BaseException] = []
         for (receiver, _), outcome in zip(calls, answers, strict=True):
             if isinstance(outcome, MemberLost):
-                if isinstance(receiver.room, Group):
-                    raise GroupLost(str(outcome), receiver.room.room) from outcome
                 receiver.room.lose(receiver.member, str(outcome))
             if isinstance(outcome, BaseException):
                 failures.append(outcome)

@@ -87,9 +87,8 @@ class Cast:
         return Group(role, spawn, scorer.num_actors, self.config.deadlines.score_s)
 
     def _learner(self) -> Group:
-        group = Group("learn", self._spawn_rank, self.config.learner.num_ranks, self.config.deadlines.train_s)
-        group.pings = "pings"
-        return group
+        learner = self.config.learner
+        return Group("learn", self._spawn_rank, learner.num_ranks, self.config.deadlines.train_s, "pings")
 
     def _spawn_rank(self, rank: int, restart: int) -> Any:
         ranks = self._ranks[restart]

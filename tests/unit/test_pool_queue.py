@@ -164,7 +164,7 @@ def test_whatever_ends_makes_room_and_a_caller_that_gives_up_passes_its_turn_on(
         held(pool, world)
         others = [asyncio.create_task(pool.ask(pool.members[0], "tell", name)) for name in ("weights", "drain")]
         await asyncio.sleep(1)
-        calls = [asyncio.create_task(pool.call_one("tell", number)) for number in range(3)]
+        calls = [asyncio.create_task(pool.call("tell", number, payload=False)) for number in range(3)]
         await until(lambda: pool.num_waiting == 3)
         calls[0].cancel()
         world.actors[0].inside.may_answer.set()
