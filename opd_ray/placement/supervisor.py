@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
+
+import ray
 
 from opd_ray.config import Config
 from opd_ray.errors import MemberLost, RunError, StartFailed
@@ -24,10 +25,6 @@ from opd_ray.rooms.together import together
 from opd_ray.weights.delivery import Delivery
 
 _TICK_S = 1.0
-_NEVER_RAN = "The actor never ran"
-"""What Ray says of an actor that it placed on a node which was gone already, and of one whose constructor crashed."""
-_MOST_NEVER_RAN = 5
-"""So many in a row are no death, since Ray takes a while to know that a node is gone; those after them are."""
 _NOT_UP = "the others are not placed or still load their model"
 _DRAIN_S = 120.0
 """How long a worker that is to leave may finish its calls; then they are issued again elsewhere."""
@@ -58,7 +55,6 @@ class Supervisor:
         self._wake = asyncio.Event()
         self._problem: RunError | None = None
         self._bringing: set[Member] = set()
-        self._never_ran: Counter[str] = Counter()
         self._below: dict[str, float | None] = {}
         """Pools that were at strength once, and since when they are not."""
         self._looked = (time.monotonic(), 0.0, {pool.room: pool.work() for pool in pools})
@@ -147,11 +143,10 @@ class Supervisor:
         self._check_strength(pool)
 
     async def _bring_up(self, pool: Pool, member: Member) -> None:
-        limit = self._config.deadlines.start_s
+        limit, nodes = self._config.deadlines.start_s, _nodes()
         try:
             if member.state == "starting":
                 await pool.bring_up(member, limit)
-            self._never_ran[pool.room] = 0
             if member.state == "joining":
                 await self._delivery.welcome(member)
         except StartFailed as error:
@@ -159,10 +154,11 @@ class Supervisor:
                 raise  # another would fail in the same way
             pool.lose(member, str(error))
         except MemberLost as error:
-            unplaced = member.node == "not placed yet" and time.monotonic() - member.since >= limit
-            self._never_ran[pool.room] += _NEVER_RAN in str(error)
-            if unplaced or (_NEVER_RAN in str(error) and self._never_ran[pool.room] <= _MOST_NEVER_RAN):
-                pool.end(member)  # nowhere to be placed, or on a node that was just gone: no death, and asked for again
+            # Ray does not say where one was that never answered. When it reports such a death, it has long taken the
+            # node off its list where that was the cause; a constructor that crashes takes no node with it.
+            unplaced = time.monotonic() - member.since >= limit or nodes - _nodes()
+            if member.node == "not placed yet" and unplaced:
+                pool.end(member)  # nowhere to be placed, or its node went: no death, and asked for again
                 self._wake.set()
             else:
                 pool.lose(member, str(error))
@@ -233,3 +229,8 @@ class Supervisor:
         except MemberLost as error:
             if member in room.members:
                 room.lose(member, str(error))
+
+
+def _nodes() -> set[str]:
+    """Those that are alive, as far as Ray knows."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 from unittest import mock
 
-from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from fake_shelves import Objects, Ref
 from opd_ray.errors import PayloadLost
@@ -61,9 +61,19 @@ def run(main: Coroutine[Any, Any, Any], most_s: float = 100_000.0) -> Any:
     with (
         mock.patch("time.monotonic", clock.time),
         mock.patch("ray.kill", kill),
+        mock.patch("ray.nodes", nodes),
         asyncio.Runner(loop_factory=lambda: _Loop(clock)) as runner,
     ):
         return runner.run(main)
+
+
+_NODES: dict[str, bool] = {}
+"""Is it alive?"""
+
+
+def nodes() -> list[dict[str, Any]]:
+    """What ``ray.nodes`` returns."""
+    return [{"NodeID": node, "Alive": alive} for node, alive in _NODES.items()]
 
 
 def kill(handle: Handle) -> None:
@@ -113,6 +123,7 @@ class Actor:
         self.name, self._make, self.world = name, make, world
         self._turn = asyncio.Lock() if serial else contextlib.nullcontext()
         self.node = f"node-of-{name}"
+        _NODES[self.node] = True
         self.may_start, self.moves = asyncio.Event(), asyncio.Event()
         self.may_start.set()
         self.moves.set()
@@ -126,9 +137,12 @@ class Actor:
     def role(self) -> str:
         return re.sub(r"-\d+(-again-\d+)?$", "", self.name)
 
-    def die(self, why: str = "its node is gone") -> None:
+    def die(self, why: str = "its node is gone", *, with_its_node: bool = False) -> None:
         """As a process does, with all that it was at; what it returned before stays."""
-        self._end(ActorDiedError(), why)
+        _NODES[self.node] = not with_its_node
+        # Ray says the same of every death before the first answer, whatever its cause.
+        end = "" if self.inside else " The actor never ran - it was cancelled before it started running."
+        self._end(RayActorError(error_msg=f"The actor died unexpectedly before finishing this task. {why}.{end}"), why)
 
     def refuse(self, why: str) -> None:
         """As one does whose constructor raises."""

@@ -57,6 +57,38 @@ def test_one_that_dies_while_it_starts_is_replaced():
     supervised(scenario)
 
 
+def test_one_that_always_dies_while_it_starts_is_not_replaced_for_ever():
+    """The bug: Ray says "The actor never ran" of a constructor that crashed, too, and that text made it no loss."""
+
+    started = []
+
+    async def scenario(kept):
+        def starting(actor):
+            started.append(actor.name)
+            actor.die("a segmentation fault in its constructor")
+
+        kept.world.starting = starting
+        kept.pool.lose(kept.pool.members[0], "its node went")
+        await asyncio.sleep(10_000)
+
+    failure = supervised(scenario, fails=RunError, recovery={"max_restarts": 3})
+    assert "generate: 4 workers were lost" in str(failure) and len(started) == 3
+
+
+def test_one_whose_node_goes_before_it_ran_is_no_loss():
+    async def scenario(kept):
+        kept.world.starting = lambda actor: actor.may_start.clear()
+        kept.pool.lose(kept.pool.members[0], "its node went")
+        for _ in range(5):
+            await asyncio.sleep(2)
+            kept.world.living("student-generator")[0].die(with_its_node=True)
+        kept.world.starting = lambda actor: None
+        await until(lambda: kept.ready() == ["student-generator-6"])
+        assert kept.restarts.by_room == {"generate": 1}
+
+    supervised(scenario)
+
+
 def test_one_that_dies_while_it_is_welcomed_is_replaced():
     async def scenario(kept):
         def before(actor, method):
