@@ -145,9 +145,9 @@ def preflight(
     asked, config = config, resolve(config)
     facts = checks.check_files(config)
     with cluster():
-        from opd_ray.placement.capacity import cluster_capacity
+        from opd_ray.placement.capacity import check_fits
 
-        checks.check_resources(config, cluster_capacity)
+        check_fits(checks.check_resources, config)
         if run_dir is not None:
             find_start(asked, run_dir, resume=resume, hold=False)
     _print_table("preflight: nothing to object to", vars(facts))

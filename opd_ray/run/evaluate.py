@@ -13,7 +13,7 @@ from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
 from opd_ray.evaluate import Evaluation
 from opd_ray.evaluate import evaluate as run_evaluation
-from opd_ray.placement.capacity import cluster_capacity
+from opd_ray.placement.capacity import check_fits
 from opd_ray.placement.session import cluster, new_namespace
 from opd_ray.run import preflight
 from opd_ray.run.preflight import Preflight
@@ -28,7 +28,7 @@ def evaluate(checkpoint_dir: str, config: Config) -> dict[str, Any]:
         config = resolve(config)
     facts = preflight.check_evaluation(config)
     with cluster():
-        preflight.check_generators(config, cluster_capacity)
+        check_fits(preflight.check_generators, config)
         return dataclasses.asdict(asyncio.run(_evaluate_alone(config, facts)))
 
 

@@ -94,8 +94,8 @@ def check_files(config: Config) -> Preflight:
 
 
 Capacity = Callable[[str | None], Mapping[str, float]]
-"""The most that the nodes of a cluster have, or may come to have, of each resource; with the name of a custom resource,
-only nodes that have it (opd_ray.placement.capacity.cluster_capacity)."""
+"""How much of each resource the nodes of a cluster have; with the name of a custom resource, only nodes that have it
+(opd_ray.placement.capacity.cluster_capacity)."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _check_fits(asked: Mapping[str, _Asked], capacity: Capacity) -> None:
             room = next(name for name, room in asked.items() if room.node_resource == resource)
             raise InputError(
                 f"cluster: {room} ask for nodes with the custom resource {resource!r} (node_resource), but no node "
-                "has it or may come to have it; add it to a node type, or leave node_resource out"
+                "has it; add it to a node type, or leave node_resource out"
             )
         # Those that ask for no node in particular may fill up any, so all rooms count where none is named.
         here = {name: room for name, room in asked.items() if resource in (None, room.node_resource)}

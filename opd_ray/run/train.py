@@ -11,7 +11,7 @@ from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve, without_foreign_golden
 from opd_ray.errors import InputError, RunError, Terminated
 from opd_ray.evaluate import Evaluation
-from opd_ray.placement.capacity import cluster_capacity
+from opd_ray.placement.capacity import check_fits
 from opd_ray.placement.session import Session, cluster
 from opd_ray.report import write_run_report
 from opd_ray.run import preflight, resuming
@@ -42,7 +42,7 @@ def train(
     asked, config = config, resolve(config)
     facts = preflight.check_files(config)
     with cluster() as dashboard:
-        preflight.check_resources(config, cluster_capacity)
+        check_fits(preflight.check_resources, config)
         shelf, start = find_start(asked, run_dir, resume=resume or auto_resume)
         from opd_ray.run.driver import Driver  # not above: torch takes seconds to import, and no refusal needs it
 

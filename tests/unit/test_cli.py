@@ -37,8 +37,8 @@ def call(
     monkeypatch.setenv("OPD_RAY_DEBUG", "")  # and so taken back after a test that asked for tracebacks
     for module in ("run.train", "run.evaluate", "placement.session"):
         monkeypatch.setattr(f"opd_ray.{module}.cluster", contextlib.nullcontext)
-    for module in ("run.train", "run.evaluate", "placement.capacity"):
-        monkeypatch.setattr(f"opd_ray.{module}.cluster_capacity", lambda node_resource=None: {"CPU": 2.0})
+    monkeypatch.setattr("opd_ray.placement.capacity.cluster_capacity", lambda node_resource=None: {"CPU": 2.0})
+    monkeypatch.setattr("opd_ray.placement.capacity.may_grow", lambda: False)
 
     def call(*arguments: str) -> Outcome:
         with pytest.raises(SystemExit) as caught:

@@ -17,7 +17,6 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 import kuberay_crd
 from opd_ray import config as configs
 from opd_ray.config import Config
-from opd_ray.placement.capacity import limits_of, most
 
 ROOT = Path(__file__).parents[2]
 DIRECTORY = ROOT / "cluster"
@@ -184,11 +183,12 @@ def test_every_room_fits_its_nodes_when_it_has_grown_to_its_maximum(job_name: st
     assert {role for role, *_ in rooms} == set(ROLES)
     head = found["available_node_types"][found["head_node_type"]]["resources"]
     for role in ROLES:
-        held = most(limits_of(found), role)
+        kinds = [kind for kind in found["available_node_types"].values() if kind["resources"].get(role)]
         on_head = head if head.get(role) else {}
         for resource, place in (("CPU", 2), ("GPU", 3)):
             asked = sum(room[1] * room[place] for room in rooms if room[0] == role)
-            assert asked <= held.get(resource, 0) + on_head.get(resource, 0)
+            held = sum(kind["resources"].get(resource, 0) * kind["max_workers"] for kind in kinds)
+            assert asked <= held + on_head.get(resource, 0)
 
 
 @pytest.mark.parametrize("name", ["aws", "gcp", "on-premises"])
