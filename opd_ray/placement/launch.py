@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import uuid
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,11 +14,11 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from opd_ray.config import Config, LearnerConfig, PoolSize, RolloutConfig, TeacherConfig
+from opd_ray.config import Config, LearnerConfig, PoolSize, TeacherConfig
 from opd_ray.data.golden import load_golden
 from opd_ray.errors import DeadlineError, OpdError, RunError
 from opd_ray.generate import make_generation_engine
-from opd_ray.generate.generator import GeneratorSettings, StudentGenerator, TeacherGenerator
+from opd_ray.generate.generator import Generator, GeneratorSettings, StudentGenerator, TeacherGenerator
 from opd_ray.learn.learner import Learner
 from opd_ray.messages import REFERENCE, Entry
 from opd_ray.models.checkpoints import load_tokenizer
@@ -39,62 +40,52 @@ _SHARE = 0.001
 """How much of a node_resource an actor takes: it says where, not how many."""
 
 
-def start_rooms(config: Config, *, namespace: str, max_context_tokens: int) -> Rooms:
+def start_rooms(config: Config, max_context_tokens: int) -> Rooms:
     """Creates every actor of a run; returns at once, while they load their models."""
     writes = config.buffer.uses_teacher_rollouts
     return Rooms(
-        generators=start_generators(config, namespace=namespace, max_context_tokens=max_context_tokens),
-        learner=_learner(config, namespace),
-        scorers={role: _scorers(role, config, namespace, max_context_tokens) for role in config.scorers},
-        teacher_generators=_teacher_generators(config, namespace, max_context_tokens) if writes else None,
-        recorder=_recorder(config, namespace),
+        generators=start_generators(config, max_context_tokens),
+        learner=_learner(config),
+        scorers={role: _scorers(role, config, max_context_tokens) for role in config.scorers},
+        teacher_generators=_teacher_generators(config, max_context_tokens) if writes else None,
+        recorder=_recorder(config),
     )
 
 
-def start_generators(config: Config, *, namespace: str, max_context_tokens: int, alone: bool = False) -> Pool:
+def start_generators(config: Config, max_context_tokens: int, *, alone: bool = False) -> Pool:
     """The pool of student generators; ``alone`` without a learner whose weights they would have to wait for."""
     rollout = config.rollout
-    make = partial(StudentGenerator, **_generator(config, config.student.path, rollout, max_context_tokens))
-    spawn = _spawn_generator("generate", "student-generator", make, config, namespace)
-    limit, at_once = config.deadlines.generate_s, rollout.calls_at_once
-    return Pool("generate", spawn, rollout.size, limit, needs_weights=not alone, calls_at_once=at_once)
+    engine = partial(make_generation_engine, config.student.path, rollout, max_context_tokens)
+    return _generators("generate", StudentGenerator, engine, rollout.size, config, needs_weights=not alone)
 
 
-def _teacher_generators(config: Config, namespace: str, max_context_tokens: int) -> Pool:
+def _teacher_generators(config: Config, max_context_tokens: int) -> Pool:
     """Generators on the teacher, as large as the student's."""
     rollout = dataclasses.replace(config.rollout, dtype=config.teacher.dtype)
-    make = partial(TeacherGenerator, **_generator(config, config.teacher.path, rollout, max_context_tokens))
-    spawn = _spawn_generator("teacher_generate", "teacher-generator", make, config, namespace)
-    size, limit = PoolSize.fixed(rollout.teacher_generators), config.deadlines.generate_s
-    return Pool("teacher_generate", spawn, size, limit, calls_at_once=rollout.calls_at_once)
-
-
-def _generator(config: Config, path: str, rollout: RolloutConfig, max_context_tokens: int) -> dict[str, Any]:
-    return {
-        "make_engine": partial(make_generation_engine, path, rollout, max_context_tokens),
-        "load_tokenizer": partial(load_tokenizer, config.student.path),
-        "settings": _settings(config),
-    }
+    engine = partial(make_generation_engine, config.teacher.path, rollout, max_context_tokens)
+    size = PoolSize.fixed(rollout.teacher_generators)
+    return _generators("teacher_generate", TeacherGenerator, engine, size, config, needs_weights=False)
 
 
 def _settings(config: Config) -> GeneratorSettings:
-    return GeneratorSettings(
-        task=get_task(config.data.task),
-        in_flight=config.rollout.in_flight,
-        repetition=config.repetition,
-    )
+    return GeneratorSettings(get_task(config.data.task), config.rollout.in_flight, config.repetition)
 
 
-def _spawn_generator(room: str, role: str, make: partial[Any], config: Config, namespace: str) -> Spawn:
+def _generators(
+    room: str, kind: type[Generator], engine: partial[Any], size: PoolSize, config: Config, *, needs_weights: bool
+) -> Pool:
     rollout = config.rollout
-    resources = _resources(
-        rollout.cpus_per_generator, rollout.gpus_per_generator * rollout.tensor_parallel_size, rollout.node_resource
-    )
+    tokenizer = partial(load_tokenizer, config.student.path)
+    make = partial(kind, make_engine=engine, load_tokenizer=tokenizer, settings=_settings(config))
+    gpus = rollout.gpus_per_generator * rollout.tensor_parallel_size
+    resources = _resources(rollout.cpus_per_generator, gpus, rollout.node_resource)
     concurrency = _CONCURRENT_CALLS + 2 * rollout.max_num_seqs  # heartbeats are answered beside whatever it is given
-    return _spawning(room, role, make, namespace, resources, max_concurrency=concurrency)
+    spawn = _spawning(room, f"{kind.source}-generator", make, resources, max_concurrency=concurrency)
+    limit, at_once = config.deadlines.generate_s, rollout.calls_at_once
+    return Pool(room, spawn, size, limit, needs_weights=needs_weights, calls_at_once=at_once)
 
 
-def _scorers(role: str, config: Config, namespace: str, max_context_tokens: int) -> Pool | Group:
+def _scorers(role: str, config: Config, max_context_tokens: int) -> Pool | Group:
     scorer = config.scorers[role]
     # A golden solution in the prompt makes sequences longer than any that the student sees.
     privileged = isinstance(scorer, TeacherConfig) and scorer.privileged
@@ -106,31 +97,31 @@ def _scorers(role: str, config: Config, namespace: str, max_context_tokens: int)
         member=scorer.follows_student,
     )
     resources = _resources(scorer.cpus_per_actor, scorer.gpus_in_all, scorer.node_resource)
-    spawn = _spawning(role, f"{role}-scorer", make, namespace, resources, max_concurrency=_CONCURRENT_CALLS)
+    spawn = _spawning(role, f"{role}-scorer", make, resources, max_concurrency=_CONCURRENT_CALLS)
     if scorer.follows_student:
         return Group(role, spawn, scorer.num_actors, config.deadlines.score_s)
     return Pool(role, spawn, scorer.size, config.deadlines.score_s)
 
 
-def _learner(config: Config, namespace: str) -> Group:
+def _learner(config: Config) -> Group:
     learner = config.learner
     resources = _resources(learner.cpus_per_rank, learner.gpus_per_rank, learner.node_resource)
-    together = _together(learner, resources)
+    places = _reserved(learner, resources)
 
-    def spawn(rank: int, restart: int) -> Member:
-        place = {}
-        if together is not None:
-            place["scheduling_strategy"] = PlacementGroupSchedulingStrategy(together, rank)
-        make = partial(Learner, config, rank)
-        return _spawning("learn", "learner", make, namespace, resources, pings=True, **place)(rank, restart)
+    def spawning(rank: int) -> Spawn:
+        place = {"scheduling_strategy": PlacementGroupSchedulingStrategy(places, rank)} if places else {}
+        return _spawning("learn", "learner", partial(Learner, config, rank), resources, pings=True, **place)
 
-    group = Group("learn", spawn, learner.num_ranks, config.deadlines.train_s, _PINGS)
-    if together is not None:
-        group.on_stop = partial(remove_placement_group, together)
+    ranks = [spawning(rank) for rank in range(learner.num_ranks)]
+    group = Group(
+        "learn", lambda rank, restart: ranks[rank](rank, restart), len(ranks), config.deadlines.train_s, _PINGS
+    )
+    if places is not None:
+        group.on_stop = partial(remove_placement_group, places)
     return group
 
 
-def _together(learner: LearnerConfig, resources: dict[str, Any]) -> PlacementGroup | None:
+def _reserved(learner: LearnerConfig, resources: dict[str, Any]) -> PlacementGroup | None:
     """Reserves the ranks' places at once, so that they are near each other; it outlives the ranks that it holds."""
     bundle = {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"], **resources["resources"]}
     bundle = {name: amount for name, amount in bundle.items() if amount}
@@ -139,10 +130,10 @@ def _together(learner: LearnerConfig, resources: dict[str, Any]) -> PlacementGro
     return placement_group([dict(bundle) for _ in range(learner.num_ranks)], strategy=learner.placement.upper())
 
 
-def _recorder(config: Config, namespace: str) -> Pool:
+def _recorder(config: Config) -> Pool:
     """On this process's node, where the run directory is."""
-    here = {"pings": True, "scheduling_strategy": _here()}
-    spawn = _spawning("record", "recorder", partial(Recorder), namespace, _resources(0, 0, None), **here)
+    resources = _resources(0, 0, None)
+    spawn = _spawning("record", "recorder", partial(Recorder), resources, pings=True, scheduling_strategy=_here())
     return Pool("record", spawn, PoolSize.fixed(1), config.deadlines.train_s, pings=_PINGS)
 
 
@@ -155,14 +146,7 @@ def _resources(cpus: float, gpus: float, node_resource: str | None) -> dict[str,
 
 
 def _spawning(
-    room: str,
-    role: str,
-    make: partial[Any],
-    namespace: str,
-    resources: dict[str, Any],
-    *,
-    pings: bool = False,
-    **options: Any,
+    room: str, role: str, make: partial[Any], resources: dict[str, Any], *, pings: bool = False, **options: Any
 ) -> Spawn:
     """Starts actors of one role, which carry it in their names; ``pings`` for those that are not asynchronous."""
     variables = {
@@ -170,16 +154,14 @@ def _spawning(
         "TOKENIZERS_PARALLELISM": "false",
         logs.ROOM_VARIABLE: room,
     }
-
+    # In a namespace of their own, names can be plain: other runs of the cluster have the same.
+    options |= resources | {"namespace": f"opd-ray-{uuid.uuid4().hex[:8]}", "runtime_env": {"env_vars": variables}}
     # Once, not for each restart: Ray keeps every class that is made.
     actor_class = ray.remote(concurrency_groups={_PINGS: 1})(make.func) if pings else ray.remote(make.func)
 
     def spawn(number: int, restart: int) -> Member:
         name = f"{role}-{number}" + (f"-again-{restart}" if restart else "")
-        actor = actor_class.options(
-            name=name, namespace=namespace, runtime_env={"env_vars": variables}, **resources, **options
-        )
-        return Member(actor.remote(*make.args, **make.keywords), name)
+        return Member(actor_class.options(name=name, **options).remote(*make.args, **make.keywords), name)
 
     return spawn
 
@@ -189,9 +171,8 @@ async def load_golden_entries(config: Config, eos_token_ids: Sequence[int]) -> t
     load = ray.remote(load_golden).options(num_cpus=0, num_returns=3, scheduling_strategy=_here())
     metas, payload, report = load.remote(config, tuple(eos_token_ids))
     limit = config.deadlines.start_s
-    both = asyncio.gather(asyncio.wrap_future(metas.future()), asyncio.wrap_future(report.future()))
     try:
-        rows, counts = await asyncio.wait_for(both, limit)
+        rows, counts = await asyncio.wait_for(asyncio.gather(metas, report), limit)
     except TimeoutError:
         raise DeadlineError(
             f"golden: {config.data.golden} was not read within {limit:g} s; see the task load_golden in the dashboard"
@@ -258,9 +239,3 @@ def _check_rooms(config: Config, rooms: Rooms) -> None:
             f"this run needs the room {missing[0]}, but the rooms that are up are {', '.join(rooms.all)}; "
             "start rooms for all that any of the runs needs"
         )
-
-
-def stop(*rooms: Pool | Group) -> None:
-    """Ends every actor of the rooms."""
-    for room in rooms:
-        room.stop()

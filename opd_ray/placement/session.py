@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import socket
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,11 +75,6 @@ def _check_address(address: str) -> None:
         raise InputError(f"RAY_ADDRESS={address}: nobody answers there ({error}); {_OTHERWISE}") from error
 
 
-def new_namespace() -> str:
-    """A Ray namespace of its own, in which actors can have plain names."""
-    return f"opd-ray-{uuid.uuid4().hex[:8]}"
-
-
 def unlike(rooms_for: Config, config: Config) -> Iterator[tuple[str, Any, Any]]:
     """The fields, with both values, that keep a run out of the rooms that were started for another."""
     needed = {*config.scorers, "rollout", "learner", "weights", "deadlines", "student"}
@@ -117,15 +111,11 @@ class Session:
         if self._rooms is None:
             from opd_ray.placement import launch  # torch: whoever is refused before needs none
 
-            self._rooms = launch.start_rooms(
-                self._rooms_for, namespace=new_namespace(), max_context_tokens=max_context_tokens
-            )
+            self._rooms = launch.start_rooms(self._rooms_for, max_context_tokens)
         return self._rooms
 
     def close(self) -> None:
         """Ends the actors."""
         if self._rooms is not None:
-            from opd_ray.placement import launch
-
-            launch.stop(*self._rooms.all.values(), self._rooms.recorder)
+            self._rooms.stop()
             self._rooms = None

@@ -29,11 +29,21 @@ class Rooms:
         return {"generate": self.generators, "learn": self.learner, **self.scorers, **teachers}
 
     @property
+    def every(self) -> list[Pool | Group]:
+        """The same and the recorder."""
+        return [*self.all.values(), self.recorder]
+
+    @property
     def pools(self) -> list[Pool]:
         """All that grow, shrink and replace their dead."""
-        return [room for room in (*self.all.values(), self.recorder) if not room.holds_state]
+        return [room for room in self.every if not room.holds_state]
 
     @property
     def followers(self) -> dict[str, Group]:
         """Scorers that take in the student's weights, by role."""
         return {role: room for role, room in self.scorers.items() if room.holds_state}
+
+    def stop(self) -> None:
+        """Ends every actor."""
+        for room in self.every:
+            room.stop()

@@ -14,7 +14,7 @@ from opd_ray.errors import InputError
 from opd_ray.evaluate import Evaluation
 from opd_ray.evaluate import evaluate as run_evaluation
 from opd_ray.placement.capacity import check_fits
-from opd_ray.placement.session import cluster, new_namespace
+from opd_ray.placement.session import cluster
 from opd_ray.run import preflight
 from opd_ray.run.preflight import Preflight
 
@@ -35,13 +35,11 @@ def evaluate(checkpoint_dir: str, config: Config) -> dict[str, Any]:
 async def _evaluate_alone(config: Config, facts: Preflight) -> Evaluation:
     from opd_ray.placement import launch  # torch: what is refused needs none
 
-    pool = launch.start_generators(
-        config, namespace=new_namespace(), max_context_tokens=facts.max_context_tokens, alone=True
-    )
+    pool = launch.start_generators(config, facts.max_context_tokens, alone=True)
     try:
         await pool.up(config.deadlines.start_s)
         problems = prompt_stream(config, config.data.evaluation, 1, shuffled=False)
         most = min(config.evaluation.num_problems, len(problems))
         return await run_evaluation(pool, problems, most, config, facts.eos_token_ids)
     finally:
-        launch.stop(pool)
+        pool.stop()

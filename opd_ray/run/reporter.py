@@ -49,7 +49,7 @@ class Reporter:
         self._path = run_dir / status.FILE
         self._writing: asyncio.Future[None] | None = None
         self._told: str | None = None
-        self._every: list[Pool | Group] = [*rooms.all.values(), rooms.recorder]
+        self._every = rooms.every
         self._work = {room.room: (0.0, 0.0) for room in self._every}
 
     async def run(self) -> None:

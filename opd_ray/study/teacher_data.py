@@ -20,7 +20,6 @@ from opd_ray.evaluate import chunked
 from opd_ray.messages import SamplingSettings
 from opd_ray.models.checkpoints import load_tokenizer
 from opd_ray.placement import launch
-from opd_ray.placement.session import new_namespace
 from opd_ray.rooms.together import together
 from opd_ray.run.preflight import Preflight
 from opd_ray.tasks import get_task
@@ -60,9 +59,7 @@ def sample(config: Config, facts: Preflight, path: Path, count: int) -> None:
 
 async def _sample(config: Config, facts: Preflight, path: Path, count: int) -> None:
     as_student = dataclasses.replace(config, student=dataclasses.replace(config.student, path=config.teacher.path))
-    pool = launch.start_generators(
-        as_student, namespace=new_namespace(), max_context_tokens=facts.max_context_tokens, alone=True
-    )
+    pool = launch.start_generators(as_student, facts.max_context_tokens, alone=True)
     settings = SamplingSettings(
         temperature=config.rollout.teacher_temperature,
         top_p=1.0,
@@ -79,7 +76,7 @@ async def _sample(config: Config, facts: Preflight, path: Path, count: int) -> N
         answers = await together(*(pool.call("generate", chunk, settings) for chunk in chunks))
         tables = await together(*(_fetch(payload) for _, payload in answers))
     finally:
-        launch.stop(pool)
+        pool.stop()
     partial = path.with_suffix(".tmp")
     pq.write_table(pa.Table.from_batches(tables), partial)
     partial.rename(path)

@@ -49,7 +49,7 @@ def load(world, *overrides: str) -> configs.Config:
 def rooms(world, ray_here):
     """Up, with the world's student in all that sample with it or follow it."""
     config = load(world)
-    rooms = launch.start_rooms(config, namespace="rooms", max_context_tokens=96)
+    rooms = launch.start_rooms(config, 96)
 
     async def bring_up() -> None:
         limit = config.deadlines.start_s
@@ -59,7 +59,7 @@ def rooms(world, ray_here):
 
     asyncio.run(bring_up())
     yield rooms
-    launch.stop(*rooms.all.values(), rooms.recorder)
+    rooms.stop()
 
 
 def groups(number: int, responses: int = 2) -> list[PromptGroup]:

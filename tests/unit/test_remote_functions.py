@@ -53,7 +53,7 @@ def test_the_task_that_writes_is_made_once(made: list) -> None:
 
 def test_the_class_of_an_actor_is_made_once_for_all_its_restarts(made: list) -> None:
     """The bug: each replacement of a worker made the class anew, and Ray kept them all."""
-    spawn = launch._spawning("generate", "generator", partial(object), "ns", {"num_cpus": 1})
+    spawn = launch._spawning("generate", "generator", partial(object), {"num_cpus": 1})
     assert [spawn(0, restart).name for restart in range(3)] == [
         "generator-0",
         "generator-0-again-1",
