@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -23,7 +23,6 @@ from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.errors import InputError, OpdError
 
-_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 _DEBUG_VARIABLE = "OPD_RAY_DEBUG"
 
 
@@ -34,10 +33,7 @@ class _ConfiguredCommand(click.Command):
         sections = itertools.groupby(configs.describe(), key=lambda doc: doc.name.rpartition(".")[0])
         for section, docs in sections:
             with formatter.section(f"Fields of {section}" if section else "Fields at the top level"):
-                formatter.write_dl(
-                    [(doc.name, f"{doc.doc} [{_default(doc)}]") for doc in docs],
-                    col_max=34,
-                )
+                formatter.write_dl([(doc.name, f"{doc.doc} [{_default(doc)}]") for doc in docs], col_max=34)
 
 
 def _default(doc: configs.FieldDoc) -> str:
@@ -48,17 +44,23 @@ def _default(doc: configs.FieldDoc) -> str:
 _config_option = click.option(
     "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file of sections and fields."
 )
-_debug_option = click.option("--debug", is_flag=True, help="Show the traceback of a failure that is explained.")
+_debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda _context, _option, debug: os.environ.update({_DEBUG_VARIABLE: "1"} if debug else {}),
+    help="Show the traceback of a failure that is explained.",
+)
 _overrides_argument = click.argument("overrides", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
 
 
-@click.group(context_settings=_CONTEXT)
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="opd_ray")
 def cli() -> None:
     """On-policy distillation on Ray, kept stable (StableOPD)."""
 
 
-@cli.command(cls=_ConfiguredCommand, context_settings=_CONTEXT)
+@cli.command(cls=_ConfiguredCommand)
 @_config_option
 @click.option(
     "--run-dir",
@@ -82,19 +84,18 @@ def train(
     run_dir: Path | None,
     resume: bool,
     auto_resume: bool,
-    debug: bool,
     overrides: tuple[str, ...],
 ) -> None:
     """Train a student; without arguments, the small embedded one.
 
     Connects to the cluster of `ray job submit` or of RAY_ADDRESS, or starts Ray on this machine.
     """
-    _set_debug(debug)
     if (resume or auto_resume) and run_dir is None:
         raise InputError("--resume needs --run-dir DIR: which run to continue")
     resume = resume or (auto_resume and (run_dir / "config.yaml").is_file())
     config = _load(config_file, overrides, run_dir if resume else None)
-    run_dir = (run_dir or _new_run_dir(config)).absolute()
+    new = Path("runs") / f"{config.method}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = (run_dir or new).absolute()
     from opd_ray.run import resuming
 
     resuming.check_run_dir(run_dir, config, resume)
@@ -104,14 +105,13 @@ def train(
     click.echo(f"done: {_gain(summary)}{summary['steps']} steps in {summary['wall_s']:.0f} s; results in {run_dir}")
 
 
-@cli.command(name="status", context_settings=_CONTEXT)
+@cli.command(name="status")
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--watch", is_flag=True, help="Print it every 2 s until the run has ended, or Ctrl-C.")
 @_debug_option
-def status_(run_dir: Path, as_json: bool, watch: bool, debug: bool) -> None:
+def status_(run_dir: Path, as_json: bool, watch: bool) -> None:
     """Where the run in RUN_DIR stands, and why it waits."""
-    _set_debug(debug)
     from opd_ray.status import WRITE_EVERY_S, table
 
     if not watch:
@@ -121,17 +121,14 @@ def status_(run_dir: Path, as_json: bool, watch: bool, debug: bool) -> None:
         table.watch(run_dir, WRITE_EVERY_S, as_json=as_json)
 
 
-@cli.command(cls=_ConfiguredCommand, context_settings=_CONTEXT)
+@cli.command(cls=_ConfiguredCommand)
 @_config_option
 @click.option("--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Check this run directory as well.")
 @click.option("--resume", is_flag=True, help="Check that the run in --run-dir can be continued.")
 @_debug_option
 @_overrides_argument
-def preflight(
-    config_file: Path | None, run_dir: Path | None, resume: bool, debug: bool, overrides: tuple[str, ...]
-) -> None:
+def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, overrides: tuple[str, ...]) -> None:
     """Check everything a training run needs, without loading a model."""
-    _set_debug(debug)
     config = _load(config_file, overrides, run_dir if resume else None)
     from opd_ray.run import preflight as checks
     from opd_ray.run import resuming
@@ -153,19 +150,18 @@ def preflight(
     _print_table("preflight: nothing to object to", vars(facts))
 
 
-@cli.command(cls=_ConfiguredCommand, context_settings=_CONTEXT)
+@cli.command(cls=_ConfiguredCommand)
 @click.argument("checkpoint")
 @_config_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @_debug_option
 @_overrides_argument
-def evaluate(checkpoint: str, config_file: Path | None, as_json: bool, debug: bool, overrides: tuple[str, ...]) -> None:
+def evaluate(checkpoint: str, config_file: Path | None, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Accuracy, truncation, repetition and length of CHECKPOINT on held-out problems.
 
     CHECKPOINT is a model in Hugging Face format, or a run directory or one of its checkpoints/step-N, which stand for
     their student. Of a run, problems and settings are the run's, unless --config or overrides say otherwise.
     """
-    _set_debug(debug)
     from opd_ray.models.checkpoints import inspect
     from opd_ray.run import evaluate as evaluation
     from opd_ray.run import export as exporting
@@ -183,20 +179,19 @@ def evaluate(checkpoint: str, config_file: Path | None, as_json: bool, debug: bo
         _print_table(f"{checkpoint}, task {config.data.task}", result)
 
 
-@cli.command(context_settings=_CONTEXT)
+@cli.command()
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--step", type=click.IntRange(min=0), metavar="N", help="Of which checkpoint; by default the newest.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="By default RUN/student-step-N.")
 @_debug_option
-def export(run_dir: Path, step: int | None, output: Path | None, debug: bool) -> None:
+def export(run_dir: Path, step: int | None, output: Path | None) -> None:
     """Write the student of a checkpoint of RUN in Hugging Face format."""
-    _set_debug(debug)
     from opd_ray.run import export as exporting
 
     click.echo(f"student: {exporting.export(run_dir, step, output)}")
 
 
-@cli.command(name="report", context_settings=_CONTEXT)
+@cli.command(name="report")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option(
     "--output",
@@ -206,9 +201,8 @@ def export(run_dir: Path, step: int | None, output: Path | None, debug: bool) ->
 )
 @click.option("--title", help="Heading of the page; by default what was run.")
 @_debug_option
-def report_(runs: tuple[Path, ...], output: Path | None, title: str | None, debug: bool) -> None:
+def report_(runs: tuple[Path, ...], output: Path | None, title: str | None) -> None:
     """One self-contained HTML page about each RUN, or about all runs below a directory."""
-    _set_debug(debug)
     from opd_ray import report
 
     output = output or report.default_output(runs)
@@ -216,28 +210,18 @@ def report_(runs: tuple[Path, ...], output: Path | None, title: str | None, debu
     click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of ``opd-ray`` and of jobs/stableopd.py: runs the command and exits with its code."""
-    sys.exit(_run(cli, arguments))
-
-
-def main_train() -> None:
-    """``opd-ray train`` with the arguments of this process."""
-    main(["train", *sys.argv[1:]])
-
-
-def _run(command: click.Command, arguments: Sequence[str] | None) -> int:
     try:
-        command.main(args=arguments, prog_name="opd-ray", standalone_mode=False)
+        cli.main(args=arguments, prog_name="opd-ray", standalone_mode=False)
     except click.Abort:
-        click.echo("opd-ray: interrupted", err=True)
-        return 130
+        _end("interrupted", 130)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
-        return 2
+        sys.exit(2)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        return _refuse(f"{error.format_message()} (see {context.command_path if context else 'opd-ray'} --help)", 2)
+        _end(f"{error.format_message()} (see {context.command_path if context else 'opd-ray'} --help)", 2)
     except Exception as error:
         # Ray re-raises a worker's error as a child of its class whose text is the remote traceback.
         explained = getattr(error, "cause", None) or error
@@ -245,18 +229,18 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> int:
             raise
         if os.environ.get(_DEBUG_VARIABLE):
             traceback.print_exception(error)
-        return _refuse(str(explained), explained.exit_code)
-    return 0
+        _end(str(explained), explained.exit_code)
+    sys.exit(0)
 
 
-def _refuse(message: str, exit_code: int) -> int:
+def main_train() -> None:
+    """``opd-ray train`` with the arguments of this process."""
+    main(["train", *sys.argv[1:]])
+
+
+def _end(message: str, exit_code: int) -> NoReturn:
     click.echo(f"opd-ray: {' '.join(message.split())}", err=True)
-    return exit_code
-
-
-def _set_debug(debug: bool) -> None:
-    if debug:
-        os.environ[_DEBUG_VARIABLE] = "1"
+    sys.exit(exit_code)
 
 
 def _load(
@@ -266,11 +250,6 @@ def _load(
     if config_file is None and resumed is not None and (resumed / "config.yaml").is_file():
         config_file = resumed / "config.yaml"
     return configs.load(config_file, overrides, evaluation_only=evaluation_only)
-
-
-def _new_run_dir(config: Config) -> Path:
-    """runs/METHOD-seedN-TIME, which does not exist yet."""
-    return Path("runs") / f"{config.method}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _gain(summary: dict[str, Any]) -> str:

@@ -1,20 +1,5 @@
-"""Every error that opd_ray raises on purpose, as one tree.
-
-    OpdError                    something this package can explain
-    ├── InputError              refused before a model loads; the CLI exits with 2
-    └── RunError                a failure while running; the CLI exits with 1
-        ├── DeadlineError       a wait ended without its answer
-        ├── ActorError          a worker raised
-        │   ├── MemberLost      it died, hung or lost its engine: another can take its call
-        │   │   └── StartFailed its constructor raised
-        │   └── GroupLost       so did one whose room holds state: the run goes back to a checkpoint
-        ├── EngineFailed        an inference engine failed: its worker is replaced
-        ├── Unwritable          a file of the run directory cannot be written: its disk is full, most often
-        ├── StorageUnavailable  a storage does not answer at the moment; writing is tried again
-        ├── Superseded          another driver has taken over the run's checkpoints
-        ├── PayloadLost         an object is gone with its node: what it held is made again
-        ├── Terminated          a signal ended the run; the CLI exits with 143
-        └── WeightSyncError     weights did not reach every engine
+"""Every error that opd_ray raises on purpose, as one tree: an InputError is refused before a model
+loads and the command exits with 2, a RunError is a failure while running and it exits with 1.
 
 All of them carry one finished sentence: what was got, what was expected, where, and
 what to do next. Ray pickles exceptions by ``args``, so the message is the only argument.

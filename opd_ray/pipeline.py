@@ -228,7 +228,9 @@ class Pipeline:
             return entries
         self._where.enter("waiting for rollouts")
         fresh = await self._rollouts.of(slots)
-        return sorted([*(entry for entry in entries if entry.meta.slot not in slots), *fresh], key=_by_slot)
+        return sorted(
+            [*(entry for entry in entries if entry.meta.slot not in slots), *fresh], key=lambda entry: entry.meta.slot
+        )
 
     async def _train(self, step: int, entries: Sequence[Entry]) -> StepOutcome:
         """Trains one step. What was not finite in it changed no weights, and ends the run where there is no guard."""
@@ -292,7 +294,3 @@ class Pipeline:
             for event in verdict.events
         ]
         return StepReport(finished, entries, metrics, evaluation, events), verdict.order
-
-
-def _by_slot(entry: Entry) -> int:
-    return entry.meta.slot

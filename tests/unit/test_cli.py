@@ -344,8 +344,8 @@ def test_status_stops_watching_when_the_driver_is_gone_or_at_ctrl_c(
 def test_status_imports_neither_ray_nor_torch(tmp_path: Path) -> None:
     _status(tmp_path)
     program = (
-        "import sys; from opd_ray.__main__ import _run, cli; code = _run(cli, ['status', sys.argv[1]]); "
-        "sys.exit(code or sorted({'ray', 'torch', 'transformers'} & sys.modules.keys()) or 0)"
+        "import sys; from opd_ray.__main__ import main\ntry:\n    main(['status', sys.argv[1]])\n"
+        "finally:\n    assert not {'ray', 'torch', 'transformers'} & sys.modules.keys()"
     )
     ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
