@@ -186,7 +186,7 @@ async def up(config: Config, rooms: Rooms) -> None:
     """Waits for the groups that were started or restarted, and makes the learner's ranks know each other. Raises
     GroupLost when one is lost meanwhile."""
     limit = config.deadlines.start_s
-    await together(*(_group_up(group, limit) for group in (rooms.learner, *rooms.followers.values())))
+    await together(*(_group_up(group, limit) for group in rooms.groups))
 
 
 async def _group_up(group: Group, limit: float) -> None:

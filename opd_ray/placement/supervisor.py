@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import ray
 
@@ -18,6 +18,7 @@ from opd_ray.config import Config
 from opd_ray.errors import MemberLost, RunError, StartFailed
 from opd_ray.placement.demand import Demand, RoomLoad
 from opd_ray.placement.restarts import Restarts
+from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import Member
@@ -40,13 +41,12 @@ class Supervisor:
     def __init__(
         self,
         config: Config,
-        pools: Sequence[Pool],
-        groups: Sequence[Group],
+        rooms: Rooms,
         delivery: Delivery,
         restarts: Restarts,
         say: Callable[..., None],
     ) -> None:
-        self._config, self._pools, self._groups = config, pools, groups
+        self._config, self._rooms, self._pools = config, rooms, rooms.pools
         self._delivery, self._restarts, self._say = delivery, restarts, say
         self.learner_waited_s: Callable[[], float] | None = None
         """Seconds that the learner has waited for rollouts so far: what demand goes by. None before there is one that
@@ -57,7 +57,7 @@ class Supervisor:
         self._bringing: set[Member] = set()
         self._below: dict[str, float | None] = {}
         """Pools that were at strength once, and since when they are not."""
-        self._looked = (time.monotonic(), 0.0, {pool.room: pool.work() for pool in pools})
+        self._looked = (time.monotonic(), 0.0, {pool.room: pool.work() for pool in self._pools})
 
     async def run(self) -> None:
         """Until cancelled. Raises RunError when a pool cannot be kept at strength, GroupLost for a silent group."""
@@ -218,8 +218,7 @@ class Supervisor:
         limit = self._config.recovery.heartbeat_s
         while True:
             await asyncio.sleep(limit / _BEATS)
-            rooms = (*self._pools, *self._groups)
-            await together(*(self._beat(room, member) for room in rooms for member in list(room.members)))
+            await together(*(self._beat(room, member) for room in self._rooms.every for member in room.members))
 
     async def _beat(self, room: Pool | Group, member: Member) -> None:
         if member.state in ("starting", "gone"):

@@ -39,6 +39,11 @@ class Rooms:
         return [room for room in self.every if not room.holds_state]
 
     @property
+    def groups(self) -> list[Group]:
+        """All of which a loss ends the attempt."""
+        return [room for room in self.every if room.holds_state]
+
+    @property
     def followers(self) -> dict[str, Group]:
         """Scorers that take in the student's weights, by role."""
         return {role: room for role, room in self.scorers.items() if room.holds_state}

@@ -44,14 +44,10 @@ def at(**fields: Any) -> None:
 
 
 class Log(logging.LoggerAdapter):
-    """A logger whose lines carry fields: those of the process, those bound, and ``extra`` of the call."""
-
-    def bind(self, **fields: Any) -> Log:
-        """The same logger with more fields, as ``log.bind(step=3).info("trained")``."""
-        return Log(self.logger, {**self.extra, **fields})
+    """A logger whose lines carry fields: those of the process, and ``extra`` of the call."""
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        kwargs["extra"] = {**_standing(), **_here, **self.extra, **(kwargs.get("extra") or {})}
+        kwargs["extra"] = {**_standing(), **_here, **(kwargs.get("extra") or {})}
         return msg, kwargs
 
 

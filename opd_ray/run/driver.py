@@ -71,7 +71,6 @@ class Driver:
         self._config, self._facts, self._run_dir = config, facts, run_dir
         self._session, self._shelf, self._observers, self._before = session, shelf, observers, before
         self._rooms = rooms = session.rooms(config, facts.max_context_tokens)
-        self._groups = [rooms.learner, *rooms.followers.values()]
         self._materials = Materials(config, facts)
         self._guard = Guard(
             config.guard,
@@ -86,8 +85,8 @@ class Driver:
         self._events = Events(run_dir / "events.jsonl")
         self._summary = Summary(start.state.get("summary") if start else None)
         self._restarts = restarts = Restarts(config.recovery, self._summary.restarts)
-        self._delivery = Delivery(config, rooms.learner, rooms.generators, list(rooms.followers.values()), self._say)
-        self._supervisor = Supervisor(config, rooms.pools, self._groups, self._delivery, restarts, self._say)
+        self._delivery = Delivery(config, rooms, self._say)
+        self._supervisor = Supervisor(config, rooms, self._delivery, restarts, self._say)
         self._keeper = Keeper(config.checkpoint, config.learner.steps, rooms, shelf, self._state, where, self._say)
         self._reporter = Reporter(
             config,
@@ -199,8 +198,7 @@ class Driver:
     async def _bring_up(self) -> None:
         """Until every group is whole and every pool has its minimum."""
         began, limit = time.monotonic(), self._config.deadlines.start_s
-        new = [room for room in self._groups if not room.is_up]
-        new += [pool for pool in self._rooms.pools if not pool.those("ready", "joining")]
+        new = [room for room in self._rooms.every if not room.those("ready", "joining")]
         if new:
             print(f"starting {', '.join(f'{len(room)} {room.room}' for room in new)} actors", flush=True)
         await together(self._supervisor.wait_for_minimum(limit), launch.up(self._config, self._rooms))
@@ -306,7 +304,7 @@ class Driver:
 
     def _restart(self, error: GroupLost) -> None:
         """Starts the actors of a group anew; the state that they held comes from the newest snapshot."""
-        group = next(each for each in self._groups if each.room == error.room)
+        group = next(each for each in self._rooms.groups if each.room == error.room)
         now, step = time.monotonic(), self._where.step
         count = self._restarts.count_group(error, now, was_up=group.is_up, step=step)
         self._say("group_lost", f"lost: {error}; room {error.room} is started anew ({count})", room=error.room)

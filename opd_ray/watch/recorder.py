@@ -51,7 +51,7 @@ class Recorder:
             files = sorted(target.parent.glob("step-*.parquet"), key=lambda file: int(file.stem.removeprefix("step-")))
             for file in files[:-keep]:
                 file.unlink(missing_ok=True)
-        _log.bind(step=step).info("wrote %d rollouts to %s", len(table), target)
+        _log.info("wrote %d rollouts to %s", len(table), target, extra={"step": step})
         return len(table)
 
     def measure(self, rollouts: pa.RecordBatch, teacher_scores: pa.RecordBatch | None = None) -> dict[str, float]:

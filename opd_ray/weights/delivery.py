@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from opd_ray.config import Config
 from opd_ray.errors import GroupLost, MemberLost, WeightSyncError
 from opd_ray.messages import TransferGroup, WeightManifest
+from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import Member
@@ -41,16 +42,10 @@ class _Receiver:
 class Delivery:
     """The student's way from the learner to its receivers, for one run."""
 
-    def __init__(
-        self,
-        config: Config,
-        learner: Group,
-        generators: Pool,
-        followers: Sequence[Group],
-        say: Callable[..., None],
-    ) -> None:
-        self._config, self._learner, self._generators, self._followers = config, learner, generators, followers
-        self._say = say
+    def __init__(self, config: Config, rooms: Rooms, say: Callable[..., None]) -> None:
+        self._config, self._say = config, say
+        self._learner, self._generators = rooms.learner, rooms.generators
+        self._followers = list(rooms.followers.values())
         self.manifest: WeightManifest | None = None
         """What is sent; set before the first broadcast."""
         self.version: int | None = None

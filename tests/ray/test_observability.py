@@ -84,7 +84,7 @@ def test_a_worker_s_log_line_names_actor_room_node_step_and_version(ray_here):
     class Worker:
         async def work(self) -> str:
             logs.at(version=4)
-            logs.get("opd_ray.generate.generator").bind(step=5).info("weights received")
+            logs.get("opd_ray.generate.generator").info("weights received", extra={"step": 5})
             return ray.get_runtime_context().get_worker_id()
 
     options = {"name": "student-generator-7", "runtime_env": {"env_vars": {logs.ROOM_VARIABLE: "generate"}}}

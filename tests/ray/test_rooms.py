@@ -71,13 +71,7 @@ def groups(number: int, responses: int = 2) -> list[PromptGroup]:
 async def broadcast(config: configs.Config, rooms: Rooms, version: int) -> None:
     """What the learner holds, to all, as a run brings it to them."""
     failures: list[str] = []
-    delivery = Delivery(
-        config,
-        rooms.learner,
-        rooms.generators,
-        list(rooms.followers.values()),
-        lambda kind, text, **_: failures.append(text),
-    )
+    delivery = Delivery(config, rooms, lambda kind, text, **_: failures.append(text))
     delivery.manifest = (await rooms.learner.call_all("manifest", version))[0]
     async with delivery.lock:
         await delivery.broadcast(version)

@@ -13,6 +13,7 @@ import re
 import selectors
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any
 from unittest import mock
 
@@ -44,15 +45,14 @@ class _Clock(selectors.DefaultSelector):
         return events
 
 
-class _Loop(asyncio.SelectorEventLoop):
-    def run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> Any:
-        """At once: what other threads do would take no time on this clock."""
-        future = self.create_future()
-        try:
-            future.set_result(function(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+def _at_once(function: Callable[..., Any], *args: Any) -> Future[Any]:
+    """What other threads do would take no time on this clock."""
+    future: Future[Any] = Future()
+    try:
+        future.set_result(function(*args))
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def run(main: Coroutine[Any, Any, Any], most_s: float = 100_000.0) -> Any:
@@ -60,9 +60,10 @@ def run(main: Coroutine[Any, Any, Any], most_s: float = 100_000.0) -> Any:
     clock = _Clock(most_s)
     with (
         mock.patch("time.monotonic", clock.time),
+        mock.patch("opd_ray.rooms.threads.start", _at_once),
         mock.patch("ray.kill", kill),
         mock.patch("ray.nodes", nodes),
-        asyncio.Runner(loop_factory=lambda: _Loop(clock)) as runner,
+        asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(clock)) as runner,
     ):
         return runner.run(main)
 

@@ -205,7 +205,7 @@ async def make_pipeline(
         student_coef=config.loss.student.coef,
     )
     prompts = stream(rows, Shuffled(len(rows), 0))
-    delivery = Delivery(config, rooms.learner, rooms.generators, list(rooms.followers.values()), lambda *_, **__: None)
+    delivery = Delivery(config, rooms, lambda *_, **__: None)
     delivery.manifest = MANIFEST
     made = Made(
         Pipeline(

@@ -18,11 +18,10 @@ class Kept:
     def __init__(self, cast):
         config, self.cast, self.world = cast.config, cast, cast.world
         self.rooms, self.said = cast.rooms(), []
-        self.groups = groups = [self.rooms.learner, *self.rooms.followers.values()]
-        self.delivery = Delivery(config, groups[0], self.rooms.generators, groups[1:], self._say)
+        self.delivery = Delivery(config, self.rooms, self._say)
         self.delivery.manifest = MANIFEST
         self.restarts = Restarts(config.recovery)
-        self.supervisor = Supervisor(config, self.rooms.pools, groups, self.delivery, self.restarts, self._say)
+        self.supervisor = Supervisor(config, self.rooms, self.delivery, self.restarts, self._say)
 
     def _say(self, kind, text, **_):
         self.said.append((kind, text))
@@ -44,7 +43,7 @@ def supervised(scenario, *, fails=None, sent=True, prepare=lambda cast: None, **
 
         async def beside():
             if sent:
-                for group in kept.groups:
+                for group in kept.rooms.groups:
                     await group.up(100)
                 await kept.supervisor.wait_for_minimum(1000)
                 async with kept.delivery.lock:

@@ -20,8 +20,7 @@ class Sending:
 
     def __init__(self, cast):
         self.cast, self.world, self.rooms, self.said, self.lost = cast, cast.world, cast.rooms(), [], []
-        followers = list(self.rooms.followers.values())
-        self.delivery = Delivery(cast.config, self.rooms.learner, self.rooms.generators, followers, self._say)
+        self.delivery = Delivery(cast.config, self.rooms, self._say)
         self.delivery.manifest = MANIFEST
         self.pool = self.rooms.generators
         self.pool.on_loss = lambda pool, member, cause: self.lost.append((member.name, cause))
