@@ -39,7 +39,7 @@ from opd_ray.config import Config
 from opd_ray.data.prompts import PromptStream
 from opd_ray.errors import PayloadLost, RunError, first_failure
 from opd_ray.evaluate import Evaluation, evaluate
-from opd_ray.messages import Entry, RolloutMeta, StepOutcome
+from opd_ray.messages import Entry, StepOutcome
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.lost import until_whole
 from opd_ray.status import Place
@@ -266,26 +266,21 @@ class Pipeline:
         times: dict[str, float],
         problem: str | None,
     ) -> tuple[StepReport, str]:
-        student: list[RolloutMeta] = [entry.meta for entry in entries if entry.meta.source == "student"]
-        budget = self._config.rollout.budget(step)
-        metrics = {f"learner/{name}": value for name, value in (trained | times).items()}
-        metrics |= rollout_metrics(student, version=step, budget=budget)
-        metrics |= teacher_rollout_metrics([entry.meta for entry in entries if entry.meta.source == "teacher"])
-        metrics |= {
-            f"mixture/{name}": value
-            for name, value in self._mixture.composition(step, entries, self._guard.strength).items()
-        }
-        metrics |= {
+        metas, rollout = [entry.meta for entry in entries], self._config.rollout
+        mixture = self._mixture.composition(step, entries, self._guard.strength)
+        metrics = {
+            **{f"learner/{name}": value for name, value in (trained | times).items()},
+            **rollout_metrics([meta for meta in metas if meta.source == "student"], step, rollout.budget(step)),
+            **teacher_rollout_metrics([meta for meta in metas if meta.source == "teacher"]),
+            **{f"mixture/{name}": value for name, value in mixture.items()},
             "queue/slots_taken": self._slots.num_taken,
             "queue/buffer_slots": self._buffer.num_slots,
             **{f"queue/{room}_calls": pool.num_calls for room, pool in self._rooms.all.items()},
         }
-        every, finished = self._config.evaluation.every_steps, step + 1
-        last = finished == self._config.learner.steps
-        during = every > 0 and finished % every == 0 and not last
-        if during:
+        every, finished, evaluation = self._config.evaluation.every_steps, step + 1, None
+        if every and finished % every == 0 and finished < self._config.learner.steps:
             self._where.enter("evaluating")
-        evaluation = await self.evaluate(self._config.evaluation.num_problems_during) if during else None
+            evaluation = await self.evaluate(self._config.evaluation.num_problems_during)
         verdict = self._guard.look(finished, metrics)
         events = [
             dataclasses.replace(event, action=f"{event.action} ({problem})")

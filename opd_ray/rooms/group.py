@@ -93,9 +93,9 @@ class Group(Room):
         """What the failures of some members are for the whole group."""
         for kind in (StartFailed, MemberLost, WeightSyncError, PayloadLost):
             if found := [failure for failure in failures if isinstance(failure, kind)]:
-                if kind is StartFailed and self.num_restarts:  # it has started before: the place may be to blame
-                    return self._lost(found[0])
-                return self._lost(found[0]) if kind is MemberLost else found[0]
+                # One that cannot start but has started before: the place may be to blame.
+                lost = kind is MemberLost or (kind is StartFailed and self.num_restarts)
+                return self._lost(found[0]) if lost else found[0]
         explained = [failure for failure in failures if isinstance(failure.__cause__, RayTaskError)]
         broken = [failure for failure in explained if not isinstance(failure.__cause__.cause, OpdError)]
         # One rank alone has nobody to lose; of several, an error that is not ours is a collective that broke.
