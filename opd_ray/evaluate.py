@@ -63,10 +63,13 @@ async def evaluate(
         max_response_tokens=config.rollout.longest_response,
         stop_token_ids=stop_token_ids,
     )
+
+    async def answers_of(sampling: SamplingSettings) -> list[tuple[Sequence[RolloutMeta], Any]]:
+        chunks = chunked(groups, generators, config.rollout.max_num_seqs)
+        return await together(*(generators.call("generate", chunk, sampling) for chunk in chunks))
+
     greedy = dataclasses.replace(sampled, temperature=0.0)
-    greedy_answers, answers = await together(
-        _answer(generators, groups, greedy, config), _answer(generators, groups, sampled, config)
-    )
+    greedy_answers, answers = await together(answers_of(greedy), answers_of(sampled))
     metas = [meta for chunk, _ in answers for meta in chunk]
     lengths = np.array([meta.num_response_tokens for meta in metas])
     truncated = np.array([meta.truncated for meta in metas])
@@ -83,14 +86,6 @@ async def evaluate(
         student_logprob=float(np.average([meta.mean_behaviour_logprob for meta in metas], weights=lengths)),
         teacher=await _ask_teacher(teacher, recorder, answers, stop_token_ids) if teacher and recorder else None,
     )
-
-
-async def _answer(
-    generators: Pool, groups: Sequence[PromptGroup], sampling: SamplingSettings, config: Config
-) -> list[tuple[Sequence[RolloutMeta], Any]]:
-    """(metas, payload) of each call."""
-    chunks = chunked(groups, generators, config.rollout.max_num_seqs)
-    return await together(*(generators.call("generate", chunk, sampling) for chunk in chunks))
 
 
 def chunked(groups: Sequence[PromptGroup], generators: Pool, most: int) -> list[Sequence[PromptGroup]]:

@@ -208,13 +208,10 @@ async def begin(config: Config, rooms: Rooms, stop_token_ids: Sequence[int]) -> 
     """
     _check_rooms(config, rooms)
     limit = config.deadlines.start_s
-    scorers = config.scorers
     # Those that follow the student receive every broadcast, whether this run asks them anything or not.
     known = {**config.teachers, REFERENCE: config.reference}
-    scorers |= {role: known[role] for role in rooms.followers if role in known}
-    generators = [rooms.generators]
-    if rooms.teacher_generators is not None and config.buffer.uses_teacher_rollouts:
-        generators.append(rooms.teacher_generators)
+    scorers = config.scorers | {role: known[role] for role in rooms.followers if role in known}
+    generators = [rooms.generators, *([rooms.teacher_generators] if config.buffer.uses_teacher_rollouts else [])]
     for pool in generators:
         pool.calls_at_once = config.rollout.calls_at_once
     await together(

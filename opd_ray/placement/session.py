@@ -83,8 +83,7 @@ def unlike(rooms_for: Config, config: Config) -> Iterator[tuple[str, Any, Any]]:
         if rooms_for.teacher.path != config.teacher.path:
             yield "teacher.path", rooms_for.teacher.path, config.teacher.path
     for name, theirs, ours in differences(rooms_for, config, ROOMS):
-        section, _, rest = name.removeprefix("more_teachers.").partition(".")
-        if section in needed:
+        if name.removeprefix("more_teachers.").partition(".")[0] in needed:
             yield name, theirs, ours
     for role, scorer in config.scorers.items():
         there = rooms_for.scorers.get(role)

@@ -23,8 +23,6 @@ from opd_ray.rooms.node import this_node
 ROOM_VARIABLE = "OPD_RAY_ROOM"
 """Environment variable by which a worker knows its room."""
 
-_here: dict[str, Any] = {}
-
 
 def job_config() -> JobConfig:
     """For ``ray.init(job_config=...)``: workers log JSON lines from INFO on; the driver's own logging stays."""
@@ -40,19 +38,19 @@ def get(name: str) -> Log:
 
 def at(**fields: Any) -> None:
     """Where this process stands from now on (``step``, ``version``): part of all that its loggers write."""
-    _here.update(fields)
+    _here().update(fields)
 
 
 class Log(logging.LoggerAdapter):
     """A logger whose lines carry fields: those of the process, and ``extra`` of the call."""
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        kwargs["extra"] = {**_standing(), **_here, **(kwargs.get("extra") or {})}
+        kwargs["extra"] = {**_here(), **(kwargs.get("extra") or {})}
         return msg, kwargs
 
 
 @functools.cache
-def _standing() -> dict[str, str]:
-    """What a process is all its life."""
+def _here() -> dict[str, Any]:
+    """Where a process is all its life, and what ``at`` adds."""
     room = os.environ.get(ROOM_VARIABLE)
     return {"node": this_node()} | ({"room": room} if room else {})

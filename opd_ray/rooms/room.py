@@ -216,9 +216,7 @@ def explained(where: str, error: RayError) -> OpdError:
         return (StartFailed if error.actor_init_failed else MemberLost)(f"{where}: {_death(error)}")
     if isinstance(cause, EngineFailed | RayActorError | OutOfMemoryError):
         return MemberLost(f"{where} failed: {type(cause).__name__}: {_line(cause)}")
-    if isinstance(error, RayTaskError):
-        return ActorError(f"{where} failed: {type(cause).__name__}: {cause}")
-    return ActorError(f"{where}: {type(error).__name__}: {error}")
+    return ActorError(f"{where} failed: {type(cause).__name__}: {cause}")
 
 
 def _death(error: RayActorError) -> str:

@@ -17,11 +17,10 @@ from opd_ray.watch.events import Events
 @pytest.fixture
 def here(monkeypatch):
     """A worker's process that nothing was said about yet."""
-    monkeypatch.setattr(logs, "_here", {})
     monkeypatch.setenv(logs.ROOM_VARIABLE, "learn")
-    logs._standing.cache_clear()
+    logs._here.cache_clear()
     yield
-    logs._standing.cache_clear()
+    logs._here.cache_clear()
 
 
 def read(path: Path) -> list[dict]:
