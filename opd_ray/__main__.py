@@ -80,11 +80,7 @@ def cli() -> None:
 @_debug_option
 @_overrides_argument
 def train(
-    config_file: Path | None,
-    run_dir: Path | None,
-    resume: bool,
-    auto_resume: bool,
-    overrides: tuple[str, ...],
+    config_file: Path | None, run_dir: Path | None, resume: bool, auto_resume: bool, overrides: tuple[str, ...]
 ) -> None:
     """Train a student; without arguments, the small embedded one.
 
