@@ -8,7 +8,7 @@ is checked by :mod:`opd_ray.run.preflight`.
 from opd_ray.config.binding import ROOMS, RUN
 from opd_ray.config.guard import GuardConfig
 from opd_ray.config.loading import FieldDoc, describe, differences, from_dict, load, to_dict, to_yaml
-from opd_ray.config.method import AdvantageConfig, AnchorConfig, ImportanceConfig, LossConfig, TermConfig
+from opd_ray.config.method import AdvantageConfig, ImportanceConfig, LossConfig, ReferenceTermConfig, TermConfig
 from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, RecoveryConfig
 from opd_ray.config.sections import (
     EMBEDDED,
@@ -32,7 +32,7 @@ __all__ = [
     "EMBEDDED",
     "STUDENT",
     "AdvantageConfig",
-    "AnchorConfig",
+    "ReferenceTermConfig",
     "BufferConfig",
     "CheckpointConfig",
     "Config",

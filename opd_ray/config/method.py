@@ -106,7 +106,7 @@ class ImportanceConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class AnchorConfig:
+class ReferenceTermConfig:
     """β_KL · KL(π_θ‖π_ref), the anchor of StableOPD."""
 
     coef: Schedule = 0.01
@@ -172,7 +172,7 @@ class LossConfig:
     teacher: TermConfig = Field(default_factory=TermConfig)
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
     importance: ImportanceConfig = Field(default_factory=ImportanceConfig)
-    reference: AnchorConfig = Field(default_factory=AnchorConfig)
+    reference: ReferenceTermConfig = Field(default_factory=ReferenceTermConfig)
     teachers: Literal["routed", "weighted"] = "routed"
     """Several teachers: each rollout has the one that its row's column teacher names, or all of them by weight."""
     reduction: Literal["token", "sequence", "sum"] = "token"

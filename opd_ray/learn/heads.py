@@ -7,19 +7,13 @@ small (H numbers a token), the logits are not (V), so the student's body hands o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from opd_ray.errors import InputError
-from opd_ray.models.heads import LogitTransform, transform_of
-
-_PROBE_TOKENS = 4
-_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
-"""Largest difference of two ways to the same logits, relative to their size, by precision."""
-
+from opd_ray.models.heads import LogitTransform, checked_transform
 
 LossOfRows = Callable[[int, torch.Tensor], torch.Tensor]
 """(number of a piece, its logits [n, V]) to that piece's share of the loss."""
@@ -106,11 +100,15 @@ class ResponseModel(torch.nn.Module):
         """
         super().__init__()
         self.causal_lm = causal_lm
-        config = causal_lm.config.get_text_config()
-        _check_head(causal_lm, config)
         head = causal_lm.get_output_embeddings()
+        if type(head) is not torch.nn.Linear and not isinstance(head, ResponseHead):
+            raise InputError(
+                f"student: the output layer of {type(causal_lm).__name__} is a {type(head).__name__}, expected a "
+                "linear layer; use an architecture with a plain lm_head"
+            )
+        transform = checked_transform(causal_lm, "student")
         head.__class__ = ResponseHead
-        head.transform = transform_of(config)
+        head.transform = transform
 
     @property
     def vocab_size(self) -> int:
@@ -135,32 +133,3 @@ class ResponseModel(torch.nn.Module):
             return head(hidden.flatten(0, 1).index_select(0, logit_index))
         finally:
             head.consumer = None
-
-
-@torch.no_grad()
-def _check_head(causal_lm: torch.nn.Module, config: Any) -> None:
-    """Body, output layer and transform must give what the model itself gives."""
-    name = type(causal_lm).__name__
-    head = causal_lm.get_output_embeddings()
-    if type(head) is not torch.nn.Linear and not isinstance(head, ResponseHead):
-        raise InputError(
-            f"student: the output layer of {name} is a {type(head).__name__}, expected a linear layer; "
-            "use an architecture with a plain lm_head"
-        )
-    vocabulary = causal_lm.get_input_embeddings().num_embeddings
-    tokens = torch.arange(_PROBE_TOKENS, device=head.weight.device)[None] % vocabulary
-    own = causal_lm(input_ids=tokens, use_cache=False).logits.float()
-    hidden = causal_lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    ours = transform_of(config)(torch.nn.functional.linear(hidden, head.weight, head.bias)).log_softmax(-1)
-    difference = float((ours - own.log_softmax(-1)).abs().max())
-    tolerance = _PROBE_TOLERANCE.get(head.weight.dtype, 1e-3) * max(1.0, float(own.std()))
-    if not difference <= tolerance:
-        raise InputError(
-            f"student: {name} does something unknown to its logits (log-probs differ by {difference:.2g} nats from "
-            "body and output layer); known are logit_scale, logits_scaling, final_logit_softcapping in config.json"
-        )
-
-
-def chunk_rows(vocab_size: int, logits_mb: int) -> int:
-    """Tokens whose float32 logits fill ``logits_mb`` MiB; at least 1."""
-    return max(1, math.floor(logits_mb * 2**20 / (4 * vocab_size)))

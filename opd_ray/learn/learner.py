@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import logging
 import math
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from opd_ray.config import Config
@@ -28,15 +31,7 @@ from opd_ray.errors import RunError
 from opd_ray.learn.export import write_student
 from opd_ray.learn.heads import ResponseModel
 from opd_ray.learn.losses.diagnostics import finish
-from opd_ray.learn.microbatch import (
-    Payload,
-    collate,
-    disable_dropout,
-    fetch_payloads,
-    is_loss,
-    lost_rollouts,
-    lr_factor,
-)
+from opd_ray.learn.microbatch import Payloads, collate, disable_dropout, fetch_payloads, lr_factor
 from opd_ray.learn.objective import MicroBatchLoss, Objective
 from opd_ray.learn.state import LearnerState
 from opd_ray.messages import StepOutcome, StepPlan, TransferGroup, WeightManifest
@@ -132,38 +127,42 @@ class Learner:
         )
         self._state = LearnerState(self._engine, self._model, zero_stage=self._zero_stage, seed=config.seed)
 
-    def train_step(self, plan: StepPlan, fetch: Callable[[list[Any]], list[Any]] | None = None) -> StepOutcome:
+    def train_step(self, plan: StepPlan, fetch: Callable[[list[Any]], list[Any]] = ray.get) -> StepOutcome:
         """One optimizer step; the same outcome on every rank.
 
-        ``fetch`` turns refs into RecordBatches (``ray.get`` unless told). Where payloads of any rank are gone from the
+        ``fetch`` turns refs into RecordBatches. Where payloads of any rank are gone from the
         object store, or where a loss or the gradient is not finite on any rank, no rank takes the step, and the
         outcome says which rollouts are lost or to blame. Raises RunError when a payload does not fit its plan.
         """
-        payloads, lost = self._fetch(plan, fetch or _ray_get())
+        payloads, lost = fetch_payloads(plan, fetch)
         # Agreed on before anything collective: a rank without its payloads would leave the others waiting in it.
         if lost := tuple(sorted({rollout for each in self._everyones(lost) for rollout in each})):
             return StepOutcome({}, lost=lost)
         last = len(plan.micro_batches) - 1
-        names: tuple[str, ...] = ()
-        problems: list[str] = []
-        totals = torch.zeros((), dtype=torch.float64, device=self._device)
+        seen = []
         for index in range(len(plan.micro_batches)):
             self._engine.set_gradient_accumulation_boundary(index == last)
             loss = self._backward(plan, index, payloads)
-            problems += [loss.problem] if loss.problem else []
-            names = tuple(sorted(loss.metrics))
-            totals = totals + torch.stack([loss.metrics[name] for name in names]).double()
+            seen.append((loss.metrics, f"rank {self._rank}: {loss.problem}" if loss.problem else None))
         lr = self._engine.get_lr()[0]
         grad_norm = self._optimizer_step()
-        if self._num_ranks > 1:
-            torch.distributed.all_reduce(totals)
-        metrics = finish(dict(zip(names, totals.tolist(), strict=True)))
+        totals: Counter[str] = Counter()  # which, unlike a dict, adds up what it is updated with
+        problems: list[str] = []
+        for sums, problem in itertools.chain.from_iterable(self._everyones(seen)):
+            totals.update(sums)
+            problems += [problem] if problem else []
+        metrics = finish(totals)
         metrics |= {"grad_norm": grad_norm, "lr": lr, "trained_tokens": float(plan.denominators.tokens)}
         logs.at(step=plan.step + 1, version=plan.step + 1)
         _log.info("trained %d tokens, gradient norm %.3g", plan.denominators.tokens, grad_norm)
         if math.isfinite(grad_norm):
             return StepOutcome(metrics)
-        return StepOutcome(metrics | {"loss": math.nan}, self._explain(problems, grad_norm))
+        if not problems:
+            problems = [
+                f"the gradient norm is {grad_norm} although the loss is finite; lower learner.lr, or train in float32"
+            ]
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        return StepOutcome(metrics | {"loss": math.nan}, "; ".join(problems[:4]) + more)
 
     def manifest(self, version: int) -> WeightManifest:
         """What ``send_weights`` will send."""
@@ -203,16 +202,14 @@ class Learner:
         """
         return self._state.facts(), self._state.arrays()
 
-    def restore(
-        self, facts: Mapping[str, Any], parts: Sequence[Any], fetch: Callable[[Any], Any] | None = None
-    ) -> None:
+    def restore(self, facts: Mapping[str, Any], parts: Sequence[Any]) -> None:
         """Continues from a ``snapshot`` of any number of ranks at any ZeRO stage; after ``begin`` or in mid-run.
 
-        ``parts`` are refs of all ranks' arrays, which ``fetch`` (``ray.get`` unless told) resolves one at a time.
+        ``parts`` are refs of all ranks' arrays, of which one at a time is held.
         The random generators go on where the number of ranks is the same, and else begin anew for the configured
         seed and the rank. Raises RunError when the state is not this model's or not whole.
         """
-        self._state.restore(facts, parts, fetch or _ray_get())
+        self._state.restore(facts, (item for part in parts for item in ray.get(part).items()))
 
     def export(self) -> tuple[int, dict[str, np.ndarray]]:
         """A Hugging Face checkpoint in the student's original dtype: its size in bytes, and each file as uint8.
@@ -254,12 +251,14 @@ class Learner:
         learner = self._config.learner
         bucket = min(self._num_parameters, 200_000_000)
         bfloat16 = learner.dtype == "bfloat16"
-        config: dict[str, Any] = {
+        return {
             "train_micro_batch_size_per_gpu": 1,  # not used: boundaries and denominators are ours
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": 0.0 if self._clips_here else learner.gradient_clip,
+            # Without ZeRO, DeepSpeed steps the plain optimizer and reports no gradient norm: we clip ourselves.
+            "gradient_clipping": learner.gradient_clip if self._zero_stage else 0.0,
             "steps_per_print": 2**31,
             "bf16": {"enabled": bfloat16},
+            **({"data_types": {"grad_accum_dtype": "fp32"}} if bfloat16 else {}),
             "zero_optimization": {
                 "stage": self._zero_stage,
                 "reduce_bucket_size": bucket,
@@ -269,24 +268,6 @@ class Learner:
                 "stage3_param_persistence_threshold": min(100_000, self._num_parameters // 1000),
             },
         }
-        if bfloat16:
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
-        return config
-
-    @property
-    def _clips_here(self) -> bool:
-        """Without ZeRO, DeepSpeed steps the plain optimizer and reports no gradient norm."""
-        return self._zero_stage == 0
-
-    def _fetch(self, plan: StepPlan, fetch: Callable[[Any], Any]) -> tuple[dict[int, Payload], tuple[str, ...]]:
-        """The payloads of a plan, or else which of its rollouts lost theirs."""
-        try:
-            return fetch_payloads(plan, fetch), ()
-        except Exception as error:
-            if not is_loss(error):
-                raise
-        lost = lost_rollouts(plan, fetch)
-        return ({}, lost) if lost else (fetch_payloads(plan, fetch), ())
 
     def _everyones(self, value: Any) -> list[Any]:
         """Each rank's ``value``, on every rank."""
@@ -295,7 +276,7 @@ class Learner:
             torch.distributed.all_gather_object(values, value)
         return values
 
-    def _backward(self, plan: StepPlan, index: int, payloads: dict[int, Payload]) -> MicroBatchLoss:
+    def _backward(self, plan: StepPlan, index: int, payloads: Payloads) -> MicroBatchLoss:
         """Accumulates the gradient of one micro-batch."""
         batch = collate(plan.micro_batches[index], payloads, packing=self._config.learner.packing).to(self._device)
         try:
@@ -313,7 +294,7 @@ class Learner:
 
         A norm that is not finite means that nothing was stepped and the gradients are gone, on every rank.
         """
-        if not self._clips_here:
+        if self._zero_stage > 0:
             self._engine.step()
             # ZeRO skips a step whose gradient is not finite, and keeps the norm of the step before.
             return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
@@ -324,13 +305,6 @@ class Learner:
         else:
             self._engine.zero_grad()
         return grad_norm
-
-    def _explain(self, problems: list[str], grad_norm: float) -> str:
-        """One text for all ranks from what each of them saw."""
-        texts = [f"rank {rank}: {text}" for rank, found in enumerate(self._everyones(problems)) for text in found]
-        if texts:
-            return "; ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
-        return f"the gradient norm is {grad_norm} although the loss is finite; lower learner.lr, or train in float32"
 
     def _end(self) -> None:
         """Frees what the last run held."""
@@ -352,12 +326,6 @@ class Learner:
         for name, parameter in weights_of(self._model):
             with deepspeed.zero.GatheredParameters([parameter]):
                 yield name, parameter.data
-
-
-def _ray_get() -> Callable[[Any], Any]:
-    import ray
-
-    return ray.get
 
 
 def _import_deepspeed() -> Any:

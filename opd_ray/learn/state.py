@@ -7,13 +7,14 @@ state. The learning rate is not part of it: it follows from the configuration an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from opd_ray.errors import RunError
+from opd_ray.weights.manifest import differing, shape_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -39,7 +40,7 @@ class LearnerState:
             "skipped_steps": self._engine.skipped_steps,
             "num_ranks": self._num_ranks,
             "zero_stage": self._stage,
-            "shapes": {name: list(_shape(parameter)) for name, parameter in self._parameters.items()},
+            "shapes": {name: list(shape_of(parameter)) for name, parameter in self._parameters.items()},
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -56,25 +57,27 @@ class LearnerState:
         return share
 
     @torch.no_grad()
-    def restore(self, facts: Mapping[str, Any], parts: Sequence[Any], fetch: Callable[[Any], Any]) -> None:
-        """Takes over what ``facts`` and all ranks' ``arrays``, one part after another, say.
+    def restore(self, facts: Mapping[str, Any], arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Takes over what ``facts`` and all ranks' ``arrays``, one after another, say.
 
         Raises RunError when they are not this model's: before anything is changed where the shapes tell, after where
         an array is missing.
         """
-        self._check(facts["shapes"])
+        if wrong := differing({name: shape_of(each) for name, each in self._parameters.items()}, facts["shapes"]):
+            raise RunError(
+                f"the saved learner state is not this model's: {wrong}; restore it with the student.path that wrote it"
+            )
         self._begin_adam(facts["steps"])
         kinds = ("weight", *_MOMENTS) if facts["steps"] else ("weight",)
         missing = {f"{kind}/{name}" for kind in kinds for name in self._parameters}
         rng: dict[str, torch.Tensor] = {}
-        for part in parts:
-            for key, array in fetch(part).items():
-                kind, _, name = key.partition("/")
-                if kind.startswith("rng"):
-                    rng[key] = torch.tensor(array)
-                elif key in missing:
-                    self._assign(kind, self._parameters[name], torch.tensor(array))
-                    missing.remove(key)
+        for key, array in arrays:
+            kind, _, name = key.partition("/")
+            if kind.startswith("rng"):
+                rng[key] = torch.tensor(array)
+            elif key in missing:
+                self._assign(kind, self._parameters[name], torch.tensor(array))
+                missing.remove(key)
         if missing:
             raise RunError(
                 f"the saved learner state lacks {len(missing)} of its arrays, as {min(missing)}; it has to be the "
@@ -83,30 +86,12 @@ class LearnerState:
         self._restore_position(facts)
         self._restore_rng(facts["num_ranks"], rng)
 
-    def _check(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        own = {name: list(_shape(parameter)) for name, parameter in self._parameters.items()}
-        wrong = [
-            *(f"{name} is missing" for name in own.keys() - shapes.keys()),
-            *(f"{name} is unknown" for name in shapes.keys() - own.keys()),
-            *(
-                f"{name} is {list(shapes[name])} instead of {own[name]}"
-                for name in own.keys() & shapes.keys()
-                if list(shapes[name]) != own[name]
-            ),
-        ]
-        if wrong:
-            more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise RunError(
-                f"the saved learner state is not this model's: {', '.join(sorted(wrong)[:3])}{more}; restore it with "
-                "the student.path that wrote it"
-            )
-
     def _owners(self) -> Iterator[int]:
         """The rank that hands each parameter out: so that all ranks hand out about as much."""
         load = [0] * self._num_ranks
         for parameter in self._parameters.values():
             owner = load.index(min(load))
-            load[owner] += _shape(parameter).numel()
+            load[owner] += shape_of(parameter).numel()
             yield owner
 
     def _whole(self, kind: str, parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -125,12 +110,13 @@ class LearnerState:
 
         if self._stage == 0:
             self._whole(kind, parameter).copy_(whole)
+            return
+        if kind == "weight" and parameter.numel():  # under ZeRO-3 only a small one that stays gathered
+            parameter.copy_(whole)
+        if self._stage < 3 and kind == "weight":
+            fragments.safe_set_full_fp32_param(parameter, whole)
         elif self._stage < 3:
-            if kind == "weight":
-                fragments.safe_set_full_fp32_param(parameter, whole)
-                parameter.copy_(whole)
-            else:
-                fragments.safe_set_full_optimizer_state(parameter, whole, kind)
+            fragments.safe_set_full_optimizer_state(parameter, whole, kind)
         else:
             size = parameter.ds_tensor.numel()  # the last rank's is padded, and so must be what it gets
             flat = torch.nn.functional.pad(whole.flatten(), (0, size * self._num_ranks - whole.numel()))
@@ -138,8 +124,6 @@ class LearnerState:
             if kind == "weight":
                 fragments.safe_set_local_fp32_param(parameter, shard)
                 parameter.ds_tensor.copy_(shard)
-                if parameter.numel():  # a small one that stays gathered
-                    parameter.copy_(whole)
             else:
                 fragments.safe_set_local_optimizer_state(parameter, shard, kind)
 
@@ -179,8 +163,3 @@ class LearnerState:
         torch.set_rng_state(states[f"rng/{self._rank}"])
         if torch.cuda.is_initialized() and f"rng_cuda/{self._rank}" in states:
             torch.cuda.set_rng_state(states[f"rng_cuda/{self._rank}"])
-
-
-def _shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """The whole parameter's, which under ZeRO-3 is empty while it is not gathered."""
-    return getattr(parameter, "ds_shape", parameter.shape)

@@ -12,6 +12,10 @@ from opd_ray.config import STUDENT, Config, ScorerConfig
 from opd_ray.errors import InputError
 from opd_ray.models.checkpoints import local_directory
 
+_PROBE_TOKENS = 4
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
+"""Largest difference of two ways to the same logits, relative to their size, by precision."""
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -38,6 +42,23 @@ def transform_of(config: Any) -> LogitTransform:
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def checked_transform(model: Any, where: str) -> LogitTransform:
+    """That of a causal LM, whose body, output layer and transform give its own logits; InputError where they do not."""
+    head, name = model.get_output_embeddings(), type(model).__name__
+    transform = transform_of(model.config.get_text_config())
+    tokens = torch.arange(_PROBE_TOKENS, device=head.weight.device)[None] % model.get_input_embeddings().num_embeddings
+    own = model(input_ids=tokens, use_cache=False).logits.float()
+    ours = transform(head(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state))
+    difference = float((ours.log_softmax(-1) - own.log_softmax(-1)).abs().max())
+    if not difference <= _PROBE_TOLERANCE[head.weight.dtype] * max(1.0, float(own.std())):
+        raise InputError(
+            f"{where}: {name} does something unknown to its logits (log-probs differ by {difference:.2g} nats from "
+            "body and output layer); known are logit_scale, logits_scaling, final_logit_softcapping in config.json"
+        )
+    return transform
 
 
 def load_head(path: str | Path, dtype: torch.dtype, device: torch.device) -> FrozenHead:

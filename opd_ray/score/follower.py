@@ -10,7 +10,7 @@ import torch
 
 from opd_ray.errors import RunError, WeightSyncError
 from opd_ray.messages import TransferGroup, WeightManifest
-from opd_ray.weights.manifest import check_fits
+from opd_ray.weights.manifest import check_fits, differing
 from opd_ray.weights.transfer import WeightTransfer
 
 Update = Literal["fixed", "periodic", "average"]
@@ -86,17 +86,12 @@ class Follower:
     def restore(self, facts: Mapping[str, int], arrays: Mapping[str, np.ndarray]) -> None:
         """Goes on from what ``snapshot`` returned. Raises RunError when it does not fit the model."""
         own = self._own()
-        if differing := sorted(arrays.keys() ^ own.keys()):
+        ours, theirs = ({name: each.shape for name, each in weights.items()} for weights in (own, arrays))
+        if wrong := differing(ours, theirs):
             raise RunError(
-                f"weights: the snapshot of a scorer that follows the student has {len(arrays)} parameters, its model "
-                f"{len(own)}; {differing[0]} is only in one of them; resume with the scorers that wrote it"
+                f"weights: the snapshot of a scorer that follows the student is not its model's: {wrong}; resume with "
+                "the scorers that wrote it"
             )
-        for name, parameter in own.items():
-            if arrays[name].shape != tuple(parameter.shape):
-                raise RunError(
-                    f"weights: {name} has shape {list(arrays[name].shape)} in the snapshot of a scorer that follows "
-                    f"the student but {list(parameter.shape)} in its model; resume with the scorers that wrote it"
-                )
         self.whole = False
         for name in own:
             self._blend(name, torch.tensor(arrays[name]), 0.0)

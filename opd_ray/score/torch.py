@@ -8,16 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_ray.errors import InputError
 from opd_ray.messages import ScoreRequest
 from opd_ray.models.checkpoints import load_model
-from opd_ray.models.heads import transform_of
+from opd_ray.models.heads import checked_transform
+from opd_ray.models.inputs import lay_out
 from opd_ray.score.engine import Rollout, Scores
 
 _LOGITS_BYTES = 256 * 2**20
 """Float32 logits that are held at once; their exponentials take as much again."""
-
-_PROBE_TOKENS = 4
 
 
 class TorchScoringEngine:
@@ -46,10 +44,7 @@ class TorchScoringEngine:
         self._model = load_model(path, self._dtype, self._device)
         self._head = self._model.get_output_embeddings()
         self._vocab_size = self._head.weight.shape[0]
-        self._transform = transform_of(self._model.config.get_text_config())
-        self._gather: _Gather | None = None
-        self._check_head(path)
-        self._head.register_forward_pre_hook(lambda _, inputs: self._gather and self._gather(inputs[0]))
+        self._transform = checked_transform(self._model, path)
 
     @property
     def device(self) -> torch.device:
@@ -88,10 +83,13 @@ class TorchScoringEngine:
 
     def _score_batch(self, rows: list[Rollout], request: ScoreRequest) -> list[Scores]:
         lengths = [len(row.response_tokens) for row in rows]
-        tokens = _joined([row.response_tokens for row in rows])
+        tokens = np.concatenate([row.response_tokens for row in rows])
         given = np.concatenate([row.given_ids for row in rows]) if request.given else np.empty((len(tokens), 0))
         columns = [torch.from_numpy(ids.astype(np.int64)).to(self.device) for ids in (tokens, given)]
-        hidden = self._hidden(rows)
+        laid = lay_out([row.prompt_tokens for row in rows], [row.response_tokens for row in rows])
+        input_ids, index = laid[0].to(self.device), laid[2].to(self.device)
+        body = self._model.base_model(input_ids=input_ids, use_cache=False)
+        hidden = body.last_hidden_state.flatten(0, 1).index_select(0, index)
         size = max(1, self._logits_bytes // (4 * self._vocab_size))
         chunks = []
         for start in range(0, max(1, len(tokens)), size):
@@ -101,54 +99,6 @@ class TorchScoringEngine:
         whole = {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
         whole["hidden"] = _portable(hidden if request.hidden else hidden[:, :0])
         return _split(whole, lengths)
-
-    def _hidden(self, rows: list[Rollout]) -> Tensor:
-        """[N, H] in front of the output layer: what predicts the response tokens of the rows, packed in order."""
-        sequences = [np.concatenate([row.prompt_tokens, row.response_tokens]).astype(np.int64) for row in rows]
-        input_ids, attention_mask = _pad_right(sequences, self.device)
-        # Position t predicts token t + 1.
-        where = [
-            index * input_ids.shape[1] + len(row.prompt_tokens) - 1 + np.arange(len(row.response_tokens))
-            for index, row in enumerate(rows)
-        ]
-        self._gather = _Gather(torch.from_numpy(_joined(where)).to(self.device))
-        try:
-            self._model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            return self._gather.hidden
-        finally:
-            self._gather = None
-
-    @torch.inference_mode()
-    def _check_head(self, path: str) -> None:
-        """The output layer and the known transform must give what the model gives."""
-        seen: list[Tensor] = []
-        handle = self._head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.clone()))
-        tokens = torch.arange(_PROBE_TOKENS, device=self.device)[None] % self._vocab_size
-        try:
-            logits = self._model(input_ids=tokens, use_cache=False).logits.float()
-        finally:
-            handle.remove()
-        expected = logits - logits.amax(-1, keepdim=True)
-        difference = float((self._transform(seen[0]) - expected).abs().max())
-        tolerance = (1e-3 if self._model.dtype == torch.float32 else 0.3) * max(1.0, float(logits.std()))
-        if not difference <= tolerance:
-            raise InputError(
-                f"{path}: {type(self._model).__name__} does something unknown to its logits (they differ by "
-                f"{difference:.2g} from its output layer's); known are logit_scale, logits_scaling and "
-                "final_logit_softcapping in config.json"
-            )
-
-
-class _Gather:
-    """Takes the rows of interest from what enters the output layer, and passes on only the first of them."""
-
-    def __init__(self, where: Tensor) -> None:
-        self._where = where
-        self.hidden: Tensor
-
-    def __call__(self, states: Tensor) -> tuple[Tensor]:
-        self.hidden = states.flatten(0, 1).index_select(0, self._where)
-        return (self.hidden[:1],)
 
 
 def _token_scores(logits: Tensor, tokens: Tensor, given: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
@@ -190,17 +140,3 @@ def _split(whole: Mapping[str, np.ndarray], lengths: Sequence[int]) -> list[Scor
         Scores(**{name: column[end - length : end] for name, column in whole.items()})
         for end, length in zip(ends, lengths, strict=True)
     ]
-
-
-def _joined(rows: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(rows).astype(np.int64)
-
-
-def _pad_right(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [R, longest] padded with 0, and the mask of real ones."""
-    lengths = torch.tensor([len(row) for row in rows])
-    input_ids = torch.zeros((len(rows), int(lengths.max())), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row)] = torch.from_numpy(row)
-    mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
-    return input_ids.to(device), mask.to(device, torch.int64)

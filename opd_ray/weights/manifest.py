@@ -6,7 +6,7 @@ The learner calls ``weights_of`` once per broadcast and hands the same list to `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -25,34 +25,41 @@ def weights_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def manifest_of(weights: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightManifest:
-    """Names, dtypes and full shapes of ``weights``; gathers nothing.
-
-    Under ZeRO-3 a parameter is empty while it is not gathered; DeepSpeed keeps its shape in
-    ``ds_shape``.
-    """
+    """Names, dtypes and full shapes of ``weights``; gathers nothing."""
     weights = list(weights)
     return WeightManifest(
         version=version,
         names=tuple(name for name, _ in weights),
         dtypes=tuple(dtype_name(tensor.dtype) for _, tensor in weights),
-        shapes=tuple(tuple(getattr(tensor, "ds_shape", tensor.shape)) for _, tensor in weights),
+        shapes=tuple(tuple(shape_of(tensor)) for _, tensor in weights),
     )
+
+
+def shape_of(parameter: torch.Tensor) -> torch.Size:
+    """The whole parameter's. Under ZeRO-3 one is empty while it is not gathered; DeepSpeed keeps its shape."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def check_fits(manifest: WeightManifest, parameters: Mapping[str, torch.Tensor], whose: str) -> None:
     """Refuses a broadcast that lacks one of a model's parameters or has it in another shape."""
-    shapes = dict(zip(manifest.names, manifest.shapes, strict=True))
-    if missing := parameters.keys() - shapes.keys():
+    sent = {name: shape for name, shape in zip(manifest.names, manifest.shapes, strict=True) if name in parameters}
+    if wrong := differing({name: parameter.shape for name, parameter in parameters.items()}, sent):
         raise WeightSyncError(
-            f"weights: the broadcast of version {manifest.version} leaves out {len(missing)} parameters of {whose}, "
-            f"as {min(missing)}; it must have the student's architecture"
+            f"weights: the broadcast of version {manifest.version} does not fit {whose}: {wrong}; it must have the "
+            "student's architecture"
         )
-    for name, parameter in parameters.items():
-        if tuple(parameter.shape) != tuple(shapes[name]):
-            raise WeightSyncError(
-                f"weights: {name} has shape {list(shapes[name])} in the student but {list(parameter.shape)} in "
-                f"{whose}; it must have the student's architecture"
-            )
+
+
+def differing(own: Mapping[str, Sequence[int]], other: Mapping[str, Sequence[int]]) -> str:
+    """What is wrong with the ``other`` shapes of a model's parameters, for an error; empty where nothing is."""
+    wrong = [f"{name} is missing" for name in own.keys() - other.keys()]
+    wrong += [f"{name} is unknown" for name in other.keys() - own.keys()]
+    wrong += [
+        f"{name} is {list(other[name])} instead of {list(own[name])}"
+        for name in own.keys() & other.keys()
+        if tuple(other[name]) != tuple(own[name])
+    ]
+    return ", ".join(sorted(wrong)[:3]) + (f", and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

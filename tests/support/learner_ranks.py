@@ -201,7 +201,7 @@ def plain_training(
     """Losses, gradient norms and learning rates of NUM_STEPS steps without DeepSpeed, and without cutting them up."""
     entries = scored_entries(*SIZES, seed=3) if entries is None else entries
     plan = StepPlan(0, (tuple(entries),), count(entries), COEFFICIENTS)
-    batch = collate(entries, fetch_payloads(plan, lambda refs: refs), packing=False)
+    batch = collate(entries, fetch_payloads(plan, lambda refs: refs)[0], packing=False)
     module = ResponseModel(AutoModelForCausalLM.from_pretrained(student_path, dtype="float32"))
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.learner.lr, weight_decay=0.0)
     objective = Objective(
@@ -219,7 +219,7 @@ def plain_training(
         module(batch.input_ids, None, batch.logit_index).backward()
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), config.learner.gradient_clip)
         optimizer.step()
-        values = finish({name: value.item() for name, value in loss.metrics.items()})
+        values = finish(loss.metrics)
         tokens = {"trained_tokens": float(plan.denominators.tokens)}
         curve.append(values | {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]} | tokens)
     return curve

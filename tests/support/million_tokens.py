@@ -15,7 +15,7 @@ import torch
 
 from opd_ray.config import from_dict
 from opd_ray.learn.heads import ResponseHead
-from opd_ray.learn.losses import ScoredTokens
+from opd_ray.learn.losses import ScoredTokens, Tokens
 from opd_ray.learn.microbatch import MicroBatch, Segment
 from opd_ray.learn.objective import Objective
 from opd_ray.messages import Coefficients, Count, Denominators
@@ -54,18 +54,19 @@ def main(logits_mb: int) -> None:
     parts = zip(states.split(4096), tokens.split(4096), strict=True)
     scores = torch.cat([other(part).log_softmax(-1).gather(-1, own[:, None])[:, 0] for part, own in parts])
     teacher = ScoredTokens(scores, none.long(), none, stop_logprobs=scores, hidden=states)
+    segment = Segment(
+        source="student",
+        rollout_ids=tuple(map(str, range(ROLLOUTS))),
+        lengths=torch.full((ROLLOUTS,), LENGTH),
+        truncated=torch.zeros(ROLLOUTS, dtype=torch.bool),
+        tokens=Tokens(tokens, scores, {"teacher": teacher}, reward_advantages=torch.zeros(TOKENS)),
+        repetitive=torch.zeros(TOKENS),
+    )
     batch = MicroBatch(
         input_ids=torch.zeros(1, 1, dtype=torch.int64),
         position_ids=None,
         logit_index=torch.zeros(0, dtype=torch.int64),
-        tokens=tokens,
-        repetitive=torch.zeros(TOKENS),
-        response_lengths=torch.full((ROLLOUTS,), LENGTH),
-        truncated=torch.zeros(ROLLOUTS, dtype=torch.bool),
-        reward_advantages=torch.zeros(ROLLOUTS),
-        behaviour_logprobs=scores,
-        segments=(Segment("student", slice(0, ROLLOUTS), slice(0, TOKENS), {"teacher": teacher}, None, None),),
-        rollout_ids=tuple(map(str, range(ROLLOUTS))),
+        segments=(segment,),
     )
     head = ResponseHead(HIDDEN, VOCABULARY, bias=False)
     objective = Objective(config, vocab_size=VOCABULARY, stop_token_ids=(1,), heads={"teacher": other})

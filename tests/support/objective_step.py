@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,16 +74,15 @@ def take(
         heads = {role: head_of(role) for role in (*config.teachers, "reference")}
     objective = Objective(config, vocab_size=module.vocab_size, stop_token_ids=stop_token_ids, heads=heads)
     objective.chunk_rows = chunk_rows or objective.chunk_rows
-    sums: dict[str, float] = {}
+    sums: Counter[str] = Counter()
     problems = []
     for plan in plans:
-        payloads = fetch_payloads(plan, lambda refs: refs)
+        payloads, _ = fetch_payloads(plan, lambda refs: refs)
         for entries in plan.micro_batches:
             batch = collate(entries, payloads, packing=packing)
             loss = objective.of(batch, plan.denominators, plan.coefficients)
             module.consume(loss)
             module(batch.input_ids, batch.position_ids, batch.logit_index).backward()
-            assert not sums or sums.keys() == loss.metrics.keys(), "the names depend on the micro-batch"
-            sums = {name: sums.get(name, 0.0) + value.item() for name, value in loss.metrics.items()}
+            sums.update(loss.metrics)
             problems += [loss.problem] if loss.problem else []
     return Step(sums["loss"], [parameter.grad.clone() for parameter in module.parameters()], sums, problems)

@@ -98,7 +98,7 @@ def whole(entries: list[Entry]) -> StepPlan:
 
 
 def collated(entries: list[Entry], packing: bool) -> MicroBatch:
-    return collate(entries, fetch_payloads(whole(entries), lambda refs: refs), packing=packing)
+    return collate(entries, fetch_payloads(whole(entries), lambda refs: refs)[0], packing=packing)
 
 
 ALL = ("teacher", "reference")
@@ -119,26 +119,28 @@ def test_collation_aligns_every_column_with_its_token(packing: bool) -> None:
     batch = collated([entries[4], entries[3], *entries[:3]], packing)
     flat_input = batch.input_ids.flatten()
     start = 0
-    for index, rollout in enumerate(entries):
+    for rollout in entries:
         row = rollout.rollouts.slice(rollout.row, 1).to_pylist()[0]
         prompt, response = row["prompt_tokens"], row["response_tokens"]
         tokens = slice(start, start + len(response))
-        assert batch.rollout_ids[index] == rollout.meta.rollout_id
-        assert batch.tokens[tokens].tolist() == response
         # The input at each gathered position is the token before the one that is predicted.
         assert flat_input[batch.logit_index[tokens]].tolist() == ([prompt[-1], *response])[:-1]
         if packing:
             positions = batch.position_ids.flatten()[batch.logit_index[tokens]].tolist()
             assert positions == list(range(len(prompt) - 1, len(prompt) + len(response) - 1))
+        segment = next(part for part in batch.segments if rollout.meta.rollout_id in part.rollout_ids)
+        assert segment.source == rollout.meta.source
+        nth = segment.rollout_ids.index(rollout.meta.rollout_id)
+        before = int(segment.lengths[:nth].sum())
+        inside, found = slice(before, before + len(response)), segment.tokens
+        assert found.tokens[inside].tolist() == response
+        assert found.reward_advantages[inside].tolist() == [rollout.reward_advantage] * len(response)
         student = rollout.meta.source == "student"
         if student:
-            assert batch.behaviour_logprobs[tokens].tolist() == row["behaviour_logprobs"]
+            assert found.behaviour_logprobs[inside].tolist() == row["behaviour_logprobs"]
         else:
-            assert batch.behaviour_logprobs[tokens].isnan().all()
-        segment = next(part for part in batch.segments if part.rollouts.start <= index < part.rollouts.stop)
-        assert segment.source == rollout.meta.source
-        inside = slice(start - segment.tokens.start, start - segment.tokens.start + len(response))
-        roles = {**segment.teachers, **({"reference": segment.reference} if segment.reference else {})}
+            assert found.behaviour_logprobs[inside].isnan().all()
+        roles = {**found.teachers, **({"reference": found.reference} if found.reference else {})}
         assert roles.keys() == rollout.scores.keys()
         for role, scored in roles.items():
             score = rollout.scores[role].slice(rollout.row, 1).to_pylist()[0]
@@ -147,16 +149,13 @@ def test_collation_aligns_every_column_with_its_token(packing: bool) -> None:
             if student:
                 assert scored.given_logprobs[inside].flatten().tolist() == score["given_logprobs"]
         if student:
-            assert segment.given_ids[inside].flatten().tolist() == row["topk_ids"]
+            assert found.given_ids[inside].flatten().tolist() == row["topk_ids"]
         start += len(response)
-    assert [(part.source, part.tokens) for part in batch.segments] == [
-        ("student", slice(0, 11)),
-        ("golden", slice(11, 14)),
-        ("teacher", slice(14, 16)),
+    assert [(part.source, part.lengths.tolist(), part.truncated.tolist()) for part in batch.segments] == [
+        ("student", [4, 1, 6], [False, True, False]),
+        ("golden", [3], [False]),
+        ("teacher", [2], [False]),
     ]
-    assert batch.response_lengths.tolist() == [4, 1, 6, 3, 2]
-    assert batch.truncated.tolist() == [False, True, False, False, False]
-    assert batch.reward_advantages.tolist() == [1.5, 0, 0, 0, 0]
 
 
 def test_rollouts_of_other_teachers_are_segments_of_their_own() -> None:
@@ -165,21 +164,21 @@ def test_rollouts_of_other_teachers_are_segments_of_their_own() -> None:
     routed = Scoring(hidden=True, hidden_size=12, roles={"student": ("code", "reference")})
     by_other = scored_entries([(2, 3)], seed=1, scoring=routed)
     batch = collated([by_first[0], *by_other, by_first[1]], packing=False)
-    found = [(next(iter(part.teachers)), next(iter(part.teachers.values())).hidden.shape) for part in batch.segments]
+    found = [(name, scored.hidden.shape) for part in batch.segments for name, scored in part.tokens.teachers.items()]
     assert found == [("code", (3, 12)), ("teacher", (6, 8))]
 
 
 def test_what_a_scorer_was_not_asked_for_is_none() -> None:
     batch = collated(scored_entries([(3, 4)], scoring=Scoring(top_k=0)), packing=False)
     [segment] = batch.segments
-    scored = segment.teachers["teacher"]
+    scored = segment.tokens.teachers["teacher"]
     assert scored.topk_ids.shape == scored.topk_logprobs.shape == (4, 0)
-    assert scored.given_logprobs is scored.stop_logprobs is scored.hidden is segment.given_ids is None
+    assert scored.given_logprobs is scored.stop_logprobs is scored.hidden is segment.tokens.given_ids is None
 
 
 def test_no_rollouts_give_one_dummy_token() -> None:
     batch = collated([], packing=False)
-    assert batch.input_ids.shape == (1, 1) and batch.tokens.shape == (0,) and batch.segments == ()
+    assert batch.input_ids.shape == (1, 1) and batch.logit_index.shape == (0,) and batch.segments == ()
 
 
 def rewarded(slot: int, correct: bool, source: str = "student") -> Entry:

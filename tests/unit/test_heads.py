@@ -77,7 +77,7 @@ def test_each_token_is_predicted_from_its_own_prefix(tiny_model: dict[str, Path]
     plain = AutoModelForCausalLM.from_pretrained(tiny_model["tied"], dtype="float32")
     module = ResponseModel(AutoModelForCausalLM.from_pretrained(tiny_model["tied"], dtype="float32"))
     entries = scored_entries([(3, 9), (8, 2), (5, 14)], [(4, 12)])
-    batch = collate(entries, fetch_payloads(whole(entries), lambda refs: refs), packing=packing)
+    batch = collate(entries, fetch_payloads(whole(entries), lambda refs: refs)[0], packing=packing)
     seen = []
     module.consume(lambda hidden, head: seen.append(head.logits(hidden)) or seen[0].sum())
     module(batch.input_ids, batch.position_ids, batch.logit_index)

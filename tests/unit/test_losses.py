@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_ray.config import AnchorConfig, LossConfig
+from opd_ray.config import LossConfig, ReferenceTermConfig
 from opd_ray.errors import RunError
 from opd_ray.learn.losses import ScoredTokens, TokenBatch
 from opd_ray.learn.losses.divergences import diverge, forward_kl, jsd, reverse_kl
@@ -73,7 +73,7 @@ def expected_of(
 
 def supports(tokens: TokenBatch, support: str) -> list[list[int]]:
     if support == "full":
-        return [list(range(tokens.vocab_size))] * tokens.num_tokens
+        return [list(range(tokens.vocab_size))] * len(tokens.tokens)
     ids = tokens.teachers["teacher"].topk_ids if support == "teacher_top_k" else tokens.given_ids
     return ids.tolist()
 
@@ -179,7 +179,7 @@ def test_an_empty_tail_stays_finite_on_either_side(name: str, student_peak: floa
     logits, teacher, chosen = torch.zeros(1, V), torch.zeros(1, V), torch.zeros(1, dtype=torch.int64)
     logits[0, :2], teacher[0, :2] = student_peak, teacher_peak
     scores = {"teacher": scored(teacher, chosen, 2)}
-    tokens = TokenBatch(logits.requires_grad_(), chosen, torch.zeros(1), scores)
+    tokens = TokenBatch(chosen, torch.zeros(1), scores, logits=logits.requires_grad_())
     values = loss_of(tokens, divergence=name, tail="bucket")
     assert torch.isfinite(values).all() and torch.isfinite(gradient_of(values, logits)).all()
 
@@ -332,7 +332,8 @@ def test_k2_has_the_gradient_of_the_reverse_kl_and_k3_its_value() -> None:
     logits, teacher = torch.randn(2, V, generator=torch.Generator().manual_seed(1))
     logits.requires_grad_()
     every = torch.arange(V)
-    spread = TokenBatch(logits.expand(V, V), every, torch.zeros(V), {"teacher": scored(teacher.expand(V, V), every, V)})
+    scores = {"teacher": scored(teacher.expand(V, V), every, V)}
+    spread = TokenBatch(every, torch.zeros(V), scores, logits=logits.expand(V, V))
     p = logits.softmax(-1)
     exact = (p * (logits.log_softmax(-1) - teacher.log_softmax(-1))).sum()
     torch.testing.assert_close((p * loss_of(spread, divergence="k3")).sum(), exact)
@@ -342,16 +343,16 @@ def test_k2_has_the_gradient_of_the_reverse_kl_and_k3_its_value() -> None:
 
 @pytest.mark.parametrize(("name", "divergence"), [("k2", reverse_kl), ("k3", forward_kl)])
 def test_the_divergence_that_an_estimator_descends(name: str, divergence: Callable[..., torch.Tensor]) -> None:
-    """The bug: k3 was the only estimator of the anchor, as if it descended KL(π_θ‖π_ref); its mean gradient, over all
-    tokens by enumeration, is that of KL(π_ref‖π_θ). That of k2 is the reverse KL's."""
+    """The bug: k3 was the only estimator of the KL to the reference, as if it descended KL(π_θ‖π_ref); its mean
+    gradient, over all tokens by enumeration, is that of KL(π_ref‖π_θ). That of k2 is the reverse KL's."""
     logits, other = torch.randn(2, V, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2
     logits.requires_grad_()
     every = torch.arange(V)
     log_q = other.log_softmax(-1)
     reference = ScoredTokens(log_q, every[:, None], log_q[:, None])
-    spread = TokenBatch(logits.expand(V, V), every, torch.zeros(V), reference=reference)
+    spread = TokenBatch(every, torch.zeros(V), reference=reference, logits=logits.expand(V, V))
     p = logits.softmax(-1).detach()
-    mean = (p * reference_loss(spread, AnchorConfig(estimator=name))).sum()
+    mean = (p * reference_loss(spread, ReferenceTermConfig(estimator=name))).sum()
     exact = divergence(Outcomes(logits.log_softmax(-1), log_q)).sum()
     torch.testing.assert_close(gradient_of(mean, logits), gradient_of(exact, logits), atol=1e-14, rtol=1e-12)
 
@@ -376,18 +377,18 @@ def test_cross_entropy_is_of_the_very_token() -> None:
     )
 
 
-def test_the_anchor_is_the_reverse_kl_to_the_reference() -> None:
+def test_the_reference_loss_is_the_reverse_kl_to_it() -> None:
     tokens = batch(k=4)
     as_teacher = dataclasses.replace(tokens, teachers={"teacher": tokens.reference})
     for tail in TAILS:
-        anchor = reference_loss(tokens, AnchorConfig(estimator="top_k", tail=tail))
-        torch.testing.assert_close(anchor, loss_of(as_teacher, tail=tail))
+        loss = reference_loss(tokens, ReferenceTermConfig(estimator="top_k", tail=tail))
+        torch.testing.assert_close(loss, loss_of(as_teacher, tail=tail))
     torch.testing.assert_close(
-        reference_loss(tokens, AnchorConfig(estimator="full"), identity), loss_of(as_teacher, support="full")
+        reference_loss(tokens, ReferenceTermConfig(estimator="full"), identity), loss_of(as_teacher, support="full")
     )
     for name in ("k2", "k3"):
-        anchor = reference_loss(tokens, AnchorConfig(estimator=name))
-        torch.testing.assert_close(anchor, loss_of(as_teacher, divergence=name))
+        loss = reference_loss(tokens, ReferenceTermConfig(estimator=name))
+        torch.testing.assert_close(loss, loss_of(as_teacher, divergence=name))
 
 
 def test_missing_scores_are_refused_by_name() -> None:
@@ -398,7 +399,7 @@ def test_missing_scores_are_refused_by_name() -> None:
         with pytest.raises(RunError, match=missing):
             loss_of(bare, support=support)
     with pytest.raises(RunError, match="reference"):
-        reference_loss(bare, AnchorConfig())
+        reference_loss(bare, ReferenceTermConfig())
 
 
 def test_a_probability_of_zero_costs_only_where_the_divergence_says_so() -> None:

@@ -66,7 +66,8 @@ def test_its_mean_gradient_is_that_of_the_reverse_kl() -> None:
     logits, teacher = torch.randn(2, V, generator=torch.Generator().manual_seed(1))
     logits.requires_grad_()
     every = torch.arange(V)
-    spread = TokenBatch(logits.expand(V, V), every, torch.zeros(V), {"teacher": scored(teacher.expand(V, V), every, 2)})
+    scores = {"teacher": scored(teacher.expand(V, V), every, 2)}
+    spread = TokenBatch(every, torch.zeros(V), scores, logits=logits.expand(V, V))
     p = logits.softmax(-1)
     exact = (p * (logits.log_softmax(-1) - teacher.log_softmax(-1))).sum()
     mean = (p.detach() * policy_gradient(spread).values).sum()

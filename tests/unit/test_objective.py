@@ -233,10 +233,10 @@ def test_metrics_are_means_over_the_tokens_that_they_concern(module: ResponseMod
     for name, logprobs in (("student", ours), ("teacher", theirs)):
         assert metrics[f"eos_{name}_end"] == pytest.approx(logprobs[ends, 1].exp().mean().item(), abs=1e-6)
         assert metrics[f"eos_{name}_cut"] == pytest.approx(logprobs[cuts, 1].exp().mean().item(), abs=1e-6)
-    batch = collate(entries, fetch_payloads(whole(entries), lambda refs: refs), packing=False)
-    teacher = batch.segments[0].teachers["teacher"].logprobs
-    advantage = teacher - ours.gather(-1, batch.tokens[:, None]).squeeze(-1)
-    repetitive = torch.from_numpy(repeated_ngrams(batch.tokens.numpy(), lengths.numpy())).bool()
+    [segment] = collate(entries, fetch_payloads(whole(entries), lambda refs: refs)[0], packing=False).segments
+    teacher, tokens = segment.tokens.teachers["teacher"].logprobs, segment.tokens.tokens
+    advantage = teacher - ours.gather(-1, tokens[:, None]).squeeze(-1)
+    repetitive = torch.from_numpy(repeated_ngrams(tokens.numpy(), lengths.numpy())).bool()
     assert metrics["repetitive_share"] == pytest.approx(8 / 32)
     assert metrics["advantage"] == pytest.approx(advantage.mean().item(), abs=1e-5)
     assert metrics["advantage_repetitive"] == pytest.approx(advantage[repetitive].mean().item(), abs=1e-5)

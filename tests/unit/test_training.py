@@ -10,7 +10,7 @@ from ray.exceptions import ObjectLostError, OutOfDiskError, OwnerDiedError, RayT
 
 from opd_ray.buffer.plan import count
 from opd_ray.config import LearnerConfig
-from opd_ray.learn.microbatch import disable_dropout, fetch_payloads, is_loss, lost_rollouts, lr_factor
+from opd_ray.learn.microbatch import disable_dropout, fetch_payloads, is_loss, lr_factor
 from opd_ray.messages import Coefficients, StepPlan
 from scored_rollouts import scored_entries
 
@@ -33,9 +33,10 @@ def test_a_payload_that_many_rollouts_share_is_fetched_once() -> None:
     entries = scored_entries([(3, 4), (5, 2), (2, 2)], [(2, 3)])
     plan = StepPlan(0, (tuple(entries[:2]), tuple(entries[2:])), count(entries), Coefficients(1, 1, 1, 1))
     asked = []
-    payloads = fetch_payloads(plan, lambda refs: asked.append(len(refs)) or refs)
+    payloads, lost = fetch_payloads(plan, lambda refs: asked.append(len(refs)) or refs)
     assert asked == [7], "two payloads with two scores each, and the golden one"
     assert payloads.keys() == {id(ref) for entry in entries for ref in (entry.rollouts, *entry.scores.values())}
+    assert lost == ()
 
 
 def test_a_payload_that_is_gone_names_the_rollouts_that_share_it() -> None:
@@ -50,8 +51,20 @@ def test_a_payload_that_is_gone_names_the_rollouts_that_share_it() -> None:
 
     shared = [entry for entry in entries if entry.scores.get("reference") is gone[0]] + [entries[3]]
     assert len(shared) > 2
-    assert lost_rollouts(plan, fetch) == tuple(entry.meta.rollout_id for entry in shared)
-    assert lost_rollouts(plan, lambda refs: refs) == ()
+    assert fetch_payloads(plan, fetch)[1] == tuple(entry.meta.rollout_id for entry in shared)
+
+
+def test_a_payload_that_is_back_is_no_loss() -> None:
+    entries = scored_entries([(3, 4), (5, 2)])
+    plan = StepPlan(0, (tuple(entries),), count(entries), Coefficients(1, 1, 1, 1))
+    gone = [True]
+
+    def fetch(refs: list[Any]) -> list[Any]:
+        if gone and gone.pop():
+            raise ObjectLostError("ff", None, "")
+        return refs
+
+    assert fetch_payloads(plan, fetch) == fetch_payloads(plan, lambda refs: refs)
 
 
 def test_a_loss_is_told_from_other_failures_of_the_object_store() -> None:
@@ -63,7 +76,7 @@ def test_a_loss_is_told_from_other_failures_of_the_object_store() -> None:
     entries = scored_entries([(3, 4)], [])
     plan = StepPlan(0, (tuple(entries),), count(entries), Coefficients(1, 1, 1, 1))
     with pytest.raises(OutOfDiskError):
-        lost_rollouts(plan, _full_disk)
+        fetch_payloads(plan, _full_disk)
 
 
 def _full_disk(_refs: list[Any]) -> list[Any]:

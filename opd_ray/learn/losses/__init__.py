@@ -4,10 +4,9 @@ A loss returns one value per response token and knows nothing of rollouts, ranks
 :mod:`opd_ray.learn.losses.reduction` weighs the values with the step's global denominators.
 
     support       which outcomes two models are compared on, and what becomes of the rest
-    divergences   reverse KL, forward KL, JSD on these outcomes
-    estimators    k2 and k3 on the sampled token
+    divergences   reverse KL, forward KL, JSD on these outcomes; k2 and k3 on the sampled token
     advantage     k1, task reward and importance weights: the policy gradient
-    terms         the loss of one source, and the anchor, as the configuration asks for them
+    terms         the loss of one source, and the KL to the reference, as the configuration asks for them
     diagnostics   what is logged beside them
     reduction     from one value per token to one number per step
 """
@@ -15,8 +14,9 @@ A loss returns one value per response token and knows nothing of rollouts, ranks
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -44,25 +44,11 @@ class ScoredTokens:
     hidden: torch.Tensor | None = None
     """[N, H] in front of the output layer; None unless asked for."""
 
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ScoredTokens:
-        """The same change to every tensor."""
-        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
-
-    def rows(self, rows: slice) -> ScoredTokens:
-        return self.map(lambda tensor: tensor[rows])
-
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """N response tokens of one source, scored by the same models.
+class Tokens:
+    """N response tokens of one source, scored by the same models."""
 
-    Tokens of the EOS set count as one outcome, the first of the set: :attr:`logprobs` and :meth:`logprobs_of`
-    give it the probability of them all (METHOD §3). ``plain_logprobs`` are those of the tokens as they are.
-    """
-
-    logits: torch.Tensor
-    """[N, V] float32: the student's logits that predict each token; carries the gradient."""
     tokens: torch.Tensor
     """[N] int64: the tokens that were sampled (or, for golden rollouts, given)."""
     behaviour_logprobs: torch.Tensor
@@ -77,6 +63,18 @@ class TokenBatch:
     """[N] float32: Entry.reward_advantage of each token's rollout; None counts as 0."""
     teacher_advantages: torch.Tensor | None = None
     """[N] float32: the teacher's part of the advantage where all of it is data (policy=behaviour)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch(Tokens):
+    """Tokens and what the student thinks of them.
+
+    Tokens of the EOS set count as one outcome, the first of the set: :attr:`logprobs` and :meth:`logprobs_of`
+    give it the probability of them all (METHOD §3). ``plain_logprobs`` are those of the tokens as they are.
+    """
+
+    logits: torch.Tensor
+    """[N, V] float32: the student's logits that predict each token; carries the gradient."""
     stop_token_ids: tuple[int, ...] = ()
     """The EOS set, as it is merged; empty or one id for nothing to merge."""
 
@@ -85,10 +83,6 @@ class TokenBatch:
         copy = replace(self, logits=self.logits.detach())
         copy.__dict__["log_normalizer"] = self.log_normalizer.detach()
         return copy
-
-    @property
-    def num_tokens(self) -> int:
-        return self.tokens.shape[0]
 
     @property
     def vocab_size(self) -> int:
@@ -136,6 +130,19 @@ class TokenLoss:
     """[N] float32."""
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
     """Name to [N]; averaged over all tokens of the source before they are logged."""
+
+
+def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """``value`` with every tensor in it changed, through dataclasses, dicts and tuples."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(mapped(item, change) for item in value)
+    if isinstance(value, dict):
+        return {name: mapped(item, change) for name, item in value.items()}
+    if is_dataclass(value):
+        return replace(value, **{item.name: mapped(getattr(value, item.name), change) for item in fields(value)})
+    return value
 
 
 def is_any_of(ids: torch.Tensor, wanted: tuple[int, ...]) -> torch.Tensor:

@@ -107,10 +107,10 @@ def log_importance_ratio(batch: TokenBatch) -> torch.Tensor:
 
 def importance_weights(
     batch: TokenBatch, config: ImportanceConfig
-) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    """(weight of each token's loss [N] or None for 1, metrics) of truncate and mask; detached."""
+) -> tuple[torch.Tensor | float, dict[str, torch.Tensor]]:
+    """(weight of each token's loss, [N] or 1 for all, metrics) of truncate and mask; detached."""
     if config.correction not in ("truncate", "mask"):
-        return None, {}
+        return 1.0, {}
     ratio = log_importance_ratio(batch).detach().exp()
     if config.correction == "truncate":
         return ratio.clamp(max=config.cap), {"capped_share": (ratio > config.cap).float()}

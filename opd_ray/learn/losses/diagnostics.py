@@ -12,14 +12,15 @@ import torch
 
 from opd_ray.learn.losses import TokenBatch, is_any_of
 from opd_ray.learn.losses.advantage import combined_logprobs, log_importance_ratio
+from opd_ray.learn.losses.support import merged
 
 RATIOS = {
     "advantage_repetitive": "repetitive_share",
     "teacher_logprob_repetitive": "repetitive_share",
     "eos_student_end": "_stopped",
     "eos_student_cut": "_cut",
-    "eos_teacher_end": "_stopped_scored",
-    "eos_teacher_cut": "_cut_scored",
+    "eos_teacher_end": "_stopped",
+    "eos_teacher_cut": "_cut",
     "truncated_weight_share": "_weight",
 }
 """Metric to the share of tokens (or of weight) that it is a mean over."""
@@ -48,8 +49,7 @@ def student_metrics(
         "repetitive_share": repetitive,
     }
     if batch.stop_token_ids:
-        stop = batch.stop_logprobs.exp()
-        metrics |= {"eos_student_end": stop * ends, "eos_student_cut": stop * cuts, "_stopped": ends, "_cut": cuts}
+        metrics |= {"_stopped": ends, "_cut": cuts} | _stops("student", batch.stop_logprobs.exp(), ends, cuts)
     if batch.teachers:
         teacher = combined_logprobs(batch.teachers, weights)
         advantage = teacher - logprobs
@@ -59,40 +59,23 @@ def student_metrics(
             "teacher_logprob": teacher,
             "teacher_logprob_repetitive": teacher * repetitive,
         }
-        if batch.stop_token_ids:
-            metrics |= _teacher_stops(batch, weights, ends, cuts)
+        if all(scored.stop_logprobs is not None for scored in batch.teachers.values()):
+            stop = sum(weights[name] * scored.stop_logprobs.exp() for name, scored in batch.teachers.items())
+            metrics |= _stops("teacher", stop, ends, cuts)
     return metrics
 
 
-def _teacher_stops(
-    batch: TokenBatch, weights: Mapping[str, float], ends: torch.Tensor, cuts: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """P(stop) of the teachers; 0 of no tokens where their scores lack it."""
-    stop, scored = torch.zeros_like(ends), torch.ones_like(ends)
-    for name, opinion in batch.teachers.items():
-        if opinion.stop_logprobs is None:
-            scored = torch.zeros_like(ends)
-        else:
-            stop = stop + weights[name] * opinion.stop_logprobs.exp()
-    ends, cuts = ends * scored, cuts * scored
-    return {
-        "eos_teacher_end": stop * ends,
-        "eos_teacher_cut": stop * cuts,
-        "_stopped_scored": ends,
-        "_cut_scored": cuts,
-    }
+def _stops(who: str, stop: torch.Tensor, ends: torch.Tensor, cuts: torch.Tensor) -> dict[str, torch.Tensor]:
+    """P(stop) [N] where rollouts stopped and where they were cut."""
+    return {f"eos_{who}_end": stop * ends, f"eos_{who}_cut": stop * cuts}
 
 
 def topk_overlap(batch: TokenBatch, weights: Mapping[str, float]) -> torch.Tensor:
     """|S_p ∩ S_q| / k of the student's and each teacher's k most probable tokens, [N] (Rethinking OPD, 2604.13016)."""
-    logits = batch.logits
+    logits = merged(batch.logits, batch.stop_token_ids)
     if batch.merges_stops:
-        first, *others = batch.stop_token_ids
-        together = logits[:, list(batch.stop_token_ids)].logsumexp(-1)
-        logits = logits.clone()
-        logits[:, first] = together
-        logits[:, others] = -torch.inf
-    overlap = torch.zeros(batch.num_tokens, device=logits.device)
+        logits[:, list(batch.stop_token_ids[1:])] = -torch.inf
+    overlap = torch.zeros(len(logits), device=logits.device)
     for name, scored in batch.teachers.items():
         k = min(scored.topk_ids.shape[-1], batch.vocab_size)
         ours = logits.topk(k, -1).indices

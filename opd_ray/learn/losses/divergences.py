@@ -7,14 +7,12 @@ vocabulary). On a truncated support :func:`diverge` holds the weights of the gra
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 
+from opd_ray.config.method import Divergence
 from opd_ray.learn.losses import MAX_LOG_RATIO
 from opd_ray.learn.losses.support import Outcomes
-
-Name = Literal["reverse_kl", "forward_kl", "jsd"]
 
 
 def reverse_kl(outcomes: Outcomes) -> torch.Tensor:
@@ -36,7 +34,7 @@ def jsd(outcomes: Outcomes, beta: float) -> torch.Tensor:
     return beta * _kl(outcomes, outcomes.log_q, log_m) + (1 - beta) * _kl(outcomes, outcomes.log_p, log_m)
 
 
-def diverge(name: Name, outcomes: Outcomes, beta: float = 0.5) -> torch.Tensor:
+def diverge(name: Divergence, outcomes: Outcomes, beta: float = 0.5) -> torch.Tensor:
     """The divergence by name. On a truncated support S with f(p_i, q_i) the summand of the divergence:
 
         value     Σ_S f(p_i, q_i)

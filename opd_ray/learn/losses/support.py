@@ -10,7 +10,7 @@ A support is the teacher's top-k, the student's top-k, or the whole vocabulary. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -57,40 +57,31 @@ def compare(batch: TokenBatch, scored: ScoredTokens, support: Support, tail: Tai
             f"support={support} needs log-probs of {'the top-k' if support == 'teacher_top_k' else 'given ids'} "
             "(k ≥ 1), but the scores have none; ask the scorer for them"
         )
-    complete = None
-    if ids.shape[-1] >= batch.vocab_size:  # not enough by itself: a padded vocabulary has ids that the student lacks
-        complete = (ids < batch.vocab_size).sum(-1, keepdim=True) >= batch.vocab_size
-    return _with_tail(*_on_ids(batch, scored, ids, log_q), tail, complete)
+    # Does a row hold every id of the student's? k ≥ V does not say so: a padded vocabulary has ids that it lacks.
+    complete = (ids < batch.vocab_size).sum(-1, keepdim=True) >= batch.vocab_size
+    return _with_tail(_on_ids(batch, scored, ids, log_q), tail, complete)
 
 
-def _on_ids(
-    batch: TokenBatch, scored: ScoredTokens, ids: torch.Tensor, log_q: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(log_p, log_q, known) on ids [N, k].
+def _on_ids(batch: TokenBatch, scored: ScoredTokens, ids: torch.Tensor, log_q: torch.Tensor) -> Outcomes:
+    """Both distributions on ids [N, k].
 
     Models of one family may pad their vocabulary differently: an id that the student does not have cannot be
     sampled (p = 0), and q's mass on it counts as tail. Of the EOS set only the first id is an outcome; another
     one stands in for it where it is the only one in the support.
     """
-    foreign = ids >= batch.vocab_size
-    known = ~foreign if bool(foreign.any()) else None
+    known = ids < batch.vocab_size
     ids = ids.clamp(max=batch.vocab_size - 1)
     if batch.merges_stops:
+        if scored.stop_logprobs is None:
+            raise RunError("the EOS set has several ids, but the scores lack stop_logprobs; ask the scorer for them")
         first, *others = batch.stop_token_ids
         other = is_any_of(ids, tuple(others))
-        if bool(other.any()):
-            stands_in = other & (other.cumsum(-1) == 1) & ~(ids == first).any(-1, keepdim=True)
-            if scored.stop_logprobs is None:
-                raise RunError(
-                    "the EOS set has several ids, but the scores lack stop_logprobs; ask the scorer for them"
-                )
-            ids = torch.where(stands_in, first, ids)
-            log_q = torch.where(stands_in, scored.stop_logprobs.unsqueeze(-1), log_q)
-            outcome = ~other | stands_in
-            known = outcome if known is None else known & outcome
-    if known is not None:
-        log_q = log_q.masked_fill(~known, 0.0)  # may be −inf, which would turn a masked gradient into nan
-    return batch.logprobs_of(ids), log_q, known
+        stands_in = other & (other.cumsum(-1) == 1) & ~(ids == first).any(-1, keepdim=True)
+        ids = torch.where(stands_in, first, ids)
+        log_q = torch.where(stands_in, scored.stop_logprobs.unsqueeze(-1), log_q)
+        known &= ~other | stands_in
+    # What is no outcome may be −inf, which would turn a masked gradient into nan.
+    return Outcomes(batch.logprobs_of(ids), log_q.masked_fill(~known, 0.0), known)
 
 
 def _on_vocabulary(batch: TokenBatch, scored: ScoredTokens, head: Head | None) -> Outcomes:
@@ -100,10 +91,10 @@ def _on_vocabulary(batch: TokenBatch, scored: ScoredTokens, head: Head | None) -
     with torch.no_grad():
         logits = head(scored.hidden)
         size = min(logits.shape[-1], batch.vocab_size)
-        log_q = _merged(logits[:, :size].log_softmax(-1), batch.stop_token_ids)
+        log_q = merged(logits[:, :size].log_softmax(-1), batch.stop_token_ids)
     ours = batch.logits[:, :size]
     normalizer = batch.log_normalizer if size == batch.vocab_size else ours.logsumexp(-1)
-    log_p = _merged(ours - normalizer.unsqueeze(-1), batch.stop_token_ids)
+    log_p = merged(ours - normalizer.unsqueeze(-1), batch.stop_token_ids)
     if not batch.merges_stops:
         return Outcomes(log_p, log_q)
     known = torch.ones(1, size, dtype=torch.bool, device=log_p.device)
@@ -111,7 +102,7 @@ def _on_vocabulary(batch: TokenBatch, scored: ScoredTokens, head: Head | None) -
     return Outcomes(log_p, log_q, known)
 
 
-def _merged(logprobs: torch.Tensor, stop_token_ids: tuple[int, ...]) -> torch.Tensor:
+def merged(logprobs: torch.Tensor, stop_token_ids: tuple[int, ...]) -> torch.Tensor:
     """log-probs [N, V] whose first stop id holds the mass of the set; the others keep theirs and must be masked."""
     if len(stop_token_ids) < 2:
         return logprobs
@@ -120,24 +111,18 @@ def _merged(logprobs: torch.Tensor, stop_token_ids: tuple[int, ...]) -> torch.Te
     return logprobs.index_copy(-1, index, together)
 
 
-def _with_tail(
-    log_p: torch.Tensor, log_q: torch.Tensor, known: torch.Tensor | None, tail: Tail, complete: torch.Tensor | None
-) -> Outcomes:
-    """``complete`` [N, 1] bool: the row holds every id of the student, so that it has no tail; None for no row."""
+def _with_tail(top: Outcomes, tail: Tail, complete: torch.Tensor) -> Outcomes:
+    """What becomes of the mass outside of ``top``; a row that is ``complete`` [N, 1] bool has none."""
     if tail == "stop_gradient":
-        return Outcomes(log_p, log_q, known, truncated=complete is None or not bool(complete.all()))
-    inside_p, inside_q = log_p, log_q
-    if known is not None:
-        inside_p, inside_q = (logprobs.masked_fill(~known, -torch.inf) for logprobs in (log_p, log_q))
+        return replace(top, truncated=not bool(complete.all()))
+    both, inside = (top.log_p, top.log_q), [each.masked_fill(~top.known, -torch.inf) for each in (top.log_p, top.log_q)]
     if tail == "renormalise":
         # A row without a single known outcome has nothing to compare; 0 keeps it finite.
-        mass_p, mass_q = (inside.logsumexp(-1, keepdim=True) for inside in (inside_p, inside_q))
-        return Outcomes(log_p - mass_p.clamp(min=-1e4), log_q - mass_q.clamp(min=-1e4), known)
-    if known is not None or complete is not None:
-        has_tail = torch.ones_like(log_p[:, :1], dtype=torch.bool) if complete is None else ~complete
-        known = torch.cat((torch.ones_like(log_p, dtype=torch.bool) if known is None else known, has_tail), -1)
-    p_tail, q_tail = (tail_mass(inside).log().unsqueeze(-1) for inside in (inside_p, inside_q))
-    return Outcomes(torch.cat((log_p, p_tail), -1), torch.cat((log_q, q_tail), -1), known)
+        masses = [each.logsumexp(-1, keepdim=True).clamp(min=-1e4) for each in inside]
+        return Outcomes(*(each - mass for each, mass in zip(both, masses, strict=True)), top.known)
+    tails = [tail_mass(each).log().unsqueeze(-1) for each in inside]
+    with_tails = (torch.cat(pair, -1) for pair in zip(both, tails, strict=True))
+    return Outcomes(*with_tails, torch.cat((top.known, ~complete), -1))
 
 
 def tail_mass(logprobs: torch.Tensor) -> torch.Tensor:
