@@ -273,8 +273,8 @@ class Pipeline:
             **rollout_metrics([meta for meta in metas if meta.source == "student"], step, rollout.budget(step)),
             **teacher_rollout_metrics([meta for meta in metas if meta.source == "teacher"]),
             **{f"mixture/{name}": value for name, value in mixture.items()},
-            "queue/slots_taken": self._slots.num_taken,
-            "queue/buffer_slots": self._buffer.num_slots,
+            "queue/slots_taken": len(self._slots.taken),
+            "queue/buffer_slots": len(self._buffer.slots),
             **{f"queue/{room}_calls": pool.num_calls for room, pool in self._rooms.all.items()},
         }
         every, finished, evaluation = self._config.evaluation.every_steps, step + 1, None

@@ -13,7 +13,7 @@ from opd_ray.buffer.mixture import Mixture
 from opd_ray.buffer.replay import ReplayBuffer
 from opd_ray.config import Config
 from opd_ray.data.prompts import PromptStream
-from opd_ray.messages import Entry, PromptGroup, SamplingSettings, Source, Strength
+from opd_ray.messages import Entry, PromptGroup, RolloutMeta, SamplingSettings, Source, Strength
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.lost import until_whole
 from opd_ray.rooms.pool import Pool
@@ -55,22 +55,21 @@ class Rollouts:
             stop_token_ids=self._stop_token_ids,
             top_k=config.student_top_k,
         )
-        teachers = dataclasses.replace(budget, temperature=config.rollout.teacher_temperature, top_p=1.0, top_k=0)
+        writing = dataclasses.replace(budget, temperature=config.rollout.teacher_temperature, top_p=1.0, top_k=0)
         calls = []
         # Prompts of one teacher go together, so that a payload has one route.
         for name in sorted({prompt.teacher for prompt in prompts}):
             routed = [prompt for prompt in prompts if prompt.teacher == name]
-            student = _asking(routed, lambda _: mix.student_per_prompt)
-            teacher = _asking(routed, lambda prompt: mix.teacher_responses(prompt.slot % per_step, per_step))
-            if student:
-                calls.append(self._sample(self._rooms.generators, "student", student, budget))
+            if sampled := _asking(routed, lambda _: mix.student_per_prompt):
+                calls.append(self._sample(self._rooms.generators, "student", sampled, budget))
+            written = _asking(routed, lambda prompt: mix.teacher_written(prompt.slot % per_step, per_step))
             # Only the first teacher writes; what it would write for another one's prompts is not that one's.
-            if teacher and (name == "teacher" or config.loss.teachers == "weighted"):
-                calls.append(self._sample(self._rooms.teacher_generators, "teacher", teacher, teachers))
-        sampled = await together(*calls)
+            if written and (name == "teacher" or config.loss.teachers == "weighted"):
+                calls.append(self._sample(self._rooms.teacher_generators, "teacher", written, writing))
+        rollouts = await together(*calls)
         for slot in slots:
             self.places.pop(slot, None)
-        return [entry for entries in sampled for entry in entries]
+        return [entry for entries in rollouts for entry in entries]
 
     def golden(self, step: int, buffer: ReplayBuffer, strength: Strength) -> list[Entry]:
         """The step's golden rollouts, which are taken from the buffer's."""
@@ -95,7 +94,7 @@ class Rollouts:
     async def _sample(
         self, pool: Pool, source: Source, groups: Sequence[PromptGroup], sampling: SamplingSettings
     ) -> list[Entry]:
-        """Scored rollouts of some prompts of one teacher, by one source; unwanted teacher rollouts are left out."""
+        """Scored rollouts of some prompts of one teacher, by one source, without unwanted ones that a teacher wrote."""
         slots = [group.slot for group in groups]
 
         async def scored() -> list[Entry]:
@@ -109,9 +108,11 @@ class Rollouts:
         wanted = self._config.buffer.teacher_filter
         if source == "student" or wanted == "none":
             return entries
-        metas = (entry.meta for entry in entries)
-        fit = [not meta.repetitive and (meta.correct if wanted == "correct" else not meta.truncated) for meta in metas]
-        return [entry for entry, fits in zip(entries, fit, strict=True) if fits]
+
+        def fits(meta: RolloutMeta) -> bool:
+            return not meta.repetitive and (meta.correct if wanted == "correct" else not meta.truncated)
+
+        return [entry for entry in entries if fits(entry.meta)]
 
     async def _score(self, source: Source, teacher: str, rollouts: Any) -> dict[str, Any]:
         """Role to scores of a payload, from all that the source's loss compares with, at once."""

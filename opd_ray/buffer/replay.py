@@ -52,13 +52,8 @@ class ReplayBuffer:
 
     @property
     def slots(self) -> dict[int, tuple[Entry, ...]]:
-        """The slots that are scored, and their rollouts."""
+        """The slots that are scored and wait to be trained on, and their rollouts."""
         return dict(self._slots)
-
-    @property
-    def num_slots(self) -> int:
-        """Slots that are scored and wait to be trained on."""
-        return len(self._slots)
 
     async def add(self, slots: Sequence[int], entries: Sequence[Entry]) -> None:
         """Adds whole slots with all their scored rollouts; a slot may have none, but comes once."""

@@ -25,10 +25,6 @@ class Slots:
         self._room = asyncio.Event()
         self._room.set()
 
-    @property
-    def num_taken(self) -> int:
-        return len(self.taken)
-
     async def take(self, most: int) -> list[int]:
         """Waits until a slot is free, then takes up to ``most``, in order."""
         await self._room.wait()

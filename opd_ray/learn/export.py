@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ def write_student(
         # Published ones can be invalid (a temperature without sampling) and then refuse to be saved; the original is
         # copied below.
         model.generation_config = GenerationConfig()
-    buffers = {name: buffer.cpu() for name, buffer in persistent_buffers(model)}
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in persistent}
     model.save_pretrained(directory, state_dict={**parameters, **buffers})
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(_WEIGHT_FILES):
@@ -37,9 +38,3 @@ def write_student(
         path = directory / "generation_config.json"
         settings = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(settings | {"eos_token_id": list(stop_token_ids)}, indent=2) + "\n")
-
-
-def persistent_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Those that belong to a checkpoint."""
-    saved = model.state_dict().keys()
-    return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)

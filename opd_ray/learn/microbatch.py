@@ -106,22 +106,20 @@ def _segment(group: Sequence[Entry], payloads: Payloads) -> Segment:
 
 
 def _scored(group: Sequence[Entry], payloads: Payloads, role: str) -> ScoredTokens:
-    """One role's scores of a segment; what the scorer was not asked for is None (or has k = 0)."""
+    """One role's scores of a segment; what the scorer was not asked for is None."""
     column = partial(_column, group, payloads, role=role)
-    logprobs = column("logprobs", single=True, required=True)
-    ids, alternatives = column("topk_ids"), column("topk_logprobs")
-    none = logprobs.new_zeros(len(logprobs), 0)
-    ids, alternatives = none.long() if ids is None else ids, none if alternatives is None else alternatives
-    if ids.shape != alternatives.shape:
-        raise RunError(f"rollout {group[0].meta.rollout_id}: the {role}'s topk_ids and topk_logprobs differ in number")
-    return ScoredTokens(
-        logprobs=logprobs,
-        topk_ids=ids,
-        topk_logprobs=alternatives,
+    scored = ScoredTokens(
+        logprobs=column("logprobs", single=True, required=True),
+        topk_ids=column("topk_ids"),
+        topk_logprobs=column("topk_logprobs"),
         given_logprobs=column("given_logprobs"),
         stop_logprobs=column("stop_logprobs", single=True),
         hidden=column("hidden"),
     )
+    widths = {0 if each is None else each.shape[1] for each in (scored.topk_ids, scored.topk_logprobs)}
+    if len(widths) > 1:
+        raise RunError(f"rollout {group[0].meta.rollout_id}: the {role}'s topk_ids and topk_logprobs differ in number")
+    return scored
 
 
 def _column(

@@ -29,7 +29,7 @@ from opd_ray.config import Config
 from opd_ray.errors import RunError
 from opd_ray.learn.heads import ResponseHead
 from opd_ray.learn.losses import ScoredTokens, TokenBatch, Tokens, is_any_of, mapped
-from opd_ray.learn.losses.advantage import combined_logprobs, discounted, log_ratios, uses_teacher
+from opd_ray.learn.losses.advantage import discounted, log_ratios
 from opd_ray.learn.losses.diagnostics import student_metrics, topk_overlap
 from opd_ray.learn.losses.reduction import before_tail, token_weights
 from opd_ray.learn.losses.terms import reference_loss, source_loss
@@ -86,14 +86,12 @@ class Objective:
         if self.config.needs_reference(source) and tokens.reference is None:
             raise RunError(_missing(REFERENCE, segment))
         shares = self._shares_of(segment)
-        teachers = {name: tokens.teachers[name] for name in shares}
-        for role, scored in (*teachers.items(), (REFERENCE, tokens.reference)):
+        tokens = replace(tokens, teachers={name: tokens.teachers[name] for name in shares})
+        for role, scored in (*tokens.teachers.items(), (REFERENCE, tokens.reference)):
             self._check_head(role, scored, tokens.tokens)
         advantages = None
         if source == "student" and loss.student.divergence == "k1" and loss.advantage.policy == "behaviour":
-            teacher = combined_logprobs(teachers, shares) if uses_teacher(loss.advantage) else None
-            reference = tokens.reference.logprobs if tokens.reference is not None else None
-            ratios = log_ratios(teacher, tokens.behaviour_logprobs, reference, loss.advantage)
+            ratios = log_ratios(tokens, tokens.behaviour_logprobs, shares, loss.advantage)
             advantages = discounted(ratios, lengths, loss.advantage.discount)
         kept = torch.ones_like(segment.repetitive)
         if coefficients.mask_truncated_tails:
@@ -105,7 +103,7 @@ class Objective:
             weights[REFERENCE] = kept * token_weights(lengths, self.reference_count(denominators), loss.reduction)
         return WeightedSegment(
             segment=segment,
-            tokens=replace(tokens, teachers=teachers, teacher_advantages=advantages),
+            tokens=replace(tokens, teacher_advantages=advantages),
             shares=shares,
             weights=weights,
             last=last,

@@ -103,7 +103,7 @@ class Reporter:
             steps=self._config.learner.steps,
             version=where.version,
             last_step_s_ago=time.monotonic() - where.last_step_at if where.last_step_at is not None else None,
-            slots_taken=slots.num_taken if slots else 0,
+            slots_taken=len(slots.taken) if slots else 0,
             num_slots=self._config.buffer.num_slots,
             buffered_slots=len(pipeline.buffered()[0]) if pipeline else 0,
             missing_slots=tuple(missing),

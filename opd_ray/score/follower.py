@@ -3,49 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 import torch
 
+from opd_ray.config import ScorerConfig
 from opd_ray.errors import RunError, WeightSyncError
 from opd_ray.messages import TransferGroup, WeightManifest
 from opd_ray.weights.manifest import check_fits, differing
 from opd_ray.weights.transfer import WeightTransfer
-
-Update = Literal["fixed", "periodic", "average"]
 
 
 class Follower:
     """Takes part in every broadcast, and writes into a model what its rule makes of it.
 
     "fixed"     nothing
-    "periodic"  the weights of every version that is a multiple of ``every_steps``
-    "average"   w ← decay · w + (1 − decay) · w_student at every version
+    "periodic"  the weights of every version that is a multiple of update_every_steps
+    "average"   w ← update_decay · w + (1 − update_decay) · w_student at every version
 
     It begins at version 0 with the weights that the model has, and so leaves version 0 alone. A version that it holds
     already (a run that goes on from a checkpoint sends it again) changes nothing. After a gap in the versions there is
     nothing to go on from, and both rules take the weights as they are.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, torch.nn.Parameter],
-        *,
-        update: Update,
-        every_steps: int,
-        decay: float,
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], rule: ScorerConfig) -> None:
         """``parameters``: the model's, tied ones under each of their names."""
         self._transfer = WeightTransfer()
-        self.follow(parameters, update=update, every_steps=every_steps, decay=decay)
+        self.follow(parameters, rule)
 
-    def follow(
-        self, parameters: Mapping[str, torch.nn.Parameter], *, update: Update, every_steps: int, decay: float
-    ) -> None:
+    def follow(self, parameters: Mapping[str, torch.nn.Parameter], rule: ScorerConfig) -> None:
         """Begins anew, at version 0 of a model."""
-        self._parameters = dict(parameters)
-        self._update, self._every_steps, self._decay = update, every_steps, decay
+        self._parameters, self._rule = dict(parameters), rule
         self.version = 0
         self.whole = True
         """Are its weights those of one version? Not after an update that failed half way, until one succeeds."""
@@ -53,7 +41,7 @@ class Follower:
         self._averages = {
             name: parameter.data if parameter.dtype == torch.float32 else parameter.data.float()
             for name, parameter in self._own().items()
-            if update == "average"
+            if rule.update == "average"
         }
 
     def connect(self, group: TransferGroup) -> None:
@@ -65,7 +53,7 @@ class Follower:
         """Receives one broadcast. Raises WeightSyncError for another architecture's, or one older than what is held."""
         self._check(manifest)
         received, own = self._transfer.receive(manifest), self._own()
-        keep = self._rule(manifest.version)
+        keep = self._share_kept(manifest.version)
         if 0.0 < keep < 1.0:
             # All or nothing: a broadcast that breaks off is repeated, and an average must not take it in twice.
             received = list(received)
@@ -102,15 +90,15 @@ class Follower:
         names = {id(parameter): name for name, parameter in reversed(self._parameters.items())}
         return {name: self._parameters[name] for name in names.values()}
 
-    def _rule(self, version: int) -> float:
-        """The share of the old weights that this version leaves: 1 changes nothing, 0 installs it as it is."""
-        if self._update == "fixed" or version == self.version:
+    def _share_kept(self, version: int) -> float:
+        """Of the old weights, when this version comes: 1 changes nothing, 0 installs it as it is."""
+        if self._rule.update == "fixed" or version == self.version:
             return 1.0
         if version > self.version + 1:
             return 0.0
-        if self._update == "average":
-            return self._decay
-        return 0.0 if version % self._every_steps == 0 else 1.0
+        if self._rule.update == "average":
+            return self._rule.update_decay
+        return 0.0 if version % self._rule.update_every_steps == 0 else 1.0
 
     def _blend(self, name: str, tensor: torch.Tensor, keep: float) -> None:
         parameter = self._parameters[name]
@@ -123,7 +111,7 @@ class Follower:
             parameter.data.copy_(average)
 
     def _check(self, manifest: WeightManifest) -> None:
-        if self._update == "fixed":
+        if self._rule.update == "fixed":
             return
         if manifest.version < self.version:
             raise WeightSyncError(

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import queue
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,45 +22,38 @@ if TYPE_CHECKING:
 
 _log = logs.get(__name__)
 
-_URGENT, _USUAL = 0, 1
-
 
 class Worker:
-    """A thread that owns the engine and works off its calls, urgent ones first, the others while it is not on hold."""
+    """The one thread that an engine lives in: urgent calls go first, the others wait while it is on hold."""
 
-    def __init__(self) -> None:
+    def __init__(self, make_engine: Callable[[], ScoringEngine]) -> None:
         self.on_hold: Callable[[], bool] = lambda: False
-        """Asked in the thread; only an urgent call can change the answer."""
-        self._calls: queue.PriorityQueue[tuple[int, int, Callable[[], Any], Future]] = queue.PriorityQueue()
-        self._numbers = itertools.count()
-        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        """Only an urgent call can change the answer."""
+        self._thread = ThreadPoolExecutor(1, "engine")
+        self._turn = asyncio.Condition()
+        self._busy, self._num_urgent = False, 0
+        self.engine = self._thread.submit(make_engine).result()
 
-    def submit(self, run: Callable[[], Any], priority: int = _USUAL) -> Future:
-        """A future of the outcome of ``run()``."""
-        done: Future = Future()
-        done.set_running_or_notify_cancel()  # a caller that gives up must not make set_result() fail later
-        self._calls.put((priority, next(self._numbers), run, done))
-        return done
+    async def call(self, run: Callable[..., Any], *args: Any, urgent: bool = False) -> Any:
+        """The outcome of ``run(*args)``."""
 
-    async def call(self, run: Callable[[], Any], priority: int = _USUAL) -> Any:
-        """The outcome of ``run()``."""
-        return await asyncio.wrap_future(self.submit(run, priority))
+        def may_run() -> bool:
+            return not self._busy and (urgent or not (self._num_urgent or self.on_hold()))
 
-    def _run(self) -> None:
-        held = []
-        while True:
-            priority, _, run, done = call = self._calls.get()
-            if priority == _USUAL and self.on_hold():
-                held.append(call)
-                continue
+        async with self._turn:
+            self._num_urgent += urgent
             try:
-                done.set_result(run())
-            except BaseException as error:
-                done.set_exception(error)
-            if held and not self.on_hold():
-                for each in held:
-                    self._calls.put(each)
-                held.clear()
+                await self._turn.wait_for(may_run)
+            finally:  # also of a caller that gives up
+                self._num_urgent -= urgent
+                self._turn.notify_all()
+            self._busy = True
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, run, *args)
+        finally:
+            async with self._turn:
+                self._busy = False
+                self._turn.notify_all()
 
 
 class Scorer:
@@ -77,14 +66,14 @@ class Scorer:
     """
 
     def __init__(self, *, make_engine: Callable[[], ScoringEngine], scorer: ScorerConfig, member: bool) -> None:
-        self._worker = Worker()
-        self._engine = self._worker.submit(make_engine).result()
+        self._worker = Worker(make_engine)
+        self._engine = self._worker.engine
         self._scorer = scorer
         self._follower: Follower | None = None
         if member:  # torch is loaded by those that need it
             from opd_ray.score.follower import Follower
 
-            self._follower = follower = Follower(self._engine.parameters(), **_rule(scorer))
+            self._follower = follower = Follower(self._engine.parameters(), scorer)
             self._worker.on_hold = lambda: not follower.whole
 
     async def node(self) -> str:
@@ -92,33 +81,33 @@ class Scorer:
 
     async def begin(self, scorer: ScorerConfig) -> None:
         """Another run: its checkpoint, unless that is at hand and unchanged, and its way to follow the student."""
-        await self._worker.call(partial(self._begin, scorer), _URGENT)
+        await self._worker.call(self._begin, scorer, urgent=True)
 
     async def score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[int, pa.RecordBatch]:
         """Returns the number of response tokens scored, and a row of SCORE_SCHEMA per rollout.
 
         Raises RunError for a rollout without what ``request`` needs: topk_ids (given) or privileged_prompt_tokens.
         """
-        return await self._worker.call(partial(self._score, rollouts, request))
+        return await self._worker.call(self._score, rollouts, request)
 
     async def connect(self, group: TransferGroup) -> None:
         """Joins the group that weights are broadcast in."""
-        await self._worker.call(partial(self._following().connect, group), _URGENT)
+        await self._worker.call(self._following().connect, group, urgent=True)
         _log.info("joined the weight-transfer group of %d as rank %d", group.world_size, group.rank)
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Receives one broadcast, and does with it what ``update`` says."""
-        await self._worker.call(partial(self._following().update, manifest), _URGENT)
+        await self._worker.call(self._following().update, manifest, urgent=True)
         logs.at(version=manifest.version)
         _log.info("follows weights of version %d", manifest.version)
 
     async def snapshot(self) -> tuple[dict[str, int], dict[str, np.ndarray]]:
         """What a later run needs to follow the student from here on: {"version"}, and float32 weights by name."""
-        return await self._worker.call(self._following().snapshot, _URGENT)
+        return await self._worker.call(self._following().snapshot, urgent=True)
 
     async def restore(self, facts: dict[str, int], arrays: dict[str, np.ndarray]) -> None:
         """Goes on from a ``snapshot``. Raises RunError when it is of another model."""
-        await self._worker.call(partial(self._following().restore, facts, arrays), _URGENT)
+        await self._worker.call(self._following().restore, facts, arrays, urgent=True)
 
     def _following(self) -> Follower:
         if self._follower is None:
@@ -133,7 +122,7 @@ class Scorer:
             self._engine.load(scorer.path)
         self._scorer = scorer
         if self._follower is not None:
-            self._follower.follow(self._engine.parameters(), **_rule(scorer))
+            self._follower.follow(self._engine.parameters(), scorer)
 
     def _score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[int, pa.RecordBatch]:
         sequences = _sequences(rollouts, request)
@@ -144,10 +133,6 @@ class Scorer:
         except Exception as error:  # of a device or an engine that may be broken: another worker may do better
             raise EngineFailed(f"the engine failed: {type(error).__name__}: {error}") from error
         return sum(len(each.logprobs) for each in scores), _payload(rollouts["rollout_id"], scores)
-
-
-def _rule(scorer: ScorerConfig) -> dict[str, Any]:
-    return {"update": scorer.update, "every_steps": scorer.update_every_steps, "decay": scorer.update_decay}
 
 
 def _sequences(rollouts: pa.RecordBatch, request: ScoreRequest) -> list[Rollout]:
@@ -180,15 +165,9 @@ def _payload(rollout_ids: pa.Array, scores: Sequence[Scores]) -> pa.RecordBatch:
                 + (" in float16; score with dtype=float32" if half else "")
             )
     schema = score_schema(pa.float16() if half else pa.float32())
-    columns = [
-        rollout_ids,
-        *(
-            _lists([getattr(each, field.name).ravel() for each in scores], field)
-            for field in schema
-            if field.name != "rollout_id"
-        ),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+    of_scores = (field for field in schema if field.name != "rollout_id")
+    columns = [_lists([getattr(each, field.name).ravel() for each in scores], field) for field in of_scores]
+    return pa.RecordBatch.from_arrays([rollout_ids, *columns], schema=schema)
 
 
 def _lists(rows: Sequence[np.ndarray], field: pa.Field) -> pa.ListArray:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from opd_ray.config import ScorerConfig
 from opd_ray.errors import RunError, WeightSyncError
 from opd_ray.messages import ScoreRequest, TransferGroup
 from opd_ray.score.engine import Rollout
@@ -74,8 +75,8 @@ def assert_same(held: Weights, expected: Weights, **tolerance: float) -> None:
 
 def follow(path: Path, update: str, *, every_steps: int = 3, dtype: str = "float32") -> Followed:
     engine = TorchScoringEngine(path=str(path), device="cpu", dtype=dtype)
-    rule = {"update": update, "every_steps": every_steps, "decay": DECAY}
-    follower, transfer = Follower(engine.parameters(), **rule), WeightTransfer()
+    rule = ScorerConfig(update=update, update_every_steps=every_steps, update_decay=DECAY)
+    follower, transfer = Follower(engine.parameters(), rule), WeightTransfer()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

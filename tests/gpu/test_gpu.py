@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from opd_ray.buffer.plan import plan_step
-from opd_ray.config import from_dict
+from opd_ray.config import ScorerConfig, from_dict
 from opd_ray.generate.torch import TorchGenerationEngine
 from opd_ray.messages import (
     Coefficients,
@@ -36,7 +36,7 @@ pytestmark = [
 
 ENTRIES = scored_entries([(3, 9), (8, 2), (5, 14), (6, 6)], [(4, 12), (2, 5)])
 COEFFICIENTS = Coefficients(student=1.0, golden=0.5, teacher=0.0, reference=0.1)
-AVERAGE = {"update": "average", "every_steps": 1, "decay": 0.5}
+AVERAGE = ScorerConfig(update="average", update_decay=0.5)
 GREEDY = SamplingSettings(temperature=0.0, top_p=1.0, max_response_tokens=12, stop_token_ids=(1,))
 
 
@@ -118,7 +118,7 @@ def test_a_scorer_on_the_device_follows_the_learner(learner, tiny_model):
     """The average of a bfloat16 model is kept in float32, on the device."""
     engine = TorchScoringEngine(path=str(tiny_model["tied"]), dtype="bfloat16", device="cuda")
     before = {name: parameter.detach().double().cpu() for name, parameter in engine.parameters().items()}
-    follower = Follower(engine.parameters(), **AVERAGE)
+    follower = Follower(engine.parameters(), AVERAGE)
     manifest = broadcast(learner, follower.connect, follower.update, 1)
     sent = dict(learner._full_weights())
     for name, parameter in engine.parameters().items():

@@ -47,13 +47,12 @@ def main(logits_mb: int) -> None:
         }
     )
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator).requires_grad_()
-    none = torch.zeros(TOKENS, 0)
     states = torch.randn(TOKENS, HIDDEN, generator=generator)
     tokens = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
     other = FrozenHead(torch.randn(VOCABULARY, HIDDEN, generator=generator), None)
     parts = zip(states.split(4096), tokens.split(4096), strict=True)
     scores = torch.cat([other(part).log_softmax(-1).gather(-1, own[:, None])[:, 0] for part, own in parts])
-    teacher = ScoredTokens(scores, none.long(), none, stop_logprobs=scores, hidden=states)
+    teacher = ScoredTokens(scores, stop_logprobs=scores, hidden=states)
     segment = Segment(
         source="student",
         rollout_ids=tuple(map(str, range(ROLLOUTS))),

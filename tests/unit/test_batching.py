@@ -172,7 +172,7 @@ def test_what_a_scorer_was_not_asked_for_is_none() -> None:
     batch = collated(scored_entries([(3, 4)], scoring=Scoring(top_k=0)), packing=False)
     [segment] = batch.segments
     scored = segment.tokens.teachers["teacher"]
-    assert scored.topk_ids.shape == scored.topk_logprobs.shape == (4, 0)
+    assert scored.topk_ids is scored.topk_logprobs is None
     assert scored.given_logprobs is scored.stop_logprobs is scored.hidden is segment.tokens.given_ids is None
 
 

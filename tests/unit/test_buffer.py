@@ -31,7 +31,7 @@ def test_a_step_holds_its_own_slots_whatever_the_order_they_arrived_in():
         first, second = await buffer.take(0), await buffer.take(1)
         assert [each.meta.slot for each in first] == [0, 1]
         assert [each.meta.slot for each in second] == [2, 3]
-        assert buffer.num_slots == 0
+        assert buffer.slots == {}
 
     asyncio.run(scenario())
 

@@ -393,7 +393,7 @@ def test_the_reference_loss_is_the_reverse_kl_to_it() -> None:
 
 def test_missing_scores_are_refused_by_name() -> None:
     tokens = batch()
-    bare = ScoredTokens(tokens.behaviour_logprobs, torch.zeros(N, 0, dtype=torch.int64), torch.zeros(N, 0))
+    bare = ScoredTokens(tokens.behaviour_logprobs)
     bare = dataclasses.replace(tokens, teachers={"teacher": bare}, reference=None)
     for support, missing in (("teacher_top_k", "top-k"), ("student_top_k", "given ids"), ("full", "hidden states")):
         with pytest.raises(RunError, match=missing):

@@ -194,7 +194,8 @@ def test_no_tokens_have_no_reward_to_go() -> None:
 
 
 def test_log_ratios_without_a_teacher_are_zero() -> None:
-    assert not log_ratios(None, torch.randn(N), None, AdvantageConfig(teacher_coef=0, reward_coef=1)).any()
+    tokens = dataclasses.replace(batch(), teachers={}, reference=None)
+    assert not log_ratios(tokens, torch.randn(N), {}, AdvantageConfig(teacher_coef=0, reward_coef=1)).any()
 
 
 def test_a_token_the_behaviour_policy_never_sampled_gives_a_finite_loss() -> None:

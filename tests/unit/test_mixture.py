@@ -17,17 +17,17 @@ def test_a_schedule_is_straight_between_its_points_and_constant_outside():
     assert schedule.at(0.3, 5) == schedule.highest(0.3) == schedule.lowest(0.3) == 0.3
 
 
-@given(num_teacher=st.integers(0, 30), num_prompts=st.integers(1, 12))
-def test_teacher_responses_are_spread_evenly_over_the_prompts(num_teacher, num_prompts):
-    mix = StepMix(student_per_prompt=1, num_teacher=num_teacher, num_golden=0)
-    counts = [mix.teacher_responses(index, num_prompts) for index in range(num_prompts)]
-    assert sum(counts) == num_teacher
+@given(number=st.integers(0, 30), num_prompts=st.integers(1, 12))
+def test_what_the_teacher_writes_is_spread_evenly_over_the_prompts(number, num_prompts):
+    mix = StepMix(student_per_prompt=1, num_teacher_written=number, num_golden=0)
+    counts = [mix.teacher_written(index, num_prompts) for index in range(num_prompts)]
+    assert sum(counts) == number
     assert max(counts) - min(counts) <= 1
 
 
 def test_the_default_step_is_stableopds():
     mixture = Mixture(from_dict({}))
-    assert mixture.at(7) == StepMix(student_per_prompt=1, num_teacher=0, num_golden=32)
+    assert mixture.at(7) == StepMix(student_per_prompt=1, num_teacher_written=0, num_golden=32)
     coefficients = mixture.coefficients(7)
     assert (coefficients.student, coefficients.golden, coefficients.reference) == (0.25, 0.75, 0.025)
 
@@ -75,7 +75,7 @@ def test_a_routed_rollout_asks_its_own_teacher_and_a_weighted_one_all():
     assert roles_of(weighted, requests, "code").keys() == {"teacher", "code", "reference"}
 
 
-def test_extrapolation_needs_the_reference_even_without_an_anchor():
+def test_extrapolation_needs_the_reference_even_without_its_kl():
     raw = {
         "loss": {
             "student": {"divergence": "k1"},

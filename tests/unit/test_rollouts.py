@@ -293,6 +293,6 @@ def test_random_losses_of_workers_and_payloads_cost_no_slot_its_turn(max_stalene
     assert made.cast.trained == slots
     assert max(report.metrics["staleness/max"] for report in made.recording.reports) <= max_staleness
     ledger, missing, places = made.pipeline.slots()
-    assert (ledger.num_taken, missing, places) == (0, [], {})
+    assert (len(ledger.taken), missing, places) == (0, [], {})
     for report in made.recording.reports:
         assert sum(entry.meta.source == "golden" for entry in report.entries) == prompts_per_step

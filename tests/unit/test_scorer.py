@@ -222,8 +222,8 @@ class TestHalfUpdated:
             scorer, _, seen = self.scorer()
             await self.broken(scorer)
             batches = [asyncio.create_task(scorer.score(rollouts((2, 3)), ScoreRequest())) for _ in range(2)]
-            await asyncio.sleep(0)
-            await scorer._worker.call(lambda: None, 2)  # comes after the batches: the thread has seen them
+            await asyncio.sleep(0.05)
+            assert seen == []
             await scorer.update_weights(self.WEIGHTS)
             await asyncio.wait_for(asyncio.gather(*batches), 10)
             assert seen == [[1.0, 1.0]] * 2

@@ -33,9 +33,9 @@ class ScoredTokens:
 
     logprobs: torch.Tensor
     """[N] log-prob of the token that was sampled."""
-    topk_ids: torch.Tensor
-    """[N, k] int64; k may be 0."""
-    topk_logprobs: torch.Tensor
+    topk_ids: torch.Tensor | None = None
+    """[N, k] int64; None unless asked for, and"""
+    topk_logprobs: torch.Tensor | None = None
     """[N, k] under the full softmax."""
     given_logprobs: torch.Tensor | None = None
     """[N, k'] of the rollout's own topk_ids; None unless asked for."""

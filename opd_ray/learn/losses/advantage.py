@@ -25,7 +25,7 @@ import torch
 
 from opd_ray.config import AdvantageConfig, ImportanceConfig
 from opd_ray.errors import RunError
-from opd_ray.learn.losses import MAX_LOG_RATIO, ScoredTokens, TokenBatch, TokenLoss
+from opd_ray.learn.losses import MAX_LOG_RATIO, ScoredTokens, TokenBatch, TokenLoss, Tokens
 
 
 def policy_gradient(
@@ -53,9 +53,7 @@ def advantages(
     metrics: dict[str, torch.Tensor] = {}
     advantage = batch.teacher_advantages
     if advantage is None:
-        teacher = combined_logprobs(batch.teachers, weights) if uses_teacher(config) else None
-        reference = batch.reference.logprobs if batch.reference is not None else None
-        advantage = log_ratios(teacher, batch.logprobs.detach(), reference, config)
+        advantage = log_ratios(batch, batch.logprobs.detach(), weights, config)
     if config.clip is not None:
         metrics["advantage_clip_fraction"] = (advantage.abs() > config.clip).float()
         advantage = advantage.clamp(-config.clip, config.clip)
@@ -65,21 +63,18 @@ def advantages(
     return advantage, metrics
 
 
-def uses_teacher(config: AdvantageConfig) -> bool:
-    return config.teacher_coef > 0 or config.extrapolation != 1
-
-
 def log_ratios(
-    teacher: torch.Tensor | None, policy: torch.Tensor, reference: torch.Tensor | None, config: AdvantageConfig
+    tokens: Tokens, policy: torch.Tensor, weights: Mapping[str, float], config: AdvantageConfig
 ) -> torch.Tensor:
-    """r of each token, [N], from log-probs [N]; 0 without a teacher. RunError where a needed reference is missing."""
-    if teacher is None:
+    """r of each token, [N], with ``policy`` its log π [N]; 0 without a teacher. RunError without a needed reference."""
+    if config.teacher_coef == 0 and config.extrapolation == 1:
         return torch.zeros_like(policy)
+    teacher = combined_logprobs(tokens.teachers, weights)
     ratios = config.teacher_coef * (teacher - policy)
     if config.extrapolation != 1:
-        if reference is None:
+        if tokens.reference is None:
             raise RunError("advantage.extrapolation needs the reference's log-probs, but the scores have none")
-        ratios = ratios + (config.extrapolation - 1) * (teacher - reference)
+        ratios = ratios + (config.extrapolation - 1) * (teacher - tokens.reference.logprobs)
     return ratios
 
 

@@ -85,7 +85,7 @@ def topk_overlap(batch: TokenBatch, weights: Mapping[str, float]) -> torch.Tenso
         shared = marked.gather(-1, theirs) & (scored.topk_ids < batch.vocab_size)
         if batch.merges_stops:
             shared &= ~is_any_of(theirs, batch.stop_token_ids[1:])
-        overlap += weights[name] * shared.sum(-1) / max(k, 1)
+        overlap += weights[name] * shared.sum(-1) / k
     return overlap
 
 

@@ -52,7 +52,7 @@ def compare(batch: TokenBatch, scored: ScoredTokens, support: Support, tail: Tai
         ids, log_q = scored.topk_ids, scored.topk_logprobs
     else:
         ids, log_q = batch.given_ids, scored.given_logprobs
-    if ids is None or log_q is None or ids.shape[-1] == 0:
+    if ids is None or log_q is None:
         raise RunError(
             f"support={support} needs log-probs of {'the top-k' if support == 'teacher_top_k' else 'given ids'} "
             "(k ≥ 1), but the scores have none; ask the scorer for them"
