@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -36,8 +37,7 @@ def plan_step(
         load, rank = heapq.heappop(loads)
         shares[rank].append(entry)
         heapq.heappush(loads, (load + entry.meta.num_tokens, rank))
-    split = _split_packed if packing else _split_padded
-    micro_batches = [split(share, micro_batch_tokens) for share in shares]
+    micro_batches = [_split(share, micro_batch_tokens, packing) for share in shares]
     most = max(map(len, micro_batches))
     denominators = count(entries)
     return [
@@ -60,45 +60,36 @@ def group_advantages(entries: Sequence[Entry], std: bool) -> list[Entry]:
     The reward r is 1 where the response is correct, else 0; without ``std`` it is only centred. The standard
     deviation is the population's (GRPO, arXiv 2402.03300); equal rewards give 0.
     """
-    rewards: dict[int, list[float]] = {}
+    rewards: dict[int, list[float]] = defaultdict(list)
     for entry in entries:
         if entry.meta.source == "student":
-            rewards.setdefault(entry.meta.slot, []).append(float(entry.meta.correct))
-    centre = {slot: float(np.mean(group)) for slot, group in rewards.items()}
-    spread = {slot: float(np.std(group)) if std else 1.0 for slot, group in rewards.items()}
+            rewards[entry.meta.slot].append(float(entry.meta.correct))
 
     def advantage(entry: Entry) -> float:
-        slot, reward = entry.meta.slot, float(entry.meta.correct)
-        return (reward - centre[slot]) / spread[slot] if spread[slot] > 0 else 0.0
+        if entry.meta.source != "student":
+            return 0.0
+        group = np.array(rewards[entry.meta.slot])
+        spread = group.std() if std else 1.0
+        return float((entry.meta.correct - group.mean()) / spread) if spread > 0 else 0.0
 
-    return [
-        replace(entry, reward_advantage=advantage(entry)) if entry.meta.source == "student" else entry
-        for entry in entries
-    ]
-
-
-def _split_padded(longest_first: Sequence[Entry], max_tokens: int) -> list[list[Entry]]:
-    """Consecutive rows whose padded rectangle fits; the first row of each is its longest."""
-    batches: list[list[Entry]] = []
-    for entry in longest_first:
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].meta.num_tokens <= max_tokens:
-            batches[-1].append(entry)
-        else:
-            batches.append([entry])
-    return batches
+    return [replace(entry, reward_advantage=advantage(entry)) for entry in entries]
 
 
-def _split_packed(longest_first: Sequence[Entry], max_tokens: int) -> list[list[Entry]]:
-    """First-fit decreasing: each row goes to the first micro-batch with room for it."""
+def _split(longest_first: Sequence[Entry], max_tokens: int, packing: bool) -> list[list[Entry]]:
+    """First-fit decreasing: each row goes to the first micro-batch with room for it.
+
+    Packed there is room for tokens; padded for rows, which are as long as the first of their micro-batch.
+    """
     batches: list[list[Entry]] = []
     room: list[int] = []
     for entry in longest_first:
         tokens = entry.meta.num_tokens
-        fit = next((index for index, left in enumerate(room) if left >= tokens), None)
+        needs = tokens if packing else 1
+        fit = next((index for index, left in enumerate(room) if left >= needs), None)
         if fit is None:
-            batches.append([entry])
-            room.append(max_tokens - tokens)
-        else:
-            batches[fit].append(entry)
-            room[fit] -= tokens
+            fit = len(batches)
+            batches.append([])
+            room.append(max(needs, max_tokens if packing else max_tokens // tokens))
+        batches[fit].append(entry)
+        room[fit] -= needs
     return batches

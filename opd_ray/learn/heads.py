@@ -8,7 +8,7 @@ small (H numbers a token), the logits are not (V), so the student's body hands o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,11 +19,9 @@ LossOfRows = Callable[[int, torch.Tensor], torch.Tensor]
 """(number of a piece, its logits [n, V]) to that piece's share of the loss."""
 
 
-class Consumer(Protocol):
-    """What the loss of one micro-batch is to the student's head."""
-
-    def __call__(self, hidden: torch.Tensor, head: ResponseHead) -> torch.Tensor:
-        """The loss, from states [N, H] and the layer that makes logits of them."""
+Consumer = Callable[[torch.Tensor, "ResponseHead"], torch.Tensor]
+"""What the loss of one micro-batch is to the student's head: of states [N, H] and the layer that makes logits of them.
+"""
 
 
 class ResponseHead(torch.nn.Linear):

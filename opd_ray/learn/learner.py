@@ -318,13 +318,10 @@ class Learner:
 
     def _full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter whole, valid until the next is asked for; every rank must ask under ZeRO-3."""
-        if self._zero_stage < 3:
-            yield from ((name, parameter.data) for name, parameter in weights_of(self._model))
-            return
-        import deepspeed
+        from deepspeed.zero import GatheredParameters
 
         for name, parameter in weights_of(self._model):
-            with deepspeed.zero.GatheredParameters([parameter]):
+            with GatheredParameters([parameter], enabled=self._zero_stage == 3):
                 yield name, parameter.data
 
 

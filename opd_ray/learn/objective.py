@@ -188,7 +188,7 @@ class MicroBatchLoss:
         """After the call: which rollouts' loss is not finite, if any. The gradient is then nan on purpose."""
 
     def __call__(self, hidden: torch.Tensor, head: ResponseHead) -> torch.Tensor:
-        """The loss, from states [N, H] of the response tokens; see :class:`opd_ray.learn.heads.Consumer`."""
+        """The loss, from states [N, H] of the response tokens; see :data:`opd_ray.learn.heads.Consumer`."""
         if not self._segments:
             return head.logits(hidden).sum()  # 0, with the gradient of 0 that ZeRO's collectives count
         in_pieces = hidden.shape[0] > self._objective.chunk_rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -97,8 +97,11 @@ class TorchScoringEngine:
             logits = self._transform(self._head(hidden[chunk]))
             chunks.append(_token_scores(logits, *(ids[chunk] for ids in columns), request))
         whole = {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
-        whole["hidden"] = _portable(hidden if request.hidden else hidden[:, :0])
-        return _split(whole, lengths)
+        # NumPy has no bfloat16; float16 keeps more of its digits, and the scorer checks the range.
+        portable = torch.float16 if hidden.dtype == torch.bfloat16 else hidden.dtype
+        whole["hidden"] = (hidden if request.hidden else hidden[:, :0]).to(portable).cpu().numpy()
+        rows_of = [slice(end - length, end) for end, length in zip(np.cumsum(lengths), lengths, strict=True)]
+        return [Scores(**{name: column[rows] for name, column in whole.items()}) for rows in rows_of]
 
 
 def _token_scores(logits: Tensor, tokens: Tensor, given: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
@@ -126,17 +129,3 @@ def _token_scores(logits: Tensor, tokens: Tensor, given: Tensor, request: ScoreR
         "given_logprobs": given_logits - log_normalizer,
         "stop_logprobs": stop_logprobs,
     }
-
-
-def _portable(hidden: Tensor) -> np.ndarray:
-    """NumPy has no bfloat16; float16 keeps more of its digits, and the scorer checks the range."""
-    return hidden.to(torch.float16 if hidden.dtype == torch.bfloat16 else hidden.dtype).cpu().numpy()
-
-
-def _split(whole: Mapping[str, np.ndarray], lengths: Sequence[int]) -> list[Scores]:
-    """The packed columns as one Scores per row; a column of no tokens has none in any row."""
-    ends = np.cumsum(lengths)
-    return [
-        Scores(**{name: column[end - length : end] for name, column in whole.items()})
-        for end, length in zip(ends, lengths, strict=True)
-    ]

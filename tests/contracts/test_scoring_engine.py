@@ -14,7 +14,6 @@ from engine_host import EngineHost
 from opd_ray.errors import InputError
 from opd_ray.messages import ScoreRequest
 from opd_ray.score.engine import Rollout, Scores, ScoringEngine
-from opd_ray.score.fake import FakeScoringEngine
 from opd_ray.score.torch import TorchScoringEngine
 
 VOCAB_SIZE = 32
@@ -22,7 +21,6 @@ MAX_CONTEXT_TOKENS = 96
 TOLERANCE = 1e-4
 TORCH = ["torch", "torch-one-row", "torch-three-tokens-a-chunk"]
 MODELS = [pytest.param("vllm", marks=pytest.mark.vllm), *TORCH]
-ANY = [*MODELS, "fake"]
 STOPS = (7, 3, 20)
 """An EOS set: sampled ones of each id are among the rollouts."""
 
@@ -30,8 +28,6 @@ STOPS = (7, 3, 20)
 @pytest.fixture(scope="module")
 def engine(request: pytest.FixtureRequest, tiny_model: dict[str, Path], vllm_host: EngineHost) -> ScoringEngine:
     path = str(tiny_model["untied"])
-    if request.param == "fake":
-        return FakeScoringEngine(vocab_size=VOCAB_SIZE)
     if request.param == "vllm":
         return vllm_host.build("opd_ray.score.vllm:VllmScoringEngine", path=path, kv_cache_bytes=16 * 2**20)
     sizes = {
@@ -69,7 +65,7 @@ def own(full: np.ndarray, rollout: Rollout) -> np.ndarray:
     return full[np.arange(len(rollout.response_tokens)), rollout.response_tokens]
 
 
-@pytest.mark.parametrize("engine", ANY, indirect=True)
+@pytest.mark.parametrize("engine", MODELS, indirect=True)
 @pytest.mark.parametrize("top_k", [0, 4, VOCAB_SIZE, 1000])
 def test_shapes_and_dtypes(engine: ScoringEngine, top_k: int) -> None:
     for rollout, scores in zip(rollouts(), engine.score(rollouts(), ScoreRequest(top_k=top_k)), strict=True):
@@ -81,7 +77,7 @@ def test_shapes_and_dtypes(engine: ScoringEngine, top_k: int) -> None:
         assert scores.stop_logprobs.shape == (0,)
 
 
-@pytest.mark.parametrize("engine", ANY, indirect=True)
+@pytest.mark.parametrize("engine", MODELS, indirect=True)
 @pytest.mark.parametrize("top_k", [0, 4, VOCAB_SIZE])
 def test_shapes_with_an_eos_set(engine: ScoringEngine, top_k: int) -> None:
     """The set is one token, so the whole distribution has two entries fewer."""
@@ -95,7 +91,7 @@ def test_shapes_with_an_eos_set(engine: ScoringEngine, top_k: int) -> None:
         assert not np.isin(scores.topk_ids, STOPS[1:]).any()
 
 
-@pytest.mark.parametrize("engine", ANY, indirect=True)
+@pytest.mark.parametrize("engine", MODELS, indirect=True)
 def test_a_sampled_eos_of_any_id_has_the_probability_of_all(engine: ScoringEngine) -> None:
     seen = set()
     for rollout, scores in zip(rollouts(), engine.score(rollouts(), ScoreRequest(stop_token_ids=STOPS)), strict=True):
@@ -105,7 +101,7 @@ def test_a_sampled_eos_of_any_id_has_the_probability_of_all(engine: ScoringEngin
     assert seen == set(STOPS)
 
 
-@pytest.mark.parametrize("engine", ANY, indirect=True)
+@pytest.mark.parametrize("engine", MODELS, indirect=True)
 def test_no_sequences_give_no_scores(engine: ScoringEngine) -> None:
     assert engine.score([], ScoreRequest(top_k=4)) == []
 

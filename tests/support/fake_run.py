@@ -29,8 +29,8 @@ from typing import Any
 
 from opd_ray.generate.fake import FakeGenerationEngine
 from opd_ray.messages import GenerationRequest
-from opd_ray.score.fake import FakeScoringEngine
 from opd_ray.snapshots.storage import FileFact, Storage
+from uniform_scores import UniformScores
 
 POINTS = (
     "started",  # the rooms' actors were asked for, none is up
@@ -87,8 +87,8 @@ def make_generation_engine(path: str, rollout: Any, max_context_tokens: int) -> 
     return VersionedEngine(max_num_seqs=rollout.max_num_seqs, max_context_tokens=max_context_tokens)
 
 
-def make_scoring_engine(scorer: Any, max_context_tokens: int | None) -> FakeScoringEngine:
-    return FakeScoringEngine()
+def make_scoring_engine(scorer: Any, max_context_tokens: int | None) -> UniformScores:
+    return UniformScores()
 
 
 def load_tokenizer(path: str) -> FewWords:
