@@ -143,7 +143,8 @@ def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, over
         check_fits(checks.check_resources, config)
         if run_dir is not None:
             find_start(asked, run_dir, resume=resume, hold=False)
-    _print_table("preflight: nothing to object to", vars(facts))
+    found = {name: value for name, value in vars(facts).items() if name != "data"}
+    _print_table("preflight: nothing to object to", found)
 
 
 @cli.command(cls=_ConfiguredCommand)

@@ -1,7 +1,6 @@
 """Golden solutions: complete responses to train on, checked and in the form that rollouts have.
 
-StableOPD's golden data is complete, not truncated, not repetitive, and ends in EOS (METHOD §3). A row that is not is
-refused or, where ``data.golden_problems=skip``, left out and counted. Preflight and the loader share these checks.
+A row that cannot be trained on is refused or, where ``data.golden_problems=skip``, left out and counted (METHOD §3).
 
     rows of text      prompt and response; the first token of the EOS set is appended
     rows of tokens    a rollout log's prompt_tokens and response_tokens, as they are: the last one must be an EOS
@@ -10,32 +9,25 @@ refused or, where ``data.golden_problems=skip``, left out and counted. Preflight
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from opd_ray.config import Config
-from opd_ray.data.files import Rows, read_golden, read_prompts
-from opd_ray.data.prompts import DEFAULT_TEACHER
+from opd_ray.data.files import read_golden
+from opd_ray.data.golden_problems import KINDS, describe, find_problems, judged_wrong
+from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts
 from opd_ray.errors import InputError
 from opd_ray.messages import MOST_VALUES, ROLLOUT_SCHEMA, RolloutMeta
-from opd_ray.models.checkpoints import ModelFacts, inspect_run
-from opd_ray.repetition import is_repetitive, tail_period
-from opd_ray.tasks import Task, get_task
+from opd_ray.models.checkpoints import ModelFacts
+from opd_ray.repetition import tail_period
 from opd_ray.tasks.judge import Judge
 
-_KINDS = {
-    "without_eos": "without EOS",
-    "eos_inside": "with an EOS inside",
-    "over_length": "over length",
-    "repetitive": "that repeat themselves",
-    "wrong": "judged wrong",
-}
-"""What can be the matter with a row, in the order in which it is looked for; a row counts once."""
-_SHOWN_ROWS = 5
 _CHUNK = 1024
+_TOKENS = ("prompt_tokens", "response_tokens", "privileged_prompt_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,320 +45,176 @@ class Solution:
     privileged_prompt_tokens: Sequence[int] = ()
 
 
+@dataclasses.dataclass
+class Golden:
+    """The rows of data.golden that can be trained on."""
+
+    solutions: list[Solution]
+    """In the order of the file."""
+    report: dict[str, int]
+    """Rows of the file, used, and for each kind of problem the rows that were left out for it."""
+    pairs: dict[str, int]
+    """Prompt id to the index of its solution; empty where prompts do not need theirs."""
+
+    def hand_over(self) -> tuple[list[RolloutMeta], pa.RecordBatch]:
+        """Metas and a batch of ROLLOUT_SCHEMA, a row per solution. The solutions are gone then: they may be gigabytes.
+
+        Where prompts need their solutions, prompt_id is that of the prompt it belongs to.
+        """
+        solutions, self.solutions = self.solutions, []
+        metas = [_meta(solution) for solution in solutions]
+        columns: dict[str, Any] = dict.fromkeys(ROLLOUT_SCHEMA.names, [[] for _ in metas])
+        for name in ("rollout_id", "slot", "prompt_id", "source", "finish_reason", "correct"):
+            columns[name] = [getattr(meta, name) for meta in metas]
+        for name in _TOKENS:
+            columns[name] = _lists([getattr(solution, name) for solution in solutions])
+        columns["text"] = [solution.text for solution in solutions]
+        return metas, pa.RecordBatch.from_pydict(columns, schema=ROLLOUT_SCHEMA)
+
+
 def is_privileged(config: Config) -> bool:
     """Is any teacher that the run uses shown golden solutions?"""
     return config.uses_teacher and any(teacher.privileged for teacher in config.teachers.values())
 
 
-def needs_pairs(config: Config) -> bool:
-    """Does it matter which prompt a golden solution belongs to?"""
-    return is_privileged(config) or (config.loads_golden and config.buffer.golden_pairing == "prompt")
+def check_golden(
+    config: Config, models: Mapping[str, ModelFacts], eos_token_ids: Sequence[int], prompts: Prompts, judge: Judge
+) -> Golden:
+    """Reads data.golden and looks at each of its rows.
 
-
-def load_golden(
-    config: Config, eos_token_ids: Sequence[int]
-) -> tuple[list[RolloutMeta], pa.RecordBatch, dict[str, int]]:
-    """Metas and a batch of ROLLOUT_SCHEMA, a row per usable solution in the file's order, and the counts.
-
-    The counts: rows of the file, used, and for each kind of problem the rows that were left out for it. Where
-    prompts need their solutions, prompt_id is that of the prompt it belongs to (see `pair`). Raises InputError.
+    ``models``: "student" and every scorer's role to its facts. Raises InputError for rows with problems, unless
+    they are to be skipped; if none is left; and if prompts that need a solution have none.
     """
-    models = inspect_run(config)
-    solutions, report = check_golden(config, models, eos_token_ids)
-    metas = [_meta(solution) for solution in solutions]
-    empty: list[list[int]] = [[] for _ in metas]
-    columns: dict[str, Any] = {
-        "rollout_id": [meta.rollout_id for meta in metas],
-        "slot": [meta.slot for meta in metas],
-        "prompt_id": [meta.prompt_id for meta in metas],
-        "source": ["golden"] * len(metas),
-        "prompt_tokens": _lists("prompt_tokens", [solution.prompt_tokens for solution in solutions]),
-        "response_tokens": _lists("response_tokens", [solution.response_tokens for solution in solutions]),
-        "behaviour_logprobs": empty,
-        "weight_versions": empty,
-        "topk_ids": empty,
-        "privileged_prompt_tokens": _lists(
-            "privileged_prompt_tokens", [solution.privileged_prompt_tokens for solution in solutions]
-        ),
-        "finish_reason": ["stop"] * len(metas),
-        "correct": [meta.correct for meta in metas],
-        "text": [solution.text for solution in solutions],
-    }
-    return metas, pa.RecordBatch.from_pydict(columns, schema=ROLLOUT_SCHEMA), report
+    where = f"data.golden {config.data.golden}"
+    rows: Sequence[Mapping[str, Any]] = read_golden(str(config.data.golden))
+    # Does it matter which prompt a solution belongs to?
+    paired = is_privileged(config) or (config.loads_golden and config.buffer.golden_pairing == "prompt")
+    if paired:
+        rows = [_of_prompt(number, *each) for number, each in enumerate(_matched(prompts, rows), start=1)]
+    solutions = _tokenise(Prompts(where, rows, prompts.renderer), models["student"], eos_token_ids[0])
+    if is_privileged(config):
+        solutions = _with_privileged_prompts(where, solutions, prompts)
+    problems = find_problems(config, models, eos_token_ids, solutions)
+    if config.data.golden_filter == "correct":
+        problems |= judged_wrong(where, [each for each in solutions if each.number not in problems], judge)
+    if problems and config.data.golden_problems == "refuse":
+        advice = "mend or remove them, or leave them out with data.golden_problems=skip"
+        raise InputError(f"{describe(where, len(rows), problems)}; {advice}")
+    used = [each for each in solutions if each.number not in problems]
+    if not used:
+        raise InputError(f"{describe(where, len(rows), problems)}; none is left to train on")
+    for name in _TOKENS:
+        if (total := sum(len(getattr(each, name)) for each in used)) > MOST_VALUES:
+            most = f"more than one batch can hold ({MOST_VALUES})"
+            raise InputError(f"{where}: {len(used)} rows have {total} {name}, {most}; give fewer rows")
+    counts = Counter(kind for kind, _ in problems.values())
+    report = {"rows": len(rows), "used": len(used), **{kind: counts[kind] for kind in KINDS}}
+    pairs = {}
+    if paired and config.buffer.prompts_per_step:
+        pairs = _pair(prompts.rows, used)
+        _check_pairs(config, prompts, pairs, len(problems))
+    return Golden(used, report, pairs)
 
 
-def load_solutions(config: Config, eos_token_ids: Sequence[int]) -> dict[str, str]:
-    """Prompt id to the text of its golden solution, for all of data.prompts: what a privileged teacher is shown."""
-    solutions, _ = check_golden(config, inspect_run(config), eos_token_ids)
-    pairs = pair_solutions(read_prompts(config.data.prompts, need_answer=False), solutions)
-    return {prompt_id: solutions[index].text for prompt_id, index in pairs.items()}
+def _matched(prompts: Prompts, rows: Any) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any] | None]]:
+    """Each golden row with the first row of data.prompts that it answers."""
+    if prompts.rows.has_ids and rows.has_ids:
+        by_id = {row["id"]: row for row in prompts.rows}
+        yield from ((row, by_id.get(row["id"])) for row in rows)
+        return
+    by_prompt: dict[Any, Mapping[str, Any]] = {}
+    for row in prompts.rows:
+        by_prompt.setdefault(row["prompt"].strip(), row)
+    if any(not row["prompt"] for row in rows):  # tokens alone can only be compared with tokens
+        for index, row in enumerate(prompts.rows):
+            by_prompt.setdefault(prompts[index].tobytes(), row)
+    for row in rows:
+        yield row, by_prompt.get(row["prompt"].strip() or row["prompt_tokens"].astype(np.int32).tobytes())
 
 
-def pair(prompts: Sequence[Mapping[str, Any]], golden: Sequence[RolloutMeta]) -> dict[str, int]:
-    """Prompt id to the index of its golden solution (the first, if it has several); prompts without one are absent.
+def _of_prompt(number: int, row: Mapping[str, Any], prompt: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A golden row with its prompt's id, and what only the prompt's row knows."""
+    if prompt is None:  # its own id may be that of another prompt
+        return {**row, "id": f"golden-{number}"}
+    return {**prompt, **row, "id": prompt["id"], **{key: row[key] or prompt[key] for key in ("prompt", "answer")}}
 
-    ``golden`` comes from `load_golden`, which has already matched the files: by id where every row of both has
-    one, else by the prompt. Prompts of the same text share a solution.
+
+def _tokenise(golden: Prompts, student: ModelFacts, eos_token_id: int) -> list[Solution]:
+    """Rows of text, whose prompts ``golden`` renders, and rows of tokens."""
+    responses = _encoded([row["response"] for row in golden.rows if "response" in row], student.tokenizer)
+    solutions = []
+    for index, row in enumerate(golden.rows):
+        if "response" in row:
+            response = np.asarray([*next(responses), eos_token_id], np.int32)
+            solutions.append(Solution(index + 1, row, golden[index], response, row["response"]))
+        else:
+            text = _check_tokens(f"{golden.where} row {index + 1}", row, student)
+            tokens = (row[name].astype(np.int32) for name in ("prompt_tokens", "response_tokens"))
+            solutions.append(Solution(index + 1, row, *tokens, text))
+    return solutions
+
+
+def _encoded(texts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Many in a call, which a tokenizer works off side by side, but not all: besides ids it returns what we drop."""
+    for start in range(0, len(texts), _CHUNK):
+        yield from tokenizer(texts[start : start + _CHUNK], add_special_tokens=False)["input_ids"]
+
+
+def _check_tokens(where: str, row: Mapping[str, Any], student: ModelFacts) -> str:
+    """The text of a row of tokens; refuses those of another tokenizer."""
+    if not len(row["prompt_tokens"]):
+        raise InputError(f"{where}: has no prompt_tokens; give the prompt that the response answers")
+    both = np.concatenate([row["prompt_tokens"], row["response_tokens"]])
+    wrong = both[(both < 0) | (both >= student.vocab_size)]
+    if len(wrong):
+        raise InputError(
+            f"{where}: token {wrong[0]} is outside the vocabulary of {student.name} "
+            f"({student.vocab_size} tokens); give rows of its tokenizer, or rows of text"
+        )
+    decode = student.tokenizer.decode
+    text, marked = (decode(row["response_tokens"], skip_special_tokens=skip) for skip in (True, False))
+    if "text" in row and "".join(row["text"].split()) not in ("".join(each.split()) for each in (text, marked)):
+        raise InputError(
+            f"{where}: its response_tokens read {text[:40]!r} with the tokenizer of {student.name}, "
+            f"but its text is {row['text'][:40]!r}; give rows of this tokenizer, or rows of text"
+        )
+    return text
+
+
+def _with_privileged_prompts(where: str, solutions: Sequence[Solution], prompts: Prompts) -> list[Solution]:
+    if unknown := [solution.number for solution in solutions if not solution.row["prompt"]]:
+        raise InputError(
+            f"{where} row {unknown[0]}: has tokens only, and its prompt is not in data.prompts; "
+            "a privileged teacher is shown text: add the column prompt or remove the row"
+        )
+    rows, texts = [each.row for each in solutions], [each.text for each in solutions]
+    shown = Prompts(where, rows, prompts.renderer, texts)
+    return [dataclasses.replace(each, privileged_prompt_tokens=shown[i]) for i, each in enumerate(solutions)]
+
+
+def _pair(prompts: Sequence[Mapping[str, Any]], solutions: Sequence[Solution]) -> dict[str, int]:
+    """Prompt id to the index of its solution (the first, if it has several); prompts without one are absent.
+
+    Solutions have the ids of their prompts by now; prompts of the same text share a solution.
     """
-    return _pair(prompts, [meta.prompt_id for meta in golden])
-
-
-def pair_solutions(prompts: Sequence[Mapping[str, Any]], solutions: Sequence[Solution]) -> dict[str, int]:
-    """The same for what `check_golden` returns."""
-    return _pair(prompts, [solution.row["id"] for solution in solutions])
-
-
-def _pair(prompts: Sequence[Mapping[str, Any]], prompt_ids: Sequence[str]) -> dict[str, int]:
     index: dict[str, int] = {}
-    for i, prompt_id in enumerate(prompt_ids):
-        index.setdefault(prompt_id, i)
+    for i, solution in enumerate(solutions):
+        index.setdefault(solution.row["id"], i)
     by_text = {row["prompt"].strip(): index[row["id"]] for row in reversed(prompts) if row["id"] in index}
     pairs = {row["id"]: index.get(row["id"], by_text.get(row["prompt"].strip())) for row in prompts}
     return {prompt_id: found for prompt_id, found in pairs.items() if found is not None}
 
 
-def check_golden(
-    config: Config, models: Mapping[str, ModelFacts], eos_token_ids: Sequence[int]
-) -> tuple[list[Solution], dict[str, int]]:
-    """The usable rows of data.golden and the counts that `load_golden` returns.
-
-    ``models``: "student" and every scorer's role to its facts. Raises InputError for rows with problems, unless
-    they are to be skipped; if none is left; and if prompts that need a solution have none.
-    """
-    where, task, tokenizer = (
-        f"data.golden {config.data.golden}",
-        get_task(config.data.task),
-        models["student"].tokenizer,
-    )
-    rows = read_golden(str(config.data.golden))
-    prompts = read_prompts(config.data.prompts, need_answer=False) if needs_pairs(config) else None
-    owners = _match(prompts, rows, task, tokenizer) if prompts is not None else None
-    solutions = _tokenise(where, rows, task, models["student"], eos_token_ids[0])
-    if prompts is not None:
-        solutions = [_owned(each, prompts, owner) for each, owner in zip(solutions, owners, strict=True)]
-    if is_privileged(config):
-        solutions = [_with_privileged_prompt(where, each, task, tokenizer) for each in solutions]
-    limits = _limits(config, models)
-    problems = {kind: [] for kind in _KINDS}
-    used = []
-    found_in = [_problem(solution, config, frozenset(eos_token_ids), limits) for solution in solutions]
-    if config.data.golden_filter == "correct":
-        found_in = _verified(where, solutions, found_in, task)
-    for solution, found in zip(solutions, found_in, strict=True):
-        if found is None:
-            used.append(solution)
-        else:
-            problems[found[0]].append((solution.number, found[1]))
-    counts = {kind: len(found) for kind, found in problems.items()}
-    report = {"rows": len(rows), "used": len(used), **counts}
-    if any(counts.values()) and config.data.golden_problems == "refuse":
-        raise InputError(_describe(where, len(rows), problems))
-    if not used:
-        raise InputError(f"{_describe(where, len(rows), problems, skipped=True)}; none is left to train on")
-    if prompts is not None and config.buffer.prompts_per_step:
-        _check_pairs(config, prompts, pair_solutions(prompts, used), report)
-    return used, report
-
-
-def _tokenise(where: str, rows: Rows, task: Task, student: ModelFacts, eos_token_id: int) -> list[Solution]:
-    tokenizer, solutions = student.tokenizer, []
-    for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK]
-        texts = [row["response"] for row in chunk if "response" in row]
-        encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
-        for number, row in enumerate(chunk, start=start + 1):
-            if "response" in row:
-                prompt = np.asarray(
-                    render_prompt(where, number, lambda row=row: task.format_prompt(row, tokenizer)), np.int32
-                )
-                response = np.asarray([*next(encoded), eos_token_id], np.int32)
-                solutions.append(Solution(number, row, prompt, response, row["response"]))
-            else:
-                solutions.append(_from_tokens(where, number, row, student))
-    return solutions
-
-
-def _from_tokens(where: str, number: int, row: dict[str, Any], student: ModelFacts) -> Solution:
-    prompt, response = row["prompt_tokens"], row["response_tokens"]
-    if not len(prompt):
-        raise InputError(f"{where} row {number}: has no prompt_tokens; give the prompt that the response answers")
-    both = np.concatenate([prompt, response])
-    wrong = both[(both < 0) | (both >= student.vocab_size)]
-    if len(wrong):
-        raise InputError(
-            f"{where} row {number}: token {wrong[0]} is outside the vocabulary of {student.name} "
-            f"({student.vocab_size} tokens); give rows of its tokenizer, or rows of text"
-        )
-    text, marked = (student.tokenizer.decode(response, skip_special_tokens=skip) for skip in (True, False))
-    if "text" in row and "".join(row["text"].split()) not in ("".join(each.split()) for each in (text, marked)):
-        raise InputError(
-            f"{where} row {number}: its response_tokens read {text[:40]!r} with the tokenizer of {student.name}, "
-            f"but its text is {row['text'][:40]!r}; give rows of this tokenizer, or rows of text"
-        )
-    return Solution(number, row, prompt.astype(np.int32), response.astype(np.int32), text)
-
-
-def _match(prompts: Rows, rows: Rows, task: Task, tokenizer: Any) -> list[int | None]:
-    """For each golden row the index of the first prompt that it answers."""
-    if prompts.has_ids and rows.has_ids:
-        by_id = {row["id"]: i for i, row in enumerate(prompts)}
-        return [by_id.get(row["id"]) for row in rows]
-    by_prompt: dict[Any, int] = {}
-    for i, row in enumerate(prompts):
-        by_prompt.setdefault(row["prompt"].strip(), i)
-    if any(not row["prompt"] for row in rows):  # tokens alone can only be compared with tokens
-        for i, row in enumerate(prompts):
-            by_prompt.setdefault(np.asarray(task.format_prompt(row, tokenizer), np.int64).tobytes(), i)
-    return [by_prompt.get(row["prompt"].strip() or row["prompt_tokens"].astype(np.int64).tobytes()) for row in rows]
-
-
-def _owned(solution: Solution, prompts: Rows, owner: int | None) -> Solution:
-    """The solution with its prompt's id, and what only the prompt's row knows."""
-    if owner is None:  # its own id may be that of another prompt
-        return dataclasses.replace(solution, row={**solution.row, "id": f"golden-{solution.number}"})
-    known = {key: value for key, value in solution.row.items() if value is not None and not _is_blank(value)}
-    return dataclasses.replace(solution, row={**prompts[owner], **known, "id": prompts[owner]["id"]})
-
-
-def _is_blank(value: Any) -> bool:
-    return isinstance(value, str) and not value
-
-
-def _with_privileged_prompt(where: str, solution: Solution, task: Task, tokenizer: Any) -> Solution:
-    if not solution.row["prompt"]:
-        raise InputError(
-            f"{where} row {solution.number}: has tokens only, and its prompt is not in data.prompts; "
-            "a privileged teacher is shown text: add the column prompt or remove the row"
-        )
-    tokens = render_prompt(
-        where,
-        solution.number,
-        lambda: task.format_privileged_prompt(solution.row, solution.text, tokenizer),
-    )
-    return dataclasses.replace(solution, privileged_prompt_tokens=tokens)
-
-
-def render_prompt(where: str, number: int, render: Callable[[], list[int]]) -> list[int]:
-    """``render()``, a call of the task; what it cannot render is refused by file and row (1-based)."""
-    try:
-        return render()
-    except (ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{where} row {number}: the task cannot render the prompt ({reason})") from None
-
-
-def _limits(config: Config, models: Mapping[str, ModelFacts]) -> list[tuple[str, int, bool]]:
-    """Who limits a golden sequence, to how many tokens, and whether with the privileged prompt."""
-    cap = config.student.max_context_tokens
-    found = [("student.max_context_tokens", cap, False)] if cap else []
-    for role, facts in models.items():
-        if facts.context_tokens is None:
-            continue
-        if role == "student" or (role == "reference" and config.needs_reference("golden")):
-            found.append((facts.name, facts.context_tokens, False))
-        elif role in config.teachers and config.needs_teacher("golden"):
-            found.append((facts.name, facts.context_tokens, config.teachers[role].privileged))
-    return found
-
-
-def _problem(
-    solution: Solution,
-    config: Config,
-    eos: frozenset[int],
-    limits: Sequence[tuple[str, int, bool]],
-) -> tuple[str, str] | None:
-    """Kind and reason of what is the matter with a row, if anything."""
-    row, response, ids = solution.row, solution.response_tokens, sorted(eos)
-    if (reason := row.get("finish_reason", "stop")) != "stop":
-        return "without_eos", f"finish_reason is {reason!r}, expected 'stop'"
-    if not len(response) or response[-1] not in eos:
-        last = f"its last token is {response[-1]}" if len(response) else "it has no tokens"
-        return "without_eos", f"{last}, none of the EOS set {ids}"
-    inside = np.flatnonzero(np.isin(response[:-1], ids))
-    if len(inside):
-        hint = "; one is appended to rows of text, remove it" if "response" in row else ""
-        return "eos_inside", f"token {inside[0] + 1} of {len(response)} is the EOS {response[inside[0]]}{hint}"
-    if len(response) > config.rollout.longest_response:
-        budget = config.rollout.longest_response
-        return (
-            "over_length",
-            f"{len(response)} response tokens, EOS included, exceed rollout.max_response_tokens={budget}",
-        )
-    for name, limit, privileged in limits:
-        total = len(solution.privileged_prompt_tokens if privileged else solution.prompt_tokens) + len(response)
-        if total > limit:
-            return (
-                "over_length",
-                f"prompt, response and EOS are {total} tokens, more than the context of {limit} of {name}",
-            )
-    window, ratio = config.repetition
-    if is_repetitive(solution.text, window, ratio):
-        return "repetitive", f"its last {window} characters compress by more than metrics.repetition_ratio={ratio:.3g}"
-    return None
-
-
-def _verified(
-    where: str, solutions: Sequence[Solution], problems: Sequence[tuple[str, str] | None], task: Task
-) -> list[tuple[str, str] | None]:
-    """The problems, with those of solutions that had none but are judged wrong."""
-    found = list(problems)
-    asked = []
-    for i, solution in enumerate(solutions):
-        if found[i] is not None:
-            continue
-        if solution.row["answer"]:
-            asked.append(i)
-        elif "correct" not in solution.row:
-            raise InputError(
-                f"{where} row {solution.number}: has no answer to verify the response with, which "
-                "data.golden_filter=correct asks for; add the column answer (or correct), or set "
-                "data.golden_filter=none"
-            )
-        elif not solution.row["correct"]:
-            found[i] = "wrong", "it is marked as not correct"
-    with Judge(task) as judge:
-        verdicts = judge.ask("verify", [(solutions[i].text, _without_tokens(solutions[i].row)) for i in asked])
-    for i, verdict in zip(asked, verdicts, strict=True):
-        answer = solutions[i].row["answer"]
-        if verdict is None:
-            found[i] = "wrong", f"the task's verifier gave up comparing it with its answer {answer!r}"
-        elif not verdict:
-            found[i] = "wrong", f"the task's verifier disagrees with its answer {answer!r}"
-    return found
-
-
-def _without_tokens(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Long arrays that no verdict needs, and numpy, which a judging process would have to import."""
-    return {key: value for key, value in row.items() if not isinstance(value, np.ndarray)}
-
-
-def _describe(where: str, num_rows: int, problems: Mapping[str, list[tuple[int, str]]], skipped: bool = False) -> str:
-    """ "data.golden F: 3 of 128 rows cannot be trained on: 2 without EOS (rows 4, 9), 1 over length (row 17); …"."""
-    parts = []
-    for kind, found in problems.items():
-        if found:
-            shown = ", ".join(str(number) for number, _ in found[:_SHOWN_ROWS])
-            more = ", ..." if len(found) > _SHOWN_ROWS else ""
-            parts.append(f"{len(found)} {_KINDS[kind]} (row{'s' if len(found) > 1 else ''} {shown}{more})")
-    total = sum(map(len, problems.values()))
-    number, reason = min(each for found in problems.values() for each in found)
-    advice = "" if skipped else "; mend or remove them, or leave them out with data.golden_problems=skip"
-    return (
-        f"{where}: {total} of {num_rows} rows cannot be trained on: {', '.join(parts)}; row {number}: {reason}{advice}"
-    )
-
-
-def _check_pairs(config: Config, prompts: Rows, pairs: Mapping[str, int], report: Mapping[str, int]) -> None:
-    missing = [(number, row["id"]) for number, row in enumerate(prompts, start=1) if row["id"] not in pairs]
+def _check_pairs(config: Config, prompts: Prompts, pairs: Mapping[str, int], left_out: int) -> None:
+    missing = [(number, row["id"]) for number, row in enumerate(prompts.rows, start=1) if row["id"] not in pairs]
     if not missing:
         return
     number, prompt_id = missing[0]
     asked = "a privileged teacher is shown" if is_privileged(config) else "buffer.golden_pairing=prompt takes"
-    left_out = report["rows"] - report["used"]
     skipped = f" ({left_out} of its rows were left out for their problems)" if left_out else ""
     otherwise = "" if is_privileged(config) else " or set buffer.golden_pairing=shuffled"
     raise InputError(
-        f"data.prompts {config.data.prompts}: {len(missing)} of {len(prompts)} prompts have no golden solution in "
+        f"{prompts.where}: {len(missing)} of {len(prompts)} prompts have no golden solution in "
         f"{config.data.golden}{skipped}, as row {number} (id {prompt_id!r}), but {asked} each prompt's own; "
         f"add solutions (same id, or same prompt), remove the prompts{otherwise}"
     )
@@ -392,12 +240,7 @@ def _meta(solution: Solution) -> RolloutMeta:
     )
 
 
-def _lists(name: str, rows: Sequence[Sequence[int]]) -> pa.ListArray:
+def _lists(rows: Sequence[Sequence[int]]) -> pa.ListArray:
     """A list column from one array per row, without going through Python numbers."""
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    if offsets[-1] > MOST_VALUES:
-        raise InputError(
-            f"data.golden: {len(rows)} rows have {offsets[-1]} {name}, more than one batch can hold ({MOST_VALUES}); "
-            "give fewer rows"
-        )
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(np.concatenate(rows).astype(np.int32)))
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows).astype(np.int32)))

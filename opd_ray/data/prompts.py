@@ -1,23 +1,96 @@
-"""Endless, reproducible orders over a data set: prompt ``i`` of a run depends on the seed alone.
+"""Prompts as token ids, and endless, reproducible orders over them: prompt ``i`` of a run depends on the seed alone.
 
 That is what makes resuming exact: a run that trained ``n`` prompts goes on with prompt ``n``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from opd_ray.config import Config
-from opd_ray.data.files import read_prompts
+from opd_ray.errors import InputError
 from opd_ray.messages import PromptGroup
-from opd_ray.models.checkpoints import load_tokenizer
-from opd_ray.tasks import Task, get_task
+from opd_ray.models.checkpoints import ModelFacts, load_tokenizer
+from opd_ray.tasks import Task
 
 DEFAULT_TEACHER = "teacher"
 """The teacher of a row that names none."""
+
+
+class Renderer:
+    """Who makes token ids of rows: the task, and the tokenizer in ``path``, which is read when it is first needed."""
+
+    def __init__(self, task: Task, path: str) -> None:
+        self.task, self._path = task, path
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self._path)
+
+
+class Prompts:
+    """The rows of a file and their prompts as token ids (int32), each made when it is first asked for, and once.
+
+    With ``solutions``, one for each row, a prompt has its solution in it, as a privileged teacher is shown it.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        rows: Sequence[Mapping[str, Any]],
+        renderer: Renderer,
+        solutions: Sequence[str] | None = None,
+    ) -> None:
+        self.where, self.rows, self.renderer, self._solutions = where, rows, renderer, solutions
+        self._tokens: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Raises InputError with file and row for what the task cannot render."""
+        if index not in self._tokens:
+            row, task, tokenizer = self.rows[index], self.renderer.task, self.renderer.tokenizer
+            try:
+                if self._solutions is None:
+                    tokens = task.format_prompt(row, tokenizer)
+                else:
+                    tokens = task.format_privileged_prompt(row, self._solutions[index], tokenizer)
+            except (ValueError, KeyError, TypeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(
+                    f"{self.where} row {index + 1}: the task cannot render the prompt ({reason})"
+                ) from None
+            self._tokens[index] = np.asarray(tokens, np.int32)
+        return self._tokens[index]
+
+    def longest(self) -> tuple[int, int]:
+        """Tokens and row number (1-based) of the longest prompt.
+
+        From the longest text downwards, and not further than a prompt could still win: a text has at most one
+        token per byte, besides those of the template around it. So a few rows of a large file are tokenised.
+        """
+        sizes = [sum(len(text.encode()) for text in self._texts(i)) for i in range(len(self))]
+        order = sorted(range(len(self)), key=sizes.__getitem__, reverse=True)
+        shortest, tokenizer = order[-1], self.renderer.tokenizer
+        bare = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in self._texts(shortest))
+        around = len(self[shortest]) - bare
+        longest, number = 0, 0
+        for index in order:
+            if sizes[index] + around <= longest:
+                break
+            if len(self[index]) > longest:
+                longest, number = len(self[index]), index + 1
+        return longest, number
+
+    def _texts(self, index: int) -> tuple[str, ...]:
+        """What the prompt is made of."""
+        solution = () if self._solutions is None else (self._solutions[index],)
+        return (self.rows[index]["prompt"], *solution)
 
 
 class Shuffled:
@@ -40,39 +113,33 @@ class PromptStream:
 
     def __init__(
         self,
-        rows: Sequence[Mapping[str, Any]],
+        prompts: Prompts,
         *,
-        task: Task,
-        tokenizer: Any,
-        order: Shuffled | None,
-        num_responses: int,
-        seed: int,
-        golden: Mapping[str, str] | None = None,
+        order: Shuffled | None = None,
+        num_responses: int = 1,
+        seed: int = 0,
+        shown: Prompts | None = None,
     ) -> None:
-        """``golden`` (prompt id to the text of its solution) fills privileged_prompt_tokens."""
-        self._golden = golden
-        self._rows, self._task, self._tokenizer, self._order = rows, task, tokenizer, order
+        """Without ``order`` slots are rows; ``shown`` are the prompts as a privileged teacher sees them."""
+        self._prompts, self._order, self._shown = prompts, order, shown
         self._num_responses, self._seed = num_responses, seed
 
     def __len__(self) -> int:
         """Rows of one epoch; slots go on beyond it."""
-        return len(self._rows)
+        return len(self._prompts)
 
     def __getitem__(self, slot: int) -> PromptGroup:
-        row = dict(self._rows[slot if self._order is None else self._order[slot]])
-        privileged = []
-        if self._golden is not None:
-            solution = self._golden[str(row["id"])]
-            privileged = self._task.format_privileged_prompt(row, solution, self._tokenizer)
+        index = slot if self._order is None else self._order[slot]
+        row = self._prompts.rows[index]
         return PromptGroup(
             slot=slot,
-            prompt_id=str(row["id"]),
-            prompt_tokens=tuple(self._task.format_prompt(row, self._tokenizer)),
-            row=row,
+            prompt_id=row["id"],
+            prompt_tokens=tuple(self._prompts[index].tolist()),
+            row=dict(row),
             num_responses=self._num_responses,
             seed=_request_seed(self._seed, slot * max(self._num_responses, 1)),
             teacher=row.get("teacher", DEFAULT_TEACHER),
-            privileged_prompt_tokens=tuple(privileged),
+            privileged_prompt_tokens=() if self._shown is None else tuple(self._shown[index].tolist()),
         )
 
 
@@ -81,23 +148,8 @@ def _request_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 2)
 
 
-def prompt_stream(
-    config: Config,
-    path: str,
-    num_responses: int,
-    *,
-    shuffled: bool,
-    golden: Mapping[str, str] | None = None,
-    attempt: int = 0,
-) -> PromptStream:
-    """The rows of a file, rendered by the run's task with the student's tokenizer."""
-    rows = read_prompts(path, need_answer=False)  # preflight has asked for them where they are needed
-    return PromptStream(
-        rows,
-        task=get_task(config.data.task),
-        tokenizer=load_tokenizer(config.student.path),
-        order=Shuffled(len(rows), config.seed) if shuffled else None,
-        num_responses=num_responses,
-        seed=config.seed + 1_000_003 * attempt if shuffled else 0,
-        golden=golden,
-    )
+def limits(models: Iterable[ModelFacts], config: Config) -> list[tuple[str, int]]:
+    """Who limits the length of a sequence that these models see, and to how many tokens."""
+    found = [(model.name, model.context_tokens) for model in models if model.context_tokens is not None]
+    cap = config.student.max_context_tokens
+    return found + ([("student.max_context_tokens", cap)] if cap else [])

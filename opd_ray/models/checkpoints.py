@@ -47,11 +47,11 @@ def inspect(config_field: str, path: str) -> ModelFacts:
     """Facts of the checkpoint directory or Hub id ``path``; InputError if it is missing, incomplete or unreadable."""
     name = f"{config_field}={path}"
     local_only = _locate(name, path)
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=local_only).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_only)
+        tokenizer = load_tokenizer(path, local_files_only=local_only)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … by the kind of damage
         raise InputError(f"{name}: not a checkpoint that transformers can read ({_brief(error)})") from None
     try:
@@ -268,10 +268,13 @@ def _brief(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    # Lengths are checked where all limits are known; a warning of one of them would stand beside that refusal.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 def load_model(path: str, dtype: str, device: str | None) -> PreTrainedModel:

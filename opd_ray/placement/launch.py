@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import uuid
 from collections.abc import Sequence
@@ -10,13 +9,12 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from opd_ray.config import Config, LearnerConfig, PoolSize, TeacherConfig
-from opd_ray.data.golden import load_golden
-from opd_ray.errors import DeadlineError, OpdError, RunError
+from opd_ray.data.golden import Golden
+from opd_ray.errors import RunError
 from opd_ray.generate import make_generation_engine
 from opd_ray.generate.generator import Generator, GeneratorSettings, StudentGenerator, TeacherGenerator
 from opd_ray.learn.learner import Learner
@@ -166,20 +164,11 @@ def _spawning(
     return spawn
 
 
-async def load_golden_entries(config: Config, eos_token_ids: Sequence[int]) -> tuple[list[Entry], dict[str, int]]:
-    """The golden rollouts, read by a task so that they need not pass through the driver, and its count of the rows."""
-    load = ray.remote(load_golden).options(num_cpus=0, num_returns=3, scheduling_strategy=_here())
-    metas, payload, report = load.remote(config, tuple(eos_token_ids))
-    limit = config.deadlines.start_s
-    try:
-        rows, counts = await asyncio.wait_for(asyncio.gather(metas, report), limit)
-    except TimeoutError:
-        raise DeadlineError(
-            f"golden: {config.data.golden} was not read within {limit:g} s; see the task load_golden in the dashboard"
-        ) from None
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, OpdError) else error from None
-    return [Entry(meta, row, payload) for row, meta in enumerate(rows)], counts
+def golden_entries(golden: Golden) -> list[Entry]:
+    """The golden rollouts, now in the object store."""
+    metas, batch = golden.hand_over()
+    payload = ray.put(batch)
+    return [Entry(meta, row, payload) for row, meta in enumerate(metas)]
 
 
 async def up(config: Config, rooms: Rooms) -> None:

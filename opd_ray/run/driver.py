@@ -32,7 +32,7 @@ from opd_ray.placement.supervisor import Supervisor
 from opd_ray.rooms.lost import until_whole
 from opd_ray.rooms.threads import in_thread
 from opd_ray.rooms.together import together
-from opd_ray.run.dataset import Materials
+from opd_ray.run.golden import GoldenRollouts
 from opd_ray.run.preflight import Preflight
 from opd_ray.run.reporter import Reporter
 from opd_ray.run.signals import stop_signals
@@ -71,7 +71,7 @@ class Driver:
         self._config, self._facts, self._run_dir = config, facts, run_dir
         self._session, self._shelf, self._observers, self._before = session, shelf, observers, before
         self._rooms = rooms = session.rooms(config, facts.max_context_tokens)
-        self._materials = Materials(config, facts)
+        self._golden = GoldenRollouts(config, facts.data.golden)
         self._guard = Guard(
             config.guard,
             has_golden=config.loads_golden,
@@ -227,13 +227,13 @@ class Driver:
             raise
         self._begun = True
         self._delivery.manifest = (await self._rooms.learner.call_all("manifest", 0))[0]
-        await self._materials.load()
+        await self._golden.load()
 
     def _pipeline(self, snapshot: Snapshot | None) -> Pipeline:
         """A pipeline that goes on from a snapshot, or from the beginning."""
         config = self._config
         step = snapshot.step if snapshot else 0
-        golden = self._materials.golden()
+        golden = self._golden.from_the_first_on()
         restored: dict[int, list[Entry]] = {}
         if snapshot is not None:
             golden.position = snapshot.state["golden_position"]
@@ -249,8 +249,8 @@ class Driver:
             rooms=self._rooms,
             buffer=ReplayBuffer(config.buffer.prompts_per_step, golden),
             # A run that goes back samples other responses than those that led it astray.
-            prompts=self._materials.prompts(attempt=self._guard.state()["num_rollbacks"]),
-            problems=self._materials.problems(),
+            prompts=self._facts.data.prompt_stream(attempt=self._guard.state()["num_rollbacks"]),
+            problems=self._facts.data.problem_stream(),
             stop_token_ids=self._facts.eos_token_ids,
             delivery=self._delivery,
             guard=self._guard,
@@ -295,7 +295,7 @@ class Driver:
     def _finish(self, stopped_at: int | None = None, stopped_by: str | None = None) -> dict[str, Any]:
         """Writes summary.json; ``stopped_by``, where the run ends before its last step, is "guard" or "signal"."""
         result = self._summary.result(self._config, self._after)
-        result |= {"golden": self._materials.golden_report, "stopped_at": stopped_at, "stopped_by": stopped_by}
+        result |= {"golden": self._facts.golden, "stopped_at": stopped_at, "stopped_by": stopped_by}
         with writing(path := self._run_dir / SUMMARY):
             path.write_text(json.dumps(result, indent=2) + "\n")
         return result

@@ -8,7 +8,6 @@ from typing import Any
 
 from opd_ray import config as configs
 from opd_ray.config import Config
-from opd_ray.data.prompts import prompt_stream
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
 from opd_ray.evaluate import Evaluation
@@ -38,7 +37,7 @@ async def _evaluate_alone(config: Config, facts: Preflight) -> Evaluation:
     pool = launch.start_generators(config, facts.max_context_tokens, alone=True)
     try:
         await pool.up(config.deadlines.start_s)
-        problems = prompt_stream(config, config.data.evaluation, 1, shuffled=False)
+        problems = facts.data.problem_stream()
         most = min(config.evaluation.num_problems, len(problems))
         return await run_evaluation(pool, problems, most, config, facts.eos_token_ids)
     finally:

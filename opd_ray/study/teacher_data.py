@@ -14,15 +14,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from opd_ray.config import Config
-from opd_ray.data.files import read_prompts
-from opd_ray.data.prompts import PromptStream
+from opd_ray.data.prompts import Prompts, PromptStream, Renderer
 from opd_ray.evaluate import chunked
 from opd_ray.messages import SamplingSettings
-from opd_ray.models.checkpoints import load_tokenizer
 from opd_ray.placement import launch
 from opd_ray.rooms.together import together
 from opd_ray.run.preflight import Preflight
-from opd_ray.tasks import get_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +63,12 @@ async def _sample(config: Config, facts: Preflight, path: Path, count: int) -> N
         max_response_tokens=config.rollout.longest_response,
         stop_token_ids=facts.eos_token_ids,
     )
-    rows = read_prompts(config.data.prompts, need_answer=False)[:count]
-    tokenizer = load_tokenizer(config.teacher.path)
-    task = get_task(config.data.task)
-    prompts = PromptStream(rows, task=task, tokenizer=tokenizer, order=None, num_responses=1, seed=config.seed + 2)
+    asked = facts.data.prompts
+    renderer = Renderer(asked.renderer.task, config.teacher.path)
+    prompts = PromptStream(Prompts(asked.where, asked.rows[:count], renderer), seed=config.seed + 2)
     try:
         await pool.up(config.deadlines.start_s)
-        chunks = chunked([prompts[slot] for slot in range(len(rows))], pool, config.rollout.max_num_seqs)
+        chunks = chunked([prompts[slot] for slot in range(len(prompts))], pool, config.rollout.max_num_seqs)
         answers = await together(*(pool.call("generate", chunk, settings) for chunk in chunks))
         tables = await together(*(_fetch(payload) for _, payload in answers))
     finally:

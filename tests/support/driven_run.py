@@ -13,14 +13,23 @@ from typing import Any
 from unittest import mock
 
 import fake_ray
-from fake_rooms import Cast, stream
+from fake_rooms import Cast, golden_batch, stream
 from fake_workers import FakeGenerator, FakeLearner, FakeScorer
 from opd_ray.config import from_dict
 from opd_ray.placement.session import Session
 from opd_ray.run.driver import Driver
 from opd_ray.snapshots import Lease, Shelf, Storage
 
-FACTS: Any = SimpleNamespace(eos_token_ids=(0,), max_context_tokens=64)
+FACTS: Any = SimpleNamespace(
+    eos_token_ids=(0,),
+    max_context_tokens=64,
+    golden={"rows": 5, "used": 5},
+    data=SimpleNamespace(
+        prompt_stream=lambda attempt: stream(),
+        problem_stream=stream,
+        golden=SimpleNamespace(report={"rows": 5, "used": 5}, pairs={}, hand_over=lambda: golden_batch(5)),
+    ),
+)
 
 SMALL = {
     "learner": {"steps": 6},
@@ -46,6 +55,7 @@ def drive(
     run_dir: Path,
     cast: Cast,
     *,
+    facts: Any = FACTS,
     resume: bool = False,
     observers: tuple[Any, ...] = (),
     meanwhile: Callable[[asyncio.Event], Awaitable[None]] | None = None,
@@ -61,15 +71,11 @@ def drive(
         def signals() -> Iterator[asyncio.Event]:
             yield stopping
 
-        async def golden(*_: object) -> tuple[Any, dict[str, int]]:
-            return cast.golden(5), {"rows": 5, "used": 5}
-
         with contextlib.ExitStack() as stack:
             for name, value in (
                 ("placement.launch.start_rooms", lambda *_, **__: cast.rooms()),
                 ("run.driver.FileCalls", lambda **_: cast.world.objects),
-                ("placement.launch.load_golden_entries", golden),
-                ("run.dataset.prompt_stream", lambda *_, **__: stream()),
+                ("placement.launch.ray.put", cast.world.objects.put),
                 ("run.driver.stop_signals", signals),
             ):
                 stack.enter_context(mock.patch(f"opd_ray.{name}", value))
@@ -80,7 +86,7 @@ def drive(
             lease.take()
             run_dir.mkdir(exist_ok=True)
             session = Session()
-            driver = Driver(cast.config, FACTS, run_dir, session, shelf, observers, start, None)
+            driver = Driver(cast.config, facts, run_dir, session, shelf, observers, start, None)
             beside = asyncio.create_task(meanwhile(stopping)) if meanwhile else None
             try:
                 return await driver.train(continued=start is not None)

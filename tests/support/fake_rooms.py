@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -24,8 +25,8 @@ from fake_workers import (
 )
 from opd_ray.buffer.replay import GoldenSet, ReplayBuffer
 from opd_ray.config import Config, PoolSize, from_dict
-from opd_ray.data.prompts import PromptStream, Shuffled
-from opd_ray.messages import Entry
+from opd_ray.data.prompts import Prompts, PromptStream, Shuffled
+from opd_ray.messages import Entry, RolloutMeta
 from opd_ray.pipeline import Pipeline
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group
@@ -114,8 +115,14 @@ class Cast:
         return sorted(slot for rank in self.ranks for slot in rank.trained)
 
     def golden(self, number: int) -> list[Entry]:
-        ref = self.world.objects.put(pa.record_batch({"slot": [-1] * number, "source": ["golden"] * number}))
-        return [dataclasses.replace(golden(row), rollouts=ref) for row in range(number)]
+        metas, batch = golden_batch(number)
+        ref = self.world.objects.put(batch)
+        return [Entry(meta, row, ref) for row, meta in enumerate(metas)]
+
+
+def golden_batch(number: int) -> tuple[list[RolloutMeta], pa.RecordBatch]:
+    batch = pa.record_batch({"slot": [-1] * number, "source": ["golden"] * number})
+    return [golden(row).meta for row in range(number)], batch
 
 
 class EchoTask:
@@ -137,7 +144,8 @@ ROWS = [{"id": str(i), "prompt": "p", "answer": "a"} for i in range(1000)]
 
 
 def stream(rows: Sequence[Any] = ROWS, order: Shuffled | None = None) -> PromptStream:
-    return PromptStream(rows, task=EchoTask(), tokenizer=None, order=order, num_responses=1, seed=0)
+    renderer: Any = SimpleNamespace(task=EchoTask(), tokenizer=None)
+    return PromptStream(Prompts("rows", rows, renderer), order=order)
 
 
 @dataclasses.dataclass

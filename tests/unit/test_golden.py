@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from opd_ray.config import Config
-from opd_ray.data import golden
-from opd_ray.data.files import read_prompts
-from opd_ray.messages import ROLLOUT_SCHEMA
+from opd_ray.data.dataset import Dataset
+from opd_ray.messages import ROLLOUT_SCHEMA, RolloutMeta
+from opd_ray.models.checkpoints import inspect_run
 from opd_ray.run import preflight
+from opd_ray.tasks.judge import Judge
 from tiny_checkpoints import CHARACTERS as TOKENS
 from tiny_checkpoints import configured, encode, make_checkpoint, make_setting, refused, write_jsonl, write_rollouts
 
@@ -39,6 +40,20 @@ def tokens(prompt: str, response: str, *eos: int, **more: Any) -> dict[str, Any]
     return {"prompt_tokens": encode(prompt), "response_tokens": [*encode(response), *eos], **more}
 
 
+def looked_at(config: Config) -> Dataset:
+    """The data of a run with its golden solutions checked; the EOS set is that of a scorer with one more."""
+    data = Dataset(config)
+    with Judge(data.renderer.task) as judge:
+        data.read_golden(inspect_run(config), EOS, judge)
+    return data
+
+
+def load(config: Config) -> tuple[list[RolloutMeta], pa.RecordBatch, dict[str, int]]:
+    """What a run gets, and the counts."""
+    golden = looked_at(config).golden
+    return *golden.hand_over(), golden.report
+
+
 # ---- what is loaded ----
 
 
@@ -46,14 +61,12 @@ def test_more_tokens_than_a_column_can_count_are_refused(setting: dict[str, str]
     """The bug: the ends of the rows were summed up in 32 bits, and past 2^31 tokens rows began at negative ones."""
     monkeypatch.setattr("opd_ray.data.golden.MOST_VALUES", 5)
     as_text(setting, [{"prompt": "2+2=", "answer": "4", "response": "4"}] * 2)
-    assert "2 rows have 8 prompt_tokens, more than one batch can hold (5)" in refused(
-        lambda: golden.load_golden(configured(setting), EOS)
-    )
+    assert "2 rows have 8 prompt_tokens, more than one batch can hold (5)" in refused(lambda: load(configured(setting)))
 
 
 def test_rows_of_text_get_the_first_eos_and_rows_of_tokens_stay_as_they_are(setting: dict[str, str]) -> None:
     as_text(setting, [{"id": "x", "prompt": "2+2=", "answer": "4", "response": "4", "finish_reason": "stop"}])
-    metas, batch, report = golden.load_golden(configured(setting), EOS)
+    metas, batch, report = load(configured(setting))
     assert batch.schema == ROLLOUT_SCHEMA
     assert batch["prompt_tokens"].to_pylist() == [encode("2+2=")]
     assert batch["response_tokens"].to_pylist() == [[*encode("4"), 1]]
@@ -61,14 +74,14 @@ def test_rows_of_text_get_the_first_eos_and_rows_of_tokens_stay_as_they_are(sett
     assert (metas[0].prompt_id, metas[0].source, metas[0].teacher) == ("x", "golden", "teacher")
 
     path = as_tokens(setting, [tokens("2+2=", "4", 2, prompt_id="x", correct=False)])
-    metas, batch, _ = golden.load_golden(configured(setting, data__golden=path), EOS)
+    metas, batch, _ = load(configured(setting, data__golden=path))
     assert batch["response_tokens"].to_pylist() == [[*encode("4"), 2]]
     assert (batch["text"].to_pylist(), batch["finish_reason"].to_pylist()) == (["4"], ["stop"])
     assert (metas[0].prompt_id, metas[0].correct, metas[0].num_response_tokens) == ("x", False, 2)
 
 
 def test_golden_rows_have_no_policy_and_no_privilege_unless_asked_for(setting: dict[str, str]) -> None:
-    _, batch, _ = golden.load_golden(configured(setting), EOS)
+    _, batch, _ = load(configured(setting))
     for column in ("behaviour_logprobs", "weight_versions", "topk_ids", "privileged_prompt_tokens"):
         assert batch[column].to_pylist() == [[]]
 
@@ -76,16 +89,16 @@ def test_golden_rows_have_no_policy_and_no_privilege_unless_asked_for(setting: d
 def test_a_written_batch_is_golden_data_again(setting: dict[str, str], tmp_path: Path) -> None:
     rows = [{"prompt": "2+2=", "response": "4"}, {"prompt": "4+5=", "response": "9"}]
     as_text(setting, rows)
-    metas, batch, _ = golden.load_golden(configured(setting), EOS)
+    metas, batch, _ = load(configured(setting))
     pq.write_table(pa.Table.from_batches([batch]), tmp_path / "again.parquet")
-    again, other, _ = golden.load_golden(configured(setting, data__golden=str(tmp_path / "again.parquet")), EOS)
+    again, other, _ = load(configured(setting, data__golden=str(tmp_path / "again.parquet")))
     assert other.equals(batch)
     assert [meta.prompt_id for meta in again] == [meta.prompt_id for meta in metas]
 
 
 def test_tokens_may_also_come_as_jsonl(setting: dict[str, str]) -> None:
     as_text(setting, [tokens("2+2=", "4", 1)])
-    assert golden.load_golden(configured(setting), EOS)[1]["response_tokens"].to_pylist() == [[*encode("4"), 1]]
+    assert load(configured(setting))[1]["response_tokens"].to_pylist() == [[*encode("4"), 1]]
 
 
 def test_looping_solutions_are_refused_or_left_out_and_counted(setting: dict[str, str]) -> None:
@@ -96,10 +109,10 @@ def test_looping_solutions_are_refused_or_left_out_and_counted(setting: dict[str
         "student__max_context_tokens": "60",
         "metrics__repetition_window_chars": "30",
     }
-    message = refused(lambda: golden.load_golden(configured(setting, **fields), EOS))
+    message = refused(lambda: load(configured(setting, **fields)))
     assert "1 that repeat themselves (row 2); row 2: its last 30 characters compress by more than" in message
     skipping = configured(setting, data__golden_problems="skip", **fields)
-    metas, _, report = golden.load_golden(skipping, EOS)
+    metas, _, report = load(skipping)
     assert [meta.rollout_id for meta in metas] == ["golden-1"]
     assert report == {"rows": 2, "used": 1} | NO_PROBLEMS | {"repetitive": 1}
 
@@ -129,16 +142,16 @@ def test_a_bad_row_is_refused_or_left_out_and_counted(
     setting: dict[str, str], row: dict[str, Any], kind: str, reason: str
 ) -> None:
     as_text(setting, [{"prompt": "1=", "response": "1" * 19}, row])
-    message = refused(lambda: golden.load_golden(configured(setting), EOS))
+    message = refused(lambda: load(configured(setting)))
     assert message.startswith(f"data.golden {setting['data.golden']}: 1 of 2 rows cannot be trained on: 1 ")
     assert f"(row 2); row 2: {reason}" in message
     assert message.endswith("mend or remove them, or leave them out with data.golden_problems=skip")
-    metas, _, report = golden.load_golden(configured(setting, data__golden_problems="skip"), EOS)
+    metas, _, report = load(configured(setting, data__golden_problems="skip"))
     assert [meta.rollout_id for meta in metas] == ["golden-1"]
     assert report == {"rows": 2, "used": 1} | NO_PROBLEMS | {kind: 1}
 
 
-def test_preflight_and_loader_count_alike_and_all_problems_are_named(setting: dict[str, str]) -> None:
+def test_preflight_counts_rows_and_names_all_problems(setting: dict[str, str]) -> None:
     good = {"prompt": "2+2=", "response": "4"}
     bad = [{"prompt": "1=", "response": "1", "finish_reason": "length"}] * 7 + [{"prompt": "1=", "response": "1" * 20}]
     as_text(setting, [good, *bad])
@@ -149,13 +162,13 @@ def test_preflight_and_loader_count_alike_and_all_problems_are_named(setting: di
     config = configured(setting, data__golden_problems="skip")
     facts = preflight.check_files(config)
     expected = {"rows": 9, "used": 1} | NO_PROBLEMS | {"without_eos": 7, "over_length": 1}
-    assert facts.golden == golden.load_golden(config, facts.eos_token_ids)[2] == expected
+    assert facts.golden == expected
     assert facts.num_golden == 1
 
 
 def test_skipping_all_rows_is_refused(setting: dict[str, str]) -> None:
     as_text(setting, [{"prompt": "1=", "response": "1<eos>"}])
-    message = refused(lambda: golden.load_golden(configured(setting, data__golden_problems="skip"), EOS))
+    message = refused(lambda: load(configured(setting, data__golden_problems="skip")))
     assert "1 of 1 rows cannot be trained on: 1 with an EOS inside (row 1)" in message
     assert message.endswith("none is left to train on")
 
@@ -163,15 +176,15 @@ def test_skipping_all_rows_is_refused(setting: dict[str, str]) -> None:
 def test_the_context_of_a_model_that_scores_golden_rows_counts(setting: dict[str, str], tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "teacher", context=30)
     as_text(setting, [{"prompt": "1" * 15, "response": "1" * 15}])
-    golden.load_golden(configured(setting), EOS)  # cross-entropy does not ask the teacher
+    load(configured(setting))  # cross-entropy does not ask the teacher
     scored = configured(setting, loss__golden__divergence="forward_kl")
-    message = refused(lambda: golden.load_golden(scored, EOS))
+    message = refused(lambda: load(scored))
     assert "31 tokens, more than the context of 30 of teacher.path=" in message
 
 
 def test_the_longest_budget_of_a_schedule_is_the_measure(setting: dict[str, str]) -> None:
     as_text(setting, [{"prompt": "1=", "response": "1" * 29}])
-    _, _, report = golden.load_golden(configured(setting, rollout__max_response_tokens="[[0, 10], [100, 30]]"), EOS)
+    _, _, report = load(configured(setting, rollout__max_response_tokens="[[0, 10], [100, 30]]"))
     assert (report["rows"], report["used"], report["over_length"]) == (1, 1, 0)
 
 
@@ -193,14 +206,14 @@ def test_the_longest_budget_of_a_schedule_is_the_measure(setting: dict[str, str]
 def test_tokens_of_another_kind_are_refused(setting: dict[str, str], row: dict[str, Any], message: str) -> None:
     as_text(setting, [row])
     skipping = configured(setting, data__golden_problems="skip")  # skips rows, not a wrong file
-    assert message in refused(lambda: golden.load_golden(skipping, EOS))
+    assert message in refused(lambda: load(skipping))
 
 
 def test_a_token_column_of_strings_is_refused(setting: dict[str, str], tmp_path: Path) -> None:
     table = pa.table({"prompt_tokens": [[3]], "response_tokens": ["1 2"]})
     pq.write_table(table, tmp_path / "golden.parquet")
     config = configured(setting, data__golden=str(tmp_path / "golden.parquet"))
-    assert "column 'response_tokens' holds string, expected lists" in refused(lambda: golden.load_golden(config, EOS))
+    assert "column 'response_tokens' holds string, expected lists" in refused(lambda: load(config))
 
 
 # ---- judged by the task ----
@@ -216,18 +229,18 @@ def test_the_filter_asks_the_verifier_and_where_there_is_no_answer_the_log(setti
     setting["student.path"] = str(make_checkpoint(Path(setting["student.path"]), tokens=[*TOKENS, "#"]))
     setting["teacher.path"] = setting["student.path"]
     as_text(setting, rows)
-    assert golden.load_golden(configured(setting), EOS)[2]["used"] == 4
+    assert load(configured(setting))[2]["used"] == 4
     checked = configured(setting, data__golden_filter="correct")
-    message = refused(lambda: golden.load_golden(checked, EOS))
+    message = refused(lambda: load(checked))
     assert "2 judged wrong (rows 2, 4); row 2: the task's verifier disagrees with its answer '5'" in message
     skipped = configured(setting, data__golden_filter="correct", data__golden_problems="skip")
-    assert golden.load_golden(skipped, EOS)[2] == {"rows": 4, "used": 2} | NO_PROBLEMS | {"wrong": 2}
+    assert load(skipped)[2] == {"rows": 4, "used": 2} | NO_PROBLEMS | {"wrong": 2}
 
 
 def test_the_filter_without_answers_is_refused(setting: dict[str, str]) -> None:
     as_text(setting, [{"prompt": "2+2=", "response": "4"}])
     config = configured(setting, data__golden_filter="correct", data__golden_problems="skip")
-    message = refused(lambda: golden.load_golden(config, EOS))
+    message = refused(lambda: load(config))
     assert "row 1: has no answer to verify the response with" in message
     assert "data.golden_filter=none" in message
 
@@ -236,11 +249,9 @@ def test_the_filter_without_answers_is_refused(setting: dict[str, str]) -> None:
 
 
 def pairs_of(config: Config) -> dict[str, str]:
-    """Prompt id to the text of its solution, as a run finds it from the metas."""
-    metas, batch, _ = golden.load_golden(config, EOS)
-    found = golden.pair(read_prompts(config.data.prompts, need_answer=False), metas)
-    texts = batch["text"].to_pylist()
-    return {prompt_id: texts[index] for prompt_id, index in found.items()}
+    """Prompt id to the text of its solution."""
+    golden = looked_at(config).golden
+    return {prompt_id: golden.solutions[index].text for prompt_id, index in golden.pairs.items()}
 
 
 def prompts(setting: dict[str, str], rows: list[dict[str, Any]]) -> None:
@@ -310,23 +321,24 @@ def self_distillation(setting: dict[str, str], **changes: str) -> Config:
 def test_a_privileged_teacher_sees_the_solution_before_the_problem(setting: dict[str, str]) -> None:
     prompts(setting, [{"prompt": "2+2="}])
     config = self_distillation(setting)
-    _, batch, _ = golden.load_golden(config, EOS)
+    _, batch, _ = load(config)
     assert batch["privileged_prompt_tokens"].to_pylist() == [encode("42+2=")]
     assert batch["prompt_tokens"].to_pylist() == [encode("2+2=")]
-    assert golden.load_solutions(config, EOS) == {"1": "4"}
+    shown = looked_at(config).prompt_stream(attempt=0)[0]
+    assert shown.privileged_prompt_tokens == tuple(encode("42+2="))
 
 
 def test_rollouts_take_the_text_of_their_prompt_from_the_prompts_file(setting: dict[str, str]) -> None:
     prompts(setting, [{"prompt": "2+2=", "teacher": "teacher"}])
     config = self_distillation(setting, data__golden=as_tokens(setting, [tokens("2+2=", "4", 1)]))
-    assert golden.load_golden(config, EOS)[1]["privileged_prompt_tokens"].to_pylist() == [encode("42+2=")]
+    assert load(config)[1]["privileged_prompt_tokens"].to_pylist() == [encode("42+2=")]
 
 
 def test_rollouts_of_unknown_prompts_cannot_be_shown(setting: dict[str, str]) -> None:
     prompts(setting, [{"prompt": "2+2="}])
     rows = [tokens("2+2=", "4", 1), tokens("3=", "3", 1)]
     config = self_distillation(setting, data__golden=as_tokens(setting, rows))
-    assert "row 2: has tokens only, and its prompt is not in" in refused(lambda: golden.load_golden(config, EOS))
+    assert "row 2: has tokens only, and its prompt is not in" in refused(lambda: load(config))
 
 
 def test_a_privileged_teacher_needs_every_prompts_solution(setting: dict[str, str]) -> None:
@@ -339,7 +351,7 @@ def test_without_on_policy_prompts_only_golden_rows_are_shown(setting: dict[str,
     sft = {"buffer__prompts_per_step": "0", "buffer__golden_per_step": "4", "loss__student__coef": "0"}
     config = self_distillation(setting, **sft, loss__reference__coef="0", loss__golden__divergence="forward_kl")
     preflight.check_files(config)
-    assert golden.load_golden(config, EOS)[1]["privileged_prompt_tokens"].to_pylist() == [encode("42+2=")]
+    assert load(config)[1]["privileged_prompt_tokens"].to_pylist() == [encode("42+2=")]
 
 
 def test_a_privileged_prompt_must_leave_room_for_a_response(setting: dict[str, str]) -> None:
@@ -354,6 +366,6 @@ def test_a_privileged_prompt_must_leave_room_for_a_response(setting: dict[str, s
 def test_a_privileged_golden_row_must_fit_where_the_teacher_scores_it(setting: dict[str, str]) -> None:
     prompts(setting, [{"prompt": "1" * 26}])
     as_text(setting, [{"prompt": "1" * 26, "response": "1" * 19}])
-    golden.load_golden(self_distillation(setting), EOS)
+    load(self_distillation(setting))
     scored = self_distillation(setting, loss__golden__divergence="forward_kl")
-    assert "are 65 tokens, more than the context of 64" in refused(lambda: golden.load_golden(scored, EOS))
+    assert "are 65 tokens, more than the context of 64" in refused(lambda: load(scored))

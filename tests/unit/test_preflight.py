@@ -17,6 +17,7 @@ import pytest
 from opd_ray import config as configs
 from opd_ray import status
 from opd_ray.config import Config
+from opd_ray.data.prompts import Prompts, Renderer
 from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.errors import InputError
 from opd_ray.models import checkpoints as models
@@ -69,6 +70,7 @@ def test_a_good_setting_gives_what_the_run_needs(setting: dict[str, str]) -> Non
         num_golden=1,
         num_problems=1,
         golden={"rows": 1, "used": 1, "without_eos": 0, "eos_inside": 0, "over_length": 0, "repetitive": 0, "wrong": 0},
+        data=facts.data,
     )
 
 
@@ -265,13 +267,8 @@ def test_a_large_prompt_file_takes_under_three_seconds(setting: dict[str, str], 
 def test_the_longest_prompt_is_found_among_tokens_of_unequal_length(tmp_path: Path) -> None:
     """The search goes by bytes; a shorter text with more tokens must still win."""
     checkpoint = make_checkpoint(tmp_path / "student", tokens=[*CHARACTERS, "<long>"])
-    tokenizer = models.inspect("student.path", str(checkpoint)).tokenizer
-    texts = [("<long>" * 2,), ("12+3=",), ("1=",)]
-
-    def render(index: int) -> list[int]:
-        return get_task("chain").format_prompt({"prompt": texts[index][0]}, tokenizer)
-
-    assert preflight._longest_prompt("data.prompts", texts, render, tokenizer) == (5, 2)
+    rows = [{"prompt": "<long>" * 2}, {"prompt": "12+3="}, {"prompt": "1="}]
+    assert Prompts("data.prompts", rows, Renderer(get_task("chain"), str(checkpoint))).longest() == (5, 2)
 
 
 # ---- cluster and packages ----

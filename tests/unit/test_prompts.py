@@ -1,9 +1,11 @@
 """Orders over data: complete epochs, reproducible, addressable by position."""
 
+from types import SimpleNamespace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_ray.data.prompts import PromptStream, Shuffled
+from opd_ray.data.prompts import Prompts, PromptStream, Shuffled
 
 
 @given(num_rows=st.integers(1, 50), seed=st.integers(0, 1000), epoch=st.integers(0, 5))
@@ -32,11 +34,13 @@ class Echo:
         return [tokenizer[c] for c in solution + row["prompt"]]
 
 
+def prompts(rows, solutions=None):
+    return Prompts("rows", rows, SimpleNamespace(task=Echo(), tokenizer={"a": 1, "b": 2}), solutions)
+
+
 def stream(seed=0, responses=2):
     rows = [{"id": str(i), "prompt": "ab"[i % 2] * 2, "answer": "x"} for i in range(4)]
-    return PromptStream(
-        rows, task=Echo(), tokenizer={"a": 1, "b": 2}, order=Shuffled(4, seed), num_responses=responses, seed=seed
-    )
+    return PromptStream(prompts(rows), order=Shuffled(4, seed), num_responses=responses, seed=seed)
 
 
 def test_a_slot_is_the_same_prompt_and_seed_in_every_run_with_the_seed():
@@ -45,24 +49,23 @@ def test_a_slot_is_the_same_prompt_and_seed_in_every_run_with_the_seed():
 
 
 def test_no_two_responses_share_a_sampling_seed():
-    prompts = stream()
-    seeds = [prompts[i].seed + j for i in range(100) for j in range(2)]
+    found = stream()
+    seeds = [found[i].seed + j for i in range(100) for j in range(2)]
     assert len(set(seeds)) == len(seeds)
 
 
 def test_every_response_has_its_seed_even_where_only_the_teacher_writes():
-    prompts = stream(responses=0)
-    assert len({prompts[i].seed for i in range(100)}) == 100
+    found = stream(responses=0)
+    assert len({found[i].seed for i in range(100)}) == 100
 
 
 def test_a_row_names_its_teacher_or_has_the_first_one():
     rows = [{"id": "1", "prompt": "a", "answer": "x", "teacher": "code"}, {"id": "2", "prompt": "b", "answer": "x"}]
-    prompts = PromptStream(rows, task=Echo(), tokenizer={"a": 1, "b": 2}, order=None, num_responses=1, seed=0)
-    assert [prompts[0].teacher, prompts[1].teacher] == ["code", "teacher"]
+    found = PromptStream(prompts(rows))
+    assert [found[0].teacher, found[1].teacher] == ["code", "teacher"]
 
 
 def test_solutions_fill_the_privileged_prompt():
     rows = [{"id": "1", "prompt": "a", "answer": "x"}]
-    options = {"task": Echo(), "tokenizer": {"a": 1, "b": 2}, "order": None, "num_responses": 1, "seed": 0}
-    assert PromptStream(rows, **options)[0].privileged_prompt_tokens == ()
-    assert PromptStream(rows, **options, golden={"1": "bb"})[0].privileged_prompt_tokens == (2, 2, 1)
+    assert PromptStream(prompts(rows))[0].privileged_prompt_tokens == ()
+    assert PromptStream(prompts(rows), shown=prompts(rows, ["bb"]))[0].privileged_prompt_tokens == (2, 2, 1)

@@ -1,0 +1,37 @@
+"""The golden rollouts of a run, in the object store."""
+
+from __future__ import annotations
+
+from opd_ray.buffer.replay import GoldenSet
+from opd_ray.config import Config
+from opd_ray.data.golden import Golden
+from opd_ray.data.prompts import Shuffled
+from opd_ray.messages import Entry
+from opd_ray.placement import launch
+from opd_ray.rooms.threads import in_thread
+
+
+class GoldenRollouts:
+    """Put into the object store once, for all attempts of a run."""
+
+    def __init__(self, config: Config, golden: Golden | None) -> None:
+        self._config, self._golden = config, golden if config.loads_golden else None
+        self._entries: list[Entry] | None = None
+
+    async def load(self) -> None:
+        """Puts them there, where that was not done yet."""
+        if self._golden is None or self._entries is not None:
+            return
+        self._entries = await in_thread(launch.golden_entries, self._golden)
+        report = self._golden.report
+        left_out = {kind: count for kind, count in report.items() if count and kind not in ("rows", "used")}
+        if left_out:
+            kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in left_out.items())
+            print(f"golden: {report['used']} of {report['rows']} rows are used; left out: {kinds}", flush=True)
+
+    def from_the_first_on(self) -> GoldenSet:
+        """In the order in which steps take them."""
+        config, entries = self._config, self._entries or []
+        order = Shuffled(len(entries), config.seed + 1)
+        paired = config.buffer.golden_pairing == "prompt"
+        return GoldenSet(entries, order, self._golden.pairs if paired and self._golden else None)

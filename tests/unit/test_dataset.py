@@ -1,0 +1,89 @@
+"""The data of a run is read, made into tokens and verified once, however often it is needed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from driven_run import SMALL, cast_of, drive
+from opd_ray.data import dataset, files
+from opd_ray.run import preflight
+from opd_ray.tasks.chain import ChainTask
+from tiny_checkpoints import make_setting, write_jsonl
+
+PROMPTS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
+GOLDEN = [{**row, "response": f"#{row['answer']}"} for row in PROMPTS]
+PROBLEMS = [{"prompt": f"{i}+2=", "answer": str(i + 2)} for i in range(3)]
+METHOD = {
+    "loss": SMALL["loss"] | {"golden": {"coef": 1, "divergence": "forward_kl"}},
+    "buffer": SMALL["buffer"] | {"golden_per_prompt": 1, "golden_pairing": "prompt"},
+    "rollout": {"max_response_tokens": 20, "engine": "torch"},
+    "guard": {"level": "rollback"},
+    "evaluation": {"num_problems": 3, "every_steps": 2},
+}
+
+
+class Counting(ChainTask):
+    """Counts what it is asked about each text."""
+
+    def __init__(self, asked: Counter[tuple[str, str]]) -> None:
+        self.asked = asked
+
+    def format_prompt(self, row: Any, tokenizer: Any) -> list[int]:
+        self.asked["prompt", row["prompt"]] += 1
+        return super().format_prompt(row, tokenizer)
+
+    def format_privileged_prompt(self, row: Any, solution: str, tokenizer: Any) -> list[int]:
+        self.asked["privileged", row["prompt"]] += 1
+        return super().format_privileged_prompt(row, solution, tokenizer)
+
+    def verify(self, response: str, row: Any) -> bool:
+        self.asked["verdict", response] += 1
+        return super().verify(response, row)
+
+
+def test_from_preflight_to_the_last_attempt_everything_is_done_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bug: preflight, a task that loaded the golden rollouts, and each attempt read the files for themselves."""
+    setting = make_setting(tmp_path)
+    rows = {"data.prompts": PROMPTS, "data.golden": GOLDEN, "data.evaluation": PROBLEMS}
+    for name in rows:
+        write_jsonl(Path(setting[name]), rows[name])
+    cast = cast_of(
+        **METHOD,
+        data={name.removeprefix("data."): setting[name] for name in rows}
+        | {"task": "chain", "golden_filter": "correct"},
+        student={"path": setting["student.path"]},
+        teacher={"path": setting["teacher.path"], "privileged": True},
+    )
+    monkeypatch.setattr("opd_ray.watch.guard._MOST_NON_FINITE", 1)
+    cast.learner_metrics[3] = [{"loss": math.nan}, {}]
+    asked: Counter[tuple[str, str]] = Counter()
+    read, call = files._read, PreTrainedTokenizerBase.__call__
+    monkeypatch.setattr(dataset, "get_task", lambda _: Counting(asked))
+    monkeypatch.setattr(
+        files, "_read", lambda path, columns: asked.update([("file", str(path))]) or read(path, columns)
+    )
+
+    def counted(tokenizer: Any, text: Any, **options: Any) -> Any:
+        asked.update(("tokens", each) for each in text if isinstance(text, list))
+        return call(tokenizer, text, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", counted)
+    summary, _ = drive(tmp_path / "run", cast, facts=preflight.check_files(cast.config))
+    assert [event["level"] for event in summary["guard_events"]] == ["rollback"]
+    assert summary["golden"]["used"] == len(GOLDEN)
+    # Golden rows are rows of their own: their prompts, bare and privileged, are made beside those of data.prompts.
+    assert asked == {
+        **{("file", setting[name]): 1 for name in rows},
+        **{("prompt", row["prompt"]): 2 for row in PROMPTS},
+        **{("privileged", row["prompt"]): 2 for row in PROMPTS},
+        **{("prompt", row["prompt"]): 1 for row in PROBLEMS},
+        **{(kind, row["response"]): 1 for row in GOLDEN for kind in ("tokens", "verdict")},
+    }
