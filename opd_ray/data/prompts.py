@@ -31,6 +31,10 @@ class Renderer:
     def tokenizer(self) -> Any:
         return load_tokenizer(self._path)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process reads the tokenizer for itself, should it need it."""
+        return {"task": self.task, "_path": self._path}
+
 
 class Prompts:
     """The rows of a file and their prompts as token ids (int32), each made when it is first asked for, and once.

@@ -9,7 +9,12 @@ where, and what to do. Paths are real here; what "embedded" and "student" stand 
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -43,6 +48,27 @@ class Preflight:
     golden: Mapping[str, int]
     """Rows of the golden file, used, and left out by kind of problem; empty where no golden data is read."""
     data: Dataset = field(repr=False, compare=False)
+
+
+def spared_torch(check: Callable[[Config], Preflight], config: Config) -> Preflight:
+    """``check(config)`` in a fork that has no torch, where this process has not imported it yet.
+
+    Tokenizers need none, and without it transformers is there in a third of the time: what is refused is refused at
+    once. A process with threads is not forked, which might hold locks.
+    """
+    if "torch" in sys.modules or threading.active_count() > 1 or sys.platform != "linux":
+        return check(config)
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=_hide_torch) as fork:
+            return fork.submit(check, config).result()
+    except ImportError:  # a task of the user's own may need torch
+        return check(config)
+
+
+def _hide_torch() -> None:
+    """As if it were not installed; transformers then offers tokenizers and configurations."""
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    sys.modules["torch"] = None
 
 
 def check_evaluation(config: Config) -> Preflight:

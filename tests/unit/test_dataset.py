@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from driven_run import SMALL, cast_of, drive
 from opd_ray.data import dataset, files
 from opd_ray.run import preflight
 from opd_ray.tasks.chain import ChainTask
-from tiny_checkpoints import make_setting, write_jsonl
+from tiny_checkpoints import configured, make_setting, write_jsonl
 
 PROMPTS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
 GOLDEN = [{**row, "response": f"#{row['answer']}"} for row in PROMPTS]
@@ -87,3 +88,16 @@ def test_from_preflight_to_the_last_attempt_everything_is_done_once(
         **{("prompt", row["prompt"]): 1 for row in PROBLEMS},
         **{(kind, row["response"]): 1 for row in GOLDEN for kind in ("tokens", "verdict")},
     }
+
+
+def test_what_another_process_has_looked_at_serves_here(tmp_path: Path) -> None:
+    config = configured(make_setting(tmp_path))
+    facts = preflight.check_files(config)
+    sent = pickle.loads(pickle.dumps(facts))
+    assert sent == facts
+    for stream in ("prompt_stream", "problem_stream"):
+        arguments = {"attempt": 1} if stream == "prompt_stream" else {}
+        ours, theirs = (getattr(each.data, stream)(**arguments) for each in (facts, sent))
+        assert [ours[slot] for slot in range(len(ours))] == [theirs[slot] for slot in range(len(theirs))]
+    (metas, batch), (other_metas, other_batch) = (each.data.golden.hand_over() for each in (facts, sent))
+    assert repr(metas) == repr(other_metas) and batch.equals(other_batch)

@@ -6,10 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import pre_tokenizers
+from transformers import Qwen2Tokenizer
 
 from opd_ray.config import Config
 from opd_ray.errors import InputError
+from opd_ray.models.checkpoints import load_tokenizer
 from opd_ray.run import resuming
+from opd_ray.tasks import get_task
 
 _RUN = """
 import json, sys
@@ -38,6 +42,8 @@ def refused(*arguments):
           "student.path=/nonexistent", "teacher.path=TEACHER"], "student.path=/nonexistent"),
         (["train", "data.prompts=GOOD", "data.evaluation=GOOD", "data.golden=null", "GOLDLESS",
           "student.path=TEACHER", "teacher.path=/nonexistent"], "teacher.path=/nonexistent"),
+        (["train", "data.prompts=LONG", "data.evaluation=GOOD", "data.golden=null", "GOLDLESS",
+          "student.path=TEACHER", "teacher.path=TEACHER"], "its 803 prompt tokens"),
         (["evaluate", "/nonexistent", "data.evaluation=GOOD"], "CHECKPOINT=/nonexistent"),
         (["preflight", "--run-dir", "NEW", "--resume"], "no run to resume"),
     ],
@@ -48,7 +54,9 @@ def test_a_refusal_needs_no_torch(tmp_path, arguments, said):
 
     (tmp_path / "bad.jsonl").write_text('{"prompt": \n')
     (tmp_path / "good.jsonl").write_text('{"prompt": "^1+1+1=", "answer": "3"}\n')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": f"^{'1+' * 400}1=", "answer": "3"}))
     stand_ins = {
+        "LONG": str(tmp_path / "long.jsonl"),
         "NEW": str(tmp_path / "new"),
         "BAD": str(tmp_path / "bad.jsonl"),
         "GOOD": str(tmp_path / "good.jsonl"),
@@ -61,6 +69,35 @@ def test_a_refusal_needs_no_torch(tmp_path, arguments, said):
     (code, *heavy), stderr = refused(*flat)
     assert (code, heavy) == ("2", []), stderr
     assert said in stderr and len(stderr.splitlines()) == 1
+
+
+_IDS = """
+import sys
+from opd_ray.models.checkpoints import load_tokenizer
+from opd_ray.run import preflight
+from opd_ray.tasks import get_task
+preflight._hide_torch()
+tokenizer = load_tokenizer(sys.argv[1])
+print(type(tokenizer).__name__, get_task("math").format_prompt({"prompt": sys.argv[2]}, tokenizer))
+"""
+
+
+def test_tokens_are_the_same_without_torch(tmp_path):
+    """The checks run in a process that hides torch; a run trains on what they have made there."""
+    text = "What is 12 × 34? Let's see:\n\tit's 408"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate([*alphabet, "1", "12", "<|im_end|>"]) if token},
+        merges=[],
+        eos_token="<|im_end|>",
+        chat_template="{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>{% endfor %}",
+    ).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    tokenizer = load_tokenizer(str(tmp_path))
+    expected = get_task("math").format_prompt({"prompt": text}, tokenizer)
+    done = subprocess.run([sys.executable, "-c", _IDS, str(tmp_path), text], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{type(tokenizer).__name__} {expected}" and len(expected) > 20
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("directory", ["runs/first", "runs"])
