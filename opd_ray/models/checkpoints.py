@@ -36,10 +36,8 @@ class ModelFacts:
     """Width of the output layer."""
     eos_token_ids: tuple[int, ...]
     """Every token that ends a response; the tokenizer's own EOS comes first."""
-    pad_token_id: int
     context_tokens: int | None
     """Longest sequence by its configuration; None where it sets no limit."""
-    tied_embeddings: bool
     tokenizer: Any = field(repr=False, compare=False)
 
 
@@ -65,14 +63,11 @@ def inspect(config_field: str, path: str) -> ModelFacts:
             f"{name}: its tokenizer or EOS has token id {max(largest, *eos)}, but config.json gives the model "
             f"vocab_size {config.vocab_size}; use the tokenizer the model was trained with"
         )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else getattr(config, "pad_token_id", None)
     return ModelFacts(
         name=name,
         vocab_size=config.vocab_size,
         eos_token_ids=eos,
-        pad_token_id=eos[0] if pad is None else pad,
         context_tokens=getattr(config, "max_position_embeddings", None),
-        tied_embeddings=bool(config.tie_word_embeddings),
         tokenizer=tokenizer,
     )
 

@@ -34,16 +34,11 @@ class Preflight:
 
     eos_token_ids: tuple[int, ...]
     """Every token that ends a response, for the student or for a scorer; golden responses get the first."""
-    pad_token_id: int
-    vocab_size: int
-    tied_embeddings: bool
     max_context_tokens: int
     """Longest prompt + response that the student and all scorers take."""
     max_prompt_tokens: int
     """Longest prompt of the training and evaluation files, as the task renders it."""
     num_prompts: int
-    num_golden: int
-    """Golden solutions that can be trained on."""
     num_problems: int
     golden: Mapping[str, int]
     """Rows of the golden file, used, and left out by kind of problem; empty where no golden data is read."""
@@ -149,19 +144,14 @@ def _facts(
     data: Dataset,
     max_prompt_tokens: int,
 ) -> Preflight:
-    student, golden = models["student"], data.golden
     needed = max_prompt_tokens + config.rollout.longest_response
     return Preflight(
         eos_token_ids=eos_token_ids,
-        pad_token_id=student.pad_token_id,
-        vocab_size=student.vocab_size,
-        tied_embeddings=student.tied_embeddings,
         max_context_tokens=min((limit for _, limit in limits(models.values(), config)), default=needed),
         max_prompt_tokens=max_prompt_tokens,
         num_prompts=len(data.prompts or ()),
-        num_golden=len(golden.solutions) if golden else 0,
         num_problems=len(data.problems),
-        golden=golden.report if golden else {},
+        golden=data.golden.report if data.golden else {},
         data=data,
     )
 
