@@ -136,7 +136,7 @@ def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, over
     from opd_ray.run.train import find_start
 
     asked, config = config, resolve(config)
-    facts = checks.spared_torch(checks.check_files, config)
+    facts = checks.check_files(config)
     with cluster():
         from opd_ray.placement.capacity import check_fits
 

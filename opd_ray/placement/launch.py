@@ -13,12 +13,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from opd_ray.config import Config, LearnerConfig, PoolSize, TeacherConfig
-from opd_ray.data.golden import Golden
 from opd_ray.errors import RunError
 from opd_ray.generate import make_generation_engine
 from opd_ray.generate.generator import Generator, GeneratorSettings, StudentGenerator, TeacherGenerator
 from opd_ray.learn.learner import Learner
-from opd_ray.messages import REFERENCE, Entry
+from opd_ray.messages import REFERENCE
 from opd_ray.models.checkpoints import load_tokenizer
 from opd_ray.rooms import Rooms, logs
 from opd_ray.rooms.group import Group
@@ -162,13 +161,6 @@ def _spawning(
         return Member(actor_class.options(name=name, **options).remote(*make.args, **make.keywords), name)
 
     return spawn
-
-
-def golden_entries(golden: Golden) -> list[Entry]:
-    """The golden rollouts, now in the object store."""
-    metas, batch = golden.hand_over()
-    payload = ray.put(batch)
-    return [Entry(meta, row, payload) for row, meta in enumerate(metas)]
 
 
 async def up(config: Config, rooms: Rooms) -> None:

@@ -25,7 +25,7 @@ def evaluate(checkpoint_dir: str, config: Config) -> dict[str, Any]:
     config = dataclasses.replace(config, student=dataclasses.replace(config.student, path=checkpoint_dir))
     if config.data.evaluation == configs.EMBEDDED:
         config = resolve(config)
-    facts = preflight.spared_torch(preflight.check_evaluation, config)
+    facts = preflight.check_evaluation(config)
     with cluster():
         check_fits(preflight.check_generators, config)
         return dataclasses.asdict(asyncio.run(_evaluate_alone(config, facts)))

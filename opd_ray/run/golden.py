@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ray
+
 from opd_ray.buffer.replay import GoldenSet
 from opd_ray.config import Config
 from opd_ray.data.golden import Golden
 from opd_ray.data.prompts import Shuffled
 from opd_ray.messages import Entry
-from opd_ray.placement import launch
 from opd_ray.rooms.threads import in_thread
 
 
@@ -22,7 +23,9 @@ class GoldenRollouts:
         """Puts them there, where that was not done yet."""
         if self._golden is None or self._entries is not None:
             return
-        self._entries = await in_thread(launch.golden_entries, self._golden)
+        metas, batch = self._golden.hand_over()
+        payload = await in_thread(ray.put, batch)
+        self._entries = [Entry(meta, row, payload) for row, meta in enumerate(metas)]
         report = self._golden.report
         left_out = {kind: count for kind, count in report.items() if count and kind not in ("rows", "used")}
         if left_out:

@@ -9,6 +9,7 @@ where, and what to do. Paths are real here; what "embedded" and "student" stand 
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import sys
@@ -45,19 +46,24 @@ class Preflight:
     data: Dataset = field(repr=False, compare=False)
 
 
-def spared_torch(check: Callable[[Config], Preflight], config: Config) -> Preflight:
-    """``check(config)`` in a fork that has no torch, where this process has not imported it yet.
+def _without_torch(check: Callable[[Config], Preflight]) -> Callable[[Config], Preflight]:
+    """The check in a fork that has no torch, where this process has not imported it yet.
 
     Tokenizers need none, and without it transformers is there in a third of the time: what is refused is refused at
-    once. A process with threads is not forked, which might hold locks.
+    once. A process with threads is not forked: they may hold locks.
     """
-    if "torch" in sys.modules or threading.active_count() > 1 or sys.platform != "linux":
-        return check(config)
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=_hide_torch) as fork:
-            return fork.submit(check, config).result()
-    except ImportError:  # a task of the user's own may need torch
-        return check(config)
+
+    @functools.wraps(check)
+    def run(config: Config) -> Preflight:
+        if "torch" in sys.modules or threading.active_count() > 1 or sys.platform != "linux":
+            return check(config)
+        try:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=_hide_torch) as fork:
+                return fork.submit(run, config).result()
+        except ImportError:  # a task of the user's own may need torch
+            return check(config)
+
+    return run
 
 
 def _hide_torch() -> None:
@@ -66,6 +72,7 @@ def _hide_torch() -> None:
     sys.modules["torch"] = None
 
 
+@_without_torch
 def check_evaluation(config: Config) -> Preflight:
     """The checks of an evaluation alone: the student and the held-out problems."""
     _check_packages(config, evaluation_only=True)
@@ -79,6 +86,7 @@ def check_evaluation(config: Config) -> Preflight:
     )
 
 
+@_without_torch
 def check_files(config: Config) -> Preflight:
     """Packages, data files and checkpoints, and that they fit each other."""
     _check_packages(config)

@@ -40,7 +40,7 @@ def train(
     """
     resuming.check_run_dir(run_dir, config, resume)
     asked, config = config, resolve(config)
-    facts = preflight.spared_torch(preflight.check_files, config)
+    facts = preflight.check_files(config)
     with cluster() as dashboard:
         check_fits(preflight.check_resources, config)
         shelf, start = find_start(asked, run_dir, resume=resume or auto_resume)

@@ -7,17 +7,14 @@ members in a new module here and name it in ``_TASKS``.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from opd_ray.errors import InputError
+from opd_ray.errors import InputError, near
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["Task", "get_task"]
 
 
 class Task(Protocol):
@@ -69,7 +66,6 @@ _TASKS: dict[str, tuple[str, str]] = {
 def get_task(name: str) -> Task:
     """The task registered as ``name``; InputError with the near names for any other."""
     if name not in _TASKS:
-        near = difflib.get_close_matches(name, _TASKS, n=3, cutoff=0.4) or sorted(_TASKS)
-        raise InputError(f"unknown task {name!r}: did you mean {' or '.join(map(repr, near))}?")
+        raise InputError(f"unknown task {name!r}{near(name, _TASKS)}")
     module, cls = _TASKS[name]
     return getattr(importlib.import_module(module), cls)()

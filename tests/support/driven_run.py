@@ -75,7 +75,7 @@ def drive(
             for name, value in (
                 ("placement.launch.start_rooms", lambda *_, **__: cast.rooms()),
                 ("run.driver.FileCalls", lambda **_: cast.world.objects),
-                ("placement.launch.ray.put", cast.world.objects.put),
+                ("run.golden.ray.put", cast.world.objects.put),
                 ("run.driver.stop_signals", signals),
             ):
                 stack.enter_context(mock.patch(f"opd_ray.{name}", value))
