@@ -66,9 +66,8 @@ class Golden:
         columns: dict[str, Any] = dict.fromkeys(ROLLOUT_SCHEMA.names, [[] for _ in metas])
         for name in ("rollout_id", "slot", "prompt_id", "source", "finish_reason", "correct"):
             columns[name] = [getattr(meta, name) for meta in metas]
-        for name in _TOKENS:
-            columns[name] = _lists([getattr(solution, name) for solution in solutions])
-        columns["text"] = [solution.text for solution in solutions]
+        for name in (*_TOKENS, "text"):
+            columns[name] = [getattr(solution, name) for solution in solutions]
         return metas, pa.RecordBatch.from_pydict(columns, schema=ROLLOUT_SCHEMA)
 
 
@@ -238,9 +237,3 @@ def _meta(solution: Solution) -> RolloutMeta:
         teacher=solution.row.get("teacher", DEFAULT_TEACHER),
         tail_period=tail_period(solution.response_tokens),
     )
-
-
-def _lists(rows: Sequence[Sequence[int]]) -> pa.ListArray:
-    """A list column from one array per row, without going through Python numbers."""
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows).astype(np.int32)))

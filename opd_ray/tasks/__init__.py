@@ -55,17 +55,13 @@ class Task(Protocol):
         ...
 
 
-# Name -> (module, class).  Modules are imported on first use, so that asking for one task
-# does not need the packages of another.
-_TASKS: dict[str, tuple[str, str]] = {
-    "chain": ("opd_ray.tasks.chain", "ChainTask"),
-    "math": ("opd_ray.tasks.math", "MathTask"),
-}
+# Name, also of the module, to class.  Modules are imported on first use, so that asking for one task does not need
+# the packages of another.
+_TASKS = {"chain": "ChainTask", "math": "MathTask"}
 
 
 def get_task(name: str) -> Task:
     """The task registered as ``name``; InputError with the near names for any other."""
     if name not in _TASKS:
         raise InputError(f"unknown task {name!r}{near(name, _TASKS)}")
-    module, cls = _TASKS[name]
-    return getattr(importlib.import_module(module), cls)()
+    return getattr(importlib.import_module(f"opd_ray.tasks.{name}"), _TASKS[name])()
