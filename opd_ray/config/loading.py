@@ -18,8 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from opd_ray.config import binding
-from opd_ray.config.binding import Binds
+from opd_ray.config.binding import Binds, binding
 from opd_ray.config.sections import EMBEDDED
 from opd_ray.config.whole import Config
 from opd_ray.errors import InputError, near
@@ -32,18 +31,14 @@ def load(path: Path | None = None, overrides: Sequence[str] = (), *, evaluation_
 
     ``evaluation_only``: nothing is to be trained, so no teacher and no prompts are missed.
     """
-    merged = OmegaConf.create({})
+    for override in overrides:
+        if "=" not in override:
+            raise InputError(f"override '{override}' is not of the form section.field=value")
     try:
-        if path is not None:
-            loaded = OmegaConf.load(path)
-            if not OmegaConf.is_dict(loaded):
-                raise InputError(f"{path}: expected a mapping of sections, got a list")
-            merged = loaded
-        for override in overrides:
-            if "=" not in override:
-                raise InputError(f"override '{override}' is not of the form section.field=value")
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        raw = OmegaConf.to_container(merged, resolve=True)
+        given = OmegaConf.create({}) if path is None else OmegaConf.load(path)
+        if not OmegaConf.is_dict(given):
+            raise InputError(f"{path}: expected a mapping of sections, got a list")
+        raw = OmegaConf.to_container(OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides))), resolve=True)
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}; give an existing YAML file") from None
     except (YAMLError, OmegaConfBaseException) as error:
@@ -54,12 +49,14 @@ def load(path: Path | None = None, overrides: Sequence[str] = (), *, evaluation_
 
 def from_dict(raw: Any, *, evaluation_only: bool = False) -> Config:
     """A checked Config from nested plain values; unknown names and impossible values are refused."""
-    own = _student_of(raw) != EMBEDDED
+    given = OmegaConf.create(raw)
+    if OmegaConf.select(given, "student.path", default=EMBEDDED) == EMBEDDED:
+        raw = OmegaConf.to_container(OmegaConf.merge(embedded_preset(), given))
     try:
-        config = _ADAPTER.validate_python(raw if own else _merged(embedded_preset(), raw))
+        config = _ADAPTER.validate_python(raw)
     except ValidationError as error:
         raise InputError(_one_line(error)) from None
-    if own:
+    if config.student.path != EMBEDDED:
         _check_nothing_embedded(config, evaluation_only)
     return config
 
@@ -70,38 +67,23 @@ def embedded_preset() -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("embedded.yaml")))
 
 
-def _student_of(raw: Any) -> Any:
-    student = raw.get("student") if isinstance(raw, Mapping) else None
-    return student.get("path", EMBEDDED) if isinstance(student, Mapping) else EMBEDDED
-
-
-def _merged(below: Any, above: Any) -> Any:
-    """``above``, with what it leaves out taken from ``below``; anything but mappings replaces what is below it."""
-    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
-        return above
-    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
-
-
 def _check_nothing_embedded(config: Config, evaluation_only: bool) -> None:
     """Raises InputError where a student of one's own would meet embedded data or the embedded teacher by default."""
-    data, where = config.data, f"student.path is {config.student.path}, but"
-    scorers = {**config.teachers, **({"reference": config.reference} if config.uses_reference else {})}
-    teachers_write = config.uses_teacher or config.buffer.uses_teacher_rollouts
-    for field, value, needed, mend in (
-        *(
-            (f"{name}.path", scorer.path, teachers_write or name == "reference", f"give {name}.path=DIRECTORY")
-            for name, scorer in scorers.items()
-        ),
-        ("data.prompts", data.prompts, config.buffer.prompts_per_step > 0, "give data.prompts=FILE"),
-        (
-            "data.evaluation",
-            data.evaluation,
-            config.evaluation.num_problems > 0,
-            "give data.evaluation=FILE, or evaluation.num_problems=0 to evaluate nothing",
-        ),
-    ):
-        if needed and value == EMBEDDED and (field == "data.evaluation" or not evaluation_only):
-            raise InputError(f"config: {where} {field} is the embedded one, made for the embedded student; {mend}")
+    needed = []
+    if not evaluation_only:
+        models = config.scorers | (config.teachers if config.buffer.uses_teacher_rollouts else {})
+        needed += [(f"{name}.path", model.path, f"give {name}.path=DIRECTORY") for name, model in models.items()]
+        if config.buffer.prompts_per_step > 0:
+            needed.append(("data.prompts", config.data.prompts, "give data.prompts=FILE"))
+    if config.evaluation.num_problems > 0:
+        mend = "give data.evaluation=FILE, or evaluation.num_problems=0 to evaluate nothing"
+        needed.append(("data.evaluation", config.data.evaluation, mend))
+    for field, value, mend in needed:
+        if value == EMBEDDED:
+            raise InputError(
+                f"config: student.path is {config.student.path}, but {field} is the embedded one, made for the "
+                f"embedded student; {mend}"
+            )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -110,9 +92,21 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def differences(one: Config | Mapping[str, Any], other: Config, binds: Binds) -> Iterator[tuple[str, Any, Any]]:
-    """``section.field`` and both values of every field that ``binds`` so and in which two configurations differ."""
-    plain = to_dict(one) if isinstance(one, Config) else one
-    return binding.differences(Config, plain, to_dict(other), binds)
+    """``section.field`` and both values of every field that ``binds`` so and in which two configurations differ; a
+    field that one lacks is None there."""
+    ours, theirs = dict(_leaves(to_dict(one) if isinstance(one, Config) else one)), dict(_leaves(to_dict(other)))
+    for name in sorted(ours.keys() | theirs.keys()):
+        mine, its = ours.get(name), theirs.get(name)
+        if mine != its and binds & binding(Config, name):
+            yield name, mine, its
+
+
+def _leaves(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in raw.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def to_yaml(config: Config) -> str:

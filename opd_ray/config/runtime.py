@@ -1,10 +1,11 @@
-"""The configuration's sections that keep a run going: checkpoints, recovery, the size of pools, deadlines."""
+"""The configuration's sections that keep a run going: guard, checkpoints, recovery, the size of pools, deadlines."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from opd_ray.config.method import STRICT
@@ -18,6 +19,46 @@ def check_size(what: str, start: int, minimum: int | None, maximum: int | None) 
         raise ValueError(
             f"min_{what}={size.minimum}, num_{what}={size.start}, max_{what}={size.maximum}: must not fall"
         )
+
+
+Thresholds = tuple[float, float, float]
+"""Of a signal: (warn, act, roll back)."""
+
+
+def _rising(shares: Thresholds) -> Thresholds:
+    if not 0 <= shares[0] <= shares[1] <= shares[2] < 1:
+        raise ValueError(f"expected 0 ≤ warn ≤ act ≤ roll back < 1, got {shares}")
+    return shares
+
+
+def _falling(levels: Thresholds) -> Thresholds:
+    if not levels[0] >= levels[1] >= levels[2] >= 0:
+        raise ValueError(f"expected warn ≥ act ≥ roll back ≥ 0, got {levels}")
+    return levels
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GuardConfig:
+    """What raises an alarm, and how far the guard may go; thresholds of three are (warn, act, roll back). Those of
+    shares count from the run's normal level, and are crossed only beyond the error of some hundred rollouts."""
+
+    level: Annotated[
+        Literal["off", "warn", "act", "rollback", "stop"],
+        BeforeValidator(lambda level: "off" if level is False else level),  # as YAML reads a bare off
+    ] = "act"
+    """The most the guard may do; each level includes those before it."""
+    truncated_token_share: Annotated[Thresholds, AfterValidator(_rising)] = (0.1, 0.25, 0.7)
+    """Share of the tokens that stand in truncated rollouts; the earliest sign of inflation."""
+    truncation_rate: Annotated[Thresholds, AfterValidator(_rising)] = (0.1, 0.25, 0.5)
+    """Share of rollouts that are truncated."""
+    repetition_rate: Annotated[Thresholds, AfterValidator(_rising)] = (0.05, 0.15, 0.4)
+    """Share of rollouts whose tail is repetitive."""
+    entropy: Annotated[Thresholds, AfterValidator(_falling)] = (0.02, 0.01, 0.003)
+    """Entropy in nats under which a student with vanishing gradient, whom the teacher contradicts, is deterministic."""
+    max_golden_per_prompt: float = Field(2.0, ge=0)
+    """Limit of golden rollouts for each on-policy prompt; 0 leaves them alone."""
+    max_rollbacks: int = Field(2, ge=0)
+    """Rollbacks of one run; then it is stopped, where level allows."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

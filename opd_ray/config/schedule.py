@@ -15,16 +15,12 @@ def _check(schedule: float | Points) -> float | Points:
         steps = [step for step, _ in schedule]
         if not steps or steps != sorted(set(steps)) or steps[0] < 0:
             raise ValueError("expected a number or [[step, value], ...] with rising steps from 0 on")
-    return schedule
-
-
-def _check_not_negative(schedule: float | Points) -> float | Points:
     if lowest(schedule) < 0:
         raise ValueError("expected values of 0 or more")
     return schedule
 
 
-Schedule = Annotated[float | Points, AfterValidator(_check), AfterValidator(_check_not_negative)]
+Schedule = Annotated[float | Points, AfterValidator(_check)]
 """A number ≥ 0, or ``[[step, value], …]``: constant before the first and after the last point, straight between."""
 
 

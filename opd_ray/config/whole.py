@@ -9,9 +9,8 @@ from pydantic.dataclasses import dataclass
 
 from opd_ray.config import schedule
 from opd_ray.config.binding import ROOMS, RUN
-from opd_ray.config.guard import GuardConfig
 from opd_ray.config.method import STRICT, LossConfig
-from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, RecoveryConfig
+from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, GuardConfig, RecoveryConfig
 from opd_ray.config.sections import (
     BufferConfig,
     DataConfig,

@@ -12,12 +12,12 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from opd_ray.config import Config, LearnerConfig, PoolSize, TeacherConfig
+from opd_ray.config import Config, LearnerConfig, TeacherConfig
 from opd_ray.errors import RunError
 from opd_ray.generate import make_generation_engine
 from opd_ray.generate.generator import Generator, GeneratorSettings, StudentGenerator, TeacherGenerator
 from opd_ray.learn.learner import Learner
-from opd_ray.messages import REFERENCE
+from opd_ray.messages import REFERENCE, PoolSize
 from opd_ray.models.checkpoints import load_tokenizer
 from opd_ray.rooms import Rooms, logs
 from opd_ray.rooms.group import Group

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Literal
 
-from opd_ray.config.guard import _SHARES, GuardConfig
+from opd_ray.config import GuardConfig
 from opd_ray.messages import Strength
 from opd_ray.watch.evidence import Share, Windows
 
@@ -123,6 +123,7 @@ _QUIET_WINDOWS = 4
 _TOKENS = ("repetitive_share", "advantage_repetitive", "advantage_other", "teacher_logprob_repetitive")
 _LEARNER = (*_TOKENS, "entropy", "grad_norm")
 _WATCHED = {"length": "rollouts/length"} | {name: f"learner/{name}" for name in _LEARNER}
+_SHARES = ("truncated_token_share", "truncation_rate", "repetition_rate")
 _MEASURED = {name: f"rollouts/{name}" for name in _SHARES} | {"repetitive_share": "learner/repetitive_share"}
 _BEGINS = (
     "the run begins like this and there is nothing healthier to compare with, later levels are measured from here; is "

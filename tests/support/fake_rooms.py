@@ -24,9 +24,9 @@ from fake_workers import (
     Worker,
 )
 from opd_ray.buffer.replay import GoldenSet, ReplayBuffer
-from opd_ray.config import Config, PoolSize, from_dict
+from opd_ray.config import Config, from_dict
 from opd_ray.data.prompts import Prompts, PromptStream, Shuffled
-from opd_ray.messages import Entry, RolloutMeta
+from opd_ray.messages import Entry, PoolSize, RolloutMeta
 from opd_ray.pipeline import Pipeline
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group

@@ -3,7 +3,7 @@
 import asyncio
 
 from fake_ray import World
-from opd_ray.config import PoolSize
+from opd_ray.messages import PoolSize
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
 

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from opd_ray.config.guard import GuardConfig
+from opd_ray.config import GuardConfig
 from opd_ray.watch.guard import Guard
 
 BUDGET, LONG, SPREAD = 4096, 1000.0, 0.8

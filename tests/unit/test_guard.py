@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from opd_ray.config.guard import GuardConfig
+from opd_ray.config import GuardConfig
 from opd_ray.messages import Strength
 from opd_ray.watch.guard import Guard, GuardEvent
 from simulated_runs import delays, false_actions

@@ -12,9 +12,10 @@ import fake_ray
 from fake_ray import World, until
 from fake_rooms import make_pipeline
 from held_actors import DEADLINE_S, Desk, Losses, desks, held
-from opd_ray.config import PoolSize, from_dict
+from opd_ray.config import from_dict
 from opd_ray.errors import ActorError, GroupLost, MemberLost
 from opd_ray.evaluate import chunked
+from opd_ray.messages import PoolSize
 from opd_ray.placement import launch
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
