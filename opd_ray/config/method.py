@@ -23,7 +23,7 @@ Tail = Literal["bucket", "renormalise", "stop_gradient"]
 Correction = Literal["none", "ratio", "clip", "truncate", "mask"]
 
 _ON_DISTRIBUTIONS = ("reverse_kl", "forward_kl", "jsd")
-_ON_STUDENT_SAMPLES = ("k1", "k2", "k3")
+ON_STUDENT_SAMPLES = ("k1", "k2", "k3")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -62,7 +62,7 @@ class TermConfig:
 
     @property
     def needs_student_samples(self) -> bool:
-        return self.divergence in _ON_STUDENT_SAMPLES or (self.on_distributions and self.support == "student_top_k")
+        return self.divergence in ON_STUDENT_SAMPLES or (self.on_distributions and self.support == "student_top_k")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -83,6 +83,10 @@ class AdvantageConfig:
     """Bound on the size of a token's advantage; null for none."""
     discount: float = Field(0.0, ge=0, le=1)
     """γ of the reward-to-go over later tokens (MiniLLM: 1); 0 credits each token with its own log-ratio."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.teacher_coef > 0 or self.extrapolation != 1
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -127,7 +131,7 @@ class ReferenceTermConfig:
 
     @property
     def needs_student_samples(self) -> bool:
-        return self.estimator in _ON_STUDENT_SAMPLES
+        return self.estimator in ON_STUDENT_SAMPLES
 
     def __post_init__(self) -> None:
         if self.on_golden and self.needs_student_samples:

@@ -239,15 +239,14 @@ class BufferConfig:
         return (self.max_staleness + 1) * self.prompts_per_step
 
     def __post_init__(self) -> None:
-        if self.prompts_per_step == 0 and not self.uses_golden:
-            raise ValueError("prompts_per_step and golden rollouts are both 0: a step would train on nothing")
-        if self.golden_pairing == "prompt" and schedule.highest(self.golden_per_prompt) > 1:
-            raise ValueError("golden_pairing=prompt has one solution for each prompt: golden_per_prompt is at most 1")
-        if self.on_policy_probability is not None:
-            if schedule.highest(self.on_policy_probability) > 1:
-                raise ValueError("on_policy_probability is a probability: at most 1")
-            if not (self.uses_golden or self.uses_teacher_rollouts):
-                raise ValueError("on_policy_probability needs golden or teacher rollouts for the other steps")
+        paired, most = self.golden_pairing == "prompt", schedule.highest(self.golden_per_prompt)
+        if paired and (most > 1 or self.golden_per_step > 0 or self.prompts_per_step == 0):
+            raise ValueError(
+                "golden_pairing=prompt has one solution for each of a step's prompts: golden_per_prompt is at most 1, "
+                "golden_per_step must be 0 and prompts_per_step above 0"
+            )
+        if self.on_policy_probability is not None and schedule.highest(self.on_policy_probability) > 1:
+            raise ValueError("on_policy_probability is a probability: at most 1")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from opd_ray.config import schedule
 from opd_ray.config.binding import ROOMS, RUN
-from opd_ray.config.method import STRICT, LossConfig
+from opd_ray.config.method import ON_STUDENT_SAMPLES, STRICT, LossConfig
 from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, GuardConfig, RecoveryConfig
 from opd_ray.config.sections import (
     BufferConfig,
@@ -60,27 +60,23 @@ class Config:
     def __post_init__(self) -> None:
         self._check_sources()
         self._check_sampling()
-        self._check_teachers()
-        gpus = (self.learner.gpus_per_rank > 0, self.rollout.gpus_per_generator > 0)
-        if self.weights.backend == "nccl" and not all(gpus):
+        self._check_scorers()
+        if self.weights.backend == "nccl" and not self._on_gpus:
             raise ValueError("weights.backend=nccl needs GPUs for the learner and for the generators")
-        for name, scorer in {**self.teachers, "reference": self.reference}.items():
-            if scorer.follows_student and self.weight_backend == "nccl" and scorer.gpus_per_actor == 0:
-                raise ValueError(
-                    f"{name}.update={scorer.update} joins the broadcast, which is nccl here and needs a GPU: "
-                    f"set {name}.gpus_per_actor, or weights.backend=gloo"
-                )
 
     def _check_sources(self) -> None:
         """Every source that is mixed in has a loss, every loss a source."""
-        if self.uses_golden and self.data.golden is None:
+        buffer, reference = self.buffer, self.loss.reference
+        if self.buffer.uses_golden and self.data.golden is None:
             raise ValueError("buffer asks for golden rollouts but data.golden is null")
-        for source, mixed_in, how in (
-            ("student", self.uses_student, "buffer.prompts_per_step and rollout.responses_per_prompt"),
-            ("golden", self.uses_golden, "buffer.golden_per_prompt or buffer.golden_per_step"),
-            ("teacher", self.buffer.uses_teacher_rollouts, "buffer.teacher_per_prompt"),
+        if not self.sources:
+            raise ValueError("there are no rollouts of any source: a step would train on nothing")
+        for source, how in (
+            ("student", "buffer.prompts_per_step and rollout.responses_per_prompt"),
+            ("golden", "buffer.golden_per_prompt or buffer.golden_per_step"),
+            ("teacher", "buffer.teacher_per_prompt"),
         ):
-            used = self.loss.terms[source].used
+            mixed_in, used = source in self.sources, self.loss.terms[source].used
             if mixed_in and not used:
                 raise ValueError(
                     f"{source} rollouts are made ({how}) but loss.{source}.coef is 0: they would not be trained on"
@@ -89,11 +85,11 @@ class Config:
                 raise ValueError(
                     f"loss.{source}.coef is above 0 but there are no {source} rollouts; set it to 0 or raise {how}"
                 )
-        if not self.sources:
-            raise ValueError("there are no rollouts of any source: a step would train on nothing")
-        buffer = self.buffer
-        if buffer.on_policy_probability is not None and not self.uses_student:
-            raise ValueError("buffer.on_policy_probability needs student rollouts for its on-policy steps")
+        if buffer.on_policy_probability is not None and not (self.uses_student and len(self.sources) > 1):
+            raise ValueError(
+                "buffer.on_policy_probability needs student rollouts for its on-policy steps, and golden or teacher "
+                "rollouts for the others"
+            )
         for name, wanted in (("golden", buffer.golden_per_prompt), ("teacher", buffer.teacher_per_prompt)):
             most = schedule.highest(wanted) * buffer.prompts_per_step
             if 0 < most < 0.5:
@@ -101,16 +97,12 @@ class Config:
                     f"buffer.{name}_per_prompt of {schedule.highest(wanted):g} with {buffer.prompts_per_step} prompts "
                     f"a step rounds to no {name} rollouts; raise one of the two"
                 )
-        if buffer.golden_pairing == "prompt" and buffer.golden_per_step > 0:
-            raise ValueError("buffer.golden_pairing=prompt has one solution for each prompt: golden_per_step must be 0")
-        if self.loads_golden and not self.uses_golden and self.loss.golden.divergence != "cross_entropy":
+        if self.loads_golden and not buffer.uses_golden and self.loss.golden.divergence != "cross_entropy":
             raise ValueError(
                 f"loss.golden.divergence={self.loss.golden.divergence}, but only the guard mixes golden rollouts in, "
                 "and that takes cross_entropy; raise buffer.golden_per_prompt or set guard.max_golden_per_prompt=0"
             )
-        if self.buffer.golden_pairing == "prompt" and self.buffer.prompts_per_step == 0:
-            raise ValueError("buffer.golden_pairing=prompt pairs with a step's prompts, but prompts_per_step is 0")
-        if self.loss.reference.used and not (self.uses_student or self.loss.reference.on_golden):
+        if reference.used and not (self.uses_student or reference.on_golden):
             raise ValueError(
                 "loss.reference.coef is above 0 but there are no student rollouts; set it to 0, or "
                 "loss.reference.on_golden=true"
@@ -118,64 +110,71 @@ class Config:
 
     def _check_sampling(self) -> None:
         """What the estimators assume of the rollouts."""
-        student, rollout = self.loss.student, self.rollout
-        reshaped = rollout.temperature != 1 or rollout.top_p < 1
-        if student.used and student.divergence in ("k1", "k2", "k3") and reshaped:
-            raise ValueError(
-                f"loss.student.divergence={student.divergence} estimates a mean over the student's own distribution: "
-                "it needs rollout.temperature=1 and rollout.top_p=1 (or a divergence on a support)"
-            )
-        anchor = self.loss.reference
-        if anchor.used and anchor.needs_student_samples and reshaped:
-            raise ValueError(
-                f"loss.reference.estimator={anchor.estimator} estimates a mean over the student's own distribution: "
-                "it needs rollout.temperature=1 and rollout.top_p=1 (or estimator=top_k or full)"
-            )
-        if self.loss.importance.correction != "none" and reshaped:
-            raise ValueError(
-                "loss.importance compares with the distribution that was sampled from: it needs "
-                "rollout.temperature=1 and rollout.top_p=1"
-            )
+        student, reference, rollout = self.loss.student, self.loss.reference, self.rollout
+        correction = self.loss.importance.correction
+        for field, used, instead in (
+            (
+                f"student.divergence={student.divergence}",
+                student.used and student.divergence in ON_STUDENT_SAMPLES,
+                "a divergence on a support",
+            ),
+            (
+                f"reference.estimator={reference.estimator}",
+                reference.used and reference.needs_student_samples,
+                "estimator=top_k or full",
+            ),
+            (f"importance.correction={correction}", correction != "none", "correction=none"),
+        ):
+            if used and (rollout.temperature != 1 or rollout.top_p < 1):
+                raise ValueError(
+                    f"loss.{field} estimates a mean over the student's own distribution: it needs "
+                    f"rollout.temperature=1 and rollout.top_p=1 (or {instead})"
+                )
         if self.loss.advantage.reward_coef > 0 and rollout.responses_per_prompt < 2:
             raise ValueError(
                 "loss.advantage.reward_coef compares the responses to one prompt: "
                 f"rollout.responses_per_prompt must be 2 or more, got {rollout.responses_per_prompt}"
             )
 
-    def _check_teachers(self) -> None:
-        for name in ("teacher", "student", "reference"):
-            if name in self.more_teachers:
-                raise ValueError(f"more_teachers: the name '{name}' is taken; choose another")
-        for name, teacher in self.teachers.items():
-            for field, term in self.loss.terms.items():
-                exact = term.used and term.on_distributions and term.support != "teacher_top_k"
-                if exact and teacher.engine != "torch":
+    def _check_scorers(self) -> None:
+        """What is asked of teachers and reference, and what they can give."""
+        reference, terms = self.loss.reference, [(source, self.loss.terms[source]) for source in self.sources]
+        asked = {
+            f"loss.{source}.support={term.support}": self.teachers
+            for source, term in terms
+            if term.on_distributions and term.support != "teacher_top_k"
+        }
+        if reference.used and reference.estimator == "full":
+            asked["loss.reference.estimator=full"] = {"reference": self.reference}
+        for field, scorers in asked.items():
+            for name, scorer in scorers.items():
+                if scorer.engine != "torch":
                     raise ValueError(
-                        f"loss.{field}.support={term.support} needs {name}.engine=torch: vLLM gives no hidden states "
-                        "and no log-probs of chosen tokens"
+                        f"{field} needs {name}.engine=torch: vLLM gives no hidden states and no log-probs of chosen "
+                        "tokens"
                     )
+                if scorer.follows_student and field.endswith("=full"):
+                    raise ValueError(
+                        f"{name}.update={scorer.update} cannot be compared with {field}: the learner keeps the output "
+                        "layer that the run began with; compare on a top-k"
+                    )
+        for name in {"teacher", "student", "reference"} & self.more_teachers.keys():
+            raise ValueError(f"more_teachers: the name '{name}' is taken; choose another")
+        for name, teacher in self.teachers.items():
             if teacher.privileged and self.data.golden is None:
                 raise ValueError(f"{name}.privileged shows golden solutions, but data.golden is null")
-            terms = [self.loss.terms[source] for source in self.sources]
-            full = any(term.on_distributions and term.support == "full" for term in terms)
-            if self.uses_teacher and teacher.follows_student and full:
+        for name, scorer in {**self.teachers, "reference": self.reference}.items():
+            if scorer.follows_student and self.weight_backend == "nccl" and scorer.gpus_per_actor == 0:
                 raise ValueError(
-                    f"{name}.update={teacher.update} cannot be compared with support=full: the learner keeps the "
-                    "output layer that the run began with; take a top-k support"
+                    f"{name}.update={scorer.update} joins the broadcast, which is nccl here and needs a GPU: "
+                    f"set {name}.gpus_per_actor, or weights.backend=gloo"
                 )
-        if self.loss.reference.estimator == "full" and self.reference.follows_student:
-            raise ValueError(
-                f"reference.update={self.reference.update} cannot be compared with loss.reference.estimator=full: the "
-                "learner keeps the output layer that the run began with; take top_k or k2"
-            )
-        if self.loss.reference.used and self.loss.reference.estimator == "full" and self.reference.engine != "torch":
-            raise ValueError("loss.reference.estimator=full needs reference.engine=torch: vLLM gives no hidden states")
 
     @property
     def loads_golden(self) -> bool:
         """Are golden rollouts trained on, or kept at hand for the guard?"""
         guard_may_mix = self.guard.level not in ("off", "warn") and self.guard.max_golden_per_prompt > 0
-        return self.uses_golden or (guard_may_mix and self.uses_student and self.data.golden is not None)
+        return self.buffer.uses_golden or (guard_may_mix and self.uses_student and self.data.golden is not None)
 
     @property
     def uses_student(self) -> bool:
@@ -183,18 +182,10 @@ class Config:
         return self.buffer.prompts_per_step > 0 and self.rollout.responses_per_prompt > 0
 
     @property
-    def uses_golden(self) -> bool:
-        """Are golden rollouts mixed in at any step?"""
-        return self.buffer.uses_golden
-
-    @property
     def sources(self) -> tuple[Source, ...]:
         """What a step may train on."""
-        there = {
-            "student": self.uses_student,
-            "golden": self.uses_golden,
-            "teacher": self.buffer.uses_teacher_rollouts,
-        }
+        buffer = self.buffer
+        there = {"student": self.uses_student, "golden": buffer.uses_golden, "teacher": buffer.uses_teacher_rollouts}
         return tuple(source for source, used in there.items() if used)
 
     @property
@@ -212,8 +203,7 @@ class Config:
         """Does the loss of this source compare with a teacher?"""
         term = self.loss.terms[source]
         if source == "student" and term.divergence == "k1":
-            advantage = self.loss.advantage
-            return term.used and (advantage.teacher_coef > 0 or advantage.extrapolation != 1)
+            return term.used and self.loss.advantage.uses_teacher
         return term.used and term.needs_teacher
 
     def needs_reference(self, source: Source) -> bool:
@@ -234,9 +224,9 @@ class Config:
 
     @property
     def least_strength(self) -> Strength:
-        """The least that mixture and anchor amount to at any step: where the guard counts from."""
+        """The least that mixture and reference amount to at any step: where the guard counts from."""
         return Strength(
-            golden_per_prompt=schedule.lowest(self.buffer.golden_per_prompt) if self.uses_golden else 0.0,
+            golden_per_prompt=schedule.lowest(self.buffer.golden_per_prompt) if self.buffer.uses_golden else 0.0,
             golden_coef=schedule.lowest(self.loss.golden.coef),
             reference_kl_coef=schedule.lowest(self.loss.reference.coef),
             mask_truncated_tails=self.loss.mask_truncated_tails,
@@ -257,7 +247,7 @@ class Config:
             return "grpo"
         if self.buffer.on_policy_probability is not None:
             return "gkd"
-        mixture = self.uses_golden or self.buffer.uses_teacher_rollouts
+        mixture = len(self.sources) > 1
         if mixture and self.loss.reference.used:
             return "stableopd"
         return "opd" + ("+mixture" if mixture else "") + ("+reference_kl" if self.loss.reference.used else "")
@@ -272,12 +262,11 @@ class Config:
         return window, metrics.repetition_ratio or 10 * (window / 10_000) ** 0.32
 
     @property
-    def label(self) -> str:
-        return self.name or self.method
+    def weight_backend(self) -> str:
+        automatic = "nccl" if self._on_gpus else "gloo"
+        return automatic if self.weights.backend == "auto" else self.weights.backend
 
     @property
-    def weight_backend(self) -> str:
-        if self.weights.backend != "auto":
-            return self.weights.backend
-        gpu = self.learner.gpus_per_rank > 0 and self.rollout.gpus_per_generator > 0
-        return "nccl" if gpu else "gloo"
+    def _on_gpus(self) -> bool:
+        """Have both ends of the broadcast GPUs?"""
+        return self.learner.gpus_per_rank > 0 and self.rollout.gpus_per_generator > 0

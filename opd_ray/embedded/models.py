@@ -54,16 +54,6 @@ class Phase:
     """Of the tries that self-correcting texts redo, so many were right."""
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What a model does on a set of problems; shares of the answers, lengths in tokens with EOS."""
-
-    accuracy: float
-    """Ended in EOS with the right digit after the last ``#``."""
-    truncated: float
-    mean_length: float
-
-
 TEACHER_WIDTH, TEACHER_LAYERS = 64, 3
 TEACHER_CLEAN = Phase(350, (1.0, 0.0, 0.0), (0.015, 0.0015))
 TEACHER_CHECKING = Phase(1000, (0.3, 0.7, 0.0), (0.005, 0.005))  # at most: it ends at TEACHER_SEES_ERRORS
@@ -131,14 +121,9 @@ def save(model: Qwen3ForCausalLM, directory: Path) -> None:
         eos_token_id=EOS_ID,
         pad_token_id=PAD_ID,
     )
-    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # one shard in a millisecond: its bar breaks ours
-    try:
-        model.save_pretrained(directory)
-        make_tokenizer().save_pretrained(directory)
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
+    model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
 
 
 def build_teacher(seed: int, report: Report) -> Qwen3ForCausalLM:
@@ -259,16 +244,17 @@ def solution_probability(model: Qwen3ForCausalLM, problems: Sequence[Problem]) -
 
 @one_thread()
 @torch.inference_mode()
-def measure(model: Qwen3ForCausalLM, problems: Sequence[Problem], temperature: float, seed: int = 0) -> Rates:
-    """Accuracy, truncation and length of one answer per problem; temperature 0 is greedy."""
+def measure(model: Qwen3ForCausalLM, problems: Sequence[Problem], temperature: float) -> tuple[float, float]:
+    """Of one answer per problem, (share that ended in EOS with the right digit after the last ``#``, share that was
+    truncated); temperature 0 is greedy."""
     groups: dict[int, list[Problem]] = {}
     for problem in problems:  # prompts of one length need no padding
         groups.setdefault(len(problem.prompt), []).append(problem)
-    correct, truncated, num_tokens = 0, 0, 0
+    correct = truncated = 0
     tokenizer, task = make_tokenizer(), chain.ChainTask()
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         for length, group in groups.items():
             prompts = torch.tensor([[VOCABULARY[c] for c in problem.prompt] for problem in group])
             outputs = model.generate(
@@ -282,10 +268,9 @@ def measure(model: Qwen3ForCausalLM, problems: Sequence[Problem], temperature: f
             for problem, output in zip(group, outputs.tolist(), strict=True):
                 finished = EOS_ID in output
                 truncated += not finished
-                num_tokens += output.index(EOS_ID) + 1 if finished else len(output)
                 text = tokenizer.decode(output, skip_special_tokens=True)
                 correct += finished and task.verify(text, chain.to_row(problem))
-    return Rates(correct / len(problems), truncated / len(problems), num_tokens / len(problems))
+    return correct / len(problems), truncated / len(problems)
 
 
 @one_thread()

@@ -1,14 +1,14 @@
 """The embedded default: a teacher that ships with the package, a student built once per seed, and their data.
 
-`prepare` returns paths of ordinary files: Hugging Face checkpoints and JSONL.  From there on nothing in the
-loop knows that the models are small.  The student of a seed takes 10 to 20 seconds of one core and is kept in
-the cache (`OPD_RAY_CACHE`, else `~/.cache/opd_ray`), in a directory named after everything that decides its
-content, so that an edited recipe or another torch never finds an old student.
+`prepare` returns a directory of ordinary files.  From there on nothing in the loop knows that the models are
+small.  The student of a seed takes 10 to 20 seconds of one core and is kept in the cache (`OPD_RAY_CACHE`, else
+`~/.cache/opd_ray`), in a directory named after everything that decides its content, so that an edited recipe or
+another torch never finds an old student.
 
-    prompts      8,192 train problems, drawn by the seed
-    golden       128 train problems with the concise solution, drawn by the seed
-    validation   512 problems, the same for every seed
-    test         1,024 problems, the same for every seed
+    student/         Hugging Face checkpoint
+    prompts.jsonl    8,192 train problems, drawn by the seed
+    golden.jsonl     128 train problems with the concise solution, drawn by the seed
+    test.jsonl       1,024 problems, the same for every seed
 
 How the problems look is in `opd_ray.tasks.chain`, how the models learn in `opd_ray.embedded.models`.
 """
@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +43,6 @@ TEACHER_DIR = Path(__file__).parent / "assets" / "chain_teacher"
 NUM_PROMPTS = 8192
 NUM_GOLDEN = 128
 MOST_GOLDEN = 8192
-NUM_VALIDATION = 512
 NUM_TEST = 1024
 
 _SOURCES = (Path(__file__), Path(__file__).with_name("models.py"), Path(chain.__file__))
@@ -52,26 +50,13 @@ _PACKAGES = ("torch", "transformers", "tokenizers")
 _PLAIN_LINE_EVERY_S = 10.0
 
 
-@dataclass(frozen=True)
-class EmbeddedPaths:
-    """Where the models (checkpoint directories) and the data (JSONL files) of one seed lie."""
+def prepare(seed: int) -> Path:
+    """The directory with the embedded student and data of ``seed``, built now if the cache does not hold it.
 
-    student: Path
-    teacher: Path
-    prompts: Path
-    golden: Path
-    validation: Path
-    test: Path
-
-
-def prepare(seed: int, cache_dir: Path | None = None, progress: Report | None = None) -> EmbeddedPaths:
-    """The embedded models and data of ``seed``, built now if the cache does not hold them.
-
-    ``progress`` is called with (what, steps done, steps in all); by default a bar on stderr, or a plain line
-    now and then where stderr is no terminal.  Two processes may prepare one seed at the same time: a
-    directory appears in the cache complete or not at all, and the first one stays.
+    Two processes may prepare one seed at the same time: a directory appears in the cache complete or not at all,
+    and the first one stays.
     """
-    root = cache_dir or cache_root()
+    root = cache_root()
     final = root / f"chain-{cache_key(seed)}-seed{seed}"
     if not final.is_dir():
         try:
@@ -82,24 +67,16 @@ def prepare(seed: int, cache_dir: Path | None = None, progress: Report | None = 
                 f"cannot write to the cache {root} ({error.strerror}); set OPD_RAY_CACHE to a writable directory"
             ) from error
         try:
-            with contextlib.nullcontext(progress) if progress else terminal_progress() as report:
-                _build(seed, building, report)
+            _build(seed, building)
             _publish(building, final)
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    return EmbeddedPaths(
-        student=final / "student",
-        teacher=TEACHER_DIR,
-        prompts=final / "prompts.jsonl",
-        golden=final / "golden.jsonl",
-        validation=final / "validation.jsonl",
-        test=final / "test.jsonl",
-    )
+    return final
 
 
 def golden_file(seed: int, count: int) -> Path:
     """The first ``count`` golden solutions of ``seed``, beside its 128; more of them are drawn as those were."""
-    directory = prepare(seed).golden.parent
+    directory = prepare(seed)
     path = directory / f"golden-{count}.jsonl"
     if not path.exists():
         partial = directory / f".golden-{count}-{os.getpid()}"
@@ -126,23 +103,23 @@ def cache_key(seed: int) -> str:
 
 
 def problem_sets(seed: int) -> dict[str, list[Problem]]:
-    """The problems of the four JSONL files, by file name without suffix; no problem twice in a set."""
+    """The problems of the JSONL files, by file name without suffix; no problem twice in a set."""
     return {
         "prompts": chain.draw_distinct(random.Random(f"prompts {seed}"), "train", NUM_PROMPTS),
         "golden": chain.draw_distinct(random.Random(f"golden {seed}"), "train", NUM_GOLDEN),
         # Not by the seed: runs of different seeds are compared on the same problems.
-        "validation": chain.draw_distinct(random.Random("validation"), "validation", NUM_VALIDATION),
         "test": chain.draw_distinct(random.Random("test"), "test", NUM_TEST),
     }
 
 
-def _build(seed: int, directory: Path, report: Report) -> None:
+def _build(seed: int, directory: Path) -> None:
     # Here, because torch and transformers take seconds to import, which whoever is refused need not wait for.
     from opd_ray.embedded import models as embedded_models
 
     for name, problems in problem_sets(seed).items():
         write_rows(directory / f"{name}.jsonl", problems, with_solutions=name == "golden")
-    embedded_models.save(embedded_models.build_student(seed, report), directory / "student")
+    with terminal_progress() as report:
+        embedded_models.save(embedded_models.build_student(seed, report), directory / "student")
 
 
 def write_rows(path: Path, problems: Sequence[Problem], *, with_solutions: bool = False) -> None:

@@ -22,19 +22,19 @@ def resolve(config: Config) -> Config:
     if configs.EMBEDDED in (config.student.path, data.prompts, golden, data.evaluation):
         for given in {data.prompts, data.evaluation} - {configs.EMBEDDED}:
             read_prompts(given, need_answer=False)  # a mistyped name is told before a student is built
-        paths = embedded.prepare(config.seed)
+        built = embedded.prepare(config.seed)
 
-        def path(value: str | None, built: Path) -> str | None:
-            return str(built) if value == configs.EMBEDDED else value
+        def path(value: str, name: str) -> str:
+            return str(built / name) if value == configs.EMBEDDED else value
 
         config = dataclasses.replace(
             config,
-            student=dataclasses.replace(config.student, path=path(config.student.path, paths.student)),
+            student=dataclasses.replace(config.student, path=path(config.student.path, "student")),
             data=dataclasses.replace(
                 data,
-                prompts=path(data.prompts, paths.prompts),
-                golden=_golden(data.golden, paths.golden, config.seed),
-                evaluation=path(data.evaluation, paths.test),
+                prompts=path(data.prompts, "prompts.jsonl"),
+                golden=_golden(data.golden, built, config.seed),
+                evaluation=path(data.evaluation, "test.jsonl"),
             ),
         )
 
@@ -56,7 +56,7 @@ def without_foreign_golden(config: Config) -> Config:
     data = config.data
     if data.prompts == configs.EMBEDDED or not str(data.golden).startswith(configs.EMBEDDED):
         return config
-    if config.uses_golden or is_privileged(config):
+    if config.buffer.uses_golden or is_privileged(config):
         raise InputError(
             f"data.prompts is {data.prompts}, but data.golden is the embedded one, of another task; "
             "give data.golden=FILE, or leave golden rollouts out: loss.golden.coef=0 buffer.golden_per_prompt=0"
@@ -70,7 +70,7 @@ def _golden(value: str | None, built: Path, seed: int) -> str | None:
     if kind != configs.EMBEDDED or value is None:
         return value
     if not count:
-        return str(built)
+        return str(built / "golden.jsonl")
     if not count.isdigit() or not 0 < int(count) <= embedded.MOST_GOLDEN:
         raise InputError(f"data.golden={value}: expected embedded:N with N from 1 to {embedded.MOST_GOLDEN}")
     return str(embedded.golden_file(seed, int(count)))

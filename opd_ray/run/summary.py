@@ -121,7 +121,7 @@ class Summary:
         train, sync, mean, oldest = self._measured.values()
         return self.state() | {
             "method": config.method,
-            "name": config.label,
+            "name": config.name or config.method,
             "seed": config.seed,
             "steps": config.learner.steps,
             "rollout_tokens": self._rollout_tokens,

@@ -11,7 +11,7 @@ def score_requests(config: Config, stop_token_ids: tuple[int, ...]) -> dict[Sour
 
     Golden rollouts that are only kept at hand for the guard count: it may mix them in at any step.
     """
-    sources = (*config.sources, *(("golden",) if config.loads_golden and not config.uses_golden else ()))
+    sources = (*config.sources, *(("golden",) if config.loads_golden and not config.buffer.uses_golden else ()))
     return {source: _requests(config, source, stop_token_ids) for source in sources}
 
 

@@ -102,7 +102,7 @@ def overrides(name: str, world, config: Config) -> list[str]:
         small.append(f"data.prompts={DIRECTORY / 'mopd_prompts.jsonl'}")
     else:
         small.append(f"data.prompts={world.prompts}")
-    if config.uses_golden or config.teacher.privileged:
+    if config.buffer.uses_golden or config.teacher.privileged:
         small.append(f"data.golden={world.golden}")
     if name == "gkd":
         small += ["seed=2", "learner.steps=4"]  # a seed whose first four steps are not all of one kind

@@ -151,7 +151,7 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
         (["loss.reference.estimator=k2", "loss.reference.on_golden=true"], "that the student sampled"),
         (["reference.update=average", "reference.engine=vllm"], "needs engine=torch"),
         (["reference.update=average", "loss.reference.estimator=full"], "cannot be compared with"),
-        (["teacher.update=average", "loss.student.support=full"], "cannot be compared with support=full"),
+        (["teacher.update=average", "loss.student.support=full"], "cannot be compared with loss.student.support=full"),
         (["buffer.golden_pairing=prompt", "buffer.golden_per_step=5"], "golden_per_step must be 0"),
         (["buffer.prompts_per_step=4", "buffer.golden_per_prompt=0.1"], "rounds to no golden rollouts"),
         (

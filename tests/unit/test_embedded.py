@@ -45,8 +45,10 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def silent(what: str, done: int, total: int) -> None:
-    """A progress report that nobody reads."""
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setenv("OPD_RAY_CACHE", str(tmp_path))
 
 
 # --- tokenizer ---
@@ -123,50 +125,49 @@ def test_sampled_answers_agree_with_their_exact_probability(teacher):
     # The student stops on the exact number, people read the sampled one; other ways lead to the answer, too.
     exact = embedded_models.solution_probability(teacher, PROBLEMS)
     assert 0 < exact < 1
-    assert measure(teacher, PROBLEMS, 1.0).accuracy > exact - 0.08
+    assert measure(teacher, PROBLEMS, 1.0)[0] > exact - 0.08
 
 
 # --- the cache ---
 
 
 def test_prepare_writes_checkpoints_and_rows_that_load(tmp_path, quick_student):
-    paths = embedded.prepare(11, tmp_path, silent)
-    model = AutoModelForCausalLM.from_pretrained(paths.student)
+    built = embedded.prepare(11)
+    model = AutoModelForCausalLM.from_pretrained(built / "student")
     assert model.config.eos_token_id == model.generation_config.eos_token_id == EOS_ID
     assert model.config.pad_token_id == model.generation_config.pad_token_id == PAD_ID
-    assert AutoTokenizer.from_pretrained(paths.student).eos_token_id == EOS_ID
-    sizes = {name: len(read(getattr(paths, name))) for name in ("prompts", "golden", "validation", "test")}
-    assert sizes == {"prompts": 8192, "golden": 128, "validation": 512, "test": 1024}
-    for name in sizes:
-        rows = read(getattr(paths, name))
+    assert AutoTokenizer.from_pretrained(built / "student").eos_token_id == EOS_ID
+    data = {name: read(built / f"{name}.jsonl") for name in ("prompts", "golden", "test")}
+    assert {name: len(rows) for name, rows in data.items()} == {"prompts": 8192, "golden": 128, "test": 1024}
+    for name, rows in data.items():
         assert len({row["id"] for row in rows}) == len(rows)
-        split = name if name in ("validation", "test") else "train"
-        assert {chain.split_of(row["prompt"]) for row in rows} == {split}
+        assert {chain.split_of(row["prompt"]) for row in rows} == {"test" if name == "test" else "train"}
         assert all(row["answer"] == chain.parse_prompt(row["prompt"]).answer for row in rows)
 
 
 def test_golden_rows_are_right_and_fit_the_budget(tmp_path, quick_student):
     task = chain.ChainTask()
-    for row in read(embedded.prepare(12, tmp_path, silent).golden):
+    for row in read(embedded.prepare(12) / "golden.jsonl"):
         assert task.verify(row["response"], row)
         assert "?" not in row["response"]
         assert len(row["response"]) < chain.MAX_NEW_TOKENS
 
 
 def test_second_call_finds_the_first_ones_files(tmp_path, quick_student):
-    first = embedded.prepare(11, tmp_path, silent)
-    assert embedded.prepare(11, tmp_path, silent) == first
+    first = embedded.prepare(11)
+    assert embedded.prepare(11) == first
     assert quick_student == [11]
-    assert embedded.prepare(12, tmp_path, silent).student != first.student
+    assert embedded.prepare(12) != first
     assert quick_student == [11, 12]
 
 
 def test_seeds_share_the_held_out_problems_and_nothing_else(tmp_path, quick_student):
-    one, two = embedded.prepare(1, tmp_path, silent), embedded.prepare(2, tmp_path, silent)
-    assert one.test.read_bytes() == two.test.read_bytes()
-    assert one.validation.read_bytes() == two.validation.read_bytes()
-    assert one.golden.read_bytes() != two.golden.read_bytes()
-    assert one.prompts.read_bytes() != two.prompts.read_bytes()
+    one, two = embedded.prepare(1), embedded.prepare(2)
+    same = {
+        name: (one / name).read_bytes() == (two / name).read_bytes()
+        for name in ("prompts.jsonl", "golden.jsonl", "test.jsonl")
+    }
+    assert same == {"prompts.jsonl": False, "golden.jsonl": False, "test.jsonl": True}
 
 
 def test_interrupted_build_leaves_nothing_behind(tmp_path, quick_student, monkeypatch):
@@ -176,9 +177,9 @@ def test_interrupted_build_leaves_nothing_behind(tmp_path, quick_student, monkey
     with monkeypatch.context() as patch:
         patch.setattr(embedded_models, "build_student", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            embedded.prepare(11, tmp_path, silent)
+            embedded.prepare(11)
     assert list(tmp_path.iterdir()) == []
-    assert embedded.prepare(11, tmp_path, silent).student.is_dir()
+    assert (embedded.prepare(11) / "student").is_dir()
 
 
 def test_of_two_builders_at_once_the_first_one_stays(tmp_path, quick_student, monkeypatch):
@@ -186,14 +187,13 @@ def test_of_two_builders_at_once_the_first_one_stays(tmp_path, quick_student, mo
 
     def overtaken(seed, report):
         monkeypatch.setattr(embedded_models, "build_student", build)
-        winner = embedded.prepare(seed, tmp_path, silent).student.parent
-        (winner / "mark").touch()
+        (embedded.prepare(seed) / "mark").touch()
         return build(seed, report)
 
     monkeypatch.setattr(embedded_models, "build_student", overtaken)
-    paths = embedded.prepare(11, tmp_path, silent)
-    assert (paths.student.parent / "mark").exists()
-    assert [path.name for path in tmp_path.iterdir()] == [paths.student.parent.name]
+    built = embedded.prepare(11)
+    assert (built / "mark").exists()
+    assert list(tmp_path.iterdir()) == [built]
 
 
 def test_key_covers_seed_and_package_versions(monkeypatch):
@@ -203,21 +203,21 @@ def test_key_covers_seed_and_package_versions(monkeypatch):
     assert embedded.cache_key(1) != before
 
 
-def test_cache_that_cannot_be_written_is_refused_with_the_remedy(tmp_path):
+def test_cache_that_cannot_be_written_is_refused_with_the_remedy(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
+    monkeypatch.setenv("OPD_RAY_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(InputError, match="OPD_RAY_CACHE"):
-        embedded.prepare(0, tmp_path / "file" / "cache", silent)
+        embedded.prepare(0)
 
 
 def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("OPD_RAY_CACHE", str(tmp_path))
     assert embedded.cache_root() == tmp_path
     monkeypatch.delenv("OPD_RAY_CACHE")
     assert embedded.cache_root() == Path.home() / ".cache" / "opd_ray"
 
 
 def test_progress_is_plain_lines_without_a_terminal(tmp_path, quick_student, capsys):
-    embedded.prepare(11, tmp_path)
+    embedded.prepare(11)
     assert capsys.readouterr().err == "training the student: 100 %\n"
 
 
@@ -229,9 +229,9 @@ def test_shipped_teacher_is_small():
 
 
 def test_shipped_teacher_solves_the_task(teacher):
-    greedy = measure(teacher, PROBLEMS, 0.0)
-    assert greedy.accuracy >= 0.97
-    assert greedy.truncated <= 0.02
+    accuracy, truncated = measure(teacher, PROBLEMS, 0.0)
+    assert accuracy >= 0.97
+    assert truncated <= 0.02
 
 
 def test_shipped_teacher_sees_errors_and_copies_what_repeats(teacher):

@@ -15,7 +15,7 @@ from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.data.files import read_golden, read_prompts
 from opd_ray.data.golden import is_privileged
-from opd_ray.embedded.prepare import TEACHER_DIR, EmbeddedPaths
+from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
 from opd_ray.models.checkpoints import inspect
@@ -78,17 +78,14 @@ def leaves(raw: Any, prefix: str = "") -> Iterator[str]:
 
 
 @pytest.fixture
-def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedPaths:
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embedded models and data without building a student: the shipped teacher and small files stand in."""
     from opd_ray.embedded import prepare as embedded
 
-    problems = embedded.problem_sets(0)
-    for name in ("prompts", "golden", "validation", "test"):
-        embedded.write_rows(tmp_path / f"{name}.jsonl", problems[name][:64], with_solutions=name == "golden")
-    files = {name: tmp_path / f"{name}.jsonl" for name in ("prompts", "golden", "validation", "test")}
-    prepared = EmbeddedPaths(student=TEACHER_DIR, teacher=TEACHER_DIR, **files)
-    monkeypatch.setattr(embedded, "prepare", lambda seed: prepared)
-    return prepared
+    for name, problems in embedded.problem_sets(0).items():
+        embedded.write_rows(tmp_path / f"{name}.jsonl", problems[:64], with_solutions=name == "golden")
+    (tmp_path / "student").symlink_to(TEACHER_DIR)
+    monkeypatch.setattr(embedded, "prepare", lambda seed: tmp_path)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -96,7 +93,6 @@ def test_a_recipe_is_what_its_name_says(name):
     config = load(name)
     assert config.method == METHODS[name]
     assert config.name
-    assert config.label == config.name
 
 
 def test_every_recipe_is_listed_here_and_in_the_readme():
@@ -125,13 +121,13 @@ def test_the_head_says_source_loss_and_what_to_adapt(name):
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
-def test_a_recipe_passes_preflight_on_the_embedded_models(name, paths, monkeypatch):
+def test_a_recipe_passes_preflight_on_the_embedded_models(name, prepared, monkeypatch):
     """With relative paths from the root of the checkout, where the README runs them."""
     monkeypatch.chdir(DIRECTORY.parents[1])
     config = resolve(load(name))
     facts = preflight.check_files(config)
     assert facts.num_prompts > 0
-    assert facts.golden or not (config.uses_golden or is_privileged(config))
+    assert facts.golden or not (config.buffer.uses_golden or is_privileged(config))
 
 
 def test_stableopd_is_the_default():
@@ -152,7 +148,7 @@ CONDITIONS: list[tuple[str, Callable[[Config], bool]]] = [
     (r"rollout\.(temperature|top_p|in_flight)", lambda c: c.uses_student),
     (r"rollout\.teacher_\w+", lambda c: c.buffer.uses_teacher_rollouts),
     (r"buffer\.teacher_filter", lambda c: c.buffer.uses_teacher_rollouts),
-    (r"buffer\.golden_pairing", lambda c: c.uses_golden),
+    (r"buffer\.golden_pairing", lambda c: c.buffer.uses_golden),
     (r"buffer\.golden_per_prompt", lambda c: c.buffer.prompts_per_step > 0),
     (r"buffer\.max_staleness", lambda c: c.buffer.prompts_per_step > 0),
     (r"data\.golden(_\w+)?", lambda c: c.loads_golden or is_privileged(c)),

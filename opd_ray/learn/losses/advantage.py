@@ -67,7 +67,7 @@ def log_ratios(
     tokens: Tokens, policy: torch.Tensor, weights: Mapping[str, float], config: AdvantageConfig
 ) -> torch.Tensor:
     """r of each token, [N], with ``policy`` its log π [N]; 0 without a teacher. RunError without a needed reference."""
-    if config.teacher_coef == 0 and config.extrapolation == 1:
+    if not config.uses_teacher:
         return torch.zeros_like(policy)
     teacher = combined_logprobs(tokens.teachers, weights)
     ratios = config.teacher_coef * (teacher - policy)
