@@ -68,19 +68,28 @@ def prepare(seed: int) -> Path:
             ) from error
         try:
             _build(seed, building)
-            _publish(building, final)
+            building.chmod(0o755)  # mkdtemp makes it private, and workers may run as another user
+            building.rename(final)
+        except OSError:
+            if not final.is_dir():  # another process was first: its equal result stays
+                raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return final
 
 
-def golden_file(seed: int, count: int) -> Path:
-    """The first ``count`` golden solutions of ``seed``, beside its 128; more of them are drawn as those were."""
+def golden_file(seed: int, count: str) -> Path:
+    """The golden solutions of ``seed``, as many as "embedded:N" asks for, or the 128 where it is "embedded" alone; more
+    of them are drawn as those were."""
     directory = prepare(seed)
+    if not count:
+        return directory / "golden.jsonl"
+    if not count.isdigit() or not 0 < int(count) <= MOST_GOLDEN:
+        raise InputError(f"data.golden=embedded:{count}: expected embedded:N with N from 1 to {MOST_GOLDEN}")
     path = directory / f"golden-{count}.jsonl"
     if not path.exists():
         partial = directory / f".golden-{count}-{os.getpid()}"
-        problems = chain.draw_distinct(random.Random(f"golden {seed}"), "train", count)
+        problems = chain.draw_distinct(random.Random(f"golden {seed}"), "train", int(count))
         write_rows(partial, problems, with_solutions=True)
         partial.rename(path)
     return path
@@ -126,16 +135,6 @@ def write_rows(path: Path, problems: Sequence[Problem], *, with_solutions: bool 
     """One JSON object a line: id, prompt, answer, and the concise solution as response if asked for."""
     rows = (chain.to_row(problem, with_solution=with_solutions) for problem in problems)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _publish(building: Path, final: Path) -> None:
-    """Moves the finished directory to its name; if another process was first, its equal result stays."""
-    building.chmod(0o755)  # mkdtemp makes it private, and workers may run as another user
-    try:
-        building.rename(final)
-    except OSError:
-        if not final.is_dir():
-            raise
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from opd_ray import config as configs
@@ -18,7 +17,7 @@ def resolve(config: Config) -> Config:
     """Replaces what stands for the embedded models and data by their paths, building them where needed."""
     config = without_foreign_golden(config)
     data = config.data
-    golden = str(data.golden).partition(":")[0]
+    golden, _, count = str(data.golden).partition(":")
     if configs.EMBEDDED in (config.student.path, data.prompts, golden, data.evaluation):
         for given in {data.prompts, data.evaluation} - {configs.EMBEDDED}:
             read_prompts(given, need_answer=False)  # a mistyped name is told before a student is built
@@ -33,7 +32,7 @@ def resolve(config: Config) -> Config:
             data=dataclasses.replace(
                 data,
                 prompts=path(data.prompts, "prompts.jsonl"),
-                golden=_golden(data.golden, built, config.seed),
+                golden=str(embedded.golden_file(config.seed, count)) if golden == configs.EMBEDDED else data.golden,
                 evaluation=path(data.evaluation, "test.jsonl"),
             ),
         )
@@ -62,15 +61,3 @@ def without_foreign_golden(config: Config) -> Config:
             "give data.golden=FILE, or leave golden rollouts out: loss.golden.coef=0 buffer.golden_per_prompt=0"
         )
     return dataclasses.replace(config, data=dataclasses.replace(data, golden=None))
-
-
-def _golden(value: str | None, built: Path, seed: int) -> str | None:
-    """A golden file: as given, the embedded one, or as many embedded solutions as "embedded:N" asks for."""
-    kind, _, count = str(value).partition(":")
-    if kind != configs.EMBEDDED or value is None:
-        return value
-    if not count:
-        return str(built / "golden.jsonl")
-    if not count.isdigit() or not 0 < int(count) <= embedded.MOST_GOLDEN:
-        raise InputError(f"data.golden={value}: expected embedded:N with N from 1 to {embedded.MOST_GOLDEN}")
-    return str(embedded.golden_file(seed, int(count)))

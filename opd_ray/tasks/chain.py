@@ -22,13 +22,15 @@ This module knows no tensors and no models; `opd_ray.embedded` turns texts into 
 from __future__ import annotations
 
 import hashlib
+import operator
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 MODULUS = 7
-OPERATORS = "+-*"
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 NUM_OPERATIONS = (2, 3)
 # Only 3,087 problems have two operations.  Drawing them with 1/4 leaves enough of them
 # in every split for sets of distinct problems.
@@ -55,11 +57,8 @@ class Problem:
     @property
     def results(self) -> tuple[int, ...]:
         """The running value after each operation."""
-        values, value = [], self.first
-        for op, operand in self.operations:
-            value = apply(value, op, operand)
-            values.append(value)
-        return tuple(values)
+        values = accumulate(self.operations, lambda value, step: _apply(value, *step), initial=self.first)
+        return tuple(values)[1:]
 
     @property
     def answer(self) -> str:
@@ -85,26 +84,8 @@ class Text:
     finished: bool
 
 
-def apply(left: int, op: str, right: int) -> int:
-    """One operation modulo 7."""
-    if op == "+":
-        return (left + right) % MODULUS
-    if op == "-":
-        return (left - right) % MODULUS
-    return (left * right) % MODULUS
-
-
-def parse_prompt(prompt: str) -> Problem:
-    """The inverse of `Problem.prompt`; ValueError for anything else."""
-    body = prompt[1:-1]
-    problem = None
-    if len(body) % 2 == 1 and set(body[0::2]) <= set("0123456"):
-        operations = tuple(zip(body[1::2], map(int, body[2::2]), strict=True))
-        if all(op in OPERATORS for op, _ in operations):
-            problem = Problem(int(body[0]), operations)
-    if problem is None or problem.prompt != prompt:
-        raise ValueError(f"not a chain prompt: {prompt!r} (expected something like '^5-0-6+6=')")
-    return problem
+def _apply(left: int, op: str, right: int) -> int:
+    return OPERATORS[op](left, right) % MODULUS
 
 
 def split_of(prompt: str) -> Split:
@@ -119,7 +100,7 @@ def draw_problem(rng: random.Random, split: Split) -> Problem:
         num_operations = NUM_OPERATIONS[0] if rng.random() < SHARE_OF_SHORT else NUM_OPERATIONS[1]
         problem = Problem(
             rng.randrange(MODULUS),
-            tuple((rng.choice(OPERATORS), rng.randrange(MODULUS)) for _ in range(num_operations)),
+            tuple((rng.choice(tuple(OPERATORS)), rng.randrange(MODULUS)) for _ in range(num_operations)),
         )
         if split_of(problem.prompt) == split:
             return problem
@@ -164,7 +145,7 @@ def self_correcting_text(problem: Problem, rng: random.Random, share_of_doubt: f
     return Text("".join(pieces), tuple(mask), finished=True)
 
 
-def looping_text(problem: Problem, rng: random.Random, max_new_tokens: int = MAX_NEW_TOKENS) -> Text:
+def looping_text(problem: Problem, rng: random.Random) -> Text:
     """One try repeated until the budget ends, in the loss from its second copy on.
 
     It teaches in-context copying, which large models have by themselves: the more often a try
@@ -176,8 +157,7 @@ def looping_text(problem: Problem, rng: random.Random, max_new_tokens: int = MAX
     right = problem.results[index]
     digit = right if rng.random() < SHARE_OF_RIGHT_LOOPS else wrong_digit(right, rng)
     copy = f"{problem.calls[index]}{digit}?"
-    num_copies = max_new_tokens // len(copy) + 1
-    response = (head + copy * num_copies)[:max_new_tokens]
+    response = (head + copy * MAX_NEW_TOKENS)[:MAX_NEW_TOKENS]
     num_unscored = len(head) + len(copy)
     mask = tuple(position >= num_unscored for position in range(len(response)))
     return Text(response, mask, finished=False)
@@ -190,14 +170,8 @@ def wrong_digit(right: int, rng: random.Random) -> int:
 
 def to_row(problem: Problem, *, with_solution: bool = False) -> dict[str, str]:
     """The JSONL row of a problem: ``id``, ``prompt``, ``answer`` (and ``response`` when golden)."""
-    row = {
-        "id": f"chain-{problem.prompt[1:-1]}",
-        "prompt": problem.prompt,
-        "answer": problem.answer,
-    }
-    if with_solution:
-        row["response"] = clean_text(problem).response
-    return row
+    row = {"id": f"chain-{problem.prompt[1:-1]}", "prompt": problem.prompt, "answer": problem.answer}
+    return row | ({"response": clean_text(problem).response} if with_solution else {})
 
 
 class ChainTask:

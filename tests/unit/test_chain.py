@@ -37,17 +37,6 @@ def test_example_of_the_docs():
 
 
 @given(problems)
-def test_prompt_says_all_of_a_problem(problem):
-    assert chain.parse_prompt(problem.prompt) == problem
-
-
-@pytest.mark.parametrize("prompt", ["", "^", "^=", "5-0=", "^5-0-=", "^5-7=", "^5/2=", "^5-0=5", "^5-0-6+6"])
-def test_other_prompts_are_refused(prompt):
-    with pytest.raises(ValueError, match="not a chain prompt"):
-        chain.parse_prompt(prompt)
-
-
-@given(problems)
 def test_clean_text_is_right_step_by_step(problem):
     steps, _, answer = chain.clean_text(problem).response.partition("#")
     assert all(python_says(step) for step in steps.split(";"))
@@ -81,11 +70,6 @@ def test_looping_text_fills_the_budget_with_one_try(problem, seed):
     assert len(set(tries)) == 1
     second_copy = text.response.index(tries[0]) + len(tries[0])
     assert text.loss_mask == tuple(position >= second_copy for position in range(chain.MAX_NEW_TOKENS))
-
-
-@given(problems)
-def test_splits_depend_on_the_prompt_alone(problem):
-    assert chain.split_of(problem.prompt) == chain.split_of(chain.parse_prompt(problem.prompt).prompt)
 
 
 def test_splits_are_disjoint_and_of_the_promised_sizes():

@@ -307,7 +307,7 @@ def test_prompts_without_their_solution_are_refused_with_counts(setting: dict[st
 def test_pairing_without_prompts_is_refused(setting: dict[str, str]) -> None:
     sft = {"buffer__prompts_per_step": "0", "buffer__golden_per_step": "4", "loss__student__coef": "0"}
     message = refused(lambda: configured(setting, **PAIRED, **sft, loss__reference__coef="0"))
-    assert "buffer.golden_pairing=prompt has one solution for each prompt" in message
+    assert "golden_pairing=prompt has one solution for each of a step's prompts" in message
 
 
 # ---- a teacher that is shown the solution ----
