@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from opd_ray import config as configs
 from opd_ray.config import Config
@@ -15,39 +14,26 @@ from opd_ray.errors import InputError
 
 def resolve(config: Config) -> Config:
     """Replaces what stands for the embedded models and data by their paths, building them where needed."""
-    config = without_foreign_golden(config)
-    data = config.data
-    golden, _, count = str(data.golden).partition(":")
-    if configs.EMBEDDED in (config.student.path, data.prompts, golden, data.evaluation):
-        for given in {data.prompts, data.evaluation} - {configs.EMBEDDED}:
+    plain = configs.to_dict(without_foreign_golden(config))
+    student, data = plain["student"], plain["data"]
+    golden, _, count = str(data["golden"]).partition(":")
+    if configs.EMBEDDED in (student["path"], data["prompts"], golden, data["evaluation"]):
+        for given in {data["prompts"], data["evaluation"]} - {configs.EMBEDDED}:
             read_prompts(given, need_answer=False)  # a mistyped name is told before a student is built
         built = embedded.prepare(config.seed)
-
-        def path(value: str, name: str) -> str:
-            return str(built / name) if value == configs.EMBEDDED else value
-
-        config = dataclasses.replace(
-            config,
-            student=dataclasses.replace(config.student, path=path(config.student.path, "student")),
-            data=dataclasses.replace(
-                data,
-                prompts=path(data.prompts, "prompts.jsonl"),
-                golden=str(embedded.golden_file(config.seed, count)) if golden == configs.EMBEDDED else data.golden,
-                evaluation=path(data.evaluation, "test.jsonl"),
-            ),
-        )
-
-    stand_ins = {configs.STUDENT: config.student.path, configs.EMBEDDED: str(embedded.TEACHER_DIR)}
-
-    def scorer(section: Any) -> Any:
-        return dataclasses.replace(section, path=stand_ins.get(section.path, section.path))
-
-    return dataclasses.replace(
-        config,
-        teacher=scorer(config.teacher),
-        more_teachers={name: scorer(teacher) for name, teacher in config.more_teachers.items()},
-        reference=scorer(config.reference),
-    )
+        for section, field, name in (
+            (student, "path", "student"),
+            (data, "prompts", "prompts.jsonl"),
+            (data, "evaluation", "test.jsonl"),
+        ):
+            if section[field] == configs.EMBEDDED:
+                section[field] = str(built / name)
+        if golden == configs.EMBEDDED:
+            data["golden"] = str(embedded.golden_file(config.seed, count))
+    stand_ins = {configs.STUDENT: student["path"], configs.EMBEDDED: str(embedded.TEACHER_DIR)}
+    for scorer in (plain["teacher"], plain["reference"], *plain["more_teachers"].values()):
+        scorer["path"] = stand_ins.get(scorer["path"], scorer["path"])
+    return configs.from_dict(plain)
 
 
 def without_foreign_golden(config: Config) -> Config:
