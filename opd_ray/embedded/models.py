@@ -17,6 +17,7 @@ This module knows no files but the checkpoint directory it is asked to write, an
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -247,16 +248,15 @@ def solution_probability(model: Qwen3ForCausalLM, problems: Sequence[Problem]) -
 def measure(model: Qwen3ForCausalLM, problems: Sequence[Problem], temperature: float) -> tuple[float, float]:
     """Of one answer per problem, (share that ended in EOS with the right digit after the last ``#``, share that was
     truncated); temperature 0 is greedy."""
-    groups: dict[int, list[Problem]] = {}
-    for problem in problems:  # prompts of one length need no padding
-        groups.setdefault(len(problem.prompt), []).append(problem)
     correct = truncated = 0
     tokenizer, task = make_tokenizer(), chain.ChainTask()
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    in_order = sorted(problems, key=lambda problem: len(problem.prompt))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for length, group in groups.items():
-            prompts = torch.tensor([[VOCABULARY[c] for c in problem.prompt] for problem in group])
+        for length, group in itertools.groupby(in_order, lambda problem: len(problem.prompt)):
+            rows = list(group)  # prompts of one length need no padding
+            prompts = torch.tensor([[VOCABULARY[c] for c in problem.prompt] for problem in rows])
             outputs = model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
@@ -264,12 +264,11 @@ def measure(model: Qwen3ForCausalLM, problems: Sequence[Problem], temperature: f
                 eos_token_id=EOS_ID,
                 pad_token_id=PAD_ID,
                 **(sampling if temperature > 0 else {"do_sample": False}),
-            )[:, length:]
-            for problem, output in zip(group, outputs.tolist(), strict=True):
-                finished = EOS_ID in output
-                truncated += not finished
-                text = tokenizer.decode(output, skip_special_tokens=True)
-                correct += finished and task.verify(text, chain.to_row(problem))
+            )[:, length:].tolist()
+            texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
+            for problem, output, text in zip(rows, outputs, texts, strict=True):
+                truncated += EOS_ID not in output
+                correct += EOS_ID in output and task.verify(text, chain.to_row(problem))
     return correct / len(problems), truncated / len(problems)
 
 

@@ -21,7 +21,6 @@ import importlib.metadata
 import json
 import os
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -61,20 +60,20 @@ def prepare(seed: int) -> Path:
     if not final.is_dir():
         try:
             root.mkdir(parents=True, exist_ok=True)
-            building = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
+            temporary = tempfile.TemporaryDirectory(prefix=".building-", dir=root)
         except OSError as error:
             raise InputError(
                 f"cannot write to the cache {root} ({error.strerror}); set OPD_RAY_CACHE to a writable directory"
             ) from error
-        try:
+        with temporary as directory:
+            building = Path(directory) / final.name
+            building.mkdir()  # the temporary one is private, and workers may run as another user
             _build(seed, building)
-            building.chmod(0o755)  # mkdtemp makes it private, and workers may run as another user
-            building.rename(final)
-        except OSError:
-            if not final.is_dir():  # another process was first: its equal result stays
-                raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+            try:
+                building.rename(final)
+            except OSError:
+                if not final.is_dir():  # another process was first: its equal result stays
+                    raise
     return final
 
 
