@@ -156,7 +156,7 @@ class Supervisor:
         except MemberLost as error:
             # Ray does not say where one was that never answered. When it reports such a death, it has long taken the
             # node off its list where that was the cause; a constructor that crashes takes no node with it.
-            unplaced = time.monotonic() - member.since >= limit or nodes - _nodes()
+            unplaced = time.monotonic() - member.since > limit - _TICK_S or nodes - _nodes()
             if member.node == "not placed yet" and unplaced:
                 pool.end(member)  # nowhere to be placed, or its node went: no death, and asked for again
                 self._wake.set()
