@@ -33,6 +33,7 @@ def write_report(
     study stand as in its results.json, and others by accuracy. ``headline`` takes the place of the sentence that
     is computed. Raises InputError where there is nothing to report or ``output`` cannot be written.
     """
+    from opd_ray.disk import whole
     from opd_ray.errors import InputError
     from opd_ray.report import page
     from opd_ray.report.runs import read_runs, study_order
@@ -46,11 +47,10 @@ def write_report(
         order=order or study_order(run_dirs),
         headline=headline,
     )
-    partial = output.with_name(f".{output.name}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(output)
+        with whole(output) as partial:
+            partial.write_bytes(content)
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
 

@@ -21,6 +21,7 @@ from typing import Any
 from opd_ray import config as configs
 from opd_ray.buffer.replay import ReplayBuffer
 from opd_ray.config import Config, schedule
+from opd_ray.disk import writing
 from opd_ray.errors import GroupLost, OpdError, Terminated, Unwritable, first_failure
 from opd_ray.evaluate import Evaluation
 from opd_ray.messages import Entry, RolloutMeta
@@ -41,7 +42,6 @@ from opd_ray.snapshots import Checkpoint, Shelf, Snapshot, write_files
 from opd_ray.snapshots.calls import FileCalls
 from opd_ray.snapshots.keeper import Keeper
 from opd_ray.status.state import Whereabouts
-from opd_ray.watch.disk import writing
 from opd_ray.watch.events import Events
 from opd_ray.watch.guard import Guard
 from opd_ray.watch.metrics import MetricsWriter

@@ -8,6 +8,7 @@ from typing import Any
 
 from opd_ray import config as configs
 from opd_ray.config import Config
+from opd_ray.disk import whole
 from opd_ray.embedded.resolve import resolve, without_foreign_golden
 from opd_ray.errors import InputError, RunError, Terminated
 from opd_ray.evaluate import Evaluation
@@ -49,10 +50,9 @@ def train(
         own = session or Session()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            saved = run_dir / ".config.yaml.partial"
-            # As asked for, "embedded" and all: what that stands for lies, in a job, in a copy that goes with the job.
-            saved.write_text(configs.to_yaml(without_foreign_golden(asked)))
-            saved.rename(run_dir / "config.yaml")
+            with whole(run_dir / "config.yaml") as saved:
+                # As asked for, "embedded" and all: what that stands for lies, in a job, in a copy that goes with it.
+                saved.write_text(configs.to_yaml(without_foreign_golden(asked)))
             if dashboard:
                 print(f"dashboard: http://{dashboard}")
             print(f"run directory: {run_dir}\nmethod: {config.method}, seed {config.seed}", flush=True)

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from opd_ray.disk import whole
 from opd_ray.errors import InputError, OpdError, RunError, StorageUnavailable
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -180,29 +181,18 @@ class Storage:
 def _write_local(path: Path, chunks: Iterable[memoryview]) -> None:
     new_directory = not path.parent.is_dir()
     os.makedirs(path.parent, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise
+    with whole(path) as partial, open(partial, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
     # A power failure must not take back a name after what it replaces was deleted.
     for directory in (path.parent, path.parent.parent) if new_directory else (path.parent,):
-        _sync_directory(directory)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _open_uri(uri: str) -> tuple[pafs.FileSystem, str]:

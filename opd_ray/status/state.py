@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from opd_ray.disk import whole
 from opd_ray.errors import InputError
 
 FILE = "status.json"
@@ -141,9 +141,8 @@ _ADAPTER = TypeAdapter(Status)
 
 def write(path: Path, status: Status) -> None:
     """Writes the file, all or nothing: a reader sees the old one or the new one. Raises OSError."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(dataclasses.asdict(status)) + "\n")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(dataclasses.asdict(status)) + "\n")
 
 
 def read(path: Path) -> Status:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from opd_ray.config import Config
 from opd_ray.data.prompts import Prompts, PromptStream, Renderer
+from opd_ray.disk import whole
 from opd_ray.evaluate import chunked
 from opd_ray.messages import SamplingSettings
 from opd_ray.placement import launch
@@ -43,9 +44,8 @@ class Rollouts:
         """A file of the first ``count`` of them, beside this one."""
         path = self.path.with_name(f"{self.path.stem}-{count}.parquet")
         if not path.exists():
-            partial = path.with_suffix(".tmp")
-            pq.write_table(pq.read_table(self.path).slice(0, count), partial)
-            partial.rename(path)
+            with whole(path) as partial:
+                pq.write_table(pq.read_table(self.path).slice(0, count), partial)
         return path
 
 
@@ -73,9 +73,8 @@ async def _sample(config: Config, facts: Preflight, path: Path, count: int) -> N
         tables = await together(*(_fetch(payload) for _, payload in answers))
     finally:
         pool.stop()
-    partial = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_batches(tables), partial)
-    partial.rename(path)
+    with whole(path) as partial:
+        pq.write_table(pa.Table.from_batches(tables), partial)
 
 
 async def _fetch(payload: object) -> pa.RecordBatch:

@@ -23,8 +23,8 @@ from typing import TextIO
 import numpy as np
 from ray.util.metrics import Gauge
 
+from opd_ray.disk import writing
 from opd_ray.messages import RolloutMeta
-from opd_ray.watch.disk import writing
 
 _BLOCK = 1 << 20
 """Bytes of metrics.jsonl that are looked at together."""

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opd_ray.config import MetricsConfig
+from opd_ray.disk import writing
 from opd_ray.evaluate import Evaluation
 from opd_ray.messages import Entry
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.threads import in_thread
-from opd_ray.watch.disk import writing
 from opd_ray.watch.guard import GuardEvent
 from opd_ray.watch.metrics import MetricsWriter
 

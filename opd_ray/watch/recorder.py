@@ -13,11 +13,11 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import ObjectLostError
 
+from opd_ray.disk import whole, writing
 from opd_ray.messages import REFERENCE, ROLLOUT_SCHEMA, Entry, RolloutMeta
 from opd_ray.repetition import repeated_ngrams
 from opd_ray.rooms import logs
 from opd_ray.rooms.node import this_node
-from opd_ray.watch.disk import writing
 
 _log = logs.get(__name__)
 
@@ -39,15 +39,10 @@ class Recorder:
         table = pa.Table.from_batches([_row(entry) for entry in entries])
         table = table.add_column(0, "step", pa.array([step] * len(table), pa.int32()))
         target = Path(directory) / f"step-{step:06d}.parquet"
-        partial = target.with_suffix(".tmp")
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with whole(target) as partial:
                 pq.write_table(table, partial)
-                partial.rename(target)
-            except OSError:
-                partial.unlink(missing_ok=True)  # it takes space that the checkpoint needs
-                raise
             files = sorted(target.parent.glob("step-*.parquet"), key=lambda file: int(file.stem.removeprefix("step-")))
             for file in files[:-keep]:
                 file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Writing into the run directory, whose disk may be full: then the run ends in one line that says so."""
+"""Writing files: whole or not at all, and what a full disk means for a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opd_ray.errors import Unwritable
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where the block writes what then becomes ``path``: whoever reads sees the file of before or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)  # it takes space that others need
+        raise
 
 
 @contextlib.contextmanager
