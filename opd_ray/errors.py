@@ -96,6 +96,15 @@ def refusing(what: str) -> Iterator[None]:
         raise InputError(f"{what}: {error}") from error
 
 
+@contextlib.contextmanager
+def only_said(what: str) -> Iterator[None]:
+    """For the last words of a run that ends for another reason: what fails in the block is printed, behind ``what``."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{what}: {error}", flush=True)
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """A clause that suggests what ``name`` may have meant: "; did you mean 'x'?" or a list."""
     options = sorted(known)

@@ -10,10 +10,8 @@ On SIGTERM and SIGINT the newest state in memory is saved, then that after the s
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from opd_ray import config as configs
 from opd_ray.buffer.replay import ReplayBuffer
 from opd_ray.config import Config, schedule
 from opd_ray.disk import writing
-from opd_ray.errors import GroupLost, OpdError, Terminated, Unwritable, first_failure
+from opd_ray.errors import GroupLost, Terminated, Unwritable, first_failure, only_said
 from opd_ray.evaluate import Evaluation
 from opd_ray.messages import Entry, RolloutMeta
 from opd_ray.pipeline import GuardOrder, Pipeline
@@ -125,11 +123,11 @@ class Driver:
         except Terminated as error:
             self._where.end("stopped", str(error))
             patience = 0.0  # the grace time is over, or what was asked for is written
-            with _said("no summary"):
+            with only_said("no summary"):
                 self._finish(self._where.step, "signal")
             raise
         except Unwritable as error:
-            with _said("the state could not be saved"):
+            with only_said("the state could not be saved"):
                 await self._keeper.save_newest()
             text = f"{error}; {self._where.how_to_go_on(self._run_dir)}"
             self._where.end("failed", text)
@@ -331,8 +329,8 @@ class Driver:
         grace = self._config.checkpoint.grace_s
         print("a signal asks the run to end: saving after the step under way", flush=True)
         try:
-            with _said("the state could not be saved"):
-                async with asyncio.timeout(grace):
+            async with asyncio.timeout(grace):
+                with only_said("the state could not be saved"):
                     await self._keeper.save_now()
         except TimeoutError:
             print(f"the step under way could not be finished and saved within {grace:g} s", flush=True)
@@ -365,12 +363,3 @@ class Driver:
         evaluation = await pipeline.evaluate(self._config.evaluation.num_problems)
         await in_thread(self._writer.write, self._where.step, evaluation.metrics())
         return evaluation
-
-
-@contextlib.contextmanager
-def _said(what: str) -> Iterator[None]:
-    """For the last words of a run that ends for another reason: what fails is only printed."""
-    try:
-        yield
-    except OpdError as error:
-        print(f"{what}: {error}", flush=True)

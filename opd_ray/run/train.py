@@ -10,7 +10,7 @@ from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.disk import whole
 from opd_ray.embedded.resolve import resolve, without_foreign_golden
-from opd_ray.errors import InputError, RunError, Terminated
+from opd_ray.errors import InputError, RunError, Terminated, only_said
 from opd_ray.evaluate import Evaluation
 from opd_ray.placement.capacity import check_fits
 from opd_ray.placement.session import Session, cluster
@@ -60,7 +60,8 @@ def train(
             result, stopped = asyncio.run(driver.train(continued=resume or start is not None))
         except Terminated:
             if session is None:
-                _try_report(run_dir)
+                with only_said(f"{run_dir}: report.html was not written"):
+                    write_run_report(run_dir)
             raise
         finally:
             shelf.lease.release()
@@ -71,14 +72,6 @@ def train(
     if stopped:
         raise RunError(stopped)
     return result
-
-
-def _try_report(run_dir: Path) -> None:
-    """The report of a run that is stopped; one that cannot be written changes nothing about how the run ends."""
-    try:
-        write_run_report(run_dir)
-    except Exception as error:
-        print(f"{run_dir}: report.html was not written: {error}", flush=True)
 
 
 def find_start(config: Config, run_dir: Path, *, resume: bool, hold: bool = True) -> tuple[Shelf, Checkpoint | None]:
