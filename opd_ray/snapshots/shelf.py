@@ -19,7 +19,7 @@ import json
 import re
 import secrets
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -168,17 +168,15 @@ class Shelf:
                 return checkpoint
         return None
 
-    def _steps(self) -> dict[int, dict[str, int | None]]:
-        """Step to the files in its directory, as Storage.list has them."""
-        steps: dict[int, dict[str, int | None]] = {}
-        for name, size in self._storage.list().items():
+    def _steps(self) -> dict[int, list[str]]:
+        """Step to the names in its directory."""
+        steps: dict[int, list[str]] = {}
+        for name in self._storage.list():
             if found := _STEP.fullmatch(name):
-                files = steps.setdefault(int(found[1]), {})
-                if found[2]:
-                    files[found[2]] = size
+                steps.setdefault(int(found[1]), []).extend(filter(None, [found[2]]))
         return steps
 
-    def _usable(self, steps: Mapping[int, Mapping[str, int | None]]) -> dict[int, Checkpoint]:
+    def _usable(self, steps: Mapping[int, Sequence[str]]) -> dict[int, Checkpoint]:
         """The complete ones that can be read; what cannot is left alone, for it may be somebody's."""
         usable = {}
         for step in _complete(steps):
@@ -269,35 +267,29 @@ class Shelf:
             if _STATE not in files:
                 self._delete(step, files)
             elif step in usable:
-                for name in files:
-                    if _deletable(name) and name != _STATE and f"step-{step}/{name}" not in usable[step].files:
-                        self.lease.confirm()
-                        self._storage.delete(f"step-{step}/{name}")
+                self._delete(step, files, kept={f"step-{step}/{_STATE}", *usable[step].files})
         if keep is not None:
             spared = max((step for step, each in usable.items() if each.state["healthy"]), default=None)
             for step in sorted(usable)[:-keep]:
                 if step != spared:
                     self._delete(step, steps[step])
 
-    def _delete(self, step: int, files: Mapping[str, int | None]) -> None:
+    def _delete(self, step: int, files: Sequence[str], kept: Collection[str] = ()) -> None:
         """Deletes our files of a step, state.json first, and the directory unless there is something else in it."""
         self.lease.confirm()
+        ours = [f"step-{step}/{name}" for name in files if _OURS.fullmatch(name)]
+        gone = sorted((name for name in ours if name not in kept), key=lambda name: not name.endswith(_STATE))
+        if len(gone) < len(files):
+            for name in gone:
+                self._storage.delete(name)
+            return
         if _STATE in files:
             self._storage.delete(f"step-{step}/{_STATE}")
-        if all(_deletable(name) for name in files):
-            self._storage.delete_directory(f"step-{step}")
-            return
-        for name in files:
-            if _deletable(name) and name != _STATE:
-                self._storage.delete(f"step-{step}/{name}")
+        self._storage.delete_directory(f"step-{step}")
 
 
-def _complete(steps: Mapping[int, Mapping[str, int | None]]) -> list[int]:
+def _complete(steps: Mapping[int, Sequence[str]]) -> list[int]:
     return sorted(step for step, files in steps.items() if _STATE in files)
-
-
-def _deletable(name: str) -> bool:
-    return _OURS.fullmatch(name) is not None
 
 
 def _kind(name: str) -> str:
