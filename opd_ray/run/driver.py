@@ -33,8 +33,8 @@ from opd_ray.rooms.threads import in_thread
 from opd_ray.rooms.together import together
 from opd_ray.run.golden import GoldenRollouts
 from opd_ray.run.preflight import Preflight
-from opd_ray.run.reporter import Reporter
 from opd_ray.run.signals import stop_signals
+from opd_ray.run.status_writer import StatusWriter
 from opd_ray.run.summary import SUMMARY, Summary
 from opd_ray.snapshots import Checkpoint, Shelf, Snapshot, write_files
 from opd_ray.snapshots.calls import FileCalls
@@ -86,7 +86,7 @@ class Driver:
         self._delivery = Delivery(config, rooms, self._say)
         self._supervisor = Supervisor(config, rooms, self._delivery, restarts, self._say)
         self._keeper = Keeper(config.checkpoint, config.learner.steps, rooms, shelf, self._state, where, self._say)
-        self._reporter = Reporter(
+        self._status = StatusWriter(
             config,
             run_dir,
             rooms,
@@ -113,7 +113,7 @@ class Driver:
         (self._run_dir / SUMMARY).unlink(missing_ok=True)  # of an earlier start, which was stopped
         await in_thread(self._go_back_to, self._where.checkpoint_step or 0, continued)
         patience = self._config.deadlines.train_s
-        reporting = asyncio.create_task(self._reporter.run(), name="status")
+        reporting = asyncio.create_task(self._status.run(), name="status")
         leased = asyncio.create_task(self._shelf.lease.keep(), name="lease")
         try:
             with stop_signals() as stopping:
@@ -139,7 +139,7 @@ class Driver:
             reporting.cancel()
             await self._keeper.close(patience)
             leased.cancel()
-            await self._reporter.close()
+            await self._status.close()
             await in_thread(self._writer.close)
 
     async def _to_the_end(
@@ -270,7 +270,7 @@ class Driver:
     async def _steps(self, pipeline: Pipeline) -> StepReport | None:
         """Runs the pipeline to its end; the report at which the guard stopped it, if so."""
         watching = [
-            Metrics(self._writer, self._rooms, self._reporter.metrics),
+            Metrics(self._writer, self._rooms, self._status.metrics),
             RolloutLog(self._rooms.recorder, self._run_dir / "rollouts", self._config.metrics),
             self._keeper,
             Progress(self._run_dir, self._config.learner.steps, self._where.step, self._say),
@@ -307,7 +307,7 @@ class Driver:
         count = self._restarts.count_group(error, now, was_up=group.is_up, step=step)
         self._say("group_lost", f"lost: {error}; room {error.room} is started anew ({count})", room=error.room)
         self._where.enter("restoring")
-        self._reporter.num_restores += 1
+        self._status.num_restores += 1
         group.restart()
         self._delivery.forget()
         self._begun = False

@@ -216,14 +216,15 @@ def test_a_learner_that_cannot_start_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["status", "metrics", "the disk"])
-def test_a_reporter_that_fails_is_told_of_and_goes_on(tmp_path, monkeypatch, broken):
+def test_a_status_writer_that_fails_is_told_of_and_goes_on(tmp_path, monkeypatch, broken):
     """The bug: the task that writes status.json ended without a word, and the file stayed as it was to the end."""
     cast = cast_of(slow_learner)
 
     def fails(*_):
         raise OSError(errno.ENOSPC, "No space left on device") if broken == "the disk" else KeyError("room")
 
-    target = "opd_ray.run.reporter.status.write" if broken == "the disk" else f"opd_ray.run.reporter.Reporter.{broken}"
+    module = "opd_ray.run.status_writer"
+    target = f"{module}.status.write" if broken == "the disk" else f"{module}.StatusWriter.{broken}"
     patched = monkeypatch.context()
     on_call(cast, "train_step", 2, lambda _: patched.__enter__().setattr(target, fails))
     seen = []
@@ -245,7 +246,7 @@ def test_a_reporter_that_fails_is_told_of_and_goes_on(tmp_path, monkeypatch, bro
 def test_a_status_that_cannot_be_written_at_the_end_changes_nothing_about_it(tmp_path, monkeypatch):
     """The bug: what it raised took the place of the run's own outcome."""
     cast = cast_of()
-    monkeypatch.setattr("opd_ray.run.reporter.Reporter.status", lambda _: {}["room"])
+    monkeypatch.setattr("opd_ray.run.status_writer.StatusWriter.status", lambda _: {}["room"])
     summary, _ = drive(tmp_path, cast)
     assert summary["steps"] == 6
     assert_whole(cast, tmp_path)

@@ -23,7 +23,7 @@ from opd_ray.status.state import Whereabouts
 from opd_ray.weights.delivery import Delivery
 
 
-class Reporter:
+class StatusWriter:
     """Puts together what the driver's parts know."""
 
     def __init__(
@@ -49,8 +49,7 @@ class Reporter:
         self._path = run_dir / status.FILE
         self._writing: asyncio.Future[None] | None = None
         self._told: str | None = None
-        self._every = rooms.every
-        self._work = {room.room: (0.0, 0.0) for room in self._every}
+        self._work = {room.room: (0.0, 0.0) for room in self._rooms.every}
 
     async def run(self) -> None:
         """Until cancelled. What fails here costs the file, not the run, and is said once."""
@@ -109,7 +108,7 @@ class Reporter:
             missing_slots=tuple(missing),
             slots_at=places,
             checkpoint_step=where.checkpoint_step,
-            rooms=tuple(map(self._room, self._every)),
+            rooms=tuple(map(self._room, self._rooms.every)),
             note=where.note,
             below_min_limit_s=self._config.recovery.below_min_s,
         )
@@ -118,7 +117,7 @@ class Reporter:
         """The state of the rooms and of what keeps them, under the names that metrics have."""
         by_room = self._restarts.by_room
         values = {"restarts/total": float(sum(by_room.values()))}
-        for room in self._every:
+        for room in self._rooms.every:
             values[f"pool/{room.room}_ready"] = float(len(room.those("ready")))
             values[f"pool/{room.room}_starting"] = float(len(room.those("starting", "joining")))
             values[f"pool/{room.room}_minimum"] = float(room.size.minimum)
