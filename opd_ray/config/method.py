@@ -1,4 +1,4 @@
-"""The objective of a run, in configuration: a loss for each source of rollouts, and the anchor.
+"""The objective of a run, in configuration: a loss for each source of rollouts, and the KL to a reference.
 
     L = Σ_source coef · D_source(π_θ, π_T)  +  β_KL · KL(π_θ‖π_ref)          (METHOD §3, §4)
 
@@ -111,7 +111,7 @@ class ImportanceConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ReferenceTermConfig:
-    """β_KL · KL(π_θ‖π_ref), the anchor of StableOPD."""
+    """β_KL · KL(π_θ‖π_ref), which StableOPD holds the student back with."""
 
     coef: Schedule = 0.01
     """β_KL; 0 starts no reference model. A number, or [[step, value], ...]."""

@@ -224,7 +224,7 @@ class Config:
 
     @property
     def least_strength(self) -> Strength:
-        """The least that mixture and β_KL amount to at any step: where the guard counts from."""
+        """The least that the mixture and the KL to the reference amount to at any step: where the guard counts from."""
         return Strength(
             golden_per_prompt=schedule.lowest(self.buffer.golden_per_prompt) if self.buffer.uses_golden else 0.0,
             golden_coef=schedule.lowest(self.loss.golden.coef),

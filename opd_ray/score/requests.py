@@ -37,10 +37,10 @@ def _requests(config: Config, source: Source, stop_token_ids: tuple[int, ...]) -
                 privileged=teacher.privileged,
             )
     if config.needs_reference(source):
-        anchor = config.loss.reference
+        term = config.loss.reference
         requests[REFERENCE] = ScoreRequest(
-            top_k=anchor.top_k if anchor.estimator == "top_k" else 0,
-            hidden=anchor.estimator == "full",
+            top_k=term.top_k if term.estimator == "top_k" else 0,
+            hidden=term.estimator == "full",
             stop_token_ids=stop_token_ids,
         )
     return requests

@@ -322,7 +322,7 @@ def test_a_payload_that_many_rollouts_share_is_fetched_once(ray_here: None, entr
 
 
 LOSSES = {
-    "clipped policy gradient, k3 anchor": {
+    "clipped policy gradient, k3 of the reference": {
         "student": {"divergence": "k1"},
         "importance": {"correction": "clip"},
         "reduction": "sequence",

@@ -149,7 +149,7 @@ def mean_kl(log_a: torch.Tensor, log_b: torch.Tensor) -> float:
 
 
 def test_the_step_loss_equals_its_definition(module: ResponseModel) -> None:
-    """Σ coef · mean over each source's tokens + β · mean over all anchored ones, straight from the models' logits."""
+    """Σ coef · mean over each source's tokens, and the mean KL to the reference over all, straight from the logits."""
     config = config_with(
         {
             "student": {"divergence": "reverse_kl", "support": "full"},
@@ -182,7 +182,7 @@ def test_coefficients_are_the_plans_and_not_the_configurations(module: ResponseM
     assert step.loss == pytest.approx(2 * step.metrics["loss_golden"], rel=1e-6)
 
 
-def test_the_anchor_leaves_golden_states_out_unless_told(module: ResponseModel) -> None:
+def test_the_kl_to_the_reference_leaves_golden_states_out_unless_told(module: ResponseModel) -> None:
     students = [entry for entry in STEP if entry.meta.source == "student"]
     apart = take(module, [whole(students)], config_with()).metrics["loss_reference"]
     together = take(module, [whole(STEP)], config_with()).metrics["loss_reference"]

@@ -125,7 +125,7 @@ def sources(report):
 
 @pytest.mark.parametrize(("teacher_filter", "fit"), [("correct", [0]), ("finished", [0, 1, 3]), ("none", [0, 1, 2, 3])])
 def test_live_teacher_rollouts_are_filtered_and_scored_like_their_loss_asks(teacher_filter, fit):
-    """Odd slots are wrong in the fake; forward KL needs the teacher's top-k, the anchor is the student's alone.
+    """Odd slots are wrong in the fake; forward KL needs the teacher's top-k, the reference is the student's alone.
 
     The bug: what the teacher wrote in a loop, as in slot 2, passed every filter."""
     loss = {"teacher": {"coef": 1, "divergence": "forward_kl", "top_k": 7}}
@@ -235,7 +235,7 @@ def test_what_the_guard_raises_is_in_the_next_step():
     assert made.learner.plans[0].coefficients.mask_truncated_tails
 
 
-def test_golden_rollouts_that_only_the_guard_mixes_in_are_scored_for_the_anchor():
+def test_golden_rollouts_that_only_the_guard_mixes_in_are_scored_for_the_reference():
     """The bug: nobody had asked the reference about them, and the run died when its rescue began."""
     loss = {"golden": {"coef": 0}, "reference": {"on_golden": True}}
     made = run(make_pipeline(steps=1, buffer={"golden_per_prompt": 0}, loss=loss), at_full_strength)
