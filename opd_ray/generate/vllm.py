@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +14,12 @@ from opd_ray.generate.engine import Unfinished, response_budget
 from opd_ray.messages import Finished, GenerationRequest, TransferGroup, WeightManifest
 from opd_ray.models.vllm import (
     TRANSFER_BACKEND,
+    add,
     build,
     columns,
     context_limit,
-    prompt_input,
     vocabulary_size,
 )
-
-if TYPE_CHECKING:
-    from vllm import SamplingParams
 
 
 class VllmGenerationEngine:
@@ -56,8 +53,17 @@ class VllmGenerationEngine:
     def submit(self, request: GenerationRequest) -> None:
         budget = response_budget(request, self._max_context_tokens)
         self._unfinished[request.request_id] = request
-        parameters = _sampling_params(request, budget, self._top_k(request))
-        self._engine.add_request(request.request_id, prompt_input(request.prompt_tokens), parameters)
+        add(
+            self._engine,
+            request.request_id,
+            request.prompt_tokens,
+            temperature=request.sampling.temperature,
+            top_p=request.sampling.top_p,
+            max_tokens=budget,
+            seed=request.seed,
+            stop_token_ids=list(request.sampling.stop_token_ids),
+            logprobs=self._top_k(request),
+        )
 
     def step(self) -> list[Finished]:
         finished = []
@@ -119,26 +125,6 @@ def _per_token(spans: Any) -> np.ndarray:
     """vLLM's (version, start, end) spans as one version per token."""
     versions = [int(span.version) for span in spans]
     return np.repeat(np.asarray(versions, dtype=np.int32), [span.end - span.start for span in spans])
-
-
-def _sampling_params(request: GenerationRequest, max_tokens: int, top_k: int) -> SamplingParams:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    sampling = request.sampling
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        max_tokens=max_tokens,
-        seed=request.seed,
-        # The checkpoint's own EOS is ignored: the request names every token that ends it.
-        ignore_eos=True,
-        stop_token_ids=list(sampling.stop_token_ids),
-        logprobs=top_k,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
 
 
 def _prefill_arguments(max_batch_tokens: int, max_context_tokens: int) -> dict[str, Any]:

@@ -211,37 +211,24 @@ def _check_directory(name: str, directory: Path) -> None:
         raise InputError(f"{name}: has no config.json; give a directory that save_pretrained wrote")
     if not any((directory / file).is_file() for file in _TOKENIZER_FILES):
         raise InputError(f"{name}: has no tokenizer (tokenizer.json); save the model's tokenizer beside its weights")
-    weights = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
-    if not weights:
+    if not [*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]:
         raise InputError(f"{name}: has no weights (*.safetensors or pytorch_model*.bin); is the download complete?")
     for index in directory.glob("*.index.json"):
         try:
-            missing = sorted(
-                {
-                    shard
-                    for shard in json.loads(index.read_text())["weight_map"].values()
-                    if not (directory / shard).is_file()
-                }
-            )
+            shards = set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, KeyError, AttributeError):
             raise InputError(f"{name}: {index.name} is damaged; fetch the checkpoint again") from None
-        if missing:
-            raise InputError(f"{name}: {index.name} names {missing[0]}, which is not there; is the download complete?")
-    for file in weights:
-        _check_safetensors(name, file)
-
-
-def _check_safetensors(name: str, file: Path) -> None:
-    """Opens the file's header, which tells a truncated file from a whole one without reading it."""
-    if file.suffix != ".safetensors":
-        return
+        for shard in sorted(shards):
+            if not (directory / shard).is_file():
+                raise InputError(f"{name}: {index.name} names {shard}, which is not there; is the download complete?")
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            tensors.keys()
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{name}: {file.name} is damaged ({_brief(error)}); fetch the checkpoint again") from None
+    for file in directory.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass  # its header tells a truncated file from a whole one
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{name}: {file.name} is damaged ({_brief(error)}); fetch the checkpoint again") from None
 
 
 def _eos_ids(name: str, generation: Any, config: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -66,23 +66,20 @@ def load_head(path: str | Path, dtype: torch.dtype, device: torch.device) -> Fro
 
     Raises InputError when there is none in safetensors files, or when it is no plain linear layer.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     directory = local_directory(str(path))
     config = AutoConfig.from_pretrained(directory)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    skeleton, embedding, head = outer_layers(config)
     layer = skeleton.get_output_embeddings()
     if not isinstance(layer, torch.nn.Linear):
         raise InputError(
             f"{path}: the output layer of {type(skeleton).__name__} is a {type(layer).__name__}, expected a linear "
             "one; compare on top_k instead of the full vocabulary"
         )
-    names = {id(module): name for name, module in skeleton.named_modules()}
-    tied = bool(config.get_text_config().tie_word_embeddings)
-    source = skeleton.get_input_embeddings() if tied else layer
-    weight = _read_tensor(directory, f"{names[id(source)]}.weight", skeleton.base_model_prefix)
-    bias = _read_tensor(directory, f"{names[id(layer)]}.bias", "") if layer.bias is not None else None
+    source = embedding if config.get_text_config().tie_word_embeddings else head
+    weight = _read_tensor(directory, f"{source}.weight", skeleton.base_model_prefix)
+    bias = _read_tensor(directory, f"{head}.bias", "") if layer.bias is not None else None
     if tuple(weight.shape) != (layer.out_features, layer.in_features):
         raise InputError(
             f"{path}: its output layer is {list(weight.shape)}, but config.json says "
@@ -123,16 +120,26 @@ class FrozenHead:
         return self.transform(torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
 
 
+def outer_layers(config: Any) -> tuple[Any, str, str]:
+    """The model of a configuration without its weights, and the names of its embedding and of its output layer."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    names = {id(module): name for name, module in skeleton.named_modules()}
+    embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    return skeleton, names.get(id(embedding), ""), names.get(id(head), "")
+
+
 def _read_tensor(directory: Path, name: str, prefix: str) -> torch.Tensor:
     """One tensor of a safetensors checkpoint, under its own name or without the base model's prefix."""
     from safetensors import safe_open
 
-    candidates = [name] + ([name.removeprefix(f"{prefix}.")] if prefix else [])
     files = sorted(directory.glob("*.safetensors"))
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             present = set(tensors.keys())
-            for candidate in candidates:
+            for candidate in (name, name.removeprefix(f"{prefix}.")):
                 if candidate in present:
                     return tensors.get_tensor(candidate)
     raise InputError(

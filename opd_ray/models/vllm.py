@@ -30,11 +30,16 @@ def vocabulary_size(engine: LLMEngine) -> int:
     return engine.vllm_config.model_config.get_vocab_size()
 
 
-def prompt_input(tokens: Sequence[int]) -> Any:
-    """Token ids as vLLM takes a prompt."""
+def add(engine: LLMEngine, request_id: str, prompt: Sequence[int], **sampling: Any) -> None:
+    """Gives the engine a request, which answers once, when it is finished; ``sampling``: vLLM's SamplingParams."""
+    from vllm import SamplingParams
     from vllm.inputs import tokens_input
+    from vllm.sampling_params import RequestOutputKind
 
-    return tokens_input([int(token) for token in tokens])
+    shared = {"flat_logprobs": True, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+    # The checkpoint's own EOS is ignored: the request names every token that ends it.
+    parameters = SamplingParams(ignore_eos=True, **shared, **sampling)
+    engine.add_request(request_id, tokens_input([int(token) for token in prompt]), parameters)
 
 
 def _prepare_process() -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from opd_ray.messages import ScoreRequest
-from opd_ray.models.vllm import build, columns, context_limit, prompt_input, vocabulary_size
+from opd_ray.models.vllm import add, build, columns, context_limit, vocabulary_size
 from opd_ray.score.engine import Rollout, Scores
-
-if TYPE_CHECKING:
-    from vllm import SamplingParams
 
 _MORE_ALTERNATIVES = 16
 """Alternatives asked for beyond the top-k when there are stop tokens to be found among them."""
@@ -54,7 +51,7 @@ class VllmScoringEngine:
             tokens = [*sequence.prompt_tokens, *sequence.response_tokens]
             request_id = f"{self._num_calls}-{index}"
             positions[request_id] = index
-            self._engine.add_request(request_id, prompt_input(tokens), _scoring_params(asked))
+            add(self._engine, request_id, tokens, temperature=0.0, max_tokens=1, prompt_logprobs=asked)
         scores: list[Any] = [None] * len(sequences)
         while positions:
             for output in self._engine.step():
@@ -86,19 +83,4 @@ def _scores(logprobs: np.ndarray, ids: np.ndarray, request: ScoreRequest, vocab_
         given_logprobs=np.zeros((len(own), 0), np.float32),
         stop_logprobs=stop_logprobs,
         hidden=np.zeros((len(own), 0), np.float32),
-    )
-
-
-def _scoring_params(alternatives: int) -> SamplingParams:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=0.0,
-        max_tokens=1,
-        ignore_eos=True,
-        prompt_logprobs=alternatives,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
     )

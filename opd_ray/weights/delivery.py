@@ -38,6 +38,14 @@ class _Receiver:
     width: int
     """Processes that receive: the workers of one engine."""
 
+    async def ask(self, method: str, argument: object, deadline_s: float) -> None:
+        await self.room.ask(self.member, method, argument, deadline_s=deadline_s)
+
+    def admit(self) -> None:
+        """It has the weights now."""
+        if self.member.state == "joining":
+            self.room.admit(self.member)
+
 
 class Delivery:
     """The student's way from the learner to its receivers, for one run."""
@@ -84,11 +92,10 @@ class Delivery:
             if member.state != "joining" or self.version is None:
                 return
             receiver = _Receiver(member, self._generators, self._config.rollout.tensor_parallel_size)
-            failure = await self._alone(receiver, self.version)
-            if failure is not None:
-                self._generators.lose(member, failure)
-            elif member.state == "joining":  # and was not told to leave meanwhile
-                self._generators.admit(member)
+            if failure := await self._alone(receiver, self.version):
+                receiver.room.lose(receiver.member, failure)
+            else:
+                receiver.admit()  # unless it was told to leave meanwhile
 
     async def _drain(self, member: Member) -> None:
         """Waits for a generator's unfinished responses, which may take longer than any broadcast."""
@@ -110,12 +117,11 @@ class Delivery:
             failure = await self._together(
                 self._learner.call_all("send_weights", manifest, deadline_s=self._limit_s),
                 "update_weights",
-                [(receiver, self._ask(receiver, "update_weights", manifest)) for receiver in receivers],
+                [(receiver, receiver.ask("update_weights", manifest, self._limit_s)) for receiver in receivers],
             )
         if failure is None:
             for receiver in receivers:
-                if receiver.member.state == "joining":
-                    self._generators.admit(receiver.member)
+                receiver.admit()
         return failure
 
     async def _one_by_one(self, version: int) -> str | None:
@@ -125,8 +131,8 @@ class Delivery:
         for receiver in receivers:
             if failure := await self._alone(receiver, version):
                 failures[receiver] = failure
-            elif receiver.member.state == "joining":
-                self._generators.admit(receiver.member)
+            else:
+                receiver.admit()
         if receivers and len(failures) == len(receivers):
             return next(iter(failures.values()))
         for receiver, failure in failures.items():
@@ -136,12 +142,15 @@ class Delivery:
     async def _alone(self, receiver: _Receiver, version: int) -> str | None:
         """The weights to one receiver, in a group of its own with the learner; why that failed, if so."""
         ours, theirs = await self._groups([receiver])
-        return await self._together(
-            # Forming the group and sending are one call here, each within its limit.
-            self._learner.call_all("send_weights", self._manifest(version), ours, deadline_s=2 * self._limit_s),
-            "update_weights",
-            [(receiver, self._join_alone(receiver, theirs, self._manifest(version)))],
-        )
+        manifest = self._manifest(version)
+
+        async def take() -> None:
+            await receiver.ask("connect", theirs, self._limit_s)
+            await receiver.ask("update_weights", manifest, self._limit_s)
+
+        # Forming the group and sending are one call of the learner here, each within its limit.
+        sending = self._learner.call_all("send_weights", manifest, ours, deadline_s=2 * self._limit_s)
+        return await self._together(sending, "update_weights", [(receiver, take())])
 
     async def _form(self, receivers: Sequence[_Receiver]) -> str | None:
         self.num_rebuilds += 1
@@ -149,18 +158,11 @@ class Delivery:
         failure = await self._together(
             self._learner.call_all("open_transport", ours, deadline_s=self._limit_s),
             "connect",
-            [(each, self._ask(each, "connect", group)) for each, group in zip(receivers, theirs, strict=True)],
+            [(each, each.ask("connect", group, self._limit_s)) for each, group in zip(receivers, theirs, strict=True)],
         )
         self._formed = [] if failure else [receiver.member for receiver in receivers]
         self.group_size = len(receivers) + 1
         return failure
-
-    async def _join_alone(self, receiver: _Receiver, group: TransferGroup, manifest: WeightManifest) -> None:
-        await self._ask(receiver, "connect", group)
-        await self._ask(receiver, "update_weights", manifest)
-
-    async def _ask(self, receiver: _Receiver, method: str, argument: object) -> None:
-        await receiver.room.ask(receiver.member, method, argument, deadline_s=self._limit_s)
 
     async def _together(
         self, learner: Awaitable[object], method: str, calls: Sequence[tuple[_Receiver, Awaitable[None]]]
@@ -180,14 +182,10 @@ class Delivery:
         finally:
             for call in (ours, *asked):
                 call.cancel()
-        failures: list[BaseException] = []
-        for (receiver, _), outcome in zip(calls, answers, strict=True):
-            if isinstance(outcome, MemberLost):
-                receiver.room.lose(receiver.member, str(outcome))
-            if isinstance(outcome, BaseException):
-                failures.append(outcome)
-        if failure := ours.exception():
-            failures.append(failure)
+        for (receiver, _), answer in zip(calls, answers, strict=True):
+            if isinstance(answer, MemberLost):
+                receiver.room.lose(receiver.member, str(answer))
+        failures = list(filter(None, [*answers, ours.exception()]))
         for failure in failures:
             if not isinstance(failure, MemberLost | WeightSyncError):
                 raise failure

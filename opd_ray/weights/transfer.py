@@ -135,7 +135,8 @@ def plan_buckets(manifest: WeightManifest, bucket_bytes: int) -> list[list[Part]
 
 
 def _header(manifest: WeightManifest) -> torch.Tensor:
-    layout = repr((manifest.names, manifest.dtypes, [tuple(shape) for shape in manifest.shapes]))
+    # Lists: whoever was told by vLLM's own messages may have those where others have tuples.
+    layout = repr([list(manifest.names), list(manifest.dtypes), [list(shape) for shape in manifest.shapes]])
     return torch.tensor([manifest.version, zlib.crc32(layout.encode())])
 
 

@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from opd_ray.messages import TransferGroup, WeightManifest
+from opd_ray.models.heads import outer_layers
 from opd_ray.models.vllm import TRANSFER_BACKEND
 from opd_ray.weights.transfer import WeightTransfer
 
@@ -100,18 +101,11 @@ def _give_up(model: torch.nn.Module, config: VllmConfig) -> None:
 def _with_tied_head(weights: Iterable[tuple[str, Any]], config: Any) -> Iterator[tuple[str, Any]]:
     """``weights``, and a tied output layer under its own name as well: on CPUs vLLM keeps a repacked copy of it, which
     would stay that of the former checkpoint, without an error."""
-    from transformers import AutoModelForCausalLM
-
-    embedding = head = None
-    if config.tie_word_embeddings:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-        names = {id(module): f"{name}.weight" for name, module in skeleton.named_modules()}
-        embedding, head = names[id(skeleton.get_input_embeddings())], names[id(skeleton.get_output_embeddings())]
+    _, embedding, head = outer_layers(config) if config.tie_word_embeddings else (None, None, None)
     for name, tensor in weights:
         yield name, tensor
-        if name == embedding:
-            yield head, tensor
+        if name == f"{embedding}.weight":
+            yield f"{head}.weight", tensor
 
 
 WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, BroadcastEngine)
