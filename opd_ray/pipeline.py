@@ -171,15 +171,15 @@ class Pipeline:
                 waited = time.monotonic() - began
                 entries, trained, times = await self._train_and_send(step, entries, golden)
                 self._slots.free(self._buffer.slots_of(step))
-                report, order = await self._report(
+                report = await self._report(
                     step, entries, trained.metrics, {"wait_s": waited, **times}, trained.problem
                 )
                 self._where.finish_step(report.step)
                 self._where.enter("recording")
                 for observer in observers:
                     await observer.on_step(report)
-            if order != "go on":
-                raise GuardOrder(report, order)
+            if report.events and report.events[-1].level in ("rollback", "stop"):
+                raise GuardOrder(report, report.events[-1].level)
 
     async def _gather(self, step: int) -> list[Entry]:
         """The step's rollouts from the buffer, when they are all there."""
@@ -265,7 +265,7 @@ class Pipeline:
         trained: dict[str, float],
         times: dict[str, float],
         problem: str | None,
-    ) -> tuple[StepReport, str]:
+    ) -> StepReport:
         metas, rollout = [entry.meta for entry in entries], self._config.rollout
         mixture = self._mixture.composition(step, entries, self._guard.strength)
         metrics = {
@@ -281,11 +281,10 @@ class Pipeline:
         if every and finished % every == 0 and finished < self._config.learner.steps:
             self._where.enter("evaluating")
             evaluation = await self.evaluate(self._config.evaluation.num_problems_during)
-        verdict = self._guard.look(finished, metrics)
         events = [
             dataclasses.replace(event, action=f"{event.action} ({problem})")
             if problem and event.signal == "non_finite_loss"
             else event
-            for event in verdict.events
+            for event in self._guard.look(finished, metrics)
         ]
-        return StepReport(finished, entries, metrics, evaluation, events), verdict.order
+        return StepReport(finished, entries, metrics, evaluation, events)

@@ -12,6 +12,7 @@ by tokens in which one long rollout weighs as much as ten. It is kept as the rat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WINDOW_ROLLOUTS = 320
@@ -29,10 +30,13 @@ class Windows:
     short: int
     middle: int
     long: int
+    rollouts: int
+    """Of one step."""
 
     @classmethod
     def of(cls, rollouts_per_step: int) -> Windows:
-        return cls(*(math.ceil(WINDOW_ROLLOUTS / part / max(1, rollouts_per_step)) for part in (4, 2, 1)))
+        rollouts = max(1, rollouts_per_step)
+        return cls(*(math.ceil(WINDOW_ROLLOUTS / part / rollouts) for part in (4, 2, 1)), rollouts)
 
 
 @dataclass
@@ -58,11 +62,32 @@ class Share:
     def level(self) -> float:
         return self.normal[2] / self.normal[1] if self.normal[0] else 0.0
 
+    def above_level(self, threshold: float) -> float:
+        """Where a threshold of a run whose normal level is 0 stands in this one."""
+        return self.level() + (1 - self.level()) * threshold
+
     def known(self, windows: Windows) -> bool:
         """Whether the normal level is that of a short window at least, so that there is something to compare with."""
         return self.normal[0] >= windows.short
 
-    def differs(self, steps: int, rollouts_per_step: int) -> bool:
+    def tells(self, windows: Windows) -> bool:
+        """Whether there is a level to compare with and a window to compare."""
+        return self.known(windows) and len(self.steps) >= windows.short
+
+    def worst(self, thresholds: Sequence[float], windows: Windows) -> float | None:
+        """The mean over the window that is over most of the ``thresholds`` and differs from the normal level beyond
+        chance, of such windows the shortest; None where none is over any."""
+        worst, most = None, 0
+        for steps in dict.fromkeys((windows.short, windows.middle, windows.long)):
+            if steps > len(self.steps):
+                break
+            mean = self.mean(steps)
+            crossed = sum(mean > each for each in thresholds)
+            if crossed > most and self._differs(steps, windows.rollouts):
+                worst, most = mean, crossed
+        return worst
+
+    def _differs(self, steps: int, rollouts_per_step: int) -> bool:
         """Whether a mean of ``steps`` steps is further from the normal level than chance takes it."""
         count = self.normal[0]
         rollouts = count * rollouts_per_step
@@ -80,28 +105,28 @@ class Share:
         told = min(count, self.level() * count * rollouts_per_step)  # steps without any tell nothing of the scatter
         return max(1.0, (_PRIOR_STEPS * _PRIOR_RATIO + told * seen) / (_PRIOR_STEPS + told))
 
-    def learn(self, windows: Windows, rollouts_per_step: int, *, quiet: bool) -> None:
+    def learn(self, windows: Windows, *, quiet: bool) -> None:
         """Takes the step that has just left the short window into the normal level, while that is young and nothing
         was amiss since that step came; a level that is lower beyond its error begins a new one."""
         self.num_quiet = self.num_quiet + 1 if quiet else 0
         if self.known(windows):
             for steps in (each for each in (windows.short, windows.long) if each <= len(self.steps)):
-                if self.mean(steps) < self.level() and self.differs(steps, rollouts_per_step):
+                if self.mean(steps) < self.level() and self._differs(steps, windows.rollouts):
                     self.normal = [0.0] * 6
                     for w, x in self.steps[-steps:]:
                         self._count(w, x)
                     return
         count = self.normal[0]
-        young = count < _NORMAL_STEPS or count * rollouts_per_step < _NORMAL_ROLLOUTS
+        young = count < _NORMAL_STEPS or count * windows.rollouts < _NORMAL_ROLLOUTS
         if self.num_quiet > windows.short and young and len(self.steps) > windows.short:
             self._count(*self.steps[-windows.short - 1])
 
-    def begins_beyond(self, threshold: float, windows: Windows, rollouts_per_step: int) -> bool:
+    def begins_beyond(self, threshold: float, windows: Windows) -> bool:
         """Once: whether the run's first steps, a long window at most, are over ``threshold`` beyond error."""
         if self.told_beginning or len(self.steps) > windows.long:
             self.told_beginning = True
             return False
-        mean, independent = self.mean(len(self.steps)), rollouts_per_step * len(self.steps) / _PRIOR_RATIO
+        mean, independent = self.mean(len(self.steps)), windows.rollouts * len(self.steps) / _PRIOR_RATIO
         self.told_beginning = mean > threshold and _errors(mean, threshold, independent) > MOST_ERRORS
         return self.told_beginning
 

@@ -26,7 +26,6 @@ from opd_ray.messages import Strength
 from opd_ray.watch.evidence import Share, Windows
 
 Level = Literal["warn", "act", "rollback", "stop"]
-Order = Literal["go on", "roll back", "stop"]
 
 _RANK = {"off": 0, "warn": 1, "act": 2, "rollback": 3, "stop": 4}
 
@@ -46,15 +45,6 @@ class GuardEvent:
     def __str__(self) -> str:
         seen = f"{self.signal} {self.value:.3g} ({self.threshold:.3g})"
         return f"guard, step {self.step}, {self.level}: {seen}: {self.action}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What the guard says after a step; where it orders the end of the loop, the last event says why."""
-
-    events: tuple[GuardEvent, ...]
-    strength: Strength
-    order: Order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +69,7 @@ class _Reading:
 
 @dataclasses.dataclass
 class _State:
-    """All that a resumed run must know; plain values only."""
+    """All that a resumed run must know."""
 
     notch: int = 0
     num_rollbacks: int = 0
@@ -95,8 +85,7 @@ class _State:
     budget: float | None = None
     first_lengths: list[float] = field(default_factory=list)
     windows: dict[str, list[float]] = field(default_factory=dict)
-    shares: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The fields of a :class:`Share` by signal."""
+    shares: dict[str, Share] = field(default_factory=dict)
     said: dict[str, list[int]] = field(default_factory=dict)
     """Signal to the highest severity announced and the last step at which it was not quiet."""
 
@@ -121,8 +110,7 @@ _LEAST_PATIENCE, _LEAST_QUIET = 5, 20
 """Steps: what an action needs to show whatever the window, for weights move by steps; and health to be believed."""
 _QUIET_WINDOWS = 4
 _TOKENS = ("repetitive_share", "advantage_repetitive", "advantage_other", "teacher_logprob_repetitive")
-_LEARNER = (*_TOKENS, "entropy", "grad_norm")
-_WATCHED = {"length": "rollouts/length"} | {name: f"learner/{name}" for name in _LEARNER}
+_AVERAGED = {"length": "rollouts/length"} | {name: f"learner/{name}" for name in (*_TOKENS, "entropy", "grad_norm")}
 _SHARES = ("truncated_token_share", "truncation_rate", "repetition_rate")
 _MEASURED = {name: f"rollouts/{name}" for name in _SHARES} | {"repetitive_share": "learner/repetitive_share"}
 _BEGINS = (
@@ -150,53 +138,51 @@ class Guard:
     ) -> None:
         self._config, self._configured = config, configured or Strength()
         self._has_golden, self._has_reference = has_golden, has_reference
-        self._rollouts_per_step, self._windows = max(1, rollouts_per_step), Windows.of(rollouts_per_step)
+        self._windows = Windows.of(rollouts_per_step)
         self._patience = max(_LEAST_PATIENCE, self._windows.middle)
-        self._state, self._shares = _State(), {}
+        self._state = _State()
+        kl = _MOST_REFERENCE_KL * student_coef
+        self._raises_golden = has_golden and config.max_golden_per_prompt > self._configured.golden_per_prompt
+        self._raises_kl = has_reference and kl > self._configured.reference_kl_coef
         self._most = Strength(
-            config.max_golden_per_prompt,
-            _MOST_GOLDEN_FACTOR * (self._configured.golden_coef or student_coef),
-            _MOST_REFERENCE_KL * student_coef,
+            config.max_golden_per_prompt * self._raises_golden,
+            _MOST_GOLDEN_FACTOR * (self._configured.golden_coef or student_coef) * self._raises_golden,
+            kl * self._raises_kl,
+            not self._configured.mask_truncated_tails,
         )
-        self._raises_golden = has_golden and self._most.golden_per_prompt > self._configured.golden_per_prompt
-        self._raises_kl = has_reference and self._most.reference_kl_coef > self._configured.reference_kl_coef
-        self._masks = not self._configured.mask_truncated_tails
-        self._num_notches = _NUM_NOTCHES if self._raises_golden or self._raises_kl else int(self._masks)
+        raises = self._raises_golden or self._raises_kl
+        self._num_notches = _NUM_NOTCHES if raises else int(self._most.mask_truncated_tails)
 
-    def look(self, step: int, metrics: Mapping[str, float]) -> Verdict:
-        """Judges step ``step``; call it once after each, in order."""
+    def look(self, step: int, metrics: Mapping[str, float]) -> list[GuardEvent]:
+        """Judges step ``step``; call it once after each, in order. Where the last of the events is a rollback or a stop,
+        the loop is to end."""
         if self._config.level == "off":
-            return Verdict((), self.strength, "go on")
-        events, order = self._judge_loss(step, metrics.get("learner/loss", 0.0))
-        if order == "go on":
-            means = self._observe(metrics)
-            seen = self._measure(metrics)
-            events += self._beginning(step, seen)
-            readings = [each for each in self._readings(means, seen) if each.severity]
+            return []
+        events = self._judge_loss(step, metrics.get("learner/loss", 0.0))
+        if not events or events[-1].level == "warn":
+            known = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+            means, shares = self._average(known), self._measure(known)
+            events += self._beginning(step, shares)
+            readings = [each for each in self._readings(means, shares) if each.severity]
             quiet = not any(each.signal in _SHARES for each in readings)
-            for name in seen:
-                self._shares[name].learn(self._windows, self._rollouts_per_step, quiet=quiet)
-            if any(self._judges(name) for name in seen if name in _SHARES):  # one that sampled nothing tells nothing
+            for share in shares.values():
+                share.learn(self._windows, quiet=quiet)
+            if any(shares[name].tells(self._windows) for name in _SHARES if name in shares):
                 self._state.alarmed = any(len(each.thresholds) > 1 for each in readings)
                 self._state.num_quiet = 0 if self._state.alarmed else self._state.num_quiet + 1
-            action, order = self._act(step, readings)
-            action += self._relax(step) if order == "go on" else []
+            action = self._act(step, readings) or self._relax(step)
             events += self._announce(step, readings, {event.signal for event in action}) + action
-        return Verdict(tuple(events), self.strength, order)
+        return events
 
     @property
     def strength(self) -> Strength:
-        most, configured, notch = self._most, self._configured, self._state.notch
-        if self._config.level == "off" or notch == 0:
+        if self._config.level == "off" or self._state.notch == 0:
             return Strength()
-        part = min(1.0, notch / max(1, self._num_notches))
-        golden = kl = coef = 0.0
-        if self._raises_golden:
-            golden = _between(configured.golden_per_prompt, most.golden_per_prompt, part)
-            coef = _between(configured.golden_coef, most.golden_coef, part)
-        if self._raises_kl:
-            kl = _between(configured.reference_kl_coef, most.reference_kl_coef, part)
-        return Strength(golden, coef, kl, self._masks)
+        part = min(1.0, self._state.notch / max(1, self._num_notches))
+        *configured, _ = dataclasses.astuple(self._configured)
+        *most, masks = dataclasses.astuple(self._most)
+        raised = [(1 - part) * a + part * b if b > a else 0.0 for a, b in zip(configured, most, strict=True)]
+        return Strength(*raised, masks)
 
     def healthy(self) -> bool:
         """Whether a checkpoint of the last step may be rolled back to: its loss was finite, and no signal
@@ -212,93 +198,69 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint; ``restore`` continues from them."""
-        shares = {name: dataclasses.asdict(share) for name, share in self._shares.items()}
-        return dataclasses.asdict(self._state) | {"shares": shares}
+        return dataclasses.asdict(self._state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._state = _State(**copy.deepcopy(dict(state)))
-        self._shares = {name: Share(**values) for name, values in self._state.shares.items()}
+        values = copy.deepcopy(dict(state))
+        shares = {name: Share(**share) for name, share in values.pop("shares", {}).items()}
+        self._state = _State(**values, shares=shares)
 
-    def _judge_loss(self, step: int, loss: float) -> tuple[list[GuardEvent], Order]:
+    def _judge_loss(self, step: int, loss: float) -> list[GuardEvent]:
         """A step without a finite loss changes no weights, so a single one is harmless; a row of them is not.
         The event counts such steps in a row, so that its numbers are finite."""
         state, limit = self._state, _MOST_NON_FINITE
         state.num_non_finite = 0 if math.isfinite(loss) else state.num_non_finite + 1
         if state.num_non_finite == 0:
-            return [], "go on"
+            return []
         reading = _Reading("non_finite_loss", float(state.num_non_finite), (float(limit),), f"the loss is {loss}: ")
         if state.num_non_finite < limit:
-            return [reading.event(step, "warn", "the step was skipped, the weights are unchanged")], "go on"
+            return [reading.event(step, "warn", "the step was skipped, the weights are unchanged")]
         if self._may_roll_back():
-            return [reading.event(step, "rollback", self._roll_back(step))], "roll back"
-        return [reading.event(step, "stop", "the run is stopped")], "stop"
+            return [reading.event(step, "rollback", self._roll_back(step))]
+        return [reading.event(step, "stop", "the run is stopped")]
 
-    def _observe(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def _average(self, known: Mapping[str, float]) -> dict[str, float]:
         """Window means, without the room's name, of what this step has and whose windows are full."""
         state, means = self._state, {}
-        budget = metrics.get("rollouts/length_budget")
-        if budget is not None and budget != state.budget:
+        budget = known.get("rollouts/length_budget", state.budget)
+        if budget != state.budget:
             if state.budget is not None and budget < state.budget:
-                self._shares.clear()  # a tighter budget truncates more by itself
+                state.shares.clear()  # a tighter budget truncates more by itself
             state.budget, state.first_lengths = budget, []
             state.windows.pop("length", None)
-        for name, full_name in _WATCHED.items():
-            value = metrics.get(full_name, math.nan)
-            if not math.isfinite(value):
+        for name, full_name in _AVERAGED.items():
+            if full_name not in known:
                 continue
-            window = state.windows.setdefault(name, [])
-            window.append(float(value))
             size = self._windows.long if name == "length" else self._windows.short  # lengths are heavy-tailed
-            del window[:-size]
+            window = state.windows[name] = [*state.windows.get(name, []), known[full_name]][-size:]
             if len(window) == size:
-                means[name] = sum(window) / len(window)
-            if name == "length" and len(state.first_lengths) < self._windows.long:
-                state.first_lengths.append(float(value))
+                means[name] = sum(window) / size
+            if name == "length" and len(state.first_lengths) < size:
+                state.first_lengths.append(window[-1])
         return means
 
-    def _measure(self, metrics: Mapping[str, float]) -> list[str]:
-        """Shows the step's shares to their windows, and says which it has."""
-        seen = []
-        length = metrics.get("rollouts/length", 1.0)
-        for name, full_name in _MEASURED.items():
-            value = metrics.get(full_name, math.nan)
-            if math.isfinite(value):
-                weight = length if name.endswith("_share") and math.isfinite(length) else 1.0
-                self._shares.setdefault(name, Share()).add(float(value), float(weight), self._windows)
-                seen.append(name)
-        return seen
+    def _measure(self, known: Mapping[str, float]) -> dict[str, Share]:
+        """Those shares that the step has, once it is in their windows."""
+        here = {name: known[full_name] for name, full_name in _MEASURED.items() if full_name in known}
+        for name, value in here.items():
+            weight = known.get("rollouts/length", 1.0) if name.endswith("_share") else 1.0
+            self._state.shares.setdefault(name, Share()).add(value, weight, self._windows)
+        return {name: self._state.shares[name] for name in here}
 
-    def _beginning(self, step: int, seen: list[str]) -> list[GuardEvent]:
+    def _beginning(self, step: int, shares: Mapping[str, Share]) -> list[GuardEvent]:
         """Says once, as early as it is certain, that a run begins above a warning threshold."""
-        events = []
-        for name in (each for each in seen if each in _SHARES):
-            warn, share = getattr(self._config, name)[0], self._shares[name]
-            if share.begins_beyond(warn, self._windows, self._rollouts_per_step):
-                reading = _Reading(name, share.mean(len(share.steps)), (warn,))
-                events.append(reading.event(step, "warn", _BEGINS))
-        return events
+        warn = {name: getattr(self._config, name)[0] for name in _SHARES if name in shares}
+        return [
+            _Reading(name, shares[name].mean(len(shares[name].steps)), (limit,)).event(step, "warn", _BEGINS)
+            for name, limit in warn.items()
+            if shares[name].begins_beyond(limit, self._windows)
+        ]
 
-    def _judges(self, name: str) -> bool:
-        share = self._shares[name]
-        return share.known(self._windows) and len(share.steps) >= self._windows.short
-
-    def _share_reading(self, name: str, kind: str) -> _Reading | None:
-        """The worst of the windows that are above the normal level beyond chance, and of those the shortest."""
-        share, worst = self._shares[name], None
-        thresholds = tuple(self._over_normal(name, each) for each in getattr(self._config, name))
-        for steps in dict.fromkeys(dataclasses.astuple(self._windows)):
-            if steps > len(share.steps):
-                break
-            reading = _Reading(name, share.mean(steps), thresholds, kind)
-            if reading.severity > (worst.severity if worst else 0) and share.differs(steps, self._rollouts_per_step):
-                worst = reading
-        return worst
-
-    def _readings(self, means: Mapping[str, float], seen: list[str]) -> list[_Reading]:
-        config, first, readings = self._config, self._state.first_lengths, []
-        inflation = self._signature(means)
-        endorsed = means.get("teacher_logprob_repetitive", -math.inf) > _ENDORSED_LOGPROB
-        kind = f"length inflation that the teacher endorses: {inflation}: " if inflation and endorsed else ""
+    def _readings(self, means: Mapping[str, float], shares: Mapping[str, Share]) -> list[_Reading]:
+        config, first, readings, kind = self._config, self._state.first_lengths, [], ""
+        inflation = self._signature(means, shares)
+        if inflation and means["teacher_logprob_repetitive"] > _ENDORSED_LOGPROB:
+            kind = f"length inflation that the teacher endorses: {inflation}: "
         if means.get("grad_norm", math.inf) < _VANISHING_GRAD_NORM and "entropy" in means:
             advantage = _mean_advantage(means)
             if advantage is None:
@@ -307,8 +269,10 @@ class Guard:
                 note = f"collapse to a string that the teacher does not endorse (mean advantage {advantage:.2f}): "
                 readings.append(_Reading("entropy", means["entropy"], config.entropy, note, falling=True))
                 kind = note if readings[-1].severity else kind
-        judged = [each for each in seen if each in _SHARES and self._judges(each)]
-        readings += [reading for name in judged if (reading := self._share_reading(name, kind))]
+        for name in (each for each in _SHARES if each in shares and shares[each].tells(self._windows)):
+            thresholds = tuple(map(shares[name].above_level, getattr(config, name)))
+            if (mean := shares[name].worst(thresholds, self._windows)) is not None:
+                readings.append(_Reading(name, mean, thresholds, kind))
         if "length" in means and len(first) >= self._windows.long and sum(first) > 0:
             ratio = means["length"] * len(first) / sum(first)
             readings.append(_Reading("length_ratio", ratio, (_LONGER,)))
@@ -317,19 +281,15 @@ class Guard:
             readings.append(_Reading("teacher_logprob_repetitive", *early))
         return readings
 
-    def _over_normal(self, name: str, threshold: float) -> float:
-        level = self._shares[name].level()
-        return level + (1 - level) * threshold
-
-    def _signature(self, means: Mapping[str, float]) -> str:
+    def _signature(self, means: Mapping[str, float], shares: Mapping[str, Share]) -> str:
         """The signature of inflation in words: enough repetitive tokens, of a higher advantage than the others;
         empty where there is none."""
-        if not means.keys() >= set(_TOKENS) or not self._judges("repetitive_share"):
+        if not means.keys() >= set(_TOKENS) or not shares["repetitive_share"].tells(self._windows):
             return ""
-        share, repetitive, other = (means[each] for each in _TOKENS[:3])
-        if share <= self._over_normal("repetitive_share", _REPETITIVE_SHARE) or repetitive <= other:
+        part, repetitive, other, _ = (means[each] for each in _TOKENS)
+        if part <= shares["repetitive_share"].above_level(_REPETITIVE_SHARE) or repetitive <= other:
             return ""
-        return f"repetitive tokens ({share:.0%}) have advantage {repetitive:.2f}, others {other:.2f}"
+        return f"repetitive tokens ({part:.0%}) have advantage {repetitive:.2f}, others {other:.2f}"
 
     def _announce(self, step: int, readings: list[_Reading], spoken: set[str]) -> list[GuardEvent]:
         """Warnings: a signal when it gets worse, and anew after it was quiet, unless an action has spoken of it."""
@@ -344,27 +304,26 @@ class Guard:
                 events.append(reading.event(step, "warn", "guard.level allows no action" if held else waits))
         return events
 
-    def _act(self, step: int, readings: list[_Reading]) -> tuple[list[GuardEvent], Order]:
+    def _act(self, step: int, readings: list[_Reading]) -> list[GuardEvent]:
         """At most one action a step, for the worst signal: a notch; with none left a rollback; then the end."""
         state, loud = self._state, [each for each in readings if each.severity > 1]
         waiting = state.acted_at is not None and step - state.acted_at < self._patience
         if not loud or waiting or not self._may("act"):
-            return [], "go on"
+            return []
         worst = max(loud, key=lambda each: each.severity)
         if state.notch < self._num_notches:
             self._strengthen(step)
             self._forget()  # the next action is for what is sampled from now on
-            notch = f" (notch {state.notch} of {self._num_notches})"
-            return [worst.event(step, "act", self._setting() + notch)], "go on"
+            return [worst.event(step, "act", f"{self._setting()} (notch {state.notch} of {self._num_notches})")]
         if worst.severity == 3 and self._may_roll_back():
-            return [worst.event(step, "rollback", self._roll_back(step))], "roll back"
+            return [worst.event(step, "rollback", self._roll_back(step))]
         if worst.severity == 3 and self._may("stop"):
             state.acted_at = step
-            return [worst.event(step, "stop", "no remedy is left, the run is stopped")], "stop"
+            return [worst.event(step, "stop", "no remedy is left, the run is stopped")]
         if state.said_spent or (worst.severity == 2 and self._may("rollback")):
-            return [], "go on"
+            return []
         state.said_spent = True
-        return [worst.event(step, "warn", f"no remedy is left that guard.level allows: {self._setting()}")], "go on"
+        return [worst.event(step, "warn", f"no remedy is left that guard.level allows: {self._setting()}")]
 
     def _roll_back(self, step: int) -> str:
         state = self._state
@@ -392,7 +351,7 @@ class Guard:
 
     def _forget(self) -> None:
         """The windows begin anew, the normal levels stay."""
-        for share in self._shares.values():
+        for share in self._state.shares.values():
             share.steps.clear()
             share.told_beginning = True
 
@@ -413,10 +372,6 @@ class Guard:
 
     def _may_roll_back(self) -> bool:
         return self._may("rollback") and self._state.num_rollbacks < self._config.max_rollbacks
-
-
-def _between(configured: float, limit: float, part: float) -> float:
-    return (1 - part) * configured + part * limit if limit > configured else 0.0
 
 
 def _mean_advantage(means: Mapping[str, float]) -> float | None:

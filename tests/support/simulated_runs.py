@@ -51,7 +51,7 @@ def acts_at(rollouts, rows):
     room = {"has_golden": True, "has_reference": True, "configured": None, "student_coef": 1.0}
     guard = Guard(config, **room, rollouts_per_step=rollouts)
     for step, row in enumerate(rows, 1):
-        if any(event.level == "act" for event in guard.look(step, row).events):
+        if any(event.level == "act" for event in guard.look(step, row)):
             return step
     return None
 

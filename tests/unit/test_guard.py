@@ -100,19 +100,23 @@ def make(level="stop", *, rollouts=320, has_golden=True, has_reference=True, con
 
 def calmed(guard, steps=2):
     for step in range(1, steps + 1):
-        assert guard.look(step, CALM).events == ()
+        assert guard.look(step, CALM) == []
     return guard
+
+
+def ends(events):
+    """Whether the last of them is an order to leave the loop."""
+    return bool(events) and events[-1].level in ("rollback", "stop")
 
 
 def replay(guard, rows, first):
     """Events of ``rows`` from step ``first`` on, after as many calm steps; up to the first order."""
     events = []
     for step in range(1, first):
-        assert guard.look(step, CALM | {"learner/repetitive_share": 0.0}).events == ()
+        assert guard.look(step, CALM | {"learner/repetitive_share": 0.0}) == []
     for step, row in enumerate(rows, first):
-        verdict = guard.look(step, row)
-        events += verdict.events
-        if verdict.order != "go on":
+        events += guard.look(step, row)
+        if ends(events):
             break
     return events
 
@@ -149,56 +153,58 @@ def test_a_healthy_stableopd_run_raises_no_alarm():
 
 def test_a_signal_warns_acts_rolls_back_and_stops_in_that_order():
     guard = calmed(make("stop", max_rollbacks=1))
-    said = {step: guard.look(step, share(value)) for step, value in enumerate([0.2, 0.5, *[0.9] * 16], 3)}
-    spoken = {step: (verdict.order, [e.level for e in verdict.events]) for step, verdict in said.items()}
-    assert {step: words for step, words in spoken.items() if words[1]} == {
-        3: ("go on", ["warn"]),
-        4: ("go on", ["act"]),
-        5: ("go on", ["warn"]),  # worse than before, but patience
-        9: ("go on", ["act"]),
-        14: ("roll back", ["rollback"]),
-        19: ("stop", ["stop"]),
+    said, strength = {}, {}
+    for step, value in enumerate([0.2, 0.5, *[0.9] * 16], 3):
+        said[step], strength[step] = guard.look(step, share(value)), guard.strength
+    assert {step: [event.level for event in events] for step, events in said.items() if events} == {
+        3: ["warn"],
+        4: ["act"],
+        5: ["warn"],  # worse than before, but patience
+        9: ["act"],
+        14: ["rollback"],
+        19: ["stop"],
     }
-    assert said[4].strength == Strength(1.0, 1.5, 0.5, mask_truncated_tails=True)
-    assert said[9].strength == said[19].strength == Strength(2.0, 3.0, 1.0, mask_truncated_tails=True)
-    acted = said[4].events[0]
+    assert strength[4] == Strength(1.0, 1.5, 0.5, mask_truncated_tails=True)
+    assert strength[9] == strength[19] == Strength(2.0, 3.0, 1.0, mask_truncated_tails=True)
+    acted = said[4][0]
     assert (acted.step, acted.signal, acted.value) == (4, "truncated_token_share", 0.5)
     assert acted.threshold == pytest.approx(0.25)
 
 
 def test_patience_gives_an_action_time_to_work():
     guard = calmed(make("stop"))
-    assert [guard.look(step, share(0.9)).strength.golden_per_prompt for step in range(3, 10)] == [1.0] * 5 + [2.0] * 2
+    seen = [(guard.look(step, share(0.9)), guard.strength.golden_per_prompt) for step in range(3, 10)]
+    assert [golden for _, golden in seen] == [1.0] * 5 + [2.0] * 2
 
 
 def test_a_rollback_clears_the_windows_and_keeps_the_stronger_setting():
     guard = calmed(make("rollback", rollouts=32), steps=20)
-    step, order = 20, "go on"
-    while order == "go on":
+    step, events = 20, []
+    while not ends(events):
         step += 1
-        order = guard.look(step, share(0.9)).order
-    assert order == "roll back" and not guard.healthy()
+        events = guard.look(step, share(0.9))
+    assert events[-1].level == "rollback" and not guard.healthy()
     strength = guard.strength
     guard.rolled_back(2)
     assert guard.healthy() and guard.strength == strength
     said = [guard.look(s, share(0.9)) for s in range(3, 8)]
-    assert [bool(verdict.events) for verdict in said] == [False, False, True, False, True]  # the window fills anew
-    assert said[-1].order == "roll back"
+    assert [bool(events) for events in said] == [False, False, True, False, True]  # the window fills anew
+    assert said[-1][-1].level == "rollback"
 
 
 def test_without_a_remedy_it_says_so_once_and_escalates_as_far_as_it_may():
     bare = {"has_golden": False, "has_reference": False, "configured": Strength(mask_truncated_tails=True)}
     guard = calmed(make("act", **bare))
-    events = [event for step in range(3, 30) for event in guard.look(step, share(0.9)).events]
+    events = [event for step in range(3, 30) for event in guard.look(step, share(0.9))]
     assert [event.level for event in events] == ["warn"]
     assert "no golden rollouts to add, no reference for β_KL, truncated tails as configured" in events[0].action
     assert guard.strength == Strength()
-    assert calmed(make("rollback", **bare)).look(3, share(0.9)).order == "roll back"
+    assert calmed(make("rollback", **bare)).look(3, share(0.9))[-1].level == "rollback"
 
 
 def test_notches_count_from_what_is_configured():
     guard = calmed(make("act", configured=Strength(1.0, 1.0, 1.2, mask_truncated_tails=True)))
-    event = guard.look(3, share(0.5)).events[0]
+    event = guard.look(3, share(0.5))[0]
     assert guard.strength == Strength(1.5, 2.0, 0.0)  # β_KL is over the limit already, tails are masked already
     assert event.action.startswith("at least 1.5 golden rollouts a prompt at λ_gold 2, β_KL as configured")
 
@@ -225,7 +231,8 @@ def test_the_strength_falls_when_health_has_returned_and_later_after_a_relapse()
     """The bug: it never fell again, and one false alarm decided over the rest of the run."""
     guard, changes, before = calmed(make("act")), [], 0.0
     for step, value in enumerate([*[0.9] * 6, *[0.0] * 50, *[0.9] * 6, *[0.0] * 90], 3):
-        now = guard.look(step, share(value)).strength.golden_per_prompt
+        guard.look(step, share(value))
+        now = guard.strength.golden_per_prompt
         if now != before:
             changes.append((step, now))
         before = now
@@ -236,33 +243,33 @@ def test_the_strength_falls_when_health_has_returned_and_later_after_a_relapse()
 def test_a_quiet_signal_is_announced_anew_but_not_one_that_flickers():
     guard = calmed(make("warn"))
     values = [0.2, 0, 0.2, 0, 0, 0, 0, 0, 0, 0.2]
-    spoke = [step for step, value in enumerate(values, 3) if guard.look(step, share(value)).events]
+    spoke = [step for step, value in enumerate(values, 3) if guard.look(step, share(value))]
     assert spoke == [3, 12]
 
 
 def test_a_share_is_measured_from_the_level_that_is_normal_for_the_run():
     guard = make("act")
-    (first,) = guard.look(1, share(0.5)).events
+    (first,) = guard.look(1, share(0.5))
     assert first.level == "warn" and "rollout.max_response_tokens too small" in first.action
-    assert [guard.look(step, share(0.5)).events for step in (2, 3)] == [(), ()]
-    assert guard.look(4, share(0.54)).events == ()
-    assert [event.level for event in guard.look(5, share(0.9)).events] == ["act"]
+    assert [guard.look(step, share(0.5)) for step in (2, 3)] == [[], []]
+    assert guard.look(4, share(0.54)) == []
+    assert [event.level for event in guard.look(5, share(0.9))] == ["act"]
     falling = make("act")  # prefixes that grow: everything is truncated at first
-    assert [falling.look(step, share(1 - step / 10)).events != () for step in range(10)] == [True] + [False] * 9
+    assert [falling.look(step, share(1 - step / 10)) != [] for step in range(10)] == [True] + [False] * 9
 
 
 def test_a_rise_after_the_normal_level_fell_is_measured_from_the_lower_one():
     guard = make("act")
     for step, value in enumerate([0.9] * 5 + [0.1] * 5, 1):
         guard.look(step, share(value))
-    assert [event.level for event in guard.look(11, share(0.6)).events] == ["act"]
+    assert [event.level for event in guard.look(11, share(0.6))] == ["act"]
 
 
 @pytest.mark.parametrize(("rollouts", "steps"), [(8, 3), (16, 2), (32, 1), (256, 1)])
 def test_a_run_that_begins_truncated_and_stays_so_is_told_at_once(rollouts, steps):
     """The bug: with nothing to compare with, nothing was said for several steps, and then not what to do."""
     guard = make("act", rollouts=rollouts)
-    said = [event for step in range(1, 101) for event in guard.look(step, share(1.0)).events]
+    said = [event for step in range(1, 101) for event in guard.look(step, share(1.0))]
     assert [(event.step, event.level, event.signal) for event in said] == [(steps, "warn", "truncated_token_share")]
 
 
@@ -290,11 +297,11 @@ def test_length_drift_only_warns_and_starts_over_with_another_budget():
     guard = make("stop")
     long = {"rollouts/length": 100.0, "rollouts/length_budget": 80.0}
     usual = {"rollouts/length": 20.0, "rollouts/length_budget": 80.0}
-    assert [guard.look(step, usual).events for step in (1, 2)] == [(), ()]
-    (event,) = guard.look(3, long).events
+    assert [guard.look(step, usual) for step in (1, 2)] == [[], []]
+    (event,) = guard.look(3, long)
     assert (event.signal, event.value, event.level) == ("length_ratio", 5.0, "warn")
     assert guard.healthy()
-    assert [guard.look(step, long | {"rollouts/length_budget": 160.0}).events for step in (20, 21, 22)] == [()] * 3
+    assert [guard.look(step, long | {"rollouts/length_budget": 160.0}) for step in (20, 21, 22)] == [[]] * 3
 
 
 CERTAIN = {"learner/entropy": 0.001, "learner/grad_norm": 0.001, "learner/loss": 5.0}
@@ -303,7 +310,7 @@ SCORED = {"learner/repetitive_share": 0.9, "learner/advantage_repetitive": -9.0,
 
 def test_a_deterministic_collapse_is_told_apart_from_convergence():
     def level(values):
-        events = make("act").look(1, values).events
+        events = make("act").look(1, values)
         return [(event.signal, event.level) for event in events], " ".join(event.action for event in events)
 
     said, text = level(CERTAIN | SCORED)
@@ -317,7 +324,7 @@ def test_a_deterministic_collapse_is_told_apart_from_convergence():
 
 def test_the_two_collapses_are_named_apart_on_truncation():
     guard = calmed(make("act"))
-    events = guard.look(3, share(1.0) | CERTAIN | SCORED).events
+    events = guard.look(3, share(1.0) | CERTAIN | SCORED)
     assert [(event.signal, event.level) for event in events] == [("truncated_token_share", "warn"), ("entropy", "act")]
     assert all(event.action.startswith("collapse to a string") for event in events)
 
@@ -326,27 +333,32 @@ def test_the_two_collapses_are_named_apart_on_truncation():
 def test_a_row_of_losses_that_are_not_finite_rolls_back_and_then_stops(loss):
     """The bug: a single step, which had changed no weights, cost a rollback."""
     guard = make("stop", max_rollbacks=1)
-    single, _, row = (guard.look(step, CALM | {"learner/loss": loss}) for step in (1, 2, 3))
-    assert (single.order, single.strength, single.events[0].level) == ("go on", Strength(), "warn")
-    assert row.order == "roll back" and row.strength != Strength() and not guard.healthy()
-    assert str(loss) in row.events[0].action
+    *_, row = said = [guard.look(step, CALM | {"learner/loss": loss}) for step in (1, 2, 3)]
+    assert [event.level for events in said for event in events] == ["warn", "warn", "rollback"]
+    assert guard.strength != Strength() and not guard.healthy()
+    assert str(loss) in row[0].action
     guard.rolled_back(0)
-    assert [guard.look(step, CALM | {"learner/loss": loss}).order for step in (1, 2, 3)] == ["go on", "go on", "stop"]
+    assert [guard.look(step, CALM | {"learner/loss": loss})[-1].level for step in (1, 2, 3)] == ["warn", "warn", "stop"]
 
 
-@pytest.mark.parametrize(("level", "end"), [("warn", "stop"), ("act", "stop"), ("rollback", "roll back")])
+@pytest.mark.parametrize(("level", "end"), [("warn", "stop"), ("act", "stop"), ("rollback", "rollback")])
 def test_single_losses_that_are_not_finite_are_skipped_and_a_row_of_them_is_not(level, end):
     guard = make(level)
     losses = [math.nan, 1.0, math.nan, math.nan, math.nan]
     said = [guard.look(step, CALM | {"learner/loss": loss}) for step, loss in enumerate(losses)]
-    assert [verdict.order for verdict in said] == ["go on", "go on", "go on", "go on", end]
-    assert [event.value for verdict in said for event in verdict.events] == [1.0, 1.0, 2.0, 3.0]
+    assert [[(event.level, event.value) for event in events] for events in said] == [
+        [("warn", 1.0)],
+        [],
+        [("warn", 1.0)],
+        [("warn", 2.0)],
+        [(end, 3.0)],
+    ]
 
 
 def test_a_missing_metric_is_silent():
     guard = make("stop")
-    assert all(guard.look(step, {"learner/loss": 1.0}).events == () for step in range(20))
-    assert all(guard.look(step, {}).order == "go on" for step in range(20, 25))
+    assert all(guard.look(step, {"learner/loss": 1.0}) == [] for step in range(20))
+    assert all(guard.look(step, {}) == [] for step in range(20, 25))
 
 
 @pytest.mark.parametrize(
@@ -394,11 +406,10 @@ def test_whatever_it_sees_it_stays_within_its_limits(config, steps, has_golden, 
         twin = Guard(config, **room)
         twin.restore(json.loads(json.dumps(guard.state())))
         assert twin.state() == guard.state() and twin.strength == guard.strength
-        verdict = guard.look(step, row)
-        assert twin.look(step, row) == verdict
+        events = guard.look(step, row)
+        assert twin.look(step, row) == events
         now = guard.strength
-        assert now == verdict.strength
-        if any(event.signal == "health" for event in verdict.events):
+        if any(event.signal == "health" for event in events):
             last = Strength()
         assert last.golden_per_prompt <= now.golden_per_prompt <= config.max_golden_per_prompt * (1 + 1e-9)
         assert last.golden_coef <= now.golden_coef <= 3 * (1 + 1e-9)
@@ -407,15 +418,14 @@ def test_whatever_it_sees_it_stays_within_its_limits(config, steps, has_golden, 
         assert has_golden or now.golden_per_prompt == now.golden_coef == 0
         assert has_reference or now.reference_kl_coef == 0
         last = now
-        for event in verdict.events:
+        for event in events:
             assert math.isfinite(event.value) and math.isfinite(event.threshold) and event.step == step
             beyond = event.signal == "non_finite_loss" and event.level == "stop"  # nothing else can end it
             assert LEVELS.index(event.level) <= LEVELS.index(config.level) or (beyond and config.level != "off")
         if config.level == "off":
-            assert (verdict.events, verdict.strength, verdict.order) == ((), Strength(), "go on")
-        if verdict.order != "go on":
-            assert verdict.events[-1].level == verdict.order.replace("roll back", "rollback")
-        if verdict.order == "roll back":
+            assert (events, now) == ([], Strength())
+        assert not any(ends([event]) for event in events[:-1]), "an order is the last word"
+        if events and events[-1].level == "rollback":
             rollbacks += 1
             guard.rolled_back(step)
     assert rollbacks <= config.max_rollbacks

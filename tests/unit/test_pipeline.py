@@ -223,7 +223,7 @@ def test_the_guards_order_ends_the_loop_after_the_observers_saw_the_event(monkey
     with pytest.raises(GuardOrder) as order:
         run(make_pipeline(learner_metrics={2: {"loss": float("nan")}}, guard=guard), seen.append)
     (made,) = seen
-    assert order.value.order == "roll back"
+    assert order.value.order == "rollback"
     assert made.recording.reports[-1].events[0].level == "rollback"
     assert made.recording.reports[-1].step == 3
 
