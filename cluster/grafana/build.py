@@ -1,4 +1,5 @@
-"""Builds opd-ray.json, the Grafana dashboard: `python cluster/grafana/build.py` writes it beside this file.
+"""Builds opd-ray.json, the Grafana dashboard, and the table in README.md, both from the catalogue of metrics:
+`python cluster/grafana/build.py` writes them beside this file.
 
 Panels are named by opd_ray's metrics, as ``rollouts/length``; ``*`` stands for a room, a loss or a source and gives
 one line each. Every query keeps to the chosen cluster, session and run, and takes the maximum over a run's drivers:
@@ -10,16 +11,20 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from opd_ray.watch.catalogue import METRICS, Metric
 from opd_ray.watch.metrics import port_name
 
-OUTPUT = Path(__file__).with_name("opd-ray.json")
+OUTPUT, README = (Path(__file__).with_name(name) for name in ("opd-ray.json", "README.md"))
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _FILTER = 'ray_io_cluster=~"$Cluster",SessionName=~"$SessionName",run=~"$Run"'
 _WIDTH = 24
+_UNITS = {"share": "percentunit", "s": "s", "bytes": "bytes"}
+"""Grafana's names of units; all others are plain numbers."""
+_WHOLE = ("number", "steps", "tokens/s")
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,29 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """A curve over time, or with ``stat`` the latest value in large type; ``red`` colours values from there on."""
+    """A curve over time, or with ``stat`` the latest value in large type; ``red`` colours values from there on.
+
+    Without ``about`` and ``unit`` it says of its first metric what the table of metrics says.
+    """
 
     title: str
     lines: tuple[Line, ...]
-    about: str
-    unit: str = "short"
+    about: str = ""
+    unit: str = ""
     width: int = 8
     stat: bool = False
     red: float | None = None
     log: bool = False
-    decimals: int | None = None
+
+    @property
+    def shown(self) -> Metric:
+        """The first metric, with the panel's own words and unit where it has some."""
+        first = METRICS.get(self.lines[0].metric) or Metric("", "factor", "")
+        return replace(first, unit=self.unit or first.unit, meaning=self.about or sentence(first.meaning))
+
+
+def sentence(meaning: str) -> str:
+    return f"{meaning[0].upper()}{meaning[1:]}." if meaning else ""
 
 
 def _one(metric: str) -> str:
@@ -67,31 +84,25 @@ def _many(pattern: str) -> str:
     return f'max by (run, part) (label_replace({chosen}, "part", "$1", "__name__", "{name}"))'
 
 
-def _lines(*metrics: str) -> tuple[Line, ...]:
-    return tuple(Line(metric) for metric in metrics)
+def _curve(title: str, *metrics: str, about: str = "", **options: Any) -> Panel:
+    return Panel(title, tuple(map(Line, metrics)), about, **options)
 
 
-def _share(title: str, metrics: tuple[Line, ...], about: str, **options: Any) -> Panel:
-    return Panel(title, metrics, about, unit="percentunit", **options)
-
-
-def _stat(title: str, metric: str, about: str, unit: str = "short", **options: Any) -> Panel:
-    return Panel(title, (Line(metric, title),), about, unit, width=3, stat=True, **options)
+def _stat(title: str, metric: str, about: str = "", **options: Any) -> Panel:
+    return Panel(title, (Line(metric, title),), about, width=3, stat=True, **options)
 
 
 ROWS: dict[str, list[Panel]] = {
     "Overview": [
-        _stat("Step", "run/step", "Finished optimizer steps.", decimals=0),
-        _stat("Done", "{run/step} / {run/steps}", "Share of the planned steps.", "percentunit"),
-        _stat("Since the last step", "run/since_step_s", "Grows while nothing is learned: see the rooms below.", "s"),
-        _stat("Accuracy", "rollouts/accuracy", "Of the rollouts that the last step trained on.", "percentunit"),
-        _stat(
-            "Tokens/s", "throughput/tokens_per_s", "Response tokens of the student that were trained on.", decimals=0
-        ),
-        _stat("Learner idle", "idle/learn", "Share of the last step without work.", "percentunit", red=0.5),
-        _stat("Restarts", "restarts/total", "Workers lost and replaced over the whole run.", red=8, decimals=0),
-        _stat("Steps at risk", "{run/step} - {checkpoint/step}", "Lost if the driver died now.", decimals=0),
-        _share(
+        _stat("Step", "run/step"),
+        _stat("Done", "{run/step} / {run/steps}", "Share of the planned steps.", unit="share"),
+        _stat("Since the last step", "run/since_step_s"),
+        _stat("Accuracy", "rollouts/accuracy"),
+        _stat("Tokens/s", "throughput/tokens_per_s"),
+        _stat("Learner idle", "idle/learn", "Share of the last step without work.", unit="share", red=0.5),
+        _stat("Restarts", "restarts/total", red=8),
+        _stat("Steps at risk", "{run/step} - {checkpoint/step}", "Lost if the driver died now.", unit="steps"),
+        Panel(
             "Accuracy",
             (
                 Line("rollouts/accuracy", "training rollouts"),
@@ -100,7 +111,7 @@ ROWS: dict[str, list[Panel]] = {
             ),
             "What the run is for. Falling accuracy with rising truncation is collapse.",
         ),
-        Panel("Throughput", _lines("throughput/tokens_per_s"), "Response tokens of the student a second."),
+        _curve("Throughput", "throughput/tokens_per_s"),
         Panel(
             "Where a step's time goes",
             (
@@ -110,112 +121,93 @@ ROWS: dict[str, list[Panel]] = {
                 Line("throughput/step_s", "whole step"),
             ),
             "What is neither waiting, training nor sync is evaluation and checkpoints.",
-            "s",
         ),
     ],
     "Rooms": [
-        Panel("Ready workers", _lines("pool/*_ready"), "Workers that take calls.", decimals=0),
-        Panel(
-            "Starting workers",
-            _lines("pool/*_starting"),
-            "Placed or waiting to be placed; many and long: no nodes.",
-            decimals=0,
+        _curve("Ready workers", "pool/*_ready"),
+        _curve("Starting workers", "pool/*_starting"),
+        _curve("Minimum", "pool/*_minimum"),
+        _curve("Calls under way", "queue/*_calls"),
+        _curve(
+            "Idle", "idle/*", about="Share of the time without a call. The room that is never idle is the bottleneck."
         ),
-        Panel(
-            "Minimum", _lines("pool/*_minimum"), "A room below it for recovery.below_min_s ends the run.", decimals=0
-        ),
-        Panel(
-            "Calls under way", _lines("queue/*_calls"), "Queued ones included: the room with many is the bottleneck."
-        ),
-        _share(
-            "Idle", _lines("idle/*"), "Share of the time without a call. The room that is never idle is the bottleneck."
-        ),
-        Panel(
+        _curve(
             "Slots and buffer",
-            _lines("queue/slots_taken", "queue/buffer_slots"),
-            "Prompts under way, and those that wait for the learner.",
+            "queue/slots_taken",
+            "queue/buffer_slots",
+            about="Prompts under way, and those that wait for the learner.",
         ),
     ],
     "Lengths, truncation, repetition": [
-        Panel(
+        _curve(
             "Response length",
-            _lines("rollouts/length", "rollouts/length_p50", "rollouts/length_p95", "rollouts/length_budget"),
-            "Tokens. A mean that climbs to the budget is length inflation.",
+            "rollouts/length",
+            "rollouts/length_p50",
+            "rollouts/length_p95",
+            "rollouts/length_budget",
+            about="Tokens. A mean that climbs to the budget is length inflation.",
         ),
-        _share(
+        _curve(
             "Truncation",
-            _lines("rollouts/truncation_rate", "rollouts/truncated_token_share", "evaluation/truncation_rate"),
-            "Rollouts that ran out of their budget, and the share of tokens in them, which rises first.",
+            "rollouts/truncation_rate",
+            "rollouts/truncated_token_share",
+            "evaluation/truncation_rate",
+            about="Rollouts that ran out of their budget, and the share of tokens in them, which rises first.",
         ),
-        _share(
+        _curve(
             "Repetition",
-            _lines("rollouts/repetition_rate", "rollouts/periodic_tail_rate", "learner/repetitive_share"),
-            "Rollouts whose tail repeats itself, and repetitive tokens in the loss.",
+            "rollouts/repetition_rate",
+            "rollouts/periodic_tail_rate",
+            "learner/repetitive_share",
+            about="Rollouts whose tail repeats itself, and repetitive tokens in the loss.",
         ),
     ],
     "Staleness": [
-        Panel("Staleness", _lines("staleness/mean", "staleness/max"), "Weight versions between sampling and training."),
-        Panel("Importance ratio", _lines("learner/importance_ratio"), "π_θ/μ over the sampled tokens; 1 is on policy."),
-        Panel("Off-policy KL", _lines("learner/off_policy_kl"), "KL(μ‖π_θ), nats a token.", log=True),
+        _curve("Staleness", "staleness/mean", "staleness/max"),
+        _curve("Importance ratio", "learner/importance_ratio"),
+        _curve("Off-policy KL", "learner/off_policy_kl", log=True),
     ],
     "Loss": [
         Panel("Loss", (Line("learner/loss", "all"), Line("learner/loss_*")), "All terms, and each alone."),
-        Panel("Gradient norm", _lines("learner/grad_norm"), "Before clipping.", log=True),
-        Panel(
-            "Advantage", _lines("learner/advantage"), "log π_T − log π_θ of sampled tokens: minus the reverse KL, nats."
-        ),
-        Panel("Log-probs", _lines("learner/student_logprob", "learner/teacher_logprob"), "Of sampled tokens, nats."),
-        Panel("Entropy", _lines("learner/entropy"), "Of the student, nats a token; near 0 it is deterministic."),
-        Panel("Learning rate", _lines("learner/lr"), "As scheduled."),
+        _curve("Gradient norm", "learner/grad_norm", log=True),
+        _curve("Advantage", "learner/advantage"),
+        _curve("Log-probs", "learner/student_logprob", "learner/teacher_logprob", about="Of sampled tokens, nats."),
+        _curve("Entropy", "learner/entropy"),
+        _curve("Learning rate", "learner/lr"),
     ],
     "Mixture": [
-        Panel("Rollouts a step", _lines("mixture/*_rollouts"), "By source.", width=12),
-        Panel(
-            "Coefficients",
-            _lines("mixture/*_coef"),
-            "Weights of the terms; the guard raises golden and reference.",
-            width=12,
-        ),
+        _curve("Rollouts a step", "mixture/*_rollouts", width=12),
+        _curve("Coefficients", "mixture/*_coef", width=12),
     ],
     "Guard": [
-        Panel(
-            "Events",
-            _lines("run/guard_events"),
-            "Since this start of the run; events.jsonl says what they were.",
-            decimals=0,
-        ),
-        Panel(
+        _curve("Events", "run/guard_events"),
+        _curve(
             "Advantage of repetitive tokens",
-            _lines("learner/advantage_repetitive", "learner/advantage_other"),
-            "The signature of inflation: repetitive tokens above the others, and enough of them.",
+            "learner/advantage_repetitive",
+            "learner/advantage_other",
+            about="The signature of inflation: repetitive tokens above the others, and enough of them.",
         ),
-        Panel(
+        _curve(
             "Teacher on repetitive tokens",
-            _lines("learner/teacher_logprob_repetitive", "learner/teacher_logprob"),
-            "Nats. From -1 on, the teacher endorses the repetition.",
+            "learner/teacher_logprob_repetitive",
+            "learner/teacher_logprob",
+            about="Nats. From -1 on, the teacher endorses the repetition.",
         ),
     ],
     "Restarts and recovery": [
-        Panel("Restarts by room", _lines("restarts/*"), "Workers lost and replaced over the whole run.", decimals=0),
-        Panel(
+        _curve("Restarts by room", "restarts/*"),
+        _curve(
             "Lost and made again",
-            _lines("recovery/lost_payloads", "recovery/reissued_calls"),
-            "Objects gone with a node; calls given to another worker.",
-            decimals=0,
+            "recovery/lost_payloads",
+            "recovery/reissued_calls",
+            about="Objects gone with a node; calls given to another worker.",
         ),
-        Panel("Restores", _lines("recovery/restores"), "Times that the run went back to a snapshot.", decimals=0),
+        _curve("Restores", "recovery/restores"),
     ],
     "Weight sync": [
-        Panel("Broadcast", _lines("learner/weight_sync_s"), "Seconds from the first tensor to the last answer.", "s"),
-        Panel(
-            "Members",
-            _lines("weights/group_size"),
-            "Processes in the transfer group, the learner included.",
-            decimals=0,
-        ),
-        Panel(
-            "Rebuilt and failed", _lines("weights/rebuilds", "weights/failed_broadcasts"), "Running counts.", decimals=0
-        ),
+        _curve("Broadcast", "learner/weight_sync_s"),
+        _curve("Members", "weights/group_size"),
+        _curve("Rebuilt and failed", "weights/rebuilds", "weights/failed_broadcasts", about="Running counts."),
     ],
     "Checkpoints": [
         Panel(
@@ -223,11 +215,10 @@ ROWS: dict[str, list[Panel]] = {
             (Line("checkpoint/step", "checkpoint"), Line("run/step", "run")),
             "The gap is what a dead driver loses.",
             width=6,
-            decimals=0,
         ),
-        Panel("Writing", _lines("checkpoint/write_s"), "Seconds; the loop goes on meanwhile.", "s", width=6),
-        Panel("Size", _lines("checkpoint/bytes"), "Of one checkpoint.", "bytes", width=6),
-        Panel("Failed writes", _lines("checkpoint/failed_writes"), "Running count; tried again.", width=6, decimals=0),
+        _curve("Writing", "checkpoint/write_s", width=6),
+        _curve("Size", "checkpoint/bytes", width=6),
+        _curve("Failed writes", "checkpoint/failed_writes", width=6),
     ],
 }
 
@@ -281,9 +272,10 @@ def _panel(panel: Panel, number: int, position: dict[str, int]) -> dict[str, Any
     steps: list[dict[str, Any]] = [{"color": "green" if panel.stat else "text", "value": None}]
     if panel.red is not None:
         steps.append({"color": "red", "value": panel.red})
-    defaults: dict[str, Any] = {"unit": panel.unit, "thresholds": {"mode": "absolute", "steps": steps}}
-    if panel.decimals is not None:
-        defaults["decimals"] = panel.decimals
+    unit = panel.shown.unit
+    defaults: dict[str, Any] = {"unit": _UNITS.get(unit, "short"), "thresholds": {"mode": "absolute", "steps": steps}}
+    if unit in _WHOLE:
+        defaults["decimals"] = 0
     if panel.stat:
         options: dict[str, Any] = {
             "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
@@ -302,7 +294,7 @@ def _panel(panel: Panel, number: int, position: dict[str, int]) -> dict[str, Any
         "id": number,
         "type": "stat" if panel.stat else "timeseries",
         "title": panel.title,
-        "description": panel.about,
+        "description": panel.shown.meaning,
         "datasource": _SOURCE,
         "gridPos": position,
         "fieldConfig": {"defaults": defaults, "overrides": []},
@@ -360,5 +352,17 @@ def text() -> str:
     return json.dumps(dashboard(), indent=1, ensure_ascii=False) + "\n"
 
 
+def readme() -> str:
+    """README.md with the table of metrics as the catalogue has it now."""
+    before, head, rest = README.read_text(encoding="utf-8").partition("| metric | unit | what it is | alerts |\n")
+    table = rest.partition("\n\n")[0]
+    rows = [
+        f"| `{each.name}` | {each.unit} | {each.meaning.replace('|', chr(92) + '|')} | {each.alerts} |"
+        for each in METRICS.values()
+    ]
+    return before + head + "\n".join(["|---|---|---|---|", *rows]) + rest.removeprefix(table)
+
+
 if __name__ == "__main__":
     OUTPUT.write_text(text(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")

@@ -154,8 +154,8 @@ class Guard:
         self._num_notches = _NUM_NOTCHES if raises else int(self._most.mask_truncated_tails)
 
     def look(self, step: int, metrics: Mapping[str, float]) -> list[GuardEvent]:
-        """Judges step ``step``; call it once after each, in order. Where the last of the events is a rollback or a stop,
-        the loop is to end."""
+        """Judges step ``step``; call it once after each, in order. A last event of a rollback or a stop is an order:
+        the loop ends."""
         if self._config.level == "off":
             return []
         events = self._judge_loss(step, metrics.get("learner/loss", 0.0))

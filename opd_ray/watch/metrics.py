@@ -1,11 +1,9 @@
 """What is measured on rollouts, and where measurements go.
 
 One name, three places: ``rollouts/length`` in TensorBoard is ``ray_opd_rollouts_length`` on Ray's metrics
-port, and ``rollouts/length`` in metrics.jsonl. Rates are shares of 1, times are seconds, log-probs nats.
-``verify_timeouts`` counts answers whose verdict was given up (over the time or memory limit), which count as wrong.
-On the port every metric carries ``run``, the last two names of the run's directory, and there are four that only
-make sense while a run runs: ``run/step`` (finished steps), ``run/steps`` (planned ones), ``run/since_step_s``, and
-``run/guard_events``, a running count, for the port shows no more than one step in ten seconds.
+port, and ``rollouts/length`` in metrics.jsonl; :mod:`opd_ray.watch.catalogue` says what each is. On the port every
+metric carries ``run``, the last two names of the run's directory, and there are four that only make sense while a run
+runs: those of ``run/``, whose ``run/guard_events`` counts on, for the port shows no more than one step in ten seconds.
 """
 
 from __future__ import annotations
@@ -38,15 +36,10 @@ def rollout_metrics(metas: Sequence[RolloutMeta], version: int, budget: int) -> 
     lengths = np.array([meta.num_response_tokens for meta in metas])
     truncated = np.array([meta.truncated for meta in metas])
     oldest = np.array([meta.oldest_version for meta in metas])
-    return {
-        "rollouts/accuracy": float(np.mean([meta.correct for meta in metas])),
-        "rollouts/verify_timeouts": float(sum(meta.no_verdict for meta in metas)),
-        "rollouts/truncation_rate": float(truncated.mean()),
-        "rollouts/repetition_rate": float(np.mean([meta.repetitive for meta in metas])),
+    return _outcomes("rollouts", metas) | {
         "rollouts/truncated_token_share": float(lengths[truncated].sum() / lengths.sum()),
         "rollouts/periodic_tail_rate": float(np.mean([meta.tail_period > 0 for meta in metas])),
         "rollouts/length_budget": float(budget),
-        "rollouts/length": float(lengths.mean()),
         "rollouts/length_p50": float(np.quantile(lengths, 0.5)),
         "rollouts/length_p95": float(np.quantile(lengths, 0.95)),
         "rollouts/behaviour_logprob": float(np.mean([meta.mean_behaviour_logprob for meta in metas])),
@@ -56,15 +49,17 @@ def rollout_metrics(metas: Sequence[RolloutMeta], version: int, budget: int) -> 
 
 
 def teacher_rollout_metrics(metas: Sequence[RolloutMeta]) -> dict[str, float]:
-    """The same of the teacher's own rollouts that a step trains on, after the filter."""
-    if not metas:
-        return {}
+    """Of the teacher's own rollouts that a step trains on, after the filter."""
+    return _outcomes("teacher_rollouts", metas) if metas else {}
+
+
+def _outcomes(of: str, metas: Sequence[RolloutMeta]) -> dict[str, float]:
     return {
-        "teacher_rollouts/accuracy": float(np.mean([meta.correct for meta in metas])),
-        "teacher_rollouts/verify_timeouts": float(sum(meta.no_verdict for meta in metas)),
-        "teacher_rollouts/truncation_rate": float(np.mean([meta.truncated for meta in metas])),
-        "teacher_rollouts/repetition_rate": float(np.mean([meta.repetitive for meta in metas])),
-        "teacher_rollouts/length": float(np.mean([meta.num_response_tokens for meta in metas])),
+        f"{of}/accuracy": float(np.mean([meta.correct for meta in metas])),
+        f"{of}/verify_timeouts": float(sum(meta.no_verdict for meta in metas)),
+        f"{of}/truncation_rate": float(np.mean([meta.truncated for meta in metas])),
+        f"{of}/repetition_rate": float(np.mean([meta.repetitive for meta in metas])),
+        f"{of}/length": float(np.mean([meta.num_response_tokens for meta in metas])),
     }
 
 
@@ -189,6 +184,5 @@ class MetricsPort:
     def _set(self) -> None:
         for name, value in {**self._values, "run/since_step_s": time.monotonic() - self._since}.items():
             if name not in self._gauges:
-                description = f"opd_ray metric {name}"
-                self._gauges[name] = Gauge(port_name(name), description, tag_keys=("run",))
+                self._gauges[name] = Gauge(port_name(name), f"opd_ray metric {name}", tag_keys=("run",))
             self._gauges[name].set(value, tags=self._tags)

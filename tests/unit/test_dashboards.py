@@ -14,6 +14,8 @@ import promql_parser
 import pytest
 
 import exported_metrics
+from opd_ray.watch.catalogue import METRICS
+from opd_ray.watch.metrics import port_name
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +23,22 @@ def built():
     return SimpleNamespace(**runpy.run_path(str(exported_metrics.GRAFANA / "build.py")))
 
 
-def test_the_dashboard_is_the_one_that_its_script_builds(built):
+def test_the_dashboard_and_the_table_of_metrics_are_those_that_their_script_builds(built):
     assert exported_metrics.DASHBOARD.read_text() == built.text(), "run python cluster/grafana/build.py"
+    assert built.README.read_text() == built.readme(), "run python cluster/grafana/build.py"
+
+
+def test_the_catalogue_names_the_alerts_that_read_a_metric():
+    named = {(alert, each.name) for each in METRICS.values() for alert in each.alerts.split(", ") if alert}
+    read = set()
+    for rule in exported_metrics.rules():
+        for pattern in exported_metrics.names(rule["expr"]):
+            read |= {
+                (rule["alert"], name)
+                for name in METRICS
+                if pattern.fullmatch(f"ray_{port_name(name.replace('*', 'learn'))}")
+            }
+    assert named == read
 
 
 @pytest.mark.parametrize("where", exported_metrics.queries())

@@ -21,6 +21,7 @@ from opd_ray.learn.losses.diagnostics import finish
 from opd_ray.learn.microbatch import collate, fetch_payloads
 from opd_ray.messages import SCORE_SCHEMA, Coefficients, Entry
 from opd_ray.repetition import repeated_ngrams
+from opd_ray.watch.catalogue import METRICS, metric
 from scored_rollouts import Scoring, head_of, scored_entries
 
 BOTH = ("teacher", "reference")
@@ -271,6 +272,21 @@ def test_a_source_that_the_step_lacks_has_no_metrics(module: ResponseModel) -> N
         assert [name for name in metrics if name in ("loss_student", "loss_golden", "loss_teacher")] == [
             f"loss_{source}"
         ]
+
+
+def test_every_metric_of_the_objective_is_in_the_catalogue_and_the_other_way_round(module: ResponseModel) -> None:
+    logged = {name for loss in LOSSES.values() for name in take(module, [whole(STEP)], config_with(loss)).metrics}
+    assert {name for name in logged if metric(f"learner/{name}") is None} == set()
+    others = {
+        "grad_norm",
+        "lr",
+        "trained_tokens",
+        "wait_s",
+        "train_s",
+        "weight_sync_s",
+    }  # the learner's, the pipeline's
+    known = {name.removeprefix("learner/") for name in METRICS if name.startswith("learner/")}
+    assert {metric(f"learner/{name}").name.removeprefix("learner/") for name in logged} == known - others
 
 
 def test_the_reward_alone_needs_no_scores(module: ResponseModel) -> None:
