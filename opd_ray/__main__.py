@@ -108,7 +108,8 @@ def train(
 @_debug_option
 def status_(run_dir: Path, as_json: bool, watch: bool) -> None:
     """Where the run in RUN_DIR stands, and why it waits."""
-    from opd_ray.status import WRITE_EVERY_S, table
+    from opd_ray.status import table
+    from opd_ray.status.state import WRITE_EVERY_S
 
     if not watch:
         table.show(run_dir, as_json=as_json)

@@ -19,7 +19,7 @@ from opd_ray.rooms.lost import until_whole
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.together import together
 from opd_ray.score.requests import roles_of, score_requests
-from opd_ray.status import Place
+from opd_ray.status.state import Place
 
 
 class Rollouts:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from opd_ray import config as configs
-from opd_ray import status
 from opd_ray.config import Config
 from opd_ray.embedded import prepare as embedded
 from opd_ray.errors import InputError
+from opd_ray.status import reasons, state
 
 _COPIES_OF_JOBS = "/runtime_resources/working_dir_files/"
 """Where Ray unpacks the working directory of `ray job submit`, within its session's directory."""
@@ -47,12 +47,12 @@ def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
 def _check_alone(run_dir: Path) -> None:
     """Refuses a run whose driver still works on it, as far as its status says; the lease of the checkpoints decides."""
     try:
-        last = status.read(run_dir / status.FILE)
+        last = state.read(run_dir / state.FILE)
     except InputError:
         return
-    alive, age = status.driver_alive(last), abs(time.time() - last.time)
-    if not last.ended and last.pid != os.getpid() and (alive or (alive is None and age < status.STALE_S)):
-        where = "this machine" if alive else f"{last.host}, which wrote {status.FILE} {age:.1f} s ago,"
+    alive, age = reasons.driver_alive(last), abs(time.time() - last.time)
+    if not last.ended and last.pid != os.getpid() and (alive or (alive is None and age < state.STALE_S)):
+        where = "this machine" if alive else f"{last.host}, which wrote {state.FILE} {age:.1f} s ago,"
         raise InputError(
             f"--run-dir {run_dir}: process {last.pid} on {where} is still working on this run; "
             "wait for it, or end it first"

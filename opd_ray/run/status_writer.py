@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from opd_ray import status
 from opd_ray.config import Config
 from opd_ray.placement.restarts import Restarts
 from opd_ray.placement.supervisor import Supervisor
@@ -18,8 +17,9 @@ from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.threads import in_thread
 from opd_ray.snapshots.keeper import Keeper
-from opd_ray.status import CallStatus, RoomStatus, StallWatch, Status
-from opd_ray.status.state import Whereabouts
+from opd_ray.status import state
+from opd_ray.status.reasons import StallWatch
+from opd_ray.status.state import CallStatus, RoomStatus, Status, Whereabouts
 from opd_ray.weights.delivery import Delivery
 
 
@@ -46,7 +46,7 @@ class StatusWriter:
         self.num_restores = 0
         """How often the run went back to an earlier state because one was lost."""
         self._stalls = StallWatch()
-        self._path = run_dir / status.FILE
+        self._path = run_dir / state.FILE
         self._writing: asyncio.Future[None] | None = None
         self._told: str | None = None
         self._work = {room.room: (0.0, 0.0) for room in self._rooms.every}
@@ -58,7 +58,7 @@ class StatusWriter:
                 self._look()
             except Exception as error:
                 self._tell(error)
-            await asyncio.sleep(status.WRITE_EVERY_S)
+            await asyncio.sleep(state.WRITE_EVERY_S)
 
     def _look(self) -> None:
         now = self.status()
@@ -70,7 +70,7 @@ class StatusWriter:
             done.result()
             self._told = None
         if self._writing is None:  # a disk that hangs holds a thread, not the loop
-            self._writing = in_thread(status.write, self._path, now)
+            self._writing = in_thread(state.write, self._path, now)
 
     def _tell(self, error: Exception) -> None:
         text = f"{self._path} stays as it was: {type(error).__name__}: {error}"
@@ -81,11 +81,11 @@ class StatusWriter:
     async def close(self) -> None:
         """How the run ended, for the file and the metrics port; ``run`` is cancelled."""
         try:
-            async with asyncio.timeout(status.STALE_S):
+            async with asyncio.timeout(state.STALE_S):
                 if self._writing is not None:
                     await asyncio.wait([self._writing])  # its file must not come after this one
                 self._live(self.metrics())
-                await in_thread(status.write, self._path, self.status())
+                await in_thread(state.write, self._path, self.status())
         except Exception as error:
             self._tell(error)
 
@@ -145,7 +145,7 @@ class StatusWriter:
             minimum=room.size.minimum,
             maximum=room.size.maximum,
             waiting=room.num_waiting,
-            calls=status.oldest_calls(
+            calls=state.oldest_calls(
                 CallStatus(member.name, member.node, method, now - since, member.silent_s(since))
                 for member in room.members
                 for method, since in member.calls

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import psutil
 
-from opd_ray.status.state import STALE_S, CallStatus, Place, RoomStatus, Status
+from opd_ray.status.state import STALE_S, CallStatus, Phase, Place, RoomStatus, Status
 
 _GENERATORS = ("generate", "teacher_generate")
+_NO_SCORERS = (*_GENERATORS, "learn", "record")
 _OF_ROLLOUTS = ("generate", "score", "select", "measure")
 """Methods that make or look at rollouts."""
 _OF_WEIGHTS = ("drain", "update_weights", "connect", "send_weights", "open_transport")
@@ -51,7 +53,14 @@ class StallWatch:
 
 def explain(status: Status) -> str:
     """One or two sentences: what the run waits for, and the room that is about to end it if there is one."""
-    sentence, named = _EXPLAIN[status.phase](status)
+    saved = status.checkpoint_step
+    words = {
+        "source": "the start" if saved is None else f"the checkpoint of step {saved}",
+        "newest": "none is complete yet" if saved is None else f"newest: step {saved}",
+        "ending": f": {status.note}" if status.note else "",
+    }
+    reason, named = _reason(status)
+    sentence = _HEADS[status.phase].format(**words, **vars(status)) + reason
     below = [room for room in status.rooms if room.below_min_s is not None and room not in named]
     if status.ended or not below:
         return sentence
@@ -90,130 +99,86 @@ def silence(status: Status, run_dir: Path, now: float, alive: bool | None) -> st
     return f"{written}: its process {status.pid} is there, but stopped or stuck; see its log"
 
 
+_HEADS: dict[Phase, str] = {
+    "starting": "starting since {phase_since_s:.0f} s",
+    "restoring": "going back to {source} since {phase_since_s:.0f} s",
+    "evaluating": "evaluating the weights of version {version} since {phase_since_s:.0f} s",
+    "waiting for rollouts": "learner waits {phase_since_s:.0f} s for step {step}",
+    "training": "the learner is at step {step} since {phase_since_s:.0f} s",
+    "broadcasting": "new weights are being broadcast since {phase_since_s:.0f} s",
+    "recording": "step {step} is being recorded since {phase_since_s:.0f} s (metrics, rollout log, snapshot)",
+    "saving": "a checkpoint of step {step} is being written since {phase_since_s:.0f} s ({newest})",
+    "exporting": "the student is being exported since {phase_since_s:.0f} s",
+    "done": "done: {step} of {steps} steps{ending}",
+    "stopped": "stopped after {step} of {steps} steps{ending}",
+    "failed": "failed after {step} of {steps} steps{ending}",
+}
+"""How the explanation of each phase begins."""
 _Reason = tuple[str, Sequence[RoomStatus]]
-"""A sentence and the rooms that it names as short of workers."""
+"""How it goes on, and the rooms that it names as short of workers."""
 _Culprit = tuple[RoomStatus, CallStatus | None]
 """A room that is waited for, and its oldest call of the kind that is waited for, if one is at a worker."""
 
 
-def _starting(status: Status) -> _Reason:
-    head = f"starting since {status.phase_since_s:.0f} s"
-    return _coming_up(status, head, "the rooms are up and are being connected")
+def _reason(status: Status) -> _Reason:
+    rooms = status.rooms
+    match status.phase:
+        case "starting":
+            return _coming_up(status, "the rooms are up and are being connected")
+        case "restoring":
+            return _coming_up(status, "the rooms are up and take in their state")
+        case "evaluating":
+            return _on_rollouts(status, rooms)
+        case "waiting for rollouts":
+            return _waiting(status)
+        case "training" | "saving" | "exporting":
+            return _blame(_of_learner(rooms)), ()
+        case "broadcasting":  # the learner's call lasts until the last receiver has answered, so receivers come first
+            receivers = [room for room in rooms if room.room != "learn"]
+            return _blame(_oldest(receivers, _OF_WEIGHTS) or _oldest(rooms, _OF_WEIGHTS)), ()
+        case "recording":
+            return _blame(_oldest(rooms, _OF_RECORDS)), ()
+    return "", ()
 
 
-def _restoring(status: Status) -> _Reason:
-    source = "the start" if status.checkpoint_step is None else f"the checkpoint of step {status.checkpoint_step}"
-    head = f"going back to {source} since {status.phase_since_s:.0f} s"
-    return _coming_up(status, head, "the rooms are up and take in their state")
-
-
-def _coming_up(status: Status, head: str, then: str) -> _Reason:
+def _coming_up(status: Status, then: str) -> _Reason:
     short = [room for room in status.rooms if room.ready < room.minimum]
     if not short:
-        return f"{head}: {then}{_blame(_of_learner(status) or _oldest(status.rooms))}", ()
+        return f": {then}{_blame(_of_learner(status.rooms) or _oldest(status.rooms))}", ()
     missing = "; ".join(_shortage(room, status) for room in short)
-    return f"{head}: {missing} (a worker waits for a place in the cluster, then loads its model)", short
-
-
-def _evaluating(status: Status) -> _Reason:
-    head = f"evaluating the weights of version {status.version} since {status.phase_since_s:.0f} s"
-    return _on_rollouts(status, head, status.rooms)
+    return f": {missing} (a worker waits for a place in the cluster, then loads its model)", short
 
 
 def _waiting(status: Status) -> _Reason:
-    head, places = f"learner waits {status.phase_since_s:.0f} s for step {status.step}", _places(status)
+    places = _places(status)
     if not places:
-        rooms = [room for room in status.rooms if room.room not in _GENERATORS]
-        return _on_rollouts(status, f"{head}: its golden rollouts are not scored yet", rooms)
-    head += f": {', '.join(_where(slots, place) for place, slots in places.items())}"
+        rest, named = _on_rollouts(status, [room for room in status.rooms if room.room not in _GENERATORS])
+        return f": its golden rollouts are not scored yet{rest}", named
+    head = f": {', '.join(_where(slots, place) for place, slots in places.items())}"
     if list(places) == ["not admitted"]:
         return f"{head}; {status.slots_taken} of {status.num_slots} slots are taken", ()
     generators = [room for room in status.rooms if room.room in _GENERATORS and "generate" in places]
-    scorers = [room for room in status.rooms if _is_scorer(room) and "score" in places]
+    scorers = [room for room in status.rooms if room.room not in _NO_SCORERS and "score" in places]
     blamed = [*generators, *scorers]
     generating, scoring = _oldest(generators, _OF_ROLLOUTS), _oldest(scorers, _OF_ROLLOUTS)
-    if generating and scoring and not any(_is_empty(room) for room in blamed):
+    if generating and scoring and not any(map(_is_empty, blamed)):
         # Whatever is scored was generated before: scorers hold the step up where their calls are older than those of
         # generators, or where they have a queue with most of the step in it.
         queue = scoring[0].num_calls > scoring[0].ready and len(places["score"]) > len(places["generate"])
         blamed = scorers if _age(scoring) > _age(generating) or queue else generators
-    return _on_rollouts(status, head, blamed)
+    rest, named = _on_rollouts(status, blamed)
+    return head + rest, named
 
 
-def _on_rollouts(status: Status, head: str, rooms: Sequence[RoomStatus]) -> _Reason:
+def _on_rollouts(status: Status, rooms: Sequence[RoomStatus]) -> _Reason:
     """Names the one of ``rooms`` that has calls but no worker, or else the oldest call about rollouts."""
-    empty = [room for room in rooms if _is_empty(room)]
-    if empty:
-        return f"{head}; {_shortage(empty[0], status)}", empty[:1]
-    return f"{head}{_blame(_oldest(rooms, _OF_ROLLOUTS))}", ()
-
-
-def _training(status: Status) -> _Reason:
-    head = f"the learner is at step {status.step} since {status.phase_since_s:.0f} s"
-    return f"{head}{_blame(_of_learner(status))}", ()
-
-
-def _broadcasting(status: Status) -> _Reason:
-    """The learner's call lasts until the last receiver has answered, so receivers come first."""
-    head = f"new weights are being broadcast since {status.phase_since_s:.0f} s"
-    receivers = [room for room in status.rooms if room.room != "learn"]
-    return f"{head}{_blame(_oldest(receivers, _OF_WEIGHTS) or _oldest(status.rooms, _OF_WEIGHTS))}", ()
-
-
-def _recording(status: Status) -> _Reason:
-    head = f"step {status.step} is being recorded since {status.phase_since_s:.0f} s (metrics, rollout log, snapshot)"
-    return f"{head}{_blame(_oldest(status.rooms, _OF_RECORDS))}", ()
-
-
-def _saving(status: Status) -> _Reason:
-    newest = "none is complete yet" if status.checkpoint_step is None else f"newest: step {status.checkpoint_step}"
-    head = f"a checkpoint of step {status.step} is being written since {status.phase_since_s:.0f} s ({newest})"
-    return f"{head}{_blame(_of_learner(status))}", ()
-
-
-def _exporting(status: Status) -> _Reason:
-    head = f"the student is being exported since {status.phase_since_s:.0f} s"
-    return f"{head}{_blame(_of_learner(status))}", ()
-
-
-def _done(status: Status) -> _Reason:
-    return f"done: {status.step} of {status.steps} steps{_note(status)}", ()
-
-
-def _stopped(status: Status) -> _Reason:
-    return f"stopped after {status.step} of {status.steps} steps{_note(status)}", ()
-
-
-def _failed(status: Status) -> _Reason:
-    return f"failed after {status.step} of {status.steps} steps{_note(status)}", ()
-
-
-_EXPLAIN: dict[str, Callable[[Status], _Reason]] = {
-    "starting": _starting,
-    "evaluating": _evaluating,
-    "waiting for rollouts": _waiting,
-    "training": _training,
-    "broadcasting": _broadcasting,
-    "recording": _recording,
-    "saving": _saving,
-    "restoring": _restoring,
-    "exporting": _exporting,
-    "done": _done,
-    "stopped": _stopped,
-    "failed": _failed,
-}
-
-
-def _note(status: Status) -> str:
-    return f": {status.note}" if status.note else ""
+    if empty := [room for room in rooms if _is_empty(room)]:
+        return f"; {_shortage(empty[0], status)}", empty[:1]
+    return _blame(_oldest(rooms, _OF_ROLLOUTS)), ()
 
 
 def _is_empty(room: RoomStatus) -> bool:
     return room.ready == 0 and room.num_calls > 0
-
-
-def _is_scorer(room: RoomStatus) -> bool:
-    return room.room not in (*_GENERATORS, "learn", "record")
 
 
 def _shortage(room: RoomStatus, status: Status) -> str:
@@ -240,20 +205,16 @@ def _places(status: Status) -> dict[Place, list[int]]:
 
 
 def _where(slots: Sequence[int], place: Place) -> str:
-    groups: list[list[int]] = []
-    for slot in slots:
-        if groups and slot == groups[-1][-1] + 1:
-            groups[-1].append(slot)
-        else:
-            groups.append([slot])
+    runs = groupby(enumerate(slots), key=lambda each: each[1] - each[0])  # the same within a run of numbers
+    groups = [[slot for _, slot in run] for _, run in runs]
     shown = [str(group[0]) if len(group) == 1 else f"{group[0]}–{group[-1]}" for group in groups[:_MOST_GROUPS]]
     more = "" if len(groups) <= _MOST_GROUPS else f", … ({len(slots)} in all)"
     verb = "slot {} is" if len(slots) == 1 else "slots {} are"
     return f"{verb.format(', '.join(shown) + more)} {'at ' if place != 'not admitted' else ''}{place}"
 
 
-def _of_learner(status: Status) -> _Culprit | None:
-    return _oldest([room for room in status.rooms if room.room == "learn"])
+def _of_learner(rooms: Iterable[RoomStatus]) -> _Culprit | None:
+    return _oldest([room for room in rooms if room.room == "learn"])
 
 
 def _oldest(rooms: Iterable[RoomStatus], methods: Sequence[str] = ()) -> _Culprit | None:
@@ -262,8 +223,8 @@ def _oldest(rooms: Iterable[RoomStatus], methods: Sequence[str] = ()) -> _Culpri
     found: list[_Culprit] = [
         (room, next((call for call in room.calls if not methods or call.method in methods), None)) for room in rooms
     ]
-    found = [(room, call) for room, call in found if call or room.waiting]
-    return max(found, key=lambda each: (_age(each), each[0].waiting)) if found else None
+    named = [(room, call) for room, call in found if call or room.waiting]
+    return max(named, key=lambda each: (_age(each), each[0].waiting), default=None)
 
 
 def _age(culprit: _Culprit) -> float:

@@ -19,8 +19,8 @@ import pytest
 import gated_driver
 from autoscaling_head import AutoscalingHead, NodeType, autoscaling_head, fake_cluster
 from gated_driver import GATES
-from opd_ray import status
 from opd_ray.errors import InputError
+from opd_ray.status import state
 from rollout_log import assert_each_prompt_once, rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(900)]
@@ -88,7 +88,7 @@ class Watched:
     def num_ready(self) -> int:
         """Generators at work, as the run's status says."""
         try:
-            now = status.read(self.run_dir / status.FILE)
+            now = state.read(self.run_dir / state.FILE)
         except InputError:
             return 0
         return next(room.ready for room in now.rooms if room.room == "generate")

@@ -17,11 +17,11 @@ import pytest
 
 from opd_ray import __main__ as command_line
 from opd_ray import config as configs
-from opd_ray import status
 from opd_ray.errors import RunError
 from opd_ray.run import evaluate as evaluation
 from opd_ray.run import train as running
-from opd_ray.status import CallStatus, RoomStatus, Status
+from opd_ray.status import state
+from opd_ray.status.state import CallStatus, RoomStatus, Status
 from tiny_checkpoints import CHARACTERS, make_checkpoint, make_setting, write_jsonl
 
 Outcome = tuple[int, str, str]
@@ -278,7 +278,7 @@ def _status(run_dir: Path, **changes: Any) -> None:
         "rooms": (generate,),
     }
     run_dir.mkdir(exist_ok=True)
-    status.write(run_dir / status.FILE, Status(**values | changes))
+    state.write(run_dir / state.FILE, Status(**values | changes))
 
 
 def test_status_prints_why_the_run_waits_and_its_rooms(call: Callable[..., Outcome], tmp_path: Path) -> None:

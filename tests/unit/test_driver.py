@@ -9,8 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from driven_run import assert_whole, cast_of, die, drive, events, in_no_hurry, on_call, slow_learner
 from fake_workers import FakeLearner
-from opd_ray import status
 from opd_ray.errors import ActorError, RunError, StartFailed
+from opd_ray.status import state
 
 EVERYTHING = {
     "learner": {"num_ranks": 2},
@@ -224,22 +224,22 @@ def test_a_status_writer_that_fails_is_told_of_and_goes_on(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device") if broken == "the disk" else KeyError("room")
 
     module = "opd_ray.run.status_writer"
-    target = f"{module}.status.write" if broken == "the disk" else f"{module}.StatusWriter.{broken}"
+    target = f"{module}.state.write" if broken == "the disk" else f"{module}.StatusWriter.{broken}"
     patched = monkeypatch.context()
     on_call(cast, "train_step", 2, lambda _: patched.__enter__().setattr(target, fails))
     seen = []
 
     def mended(_):
         patched.__exit__(None, None, None)
-        seen.append(status.read(tmp_path / status.FILE).step)
+        seen.append(state.read(tmp_path / state.FILE).step)
 
     on_call(cast, "train_step", 4, mended)
-    on_call(cast, "train_step", 6, lambda _: seen.append(status.read(tmp_path / status.FILE).step))
+    on_call(cast, "train_step", 6, lambda _: seen.append(state.read(tmp_path / state.FILE).step))
     drive(tmp_path, cast)
     assert seen == [0, 4], "it stayed, and went on when it could"
     (said,) = events(tmp_path, "status_failed")
     assert "status.json stays as it was: " in said["text"]
-    assert status.read(tmp_path / status.FILE).phase == "done"
+    assert state.read(tmp_path / state.FILE).phase == "done"
     assert_whole(cast, tmp_path)
 
 

@@ -15,7 +15,6 @@ from unittest import mock
 import pytest
 
 from opd_ray import config as configs
-from opd_ray import status
 from opd_ray.config import Config
 from opd_ray.data.prompts import Prompts, Renderer
 from opd_ray.embedded.prepare import TEACHER_DIR
@@ -23,6 +22,7 @@ from opd_ray.errors import InputError
 from opd_ray.models import checkpoints as models
 from opd_ray.run import preflight, resuming
 from opd_ray.run import train as running
+from opd_ray.status import state
 from opd_ray.tasks import get_task
 from tiny_checkpoints import (
     CHARACTERS,
@@ -350,13 +350,11 @@ def test_a_run_that_somebody_still_works_on_is_not_resumed(setting: dict[str, st
     (tmp_path / "config.yaml").write_text(configs.to_yaml(config))
     here = {"pid": os.getppid(), "host": socket.gethostname(), "phase": "training", "phase_since_s": 1.0, "step": 3}
     rest = {"steps": 9, "version": 3, "last_step_s_ago": 1.0, "slots_taken": 0, "num_slots": 8, "buffered_slots": 0}
-    last = status.Status(
-        time=time.time(), **here, **rest, missing_slots=(), slots_at={}, checkpoint_step=None, rooms=()
-    )
-    status.write(tmp_path / status.FILE, last)
+    last = state.Status(time=time.time(), **here, **rest, missing_slots=(), slots_at={}, checkpoint_step=None, rooms=())
+    state.write(tmp_path / state.FILE, last)
     message = refused(lambda: resuming.check_run_dir(tmp_path, config, resume=True))
     assert f"process {os.getppid()} on this machine is still working on this run" in message
-    status.write(tmp_path / status.FILE, replace(last, phase="failed"))
+    state.write(tmp_path / state.FILE, replace(last, phase="failed"))
     resuming.check_run_dir(tmp_path, config, resume=True)
 
 
@@ -366,14 +364,14 @@ def test_a_run_that_another_machine_still_works_on_is_not_resumed(setting: dict[
     (tmp_path / "config.yaml").write_text(configs.to_yaml(config))
     there = {"pid": 7, "host": "elsewhere", "phase": "training", "phase_since_s": 1.0, "step": 3}
     rest = {"steps": 9, "version": 3, "last_step_s_ago": 1.0, "slots_taken": 0, "num_slots": 8, "buffered_slots": 0}
-    last = status.Status(
+    last = state.Status(
         time=time.time(), **there, **rest, missing_slots=(), slots_at={}, checkpoint_step=None, rooms=()
     )
-    status.write(tmp_path / status.FILE, last)
+    state.write(tmp_path / state.FILE, last)
     message = refused(lambda: resuming.check_run_dir(tmp_path, config, resume=True))
     assert "process 7 on elsewhere, which wrote status.json" in message
-    for over in (replace(last, time=last.time - status.STALE_S), replace(last, phase="failed")):
-        status.write(tmp_path / status.FILE, over)
+    for over in (replace(last, time=last.time - state.STALE_S), replace(last, phase="failed")):
+        state.write(tmp_path / state.FILE, over)
         resuming.check_run_dir(tmp_path, config, resume=True)
 
 

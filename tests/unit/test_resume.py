@@ -10,10 +10,10 @@ import pytest
 
 import fake_ray
 from driven_run import assert_whole, cast_of, die, drive, in_no_hurry, latest, logged, on_call, slow_learner
-from opd_ray import status
 from opd_ray.errors import RunError, Terminated, Unwritable
 from opd_ray.report.runs import read_run
 from opd_ray.run import train as running
+from opd_ray.status import reasons, state
 from opd_ray.watch import metrics
 
 IN_MEMORY = {"every_steps": 0, "memory_every_steps": 1}
@@ -99,9 +99,9 @@ def test_a_stopped_run_is_no_failed_one_and_says_where_it_stopped(tmp_path):
     """The bug: the status said "failed", and there was no summary."""
     cast = cast_of(in_no_hurry, checkpoint={"every_steps": 0})
     stopped_by_a_signal(tmp_path, cast, lambda: steps_done(cast) == 3)
-    left = status.read(tmp_path / status.FILE)
+    left = state.read(tmp_path / state.FILE)
     assert left.phase == "stopped" and left.ended
-    assert status.explain(left).startswith("stopped after 3 of 6 steps: ended by a signal after step 3")
+    assert reasons.explain(left).startswith("stopped after 3 of 6 steps: ended by a signal after step 3")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["stopped_by"], summary["stopped_at"], summary["eval_after"]) == ("signal", 3, None)
     assert not read_run(tmp_path).finished
@@ -163,7 +163,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_with_the_state_in_memory(tmp_p
     text = str(caught.value)
     assert text.startswith(f"{tmp_path}/metrics.jsonl cannot be written (No space left on device); free some space")
     assert text.endswith(f"step 4 is written; go on with --run-dir {tmp_path} --resume, resuming from step 4")
-    left = status.read(tmp_path / status.FILE)
+    left = state.read(tmp_path / state.FILE)
     assert (left.phase, left.note) == ("failed", text)
     again = cast_of(checkpoint=IN_MEMORY)
     drive(tmp_path, again, resume=True)

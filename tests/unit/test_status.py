@@ -13,20 +13,8 @@ from typing import Any, get_args
 import pytest
 
 from opd_ray.errors import InputError
-from opd_ray.status import (
-    STALE_S,
-    CallStatus,
-    Phase,
-    RoomStatus,
-    StallWatch,
-    Status,
-    driver_alive,
-    explain,
-    oldest_calls,
-    read,
-    silence,
-    write,
-)
+from opd_ray.status.reasons import StallWatch, driver_alive, explain, silence
+from opd_ray.status.state import STALE_S, CallStatus, Phase, RoomStatus, Status, oldest_calls, read, write
 
 
 def call(method: str, since_s: float, member: str = "worker-0", node: str = "node-a") -> CallStatus:
