@@ -7,9 +7,8 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -22,15 +21,22 @@ _WIDTH = 160
 
 def show(run_dir: Path, *, as_json: bool = False, in_place: bool = False) -> bool:
     """Prints where a run stands; is there more to come? Raises InputError if ``run_dir`` holds no run's status."""
-    status, silent, gone = _look(run_dir)
+    status = read(run_dir / FILE)
+    alive = driver_alive(status)
+    silent = silence(status, run_dir, time.time(), alive)
     if as_json:
-        print(json.dumps(_plain(status, silent), ensure_ascii=False), flush=True)
+        values = {"explanation": explain(status), "silence": silent, **dataclasses.asdict(status)}
+        print(json.dumps(values, ensure_ascii=False), flush=True)
     else:
         console = Console()
         if in_place:
             console.clear()  # does nothing where the output is no terminal
-        Console(width=None if console.is_terminal else _WIDTH).print(_page(status, silent))
-    return not (status.ended or gone)
+        head = [Text(explain(status), "bold")]
+        if silent:
+            head = [Text(silent, "bold red"), Text(f"before that: {explain(status)}")]
+        page = Group(*head, _facts(status), _rooms(status))
+        Console(width=None if console.is_terminal else _WIDTH).print(page)
+    return not (status.ended or alive is False)
 
 
 def watch(run_dir: Path, every_s: float, *, as_json: bool = False) -> None:
@@ -40,41 +46,21 @@ def watch(run_dir: Path, every_s: float, *, as_json: bool = False) -> None:
         time.sleep(every_s)
 
 
-def _look(run_dir: Path) -> tuple[Status, str | None, bool]:
-    """The status, what its silence means, and whether the driver is known to be gone."""
-    status = read(run_dir / FILE)
-    alive = driver_alive(status)
-    return status, silence(status, run_dir, time.time(), alive), alive is False
-
-
-def _plain(status: Status, silent: str | None) -> dict[str, Any]:
-    return {"explanation": explain(status), "silence": silent, **dataclasses.asdict(status)}
-
-
-def _page(status: Status, silent: str | None) -> RenderableType:
-    head = [Text(explain(status), "bold")]
-    if silent:
-        head = [Text(silent, "bold red"), Text(f"before that: {explain(status)}")]
-    return Group(*head, _facts(status), _rooms(status))
-
-
 def _facts(status: Status) -> Table:
+    ago = "" if status.last_step_s_ago is None else f", the last {status.last_step_s_ago:.0f} s ago"
+    missing = f", the step waits for {len(status.missing_slots)}" if status.missing_slots else ""
+    written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.time))
     table = Table(show_header=False)
-    for name, value in _rows(status):
+    for name, value in {
+        "steps": f"{status.step} of {status.steps}{ago}",
+        "phase": f"{status.phase} since {status.phase_since_s:.0f} s",
+        "weights": f"version {status.version}",
+        "slots": f"{status.slots_taken} of {status.num_slots} taken, {status.buffered_slots} scored{missing}",
+        "checkpoint": "none yet" if status.checkpoint_step is None else f"step {status.checkpoint_step}",
+        "driver": f"process {status.pid} on {status.host}, wrote this at {written}",
+    }.items():
         table.add_row(name, Text(value))
     return table
-
-
-def _rows(status: Status) -> Iterator[tuple[str, str]]:
-    ago = "" if status.last_step_s_ago is None else f", the last {status.last_step_s_ago:.0f} s ago"
-    yield "steps", f"{status.step} of {status.steps}{ago}"
-    yield "phase", f"{status.phase} since {status.phase_since_s:.0f} s"
-    yield "weights", f"version {status.version}"
-    missing = f", the step waits for {len(status.missing_slots)}" if status.missing_slots else ""
-    yield "slots", f"{status.slots_taken} of {status.num_slots} taken, {status.buffered_slots} scored{missing}"
-    yield "checkpoint", "none yet" if status.checkpoint_step is None else f"step {status.checkpoint_step}"
-    written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.time))
-    yield "driver", f"process {status.pid} on {status.host}, wrote this at {written}"
 
 
 def _rooms(status: Status) -> Table:
