@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -82,49 +83,36 @@ def _spread(count: int, most: int) -> list[int]:
 def _choose(file: Path, run: Run, most: int, most_tokens: int) -> Iterator[dict[str, Any]]:
     """Rows of one step: truncated, repetitive and ordinary student rollouts in turn, and a few of other sources."""
     table = pq.read_table(file, columns=[name for name in _COLUMNS if name in pq.read_schema(file).names])
-    facts = table.select(
-        [name for name in ("source", "finish_reason", "text", "repetitive") if name in table.schema.names]
-    ).to_pylist()
-    repetitive = [_is_repetitive(row, run) for row in facts]
+    known = [name for name in ("source", "finish_reason", "text", "repetitive") if name in table.schema.names]
     strata: dict[tuple[str, bool, bool], list[int]] = {}
-    for index, row in enumerate(facts):
-        kind = (row["source"], row["finish_reason"] == "length", repetitive[index])
+    for index, row in enumerate(table.select(known).to_pylist()):
+        kind = (row["source"], row["finish_reason"] == "length", _is_repetitive(row, run))
         strata.setdefault(kind, []).append(index)
-    tokens = _tokens(table)
+    lengths = (pc.list_value_length(table[name]).fill_null(0) for name in ("prompt_tokens", "response_tokens"))
+    tokens = sum(np.minimum(each.to_numpy(), MAX_TOKENS) for each in lengths)  # of each row, as many as are embedded
     taken = _of_each(strata, most)
-    while len(taken) > 1 and (cost := sum(tokens[index] for index in taken)) > most_tokens:
+    while len(taken) > 1 and (cost := int(tokens[taken].sum())) > most_tokens:
         most = max(1, min(len(taken) - 1, len(taken) * most_tokens // cost))
         taken = _of_each(strata, most)
-    for index in taken:
-        row = table.slice(index, 1).to_pylist()[0]
-        yield row | {"step": int(file.stem.removeprefix("step-")), "repetitive": repetitive[index]}
+    repetitive = {index for (_, _, repeats), rows in strata.items() if repeats for index in rows}
+    step = int(file.stem.removeprefix("step-"))
+    for index, row in zip(taken, table.take(taken).to_pylist(), strict=True):
+        yield row | {"step": step, "repetitive": index in repetitive}
 
 
 def _of_each(strata: dict[tuple[str, bool, bool], list[int]], most: int) -> list[int]:
-    students = {kind: rows for kind, rows in strata.items() if kind[0] == "student"}
-    others = {kind: rows for kind, rows in strata.items() if kind[0] != "student"}
-    few = list(_in_turn(others, min(most // 2, max(1, most // 8)) if students else most))
+    """At most ``most`` rows, an eighth of them of other sources than the student where it sampled any."""
+    students, others = (
+        [rows for kind, rows in sorted(strata.items()) if (kind[0] == "student") is own] for own in (True, False)
+    )
+    few = _in_turn(others, min(most // 2, max(1, most // 8)) if students else most)
     return sorted([*_in_turn(students, most - len(few)), *few])
 
 
-def _tokens(table: pa.Table) -> list[int]:
-    """Of each row, as many as the viewer embeds."""
-    lengths = (pc.list_value_length(table[name]).to_pylist() for name in ("prompt_tokens", "response_tokens"))
-    return [sum(min(length or 0, MAX_TOKENS) for length in both) for both in zip(*lengths, strict=True)]
-
-
-def _in_turn(strata: dict[Any, list[int]], most: int) -> Iterator[int]:
+def _in_turn(strata: list[list[int]], most: int) -> list[int]:
     """One of each stratum, then the next of each, until ``most`` are taken or all are."""
-    queues = [iter([rows[i] for i in _spread(len(rows), most)]) for _, rows in sorted(strata.items())]
-    taken = 0
-    while queues and taken < most:
-        for queue in list(queues):
-            index = next(queue, None)
-            if index is None:
-                queues.remove(queue)
-            elif taken < most:
-                taken += 1
-                yield index
+    queues = [[rows[i] for i in _spread(len(rows), most)] for rows in strata]
+    return [index for turn in zip_longest(*queues) for index in turn if index is not None][:most]
 
 
 def _is_repetitive(row: dict[str, Any], run: Run) -> bool:
@@ -142,7 +130,9 @@ def _is_repetitive(row: dict[str, Any], run: Run) -> bool:
 def _pack(row: dict[str, Any], vocab: _Vocabulary) -> dict[str, Any]:
     """One rollout in short names; "T" is null where the teacher did not score, "S" where the student did not sample."""
     tokens, versions = row["response_tokens"], row["weight_versions"]
-    head, tail = _ends(len(tokens))
+    head, tail = len(tokens), len(tokens)
+    if head > MAX_TOKENS:
+        head, tail = MAX_TOKENS // 2, tail - MAX_TOKENS // 2
     keep = [*range(head), *range(tail, len(tokens))]
     return {
         "id": row["rollout_id"],
@@ -159,13 +149,6 @@ def _pack(row: dict[str, Any], vocab: _Vocabulary) -> dict[str, Any]:
         "S": _hundredths(row["behaviour_logprobs"], keep) if row["source"] == "student" else None,
         "v": [min(versions), max(versions)] if versions else None,
     }
-
-
-def _ends(length: int) -> tuple[int, int]:
-    """Where the part that is left out begins and ends."""
-    if length <= MAX_TOKENS:
-        return length, length
-    return MAX_TOKENS // 2, length - MAX_TOKENS // 2
 
 
 def _hundredths(logprobs: Sequence[float] | None, keep: Iterable[int]) -> list[int | None] | None:

@@ -7,8 +7,8 @@ newer versions can stand side by side. A missing file is a fact about the run, n
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +95,12 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             what = "is not a directory" if path.exists() else "no such directory"
             raise InputError(f"{path}: {what}; give the directory of a run, or one that contains runs")
-        runs = [path] if (path / METRICS_FILE).is_file() else _below(path)
+        single = (path / METRICS_FILE).is_file()
+        runs = [path] if single else sorted(file.parent for file in path.rglob(METRICS_FILE))
         if not runs:
             raise InputError(f"{path}: no {METRICS_FILE} in it or below it, so nothing to report; is this a run?")
         found |= {run.resolve(): run for run in runs}
     return list(found.values())
-
-
-def _below(path: Path) -> list[Path]:
-    return sorted(file.parent for file in path.rglob(METRICS_FILE))
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -139,13 +136,14 @@ def read_run(path: Path) -> Run:
     metrics, ways, damaged = read_metrics(path / METRICS_FILE)
     if not metrics and not ways:
         raise InputError(f"{path / METRICS_FILE}: holds no measurements yet; wait for the first step")
-    config = _read_config(path / "config.yaml")
-    summary = _read_summary(path / "summary.json")
-    seed = (summary or {}).get("seed", config.get("seed"))
-    abandoned = tuple(Attempt(*way) for way in ways)
-    _add_first_evaluation(metrics, summary or {})
-    abandoned = _rolled_back(abandoned, (summary or {}).get("guard_events") or [])
-    return Run(path, _arm(path, config, summary or {}), seed, config, summary, metrics, damaged, abandoned)
+    tree, summary = _read(path / "config.yaml", yaml.safe_load), _read(path / "summary.json", json.loads)
+    config, said = _flatten(tree or {}), summary or {}
+    _add_first_evaluation(metrics, said)
+    # The guard ends an attempt at the last step that was measured.
+    rollbacks = {event.get("step") for event in said.get("guard_events") or [] if event.get("level") == "rollback"}
+    abandoned = tuple(Attempt(*way, rolled_back=way[2] in rollbacks) for way in ways)
+    seed = said.get("seed", config.get("seed"))
+    return Run(path, _arm(path, config, said), seed, config, summary, metrics, damaged, abandoned)
 
 
 def _arm(path: Path, config: dict[str, Any], summary: dict[str, Any]) -> str:
@@ -167,26 +165,21 @@ def _add_first_evaluation(metrics: Metrics, summary: dict[str, Any]) -> None:
     before = summary.get("eval_before")
     if not isinstance(before, dict) or any(0 in metrics.get(EVALUATION + name, {}) for name in before):
         return
-    of_teacher = before.get("teacher")
-    for name, value in {**before, **(of_teacher if isinstance(of_teacher, dict) else {})}.items():
+    for name, value in {**before, **(before.get("teacher") or {})}.items():
         if is_number(value):
             metrics[EVALUATION + name] = {0: float(value), **metrics.get(EVALUATION + name, {})}
 
 
-def _rolled_back(abandoned: Sequence[Attempt], events: Sequence[dict[str, Any]]) -> tuple[Attempt, ...]:
-    """The attempts, those marked which the guard ended: it does so at the last step that was measured."""
-    steps = {event.get("step") for event in events if event.get("level") == "rollback"}
-    return tuple(replace(attempt, rolled_back=attempt.last in steps) for attempt in abandoned)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
+    """The mapping in a file; None where there is none. Raises InputError for one that cannot be read."""
     if not path.is_file():
-        return {}
+        return None
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read as YAML ({error})") from None
-    return _flatten(tree) if isinstance(tree, dict) else {}
+        kind = {".yaml": "YAML", ".json": "JSON"}[path.suffix]
+        raise InputError(f"{path}: cannot be read as {kind} ({error})") from None
+    return content if isinstance(content, dict) else None
 
 
 def _flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -195,13 +188,3 @@ def _flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= _flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return flat
-
-
-def _read_summary(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
-    return summary if isinstance(summary, dict) else None
