@@ -5,6 +5,7 @@ A spread is the sample standard deviation over seeds, and there is none for one 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ class Arm:
     @property
     def title(self) -> str:
         return _TITLES.get(self.label, self.label)
+
+    def spread(self, of: Callable[[Run], float | None]) -> Spread:
+        return Spread(tuple(map(of, self.runs)))
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,8 @@ class Measure:
     summary: Callable[[Spread], str] | None = None
     """What stands in the cell instead of mean ± deviation."""
 
-    def spread(self, arm: Arm) -> Spread:
-        return Spread(tuple(self.of(run) for run in arm.runs))
-
     def cell(self, arm: Arm) -> Cell:
-        spread = self.spread(arm)
+        spread = arm.spread(self.of)
         each = tuple("–" if value is None else self.show(value) for value in spread.values)
         text = self.summary(spread) if self.summary else spread.text(self.show)
         return Cell(text, each if len(set(each)) > 1 else (), spread.mean)
@@ -103,25 +104,17 @@ def group(runs: Sequence[Run], order: Sequence[str] = ()) -> list[Arm]:
     """Arms in the ``order`` of their labels, then the others: the highest held-out sampled accuracy first and
     those without one last. Runs of an arm by seed. A label in ``order`` that no run has is passed over."""
     by_label: dict[str, list[Run]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: (-1 if run.seed is None else run.seed, str(run.path))):
         by_label.setdefault(run.arm, []).append(run)
-    arms = [Arm(label, tuple(sorted(members, key=_seed))) for label, members in by_label.items()]
+    arms = [Arm(label, tuple(members)) for label, members in sorted(by_label.items())]
     places = {label: place for place, label in reversed([*enumerate(order)])}
-    return sorted(arms, key=lambda arm: (places.get(arm.label, len(places)), -_reached(arm), arm.label))
+    return sorted(most_accurate(arms), key=lambda arm: places.get(arm.label, len(places)))
 
 
 def most_accurate(arms: Sequence[Arm]) -> list[Arm]:
     """The arms by held-out sampled accuracy after training, the highest first and those without one last."""
-    return sorted(arms, key=lambda arm: -_reached(arm))
-
-
-def _reached(arm: Arm) -> float:
-    mean = final_accuracy(arm).mean
-    return -1.0 if mean is None else mean
-
-
-def _seed(run: Run) -> tuple[int, str]:
-    return (-1 if run.seed is None else run.seed, str(run.path))
+    means = {arm.label: final_accuracy(arm).mean for arm in arms}
+    return sorted(arms, key=lambda arm: math.inf if means[arm.label] is None else -means[arm.label])
 
 
 def evaluated(when: str, name: str) -> Callable[[Run], float | None]:
@@ -131,7 +124,16 @@ def evaluated(when: str, name: str) -> Callable[[Run], float | None]:
 
 def final_accuracy(arm: Arm) -> Spread:
     """Held-out sampled accuracy after training."""
-    return Spread(tuple(map(evaluated("after", "accuracy_sampled"), arm.runs)))
+    return arm.spread(evaluated("after", "accuracy_sampled"))
+
+
+def accuracy_by_seed(arm: Arm) -> dict[int, float]:
+    """Final accuracy of each seed; the mean of it where a seed ran more than once."""
+    values: dict[int, list[float]] = {}
+    for run, value in zip(arm.runs, final_accuracy(arm).values, strict=True):
+        if run.seed is not None and value is not None:
+            values.setdefault(run.seed, []).append(value)
+    return {seed: statistics.fmean(several) for seed, several in values.items()}
 
 
 def highest_truncation(run: Run) -> float | None:
@@ -141,17 +143,15 @@ def highest_truncation(run: Run) -> float | None:
 
 def inflated_at(run: Run) -> int | None:
     """The step at which, for the first time, more than half of the rollouts were truncated."""
-    first = crossing(run)
-    return first and first[1]
+    return (crossing(run) or (None, None))[1]
 
 
 def crossing(run: Run) -> tuple[Metrics, int] | None:
     """The attempt in which a run first passed half truncated, and the step; None if it never did."""
-    for metrics in run.attempts:
-        for step, rate in metrics.get(TRUNCATION, {}).items():
-            if rate > HALF:
-                return metrics, step
-    return None
+    steps = (
+        (metrics, step) for metrics in run.attempts for step, rate in metrics.get(TRUNCATION, {}).items() if rate > HALF
+    )
+    return next(steps, None)
 
 
 def recovered(run: Run) -> bool:
@@ -186,7 +186,7 @@ def results(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     """All MEASURES of every arm as plain values, one for each seed."""
     return [
         {"arm": arm.label, "seeds": [run.seed for run in arm.runs]}
-        | {measure.title: list(measure.spread(arm).values) for measure in MEASURES}
+        | {measure.title: list(arm.spread(measure.of).values) for measure in MEASURES}
         for arm in arms
     ]
 
@@ -199,9 +199,9 @@ def share(value: float) -> str:
 
 def count(value: float) -> str:
     """ "950", "42.1 k", "3.4 M"."""
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if unit == ' k' else size):.3g}{unit}"
+    for size, least, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e3, 1e4, "k")):
+        if abs(value) >= least:
+            return f"{value / size:.3g} {unit}"
     return f"{value:,.0f}"
 
 
@@ -232,11 +232,11 @@ def _whole(value: float) -> str:
 
 
 def _summarised(name: str) -> Callable[[Run], float | None]:
-    return lambda run: (run.summary or {}).get(name)
+    return lambda run: run.summary.get(name)
 
 
 def _num_events(run: Run) -> float | None:
-    counts = (run.summary or {}).get("guard_event_counts")
+    counts = run.summary.get("guard_event_counts")
     return (sum(counts.values()) if counts else len(run.events)) if run.finished else None
 
 

@@ -6,6 +6,7 @@ they are what the student then writes more of.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,9 +51,9 @@ def signature(found: Sequence[Crossing]) -> str:
     if not known:
         return "No advantages of repetitive tokens were measured before the crossing."
     higher = sum(gap > 0 for gap in known)
-    runs = "the one run" if len(known) == 1 else f"{higher} of {len(known)} runs"
     if len(known) == 1 and not higher:
-        return f"In {runs} that passed half truncated, repetitive tokens did not have the higher advantage."
+        return "In the one run that passed half truncated, repetitive tokens did not have the higher advantage."
+    runs = "the one run" if len(known) == 1 else f"{higher} of {len(known)} runs"
     return f"In {runs} that passed half truncated, repetitive tokens had the higher advantage before they did."
 
 
@@ -73,19 +74,17 @@ def _advantages(metrics: Metrics, window: Sequence[int]) -> tuple[float | None, 
     A step without repetitive tokens has no advantage of such, and its share of them, 0, is its weight.
     """
     lengths, shares = metrics.get("rollouts/length", {}), metrics.get("learner/repetitive_share", {})
-    steps = [step for step in window if step in shares]
-    tokens = {step: lengths.get(step, 1.0) for step in steps}
-    repetitive = {step: tokens[step] * shares[step] for step in steps}
-    others = {step: tokens[step] - repetitive[step] for step in steps}
-    total = sum(tokens.values())
+    tokens = {step: lengths.get(step, 1.0) for step in window if step in shares}
+    repetitive = {step: number * shares[step] for step, number in tokens.items()}
+    others = {step: number - repetitive[step] for step, number in tokens.items()}
     return (
         _weighted(metrics.get("learner/advantage_repetitive", {}), repetitive),
         _weighted(metrics.get("learner/advantage_other", {}), others),
-        sum(repetitive.values()) / total if total else None,
+        _weighted(shares, tokens),
     )
 
 
 def _weighted(values: dict[int, float], weights: dict[int, float]) -> float | None:
+    """The mean of ``values`` by ``weights``; None over nothing."""
     both = [step for step in weights if step in values and weights[step] > 0]
-    total = sum(weights[step] for step in both)
-    return sum(values[step] * weights[step] for step in both) / total if total else None
+    return statistics.fmean([values[step] for step in both], [weights[step] for step in both]) if both else None

@@ -31,7 +31,7 @@ class Kind:
     def points(self) -> list[tuple[int, float]]:
         """Golden rollouts used, and sampled accuracy after, of each run that has been evaluated."""
         runs = [run for arm in self.arms for run in arm.runs]
-        return [(_size(run), value) for run in runs if (value := _accuracy(run)) is not None and _size(run)]
+        return [(run.golden_used, value) for run in runs if (value := _accuracy(run)) is not None and run.golden_used]
 
     def at(self, size: int) -> Spread:
         """Accuracies of the runs with a set of this size."""
@@ -42,23 +42,17 @@ def kinds(arms: Sequence[Arm]) -> list[Kind]:
     """In the order of their first arms; empty if no two arms differ in the size of their golden set only."""
     families: list[list[Arm]] = []
     for arm in filter(_has_golden, arms):
-        family = next((family for family in families if _agree(family[0], arm)), None)
-        if family is None:
-            families.append([arm])
-        else:
-            family.append(arm)
+        family = next((family for family in families if _agree(family[0], arm)), [])
+        if not family:
+            families.append(family)
+        family.append(arm)
     found = [Kind(_label(family), tuple(family)) for family in families]
     return [kind for kind in found if len({size for size, _ in kind.points}) > 1]
 
 
 def _has_golden(arm: Arm) -> bool:
-    sets = [(_size(run), Path(str(run.config.get("data.golden"))).name) for run in arm.runs if run.finished]
+    sets = [(run.golden_used, Path(str(run.config.get("data.golden"))).name) for run in arm.runs if run.finished]
     return bool(sets) and all(size and not name.startswith(_TEACHER_ROLLOUTS) for size, name in sets)
-
-
-def _size(run: Run) -> int:
-    """Rows that were used of those in the file; 0 where there was no golden set."""
-    return int(((run.summary or {}).get("golden") or {}).get("used") or 0)
 
 
 _accuracy = evaluated("after", "accuracy_sampled")

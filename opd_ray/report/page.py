@@ -223,7 +223,7 @@ def _differences(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
 def _setting(run: Run, name: str) -> Any:
     """A seed has its own golden file, so that arms differ in the size of theirs is known from the summary only."""
     if name == "golden rollouts used":
-        return run.summary and (run.summary.get("golden") or {}).get("used", 0)
+        return run.golden_used if run.summary else None
     return run.config.get(name)
 
 

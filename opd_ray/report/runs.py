@@ -43,8 +43,8 @@ class Run:
     seed: int | None
     config: dict[str, Any]
     """config.yaml, flattened to dotted names; empty where there is none."""
-    summary: dict[str, Any] | None
-    """summary.json; None while the run is unfinished, or if it was cut off."""
+    summary: dict[str, Any]
+    """summary.json; empty while the run is unfinished, or if it was cut off."""
     metrics: Metrics = field(repr=False)
     """Of the steps that led to where the run is now; a step that was repeated has its last values."""
     damaged_lines: int = 0
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.summary is not None and self.summary.get("stopped_by") != "signal"
+        return bool(self.summary) and self.summary.get("stopped_by") != "signal"
 
     @property
     def steps(self) -> int:
@@ -73,12 +73,17 @@ class Run:
     @property
     def events(self) -> list[dict[str, Any]]:
         """What the guard said and did, in order, the first and the last of it; only a run that has ended tells."""
-        return list((self.summary or {}).get("guard_events") or [])
+        return list(self.summary.get("guard_events") or [])
+
+    @property
+    def golden_used(self) -> int:
+        """Golden rollouts that were used of those in the file; 0 where there was no golden set."""
+        return int((self.summary.get("golden") or {}).get("used") or 0)
 
     def evaluation(self, when: str) -> dict[str, float]:
         """The evaluation "before" or "after" training; empty if there was none."""
-        if self.summary and self.summary.get(f"eval_{when}"):
-            return self.summary[f"eval_{when}"]
+        if measured := self.summary.get(f"eval_{when}"):
+            return measured
         if when == "after":
             return {}
         first = {name: values[0] for name, values in self.metrics.items() if 0 in values}
@@ -136,14 +141,14 @@ def read_run(path: Path) -> Run:
     metrics, ways, damaged = read_metrics(path / METRICS_FILE)
     if not metrics and not ways:
         raise InputError(f"{path / METRICS_FILE}: holds no measurements yet; wait for the first step")
-    tree, summary = _read(path / "config.yaml", yaml.safe_load), _read(path / "summary.json", json.loads)
-    config, said = _flatten(tree or {}), summary or {}
-    _add_first_evaluation(metrics, said)
+    config = _flatten(_read(path / "config.yaml", yaml.safe_load))
+    summary = _read(path / "summary.json", json.loads)
+    _add_first_evaluation(metrics, summary)
     # The guard ends an attempt at the last step that was measured.
-    rollbacks = {event.get("step") for event in said.get("guard_events") or [] if event.get("level") == "rollback"}
+    rollbacks = {event.get("step") for event in summary.get("guard_events") or [] if event.get("level") == "rollback"}
     abandoned = tuple(Attempt(*way, rolled_back=way[2] in rollbacks) for way in ways)
-    seed = said.get("seed", config.get("seed"))
-    return Run(path, _arm(path, config, said), seed, config, summary, metrics, damaged, abandoned)
+    seed = summary.get("seed", config.get("seed"))
+    return Run(path, _arm(path, config, summary), seed, config, summary, metrics, damaged, abandoned)
 
 
 def _arm(path: Path, config: dict[str, Any], summary: dict[str, Any]) -> str:
@@ -170,16 +175,16 @@ def _add_first_evaluation(metrics: Metrics, summary: dict[str, Any]) -> None:
             metrics[EVALUATION + name] = {0: float(value), **metrics.get(EVALUATION + name, {})}
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
-    """The mapping in a file; None where there is none. Raises InputError for one that cannot be read."""
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """The mapping in a file; empty where there is none. Raises InputError for one that cannot be read."""
     if not path.is_file():
-        return None
+        return {}
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         kind = {".yaml": "YAML", ".json": "JSON"}[path.suffix]
         raise InputError(f"{path}: cannot be read as {kind} ({error})") from None
-    return content if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
 
 
 def _flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:

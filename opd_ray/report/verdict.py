@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from opd_ray.report.arms import (
     MANY,
     Arm,
-    Spread,
+    accuracy_by_seed,
     evaluated,
     final_accuracy,
     highest_truncation,
@@ -70,11 +70,10 @@ def _overview(arms: Sequence[Arm]) -> str:
 
 
 def _who_inflated(arms: Sequence[Arm]) -> str:
-    counts = [(sum(inflated_at(run) is not None for run in arm.runs), arm) for arm in arms]
-    inflated = [(count, arm) for count, arm in counts if count]
+    counts = [(len(arm.spread(inflated_at).known), arm) for arm in arms]
+    inflated = sorted(filter(lambda pair: pair[0], counts), key=lambda pair: -pair[0])
     if not inflated:
         return "no arm truncated more than half of a step's rollouts"
-    inflated.sort(key=lambda pair: -pair[0])
     if all(len(arm.runs) == 1 for arm in arms):
         return f"{_listed([_quoted(arm) for _, arm in inflated])} inflated, past half truncated"
     parts = [f"{_quoted(arm)} in {count} of {len(arm.runs)} seeds" for count, arm in inflated]
@@ -95,9 +94,9 @@ def _quoted(arm: Arm) -> str:
 
 def _course(arm: Arm) -> str:
     """How the accuracy went: "rose from .31 to .74 ± .12 held-out sampled accuracy"."""
-    before, after = Spread(tuple(map(evaluated("before", "accuracy_sampled"), arm.runs))), final_accuracy(arm)
+    before, after = arm.spread(evaluated("before", "accuracy_sampled")), final_accuracy(arm)
     if after.mean is None:
-        tails = Spread(tuple(tail_mean(run, "rollouts/accuracy") for run in arm.runs))
+        tails = arm.spread(lambda run: tail_mean(run, "rollouts/accuracy"))
         seen = f", training accuracy {tails.text(share)} over the last steps" if tails.known else ""
         return f"has no final evaluation{seen}"
     to = f"{after.text(share)} held-out sampled accuracy"
@@ -117,38 +116,24 @@ def _seeds(arm: Arm) -> str:
 
 def _comparison(arm: Arm, leader: Arm) -> str:
     """Against the leader on the seeds they share, which pairs away what a lucky student brings."""
-    pairs = _pairs(arm, leader)
-    if not pairs:
+    ahead, behind = accuracy_by_seed(leader), accuracy_by_seed(arm)
+    differences = [ahead[seed] - behind[seed] for seed in ahead if seed in behind]
+    if not differences:
         return _seeds(arm)
-    differences = [ahead - behind for ahead, behind in pairs]
-    where = f"on the same seed{'s' if len(pairs) > 1 else ''}"
-    if abs(statistics.fmean(differences)) < _NOTICEABLE:
+    mean, where = statistics.fmean(differences), f"on the same seed{'s' if len(differences) > 1 else ''}"
+    if abs(mean) < _NOTICEABLE:
         return f", no different from {leader.title} {where}"
-    if len(pairs) == 1:
-        return f", {share(differences[0])} behind {leader.title} {where}"
-    behind = sum(difference > 0 for difference in differences)
-    clear = "" if statistics.fmean(differences) > statistics.stdev(differences) else ", which the spread allows for"
-    return f", {share(statistics.fmean(differences))} behind {leader.title} ({behind} of {len(pairs)} seeds{clear})"
-
-
-def _pairs(arm: Arm, leader: Arm) -> list[tuple[float, float]]:
-    ahead, behind = _by_seed(leader), _by_seed(arm)
-    return [(ahead[seed], behind[seed]) for seed in ahead if seed in behind]
-
-
-def _by_seed(arm: Arm) -> dict[int, float]:
-    """Final accuracy of each seed; the mean of it where a seed ran more than once."""
-    values: dict[int, list[float]] = {}
-    for run, value in zip(arm.runs, final_accuracy(arm).values, strict=True):
-        if run.seed is not None and value is not None:
-            values.setdefault(run.seed, []).append(value)
-    return {seed: statistics.fmean(several) for seed, several in values.items()}
+    if len(differences) == 1:
+        return f", {share(mean)} behind {leader.title} {where}"
+    often = f"{sum(difference > 0 for difference in differences)} of {len(differences)} seeds"
+    clear = "" if mean > statistics.stdev(differences) else ", which the spread allows for"
+    return f", {share(mean)} behind {leader.title} ({often}{clear})"
 
 
 def _inflation(arm: Arm) -> str:
-    crossings = [step for run in arm.runs if (step := inflated_at(run)) is not None]
+    crossings = arm.spread(inflated_at).known
     if not crossings:
-        rates = [rate for run in arm.runs if (rate := highest_truncation(run)) is not None]
+        rates = arm.spread(highest_truncation).known
         return (
             f"it never truncated more than {share(max(rates))} of a step's rollouts" if rates else "it sampled nothing"
         )
@@ -163,43 +148,42 @@ def _inflation(arm: Arm) -> str:
 
 def _guard(arm: Arm) -> str:
     """Warnings are in the table of events; here is only what changed the run."""
-    acted = [run for run in arm.runs if any(event.get("level") != "warn" for event in run.events)]
+    acts = [[event for event in run.events if event.get("level") != "warn"] for run in arm.runs]
+    acted = [events for events in acts if events]
     if not acted:
         return ""
     if len(arm.runs) > 1:
         return f"; the guard acted in {len(acted)} of {len(arm.runs)} runs"
-    events = [event for event in acted[0].events if event.get("level") != "warn"]
+    (events,) = acted
     times = "once," if len(events) == 1 else f"{len(events)} times, first"
     return f"; the guard acted {times} at step {events[0]['step']}"
 
 
 def _caveats(arms: Sequence[Arm]) -> list[str]:
-    said = []
-    unfinished = [run for arm in arms for run in arm.runs if not run.finished]
-    if unfinished:
+    said, runs = [], [run for arm in arms for run in arm.runs]
+    if unfinished := [run for run in runs if not run.finished]:
         said.append(f"Unfinished: {', '.join(map(_progress, unfinished))}.")
-    if back := [run for arm in arms for run in arm.runs if run.abandoned]:
+    if back := [run for run in runs if run.abandoned]:
         said.append(f"Went back and on from there: {'; '.join(map(_returns, back))}.")
-    if all(len(arm.runs) == 1 for arm in arms):
+    if len(runs) == len(arms):
         said.append("One seed an arm: no spread is known, and another seed may come out differently.")
-    for run in (run for arm in arms for run in arm.runs if run.damaged_lines):
+    for run in (each for each in runs if each.damaged_lines):
         said.append(f"Lines of {run.path.name}/metrics.jsonl that are damaged and left out: {run.damaged_lines}.")
     for arm in arms:
         if mixed := _mixed(arm):
             said.append(f"Runs of {arm.title} differ in more than their seed: {', '.join(mixed)}.")
-    problems = {int(n) for arm in arms for run in arm.runs if (n := run.evaluation("after").get("num_problems"))}
-    if problems:
+    if problems := {int(number) for run in runs if (number := run.evaluation("after").get("num_problems"))}:
         said.append(f"Held-out accuracies are on {' and '.join(f'{n:,}' for n in sorted(problems))} problems a run.")
     return said
 
 
 def _mixed(arm: Arm) -> list[str]:
     """Settings that differ within an arm, other than the models and data that belong to a seed."""
-    names = sorted({name for run in arm.runs for name in run.config})
     return [
         name
-        for name in names
-        if not (name in ("seed", "name") or name.startswith("data.") or name.endswith("path"))
+        for name in sorted({name for run in arm.runs for name in run.config} - {"seed", "name"})
+        if not name.startswith("data.")
+        and not name.endswith("path")
         and len({repr(run.config.get(name)) for run in arm.runs}) > 1
     ]
 

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from opd_ray.errors import InputError
-from opd_ray.report.arms import Arm, evaluated, highest_truncation, inflated_at
+from opd_ray.report.arms import Arm, accuracy_by_seed, highest_truncation, inflated_at
 
 _KINDS: dict[frozenset[str], str] = {
     frozenset({"arm", "above", "by"}): "above",
@@ -47,20 +47,14 @@ def judge(claims: Sequence[Mapping[str, Any]], arms: Sequence[Arm]) -> list[str]
 
 def _judge(claim: Mapping[str, Any], found: Mapping[str, Arm]) -> str:
     needed = [claim[key] for key in ("arm", "above", "of", "where_collapses") if key in claim]
-    if missing := [name for name in needed if name not in found or not _sampled(found[name])]:
+    if missing := [name for name in needed if name not in found or not accuracy_by_seed(found[name])]:
         return f"not judged, {missing[0]} has not been run: {claim}"
     arm, kind = found[claim["arm"]], _KINDS[frozenset(claim)]
     return {"above": _above, "below": _below, "most": _most, "within": _within}[kind](claim, arm, found)
 
 
-def _sampled(arm: Arm) -> dict[int | None, float]:
-    """Held-out sampled accuracy of the finished runs, by seed."""
-    accuracy = evaluated("after", "accuracy_sampled")
-    return {run.seed: value for run in arm.runs if (value := accuracy(run)) is not None}
-
-
 def _above(claim: Mapping[str, Any], arm: Arm, found: Mapping[str, Arm]) -> str:
-    ours, theirs = _sampled(arm), _sampled(found[claim["above"]])
+    ours, theirs = accuracy_by_seed(arm), accuracy_by_seed(found[claim["above"]])
     gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     if not gains:
         return f"not judged, no seed has been run in both arms: {dict(claim)}"
@@ -84,7 +78,11 @@ def _most(claim: Mapping[str, Any], arm: Arm, _: Mapping[str, Arm]) -> str:
 
 
 def _within(claim: Mapping[str, Any], arm: Arm, found: Mapping[str, Arm]) -> str:
-    ours, target, collapses = _sampled(arm), _sampled(found[claim["of"]]), found[claim["where_collapses"]]
+    ours, target, collapses = (
+        accuracy_by_seed(arm),
+        accuracy_by_seed(found[claim["of"]]),
+        found[claim["where_collapses"]],
+    )
     seeds = [run.seed for run in collapses.runs if inflated_at(run) is not None]
     short = [target[seed] - ours[seed] for seed in seeds if seed in ours and seed in target]
     if not short:

@@ -17,7 +17,7 @@ from opd_ray.report.runs import Run, read_run, read_runs
 
 
 def run_of(path: Path, metrics: dict[str, dict[int, float]], **changes) -> Run:
-    return Run(path, **{"arm": "a", "seed": 1, "config": {}, "summary": None, "metrics": metrics} | changes)
+    return Run(path, **{"arm": "a", "seed": 1, "config": {}, "summary": {}, "metrics": metrics} | changes)
 
 
 def rates(crossed: int, **others: dict[int, float]) -> dict[str, dict[int, float]]:
