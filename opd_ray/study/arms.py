@@ -14,6 +14,9 @@ from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.errors import InputError
 
+TEACHER_ROLLOUTS = "teacher-rollouts"
+"""``data.golden: teacher-rollouts:N`` in an arm stands for N raw rollouts of the teacher."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
@@ -39,13 +42,25 @@ class Arm:
         except InputError as error:
             raise InputError(f"arm '{self.name}': {error}") from None
 
+    @property
+    def teacher_rollouts(self) -> int:
+        """How many raw rollouts of the teacher it trains on; 0 for another kind of data. InputError for no number."""
+        golden = str(self.config(0).data.golden)
+        kind, _, count = golden.partition(":")
+        if kind != TEACHER_ROLLOUTS:
+            return 0
+        if not (count.isdigit() and int(count) > 0):
+            raise InputError(
+                f"arm '{self.name}': data.golden is {golden}, expected {TEACHER_ROLLOUTS}:N with N above 0"
+            )
+        return int(count)
 
-def run_directory(directory: Path, arm: Arm, seed: int) -> Path:
-    return directory / arm.directory / f"seed-{seed}"
+    def run_directory(self, directory: Path, seed: int) -> Path:
+        """In the directory of the study."""
+        return directory / self.directory / f"seed-{seed}"
 
-
-def _summary(directory: Path, arm: Arm, seed: int) -> dict[str, Any] | None:
-    """The summary of a finished run; one that a signal stopped is run again."""
-    path = run_directory(directory, arm, seed) / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else None
-    return summary if summary and summary.get("stopped_by") != "signal" else None
+    def summary(self, directory: Path, seed: int) -> dict[str, Any] | None:
+        """The summary of a finished run; one that a signal stopped is run again."""
+        path = self.run_directory(directory, seed) / "summary.json"
+        summary = json.loads(path.read_text()) if path.exists() else None
+        return summary if summary and summary.get("stopped_by") != "signal" else None

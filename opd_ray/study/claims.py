@@ -10,19 +10,12 @@ A study file lists ``claims``, each a mapping of one of these kinds over the arm
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from opd_ray.errors import InputError
 from opd_ray.report.arms import Arm, accuracy_by_seed, highest_truncation, inflated_at
-
-_KINDS: dict[frozenset[str], str] = {
-    frozenset({"arm", "above", "by"}): "above",
-    frozenset({"arm", "highest_truncation_below"}): "below",
-    frozenset({"arm", "passes_half_truncated_in_most"}): "most",
-    frozenset({"arm", "within", "of", "where_collapses"}): "within",
-}
 
 
 def check(claims: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> None:
@@ -49,35 +42,37 @@ def _judge(claim: Mapping[str, Any], found: Mapping[str, Arm]) -> str:
     needed = [claim[key] for key in ("arm", "above", "of", "where_collapses") if key in claim]
     if missing := [name for name in needed if name not in found or not accuracy_by_seed(found[name])]:
         return f"not judged, {missing[0]} has not been run: {claim}"
-    arm, kind = found[claim["arm"]], _KINDS[frozenset(claim)]
-    return {"above": _above, "below": _below, "most": _most, "within": _within}[kind](claim, arm, found)
+    holds, text = _KINDS[frozenset(claim)](claim, found[claim["arm"]], found)
+    return text if holds is None else f"{'holds' if holds else 'does not hold'}: {text}"
 
 
-def _above(claim: Mapping[str, Any], arm: Arm, found: Mapping[str, Arm]) -> str:
+_Verdict = tuple[bool | None, str]
+"""Whether a claim holds, None where that cannot be said; and what was expected and found."""
+
+
+def _above(claim: Mapping[str, Any], arm: Arm, found: Mapping[str, Arm]) -> _Verdict:
     ours, theirs = accuracy_by_seed(arm), accuracy_by_seed(found[claim["above"]])
     gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     if not gains:
-        return f"not judged, no seed has been run in both arms: {dict(claim)}"
-    text = (
+        return None, f"not judged, no seed has been run in both arms: {dict(claim)}"
+    return fmean(gains) >= claim["by"], (
         f"sampled accuracy of {arm.label} above {claim['above']} by {claim['by']:g}: {fmean(gains):+.3f} in the mean "
         f"[{' '.join(f'{gain:+.2f}' for gain in gains)}]"
     )
-    return _verdict(fmean(gains) >= claim["by"], text)
 
 
-def _below(claim: Mapping[str, Any], arm: Arm, _: Mapping[str, Arm]) -> str:
+def _below(claim: Mapping[str, Any], arm: Arm, _: Mapping[str, Arm]) -> _Verdict:
     highest, limit = fmean(highest_truncation(run) or 0.0 for run in arm.runs), claim["highest_truncation_below"]
-    text = f"mean of the highest training truncation of {arm.label} below {limit:g}: {highest:.3f}"
-    return _verdict(highest < limit, text)
+    return highest < limit, f"mean of the highest training truncation of {arm.label} below {limit:g}: {highest:.3f}"
 
 
-def _most(claim: Mapping[str, Any], arm: Arm, _: Mapping[str, Arm]) -> str:
-    passed = sum(inflated_at(run) is not None for run in arm.runs)
+def _most(claim: Mapping[str, Any], arm: Arm, _: Mapping[str, Arm]) -> _Verdict:
+    passed = len(arm.spread(inflated_at).known)
     text = f"{arm.label} passes half truncated in most seeds: in {passed} of {len(arm.runs)}"
-    return _verdict((passed > len(arm.runs) / 2) == bool(claim["passes_half_truncated_in_most"]), text)
+    return (passed > len(arm.runs) / 2) == bool(claim["passes_half_truncated_in_most"]), text
 
 
-def _within(claim: Mapping[str, Any], arm: Arm, found: Mapping[str, Arm]) -> str:
+def _within(claim: Mapping[str, Any], arm: Arm, found: Mapping[str, Arm]) -> _Verdict:
     ours, target, collapses = (
         accuracy_by_seed(arm),
         accuracy_by_seed(found[claim["of"]]),
@@ -86,13 +81,16 @@ def _within(claim: Mapping[str, Any], arm: Arm, found: Mapping[str, Arm]) -> str
     seeds = [run.seed for run in collapses.runs if inflated_at(run) is not None]
     short = [target[seed] - ours[seed] for seed in seeds if seed in ours and seed in target]
     if not short:
-        return f"not judged, {collapses.label} passes half truncated in none of the seeds: {dict(claim)}"
-    text = (
+        return None, f"not judged, {collapses.label} passes half truncated in none of the seeds: {dict(claim)}"
+    return all(value <= claim["within"] for value in short), (
         f"{arm.label} within {claim['within']:g} of {claim['of']} in the {len(short)} seeds in which {collapses.label} "
         f"passes half truncated, at worst {max(short):+.3f} short"
     )
-    return _verdict(all(value <= claim["within"] for value in short), text)
 
 
-def _verdict(holds: bool, text: str) -> str:
-    return f"{'holds' if holds else 'does not hold'}: {text}"
+_KINDS: dict[frozenset[str], Callable[[Mapping[str, Any], Arm, Mapping[str, Arm]], _Verdict]] = {
+    frozenset({"arm", "above", "by"}): _above,
+    frozenset({"arm", "highest_truncation_below"}): _below,
+    frozenset({"arm", "passes_half_truncated_in_most"}): _most,
+    frozenset({"arm", "within", "of", "where_collapses"}): _within,
+}

@@ -26,13 +26,11 @@ from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError, RunError, Terminated
 from opd_ray.evaluate import Evaluation
 from opd_ray.placement.session import Session, cluster, unlike
+from opd_ray.report.arms import clock
 from opd_ray.run import preflight
 from opd_ray.run.train import train
 from opd_ray.study import claims, teacher_data
-from opd_ray.study.arms import Arm, _summary, run_directory
-
-TEACHER_ROLLOUTS = "teacher-rollouts"
-"""``data.golden: teacher-rollouts:N`` in an arm stands for N raw rollouts of the teacher."""
+from opd_ray.study.arms import Arm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +65,7 @@ def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         raise InputError(f"study {path}: no arm '{unknown[0]}'; it has {', '.join(arm.directory for arm in arms)}")
     chosen = [arm for arm in arms if not only or arm in [known[name] for name in only]]
     for arm in chosen:
-        golden = str(arm.config(0).data.golden)  # refuses a contradiction before anything starts
-        kind, _, count = golden.partition(":")
-        if kind == TEACHER_ROLLOUTS and not (count.isdigit() and int(count) > 0):
-            raise InputError(f"arm '{arm.name}': data.golden is {golden}, expected {TEACHER_ROLLOUTS}:N with N above 0")
+        _ = arm.teacher_rollouts  # refuses a contradiction before anything starts
     stated = raw.get("claims") or []
     claims.check(stated, [arm.name for arm in arms])
     return Study(chosen, stated)
@@ -82,7 +77,10 @@ def shared_rooms(arms: Sequence[Arm], seed: int) -> Config:
     Raises InputError where no arm does, or where arms differ in what rooms are started with.
     """
     configured = {arm.name: arm.config(seed) for arm in arms}
-    rooms = {name: _rooms(config) for name, config in configured.items()}
+    rooms = {
+        name: {*config.scorers, *["teacher_generate"] * config.buffer.uses_teacher_rollouts}
+        for name, config in configured.items()
+    }
     everything = set().union(*rooms.values())
     widest = next((name for name in configured if rooms[name] == everything), None)
     if widest is None:
@@ -105,11 +103,6 @@ def shared_rooms(arms: Sequence[Arm], seed: int) -> Config:
     return configured[widest]
 
 
-def _rooms(config: Config) -> set[str]:
-    teacher_writes = {"teacher_generate"} if config.buffer.uses_teacher_rollouts else set()
-    return teacher_writes | set(config.scorers)
-
-
 def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: Callable[[str], None]) -> None:
     """Runs every arm on every seed that has no summary in ``directory`` yet.
 
@@ -120,36 +113,35 @@ def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: C
     runs = [(seed, arm) for seed in seeds for arm in arms if seed in arm.seeds(seeds)]
     for seed, arm in runs:
         _check_same(directory, arm, seed)
-    todo = [(seed, arm) for seed, arm in runs if _summary(directory, arm, seed) is None]
+    todo = [(seed, arm) for seed, arm in runs if arm.summary(directory, seed) is None]
     say(f"{len(arms)} arms on {len(seeds)} seeds: {len(runs) - len(todo)} runs are done, {len(todo)} to go")
     if not todo:
         return
     with cluster():
         teacher = _teacher_data(directory, arms, rooms_for, say)
         for arm in arms:  # what is wrong with the last arm is said before the first one runs
-            preflight.check_files(resolve(_with_teacher_data(arm.config(seeds[0]), teacher)))
+            preflight.check_files(resolve(_config(arm, seeds[0], teacher)))
         for seed in dict.fromkeys(seed for seed, _ in todo):
             resolve(dataclasses.replace(rooms_for, seed=seed))  # builds its student, if it is an embedded one
         session = Session(resolve(rooms_for))
         began = time.monotonic()
         try:
             for done, (seed, arm) in enumerate(todo):
-                left = (
-                    f", about {_minutes((time.monotonic() - began) / done * (len(todo) - done))} left" if done else ""
-                )
+                each = (time.monotonic() - began) / max(1, done)
+                left = f", about {clock(each * (len(todo) - done))} left" if done else ""
                 say(f"run {done + 1}/{len(todo)}: {arm.name}, seed {seed}{left}")
                 _run_arm(directory, arm, seed, teacher, session)
-                say(f"    {_outcome(_summary(directory, arm, seed))}")
+                say(f"    {_outcome(arm.summary(directory, seed))}")
         finally:
             session.close()
 
 
 def _run_arm(directory: Path, arm: Arm, seed: int, teacher: teacher_data.Rollouts | None, session: Session) -> None:
-    run_dir = run_directory(directory, arm, seed)
+    run_dir = arm.run_directory(directory, seed)
     shutil.rmtree(run_dir, ignore_errors=True)  # what an interrupted study left there has no summary
     run_dir.mkdir(parents=True)
     (run_dir / "arm.json").write_text(json.dumps(arm.raw) + "\n")
-    config = _with_teacher_data(arm.config(seed), teacher)
+    config = _config(arm, seed, teacher)
     with (run_dir / "log.txt").open("w", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
         try:
             train(config, run_dir, session=session, before=_before(directory, seed))
@@ -159,22 +151,20 @@ def _run_arm(directory: Path, arm: Arm, seed: int, teacher: teacher_data.Rollout
                 raise RunError(f"study: arm '{arm.name}', seed {seed}: {error} (see {run_dir / 'log.txt'})") from None
 
 
-def _with_teacher_data(config: Config, teacher: teacher_data.Rollouts | None) -> Config:
-    """``teacher-rollouts:N`` replaced by a file of N of them."""
-    kind, _, count = str(config.data.golden).partition(":")
-    if teacher is None or kind != TEACHER_ROLLOUTS:
+def _config(arm: Arm, seed: int, teacher: teacher_data.Rollouts | None) -> Config:
+    """The arm's, ``teacher-rollouts:N`` replaced by a file of N of them."""
+    config = arm.config(seed)
+    if teacher is None or not arm.teacher_rollouts:
         return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, golden=str(teacher.subset(int(count)))))
+    golden = str(teacher.subset(arm.teacher_rollouts))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, golden=golden))
 
 
 def _check_same(directory: Path, arm: Arm, seed: int) -> None:
     """Refuses a finished run that was made with other settings: a table must not mix the two."""
-    saved = run_directory(directory, arm, seed) / "arm.json"
-    if (
-        _summary(directory, arm, seed)
-        and saved.exists()
-        and json.loads(saved.read_text()) != json.loads(json.dumps(arm.raw))
-    ):
+    saved = arm.run_directory(directory, seed) / "arm.json"
+    made = json.loads(saved.read_text()) if arm.summary(directory, seed) and saved.exists() else None
+    if made not in (None, json.loads(json.dumps(arm.raw))):
         raise InputError(
             f"study: {saved.parent} was made with other settings of arm '{arm.name}' (see its arm.json); "
             "give another --dir, or delete it"
@@ -194,15 +184,14 @@ def _teacher_data(
     directory: Path, arms: Sequence[Arm], rooms_for: Config, say: Callable[[str], None]
 ) -> teacher_data.Rollouts | None:
     """Raw rollouts of the teacher, for arms that train on them and for its own truncation; made once."""
-    golden = [str(arm.config(0).data.golden).partition(":") for arm in arms]
-    counts = [int(count or 0) for kind, _, count in golden if kind == TEACHER_ROLLOUTS]
-    if not counts:
+    count = max(arm.teacher_rollouts for arm in arms)
+    if not count:
         return None
     config = resolve(rooms_for)
-    path = directory / f"teacher-rollouts-{max(counts)}.parquet"
+    path = directory / f"teacher-rollouts-{count}.parquet"
     if not path.exists():
-        say(f"sampling {max(counts)} rollouts of the teacher")
-        teacher_data.sample(config, preflight.check_files(config), path, max(counts))
+        say(f"sampling {count} rollouts of the teacher")
+        teacher_data.sample(config, preflight.check_files(config), path, count)
     return teacher_data.Rollouts(path)
 
 
@@ -214,8 +203,3 @@ def _outcome(summary: Mapping[str, Any] | None) -> str:
         f"sampled accuracy {before['accuracy_sampled']:.3f} -> {after['accuracy_sampled']:.3f}, "
         f"highest truncation {summary['max_truncation_rate']:.2f}, {summary['wall_s']:.0f} s"
     )
-
-
-def _minutes(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"

@@ -32,13 +32,12 @@ class Rollouts:
     @property
     def truncation_rate(self) -> float:
         """Share of them that did not end by themselves: what a perfect imitation would truncate."""
-        reasons = pq.read_table(self.path, columns=["finish_reason"])["finish_reason"]
-        return pc.mean(pc.equal(reasons, "length")).as_py()
+        return pc.mean(pc.equal(pq.read_table(self.path)["finish_reason"], "length")).as_py()
 
     @property
     def accuracy(self) -> float:
         """Share of them that the task's verifier accepts."""
-        return pc.mean(pq.read_table(self.path, columns=["correct"])["correct"]).as_py()
+        return pc.mean(pq.read_table(self.path)["correct"]).as_py()
 
     def subset(self, count: int) -> Path:
         """A file of the first ``count`` of them, beside this one."""

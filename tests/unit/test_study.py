@@ -9,7 +9,6 @@ import pytest
 from opd_ray.errors import InputError
 from opd_ray.report.arms import TRUNCATION, Arm, inflated_at, markdown, results
 from opd_ray.report.runs import Run
-from opd_ray.study.arms import _summary, run_directory
 from opd_ray.study.claims import judge
 from opd_ray.study.study import read_study, run_study, shared_rooms
 
@@ -89,7 +88,7 @@ def test_arms_that_would_need_other_engines_are_refused(tmp_path):
 
 
 def finish(directory, arm, seed, sampled, most_truncated=0.0):
-    run_dir = run_directory(directory, arm, seed)
+    run_dir = arm.run_directory(directory, seed)
     run_dir.mkdir(parents=True)
     after = {"accuracy_sampled": sampled, "accuracy_greedy": 1.0, "truncation_rate": 0.0}
     summary = {
@@ -114,15 +113,15 @@ def test_a_run_that_a_signal_stopped_is_not_finished(study, tmp_path):
     """It has left a summary, which is of no use to a study: it runs again."""
     arm, _ = read_study(study).arms
     finish(tmp_path, arm, 0, 0.5)
-    path = run_directory(tmp_path, arm, 0) / "summary.json"
+    path = arm.run_directory(tmp_path, 0) / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"stopped_by": "signal"}))
-    assert _summary(tmp_path, arm, 0) is None
+    assert arm.summary(tmp_path, 0) is None
 
 
 def test_a_finished_run_with_other_settings_is_refused(study, tmp_path):
     arm, _ = read_study(study).arms
     finish(tmp_path, arm, 0, 0.5)
-    (run_directory(tmp_path, arm, 0) / "arm.json").write_text(json.dumps({"learner": {"steps": 8}}))
+    (arm.run_directory(tmp_path, 0) / "arm.json").write_text(json.dumps({"learner": {"steps": 8}}))
     with pytest.raises(InputError, match="was made with other settings of arm 'StableOPD'"):
         run_study([arm], [0], tmp_path, print)
 
