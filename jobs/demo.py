@@ -43,7 +43,7 @@ _HEAD_DEADLINE_S = 120.0
 _JOB_STOP_S = 30.0
 """How long a job that is stopped may take: it saves a checkpoint first."""
 _POLL_S = 0.5
-_STEP_LINE = re.compile(r"step +\d+/\d+ ")
+_STEP_LINE = re.compile(r"step +(\d+)/(\d+) \| (.*)")
 _OUTCOMES = (
     ("accuracy_greedy", "accuracy, greedy", ".3f"),
     ("accuracy_sampled", "accuracy, sampled", ".3f"),
@@ -192,7 +192,7 @@ def follow(client: Any, entrypoint: str, run_dir: Path) -> int:
             "env_vars": {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
         },
     )
-    with _Display(run_dir) as display:
+    with _Display() as display:
         try:
             _until_ended(client, job, display)
         except KeyboardInterrupt:
@@ -220,8 +220,7 @@ def _until_ended(client: Any, job: str, display: _Display, deadline: float = mat
 class _Display:
     """The job's lines as they come; on a terminal a progress bar stands in for the step lines."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / "progress.jsonl"
+    def __init__(self) -> None:
         self._shown = 0
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -250,33 +249,12 @@ class _Display:
 
     def show(self, lines: list[str]) -> None:
         for line in lines:
-            if not (self._live and _STEP_LINE.match(line)):
+            step = _STEP_LINE.match(line)
+            if self._live and step:
+                facts = step[3].replace(" | ", "  ")
+                self._bar.update(self._task, completed=int(step[1]), total=int(step[2]), visible=True, facts=facts)
+            else:
                 console.print(line, markup=False)
-        if self._live and self._path.is_file():
-            self._update(self._path.read_text().splitlines())
-
-    def _update(self, lines: list[str]) -> None:
-        with contextlib.suppress(IndexError, json.JSONDecodeError):  # nothing yet, or a line half written
-            last = json.loads(lines[-1])
-            facts = [
-                f"{name} {last[key]:{form}}"
-                for key, name, form in (
-                    ("accuracy", "accuracy", ".2f"),
-                    ("length", "length", ".0f"),
-                    ("truncation", "truncated", ".2f"),
-                    ("tokens_per_s", "tokens/s", ",.0f"),
-                )
-                if last.get(key) is not None
-            ]
-            minutes, seconds = divmod(round(last["seconds_left"]), 60)
-            self._bar.update(
-                self._task,
-                description=last["phase"],
-                completed=last["step"],
-                total=last["steps"],
-                visible=True,
-                facts="  ".join([*facts, f"{minutes}:{seconds:02d} left"]),
-            )
 
 
 def print_outcome(run_dir: Path) -> None:

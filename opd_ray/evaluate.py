@@ -112,7 +112,7 @@ async def _ask_teacher(
 
 
 def teacher_view(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means out of the sums of :func:`opd_ray.watch.recorder.measure`; a mean over nothing is left out."""
+    """Means out of the sums of :meth:`opd_ray.watch.recorder.Recorder.measure`; a mean over nothing is left out."""
     repetitive, tokens = sums["repetitive_tokens"], sums["tokens"]
     pairs = {
         "teacher_logprob": (sums["teacher_logprob"], tokens),

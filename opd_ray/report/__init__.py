@@ -24,14 +24,13 @@ def write_report(
     reference_lines: Mapping[str, ReferenceLine] | None = None,
     notes: Sequence[str] = (),
     order: Sequence[str] = (),
-    headline: str | None = None,
 ) -> None:
     """Writes the page about the runs among and below ``run_dirs`` to ``output``, whole or not at all.
 
     ``reference_lines`` maps a metric to a level drawn across its chart; ``notes`` are paragraphs under the
     verdict. ``order`` lists arms by the names of their runs, as they are to be listed; without it the arms of a
-    study stand as in its results.json, and others by accuracy. ``headline`` takes the place of the sentence that
-    is computed. Raises InputError where there is nothing to report or ``output`` cannot be written.
+    study stand as in its results.json, and others by accuracy. Raises InputError where there is nothing to
+    report or ``output`` cannot be written.
     """
     from opd_ray.disk import whole
     from opd_ray.errors import InputError
@@ -45,7 +44,6 @@ def write_report(
         lines=reference_lines or {},
         notes=[*notes, *left_out],
         order=order or study_order(run_dirs),
-        headline=headline,
     )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,6 @@ def render(
     lines: Mapping[str, ReferenceLine] | None = None,
     notes: Sequence[str] = (),
     order: Sequence[str] = (),
-    headline: str | None = None,
 ) -> bytes:
     """The whole page as UTF-8; see :func:`opd_ray.report.write_report`."""
     arms = arm_table.group(runs, order)
@@ -60,7 +59,7 @@ def render(
     environment.filters |= {"nats": _nats, "share": lambda value: "–" if value is None else arm_table.share(value)}
     page = environment.get_template("page.html.j2").render(
         title=title or _title(arms),
-        verdict=judge(arms, headline),
+        verdict=judge(arms),
         arms=arms,
         index={arm.label: index for index, arm in enumerate(arms)},
         many=len(arms) > arm_table.MANY,

@@ -36,13 +36,13 @@ class Verdict:
     caveats: tuple[str, ...]
 
 
-def judge(arms: Sequence[Arm], headline: str | None = None) -> Verdict:
-    """Sentences about the arms, in their order; ``headline`` takes the place of the one that is computed."""
+def judge(arms: Sequence[Arm]) -> Verdict:
+    """Sentences about the arms, in their order."""
     leader = most_accurate(arms)[0]
-    alone = headline is None and len(arms) <= MANY
+    alone = len(arms) <= MANY
     others = [arm for arm in arms if not (alone and arm is leader)]
     return Verdict(
-        headline or (_about(leader, leader) if alone else _overview(arms)),
+        _about(leader, leader) if alone else _overview(arms),
         leader.label if alone else None,
         tuple((arm.label, _about(arm, leader)) for arm in others),
         tuple(_caveats(arms)),

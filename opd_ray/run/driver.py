@@ -273,7 +273,7 @@ class Driver:
             Metrics(self._writer, self._rooms, self._status.metrics),
             RolloutLog(self._rooms.recorder, self._run_dir / "rollouts", self._config.metrics),
             self._keeper,
-            Progress(self._run_dir, self._config.learner.steps, self._where.step, self._say),
+            Progress(self._config.learner.steps, self._where.step, self._say),
         ]
         try:
             await pipeline.run([self._summary, *watching, *self._observers])

@@ -49,9 +49,37 @@ class Recorder:
         _log.info("wrote %d rollouts to %s", len(table), target, extra={"step": step})
         return len(table)
 
-    def measure(self, rollouts: pa.RecordBatch, teacher_scores: pa.RecordBatch | None = None) -> dict[str, float]:
-        """The sums of :func:`opd_ray.watch.recorder.measure`."""
-        return measure(rollouts, teacher_scores)
+    def measure(self, rollouts: pa.RecordBatch, teacher_scores: pa.RecordBatch) -> dict[str, float]:
+        """Sums over the student's response tokens, in nats where they are log-probs; a row of scores per rollout.
+
+        tokens, repetitive_tokens    how many, and how many end an n-gram that their response held before
+        teacher_logprob              log π_T
+        advantage                    log π_T − log μ, and
+        advantage_repetitive         the same over the repetitive tokens
+        ends, eos_teacher_end        responses that ended by themselves, and the teacher's P(stop) at their last token
+        cuts, eos_teacher_cut        truncated ones, and the teacher's P(stop) at theirs; left out without stop_logprobs
+        """
+        tokens, lengths = _flat(rollouts["response_tokens"])
+        behaviour, teacher = (
+            _flat(column)[0] for column in (rollouts["behaviour_logprobs"], teacher_scores["logprobs"])
+        )
+        repetitive = repeated_ngrams(tokens.astype(np.int64), lengths) > 0
+        advantage = teacher - behaviour
+        sums = {
+            "tokens": len(tokens),
+            "repetitive_tokens": repetitive.sum(),
+            "teacher_logprob": teacher.sum(),
+            "advantage": advantage.sum(),
+            "advantage_repetitive": advantage[repetitive].sum(),
+        }
+        stops, counts = _flat(teacher_scores["stop_logprobs"])
+        if np.array_equal(counts, lengths):
+            there = lengths > 0
+            last = np.exp(stops[np.cumsum(lengths)[there] - 1])
+            ended = (rollouts["finish_reason"].to_numpy(zero_copy_only=False) == "stop")[there]
+            sums |= {"ends": ended.sum(), "eos_teacher_end": last[ended].sum()}
+            sums |= {"cuts": (~ended).sum(), "eos_teacher_cut": last[~ended].sum()}
+        return {name: float(value) for name, value in sums.items()}
 
     def select(self, batch: pa.RecordBatch, rows: Sequence[int]) -> tuple[int, pa.RecordBatch]:
         """Some rows of a payload, in the order asked for, as a payload of their own; and their number."""
@@ -94,57 +122,6 @@ def _from_meta(meta: RolloutMeta) -> pa.RecordBatch:
         field.name: [known.get(field.name, "" if pa.types.is_string(field.type) else [])] for field in ROLLOUT_SCHEMA
     }
     return pa.RecordBatch.from_pydict(values, schema=ROLLOUT_SCHEMA)
-
-
-def measure(rollouts: pa.RecordBatch, teacher_scores: pa.RecordBatch | None) -> dict[str, float]:
-    """Sums over the student's response tokens, in nats where they are log-probs.
-
-    tokens, repetitive_tokens    how many, and how many end an n-gram that their response held before
-    behaviour_logprob            log μ
-    teacher_logprob              log π_T, and
-    teacher_logprob_repetitive   the same over the repetitive tokens
-    advantage                    log π_T − log μ, and
-    advantage_repetitive         the same over the repetitive tokens
-    ends, eos_teacher_end        responses that ended by themselves, and the teacher's P(stop) at their last token
-    cuts, eos_teacher_cut        truncated ones, and the teacher's P(stop) at theirs
-
-    Without ``teacher_scores`` (a row of SCORE_SCHEMA per rollout) all that involve the teacher are left out; without
-    its stop_logprobs, P(stop).
-    """
-    tokens, lengths = _flat(rollouts["response_tokens"])
-    behaviour, _ = _flat(rollouts["behaviour_logprobs"])
-    repetitive = repeated_ngrams(tokens.astype(np.int64), lengths) > 0
-    sums = {
-        "tokens": len(tokens),
-        "repetitive_tokens": repetitive.sum(),
-        "behaviour_logprob": behaviour.sum(),
-    }
-    if teacher_scores is not None:
-        teacher, _ = _flat(teacher_scores["logprobs"])
-        advantage = teacher - behaviour
-        sums |= {
-            "teacher_logprob": teacher.sum(),
-            "teacher_logprob_repetitive": teacher[repetitive].sum(),
-            "advantage": advantage.sum(),
-            "advantage_repetitive": advantage[repetitive].sum(),
-        }
-        sums |= _stop_sums(rollouts["finish_reason"], lengths, teacher_scores["stop_logprobs"])
-    return {name: float(value) for name, value in sums.items()}
-
-
-def _stop_sums(finish_reasons: pa.Array, lengths: np.ndarray, stop_logprobs: pa.Array) -> dict[str, float]:
-    logprobs, counts = _flat(stop_logprobs)
-    if not np.array_equal(counts, lengths):
-        return {}
-    there = lengths > 0
-    last = np.exp(logprobs[np.cumsum(lengths)[there] - 1])
-    ended = (finish_reasons.to_numpy(zero_copy_only=False) == "stop")[there]
-    return {
-        "ends": ended.sum(),
-        "eos_teacher_end": last[ended].sum(),
-        "cuts": (~ended).sum(),
-        "eos_teacher_cut": last[~ended].sum(),
-    }
 
 
 def _flat(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from opd_ray.messages import ROLLOUT_SCHEMA, SCORE_SCHEMA
-from opd_ray.watch.recorder import measure
+from opd_ray.watch.recorder import Recorder
 
 LENGTHS = (9, 30, 1, 14)
 
@@ -50,8 +50,8 @@ def payloads(stop_logprobs=True):
 
 
 def by_definition(rollouts, scores):
-    names = ["tokens", "repetitive_tokens", "behaviour_logprob", "teacher_logprob", "teacher_logprob_repetitive"]
-    names += ["advantage", "advantage_repetitive", "ends", "eos_teacher_end", "cuts", "eos_teacher_cut"]
+    names = ["tokens", "repetitive_tokens", "teacher_logprob", "advantage"]
+    names += ["advantage_repetitive", "ends", "eos_teacher_end", "cuts", "eos_teacher_cut"]
     sums = dict.fromkeys(names, 0.0)
     for row, score in zip(rollouts.to_pylist(), scores.to_pylist(), strict=True):
         tokens, seen = row["response_tokens"], set()
@@ -62,11 +62,9 @@ def by_definition(rollouts, scores):
             behaviour, teacher = row["behaviour_logprobs"][t], score["logprobs"][t]
             for name, value in (
                 ("tokens", 1),
-                ("behaviour_logprob", behaviour),
                 ("teacher_logprob", teacher),
                 ("advantage", teacher - behaviour),
                 ("repetitive_tokens", repetitive),
-                ("teacher_logprob_repetitive", repetitive * teacher),
                 ("advantage_repetitive", repetitive * (teacher - behaviour)),
             ):
                 sums[name] += value
@@ -80,27 +78,24 @@ def test_sums_equal_a_loop_over_tokens():
     rollouts, scores = payloads()
     expected = by_definition(rollouts, scores)
     assert expected["repetitive_tokens"] > 10
-    assert measure(rollouts, scores) == pytest.approx(expected, rel=1e-6)
+    assert Recorder().measure(rollouts, scores) == pytest.approx(expected, rel=1e-6)
 
 
 def test_sums_of_parts_add_up():
     rollouts, scores = payloads()
-    parts = [measure(rollouts.slice(start, 2), scores.slice(start, 2)) for start in (0, 2)]
-    assert {name: parts[0][name] + parts[1][name] for name in parts[0]} == pytest.approx(measure(rollouts, scores))
-
-
-def test_without_a_teacher_only_the_students_sums_are_there():
-    rollouts, _ = payloads()
-    assert measure(rollouts, None).keys() == {"tokens", "repetitive_tokens", "behaviour_logprob"}
+    parts = [Recorder().measure(rollouts.slice(start, 2), scores.slice(start, 2)) for start in (0, 2)]
+    assert {name: parts[0][name] + parts[1][name] for name in parts[0]} == pytest.approx(
+        Recorder().measure(rollouts, scores)
+    )
 
 
 def test_without_stop_logprobs_nothing_is_said_about_stopping():
     rollouts, scores = payloads(stop_logprobs=False)
-    sums = measure(rollouts, scores)
+    sums = Recorder().measure(rollouts, scores)
     assert "advantage" in sums
     assert not {"ends", "cuts", "eos_teacher_end", "eos_teacher_cut"} & sums.keys()
 
 
 def test_no_rollouts_sum_to_nothing():
     rollouts, scores = payloads()
-    assert set(measure(rollouts.slice(0, 0), scores.slice(0, 0)).values()) == {0.0}
+    assert set(Recorder().measure(rollouts.slice(0, 0), scores.slice(0, 0)).values()) == {0.0}

@@ -205,13 +205,6 @@ def test_of_many_calm_arms_none_is_said_to_have_inflated(tmp_path):
     assert verdict.headline.endswith("; no arm truncated more than half of a step's rollouts.")
 
 
-def test_a_headline_that_is_given_takes_the_place_of_the_computed_one(tmp_path):
-    runs = [make_run(tmp_path / name, name=name) for name in "ab"]
-    verdict = judge(arms_of(*runs), "What we found.")
-    assert (verdict.headline, verdict.about) == ("What we found.", None)
-    assert [label for label, _ in verdict.others] == ["a", "b"]
-
-
 def test_the_verdict_tells_recovery_the_guard_and_what_is_missing(tmp_path):
     run = make_run(tmp_path / "run", inflates_at=9, events=[{**ROLLBACK, "level": "warn"}, ROLLBACK])
     summary = json.loads((run / "summary.json").read_text())

@@ -107,9 +107,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_of_fourteen_arms_has_them_in_the_order_of_the_study(study):
-    page, data = report(study, order=list(STUDY_ARMS), headline="It was cured.")
+    page, data = report(study, order=list(STUDY_ARMS))
     assert data["arms"] == list(STUDY_ARMS) and data["shown"] == 7
-    assert "It was cured." in page and "ended highest" not in page
+    assert "ended highest" in page
     assert [kind["name"] for kind in data["golden"]] == ["StableOPD", "SFT"]
     assert [data["arms"][kind["arm"]] for kind in data["golden"]] == ["StableOPD", "SFT, 128 golden"]
     assert [sorted({size for size, _ in kind["points"]}) for kind in data["golden"]] == [[32, 128, 512]] * 2

@@ -171,16 +171,12 @@ def test_a_full_disk_ends_the_run_in_one_line_and_with_the_state_in_memory(tmp_p
 
 
 def test_a_full_disk_is_the_same_failure_wherever_it_shows(tmp_path):
-    """The progress file, the rollout log in its actor, the summary."""
-    for name in ("progress.jsonl", "summary.json"):
-        run_dir = tmp_path / name
-        run_dir.mkdir()
-        (run_dir / name).symlink_to("/dev/full")
-        cast = cast_of(checkpoint=IN_MEMORY)
-        if name == "summary.json":  # a run takes away the one that it finds
-            on_call(cast, "export", 1, lambda _, path=run_dir / name: path.symlink_to("/dev/full"))
-        with pytest.raises(Unwritable, match=rf"{name} cannot be written \(No space left on device\)"):
-            drive(run_dir, cast)
+    """The rollout log in its actor, the summary."""
+    cast = cast_of(checkpoint=IN_MEMORY)
+    path = tmp_path / "full" / "summary.json"  # a run takes away the one that it finds
+    on_call(cast, "export", 1, lambda _: path.symlink_to("/dev/full"))
+    with pytest.raises(Unwritable, match=r"summary.json cannot be written \(No space left on device\)"):
+        drive(path.parent, cast)
     cast = cast_of(checkpoint=IN_MEMORY)
 
     def full(_):

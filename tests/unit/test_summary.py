@@ -44,7 +44,7 @@ def test_a_run_of_many_steps_takes_no_more_memory_than_one_of_few(tmp_path, caps
                 for observer in others:
                     await observer.on_step(report(step))
 
-    others = [Metrics(writer, SimpleNamespace(all={}), dict), Progress(tmp_path, MANY, 0, print)]
+    others = [Metrics(writer, SimpleNamespace(all={}), dict), Progress(MANY, 0, print)]
     asyncio.run(steps(1, 10_000))
     tracemalloc.start()
     asyncio.run(steps(10_001, MANY))
