@@ -10,12 +10,13 @@ import base64
 import gzip
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from opd_ray import __version__
 from opd_ray.report import arms as arm_table
@@ -39,10 +40,10 @@ _SIZE = "@@SIZE@@"
 def render(
     runs: Sequence[Run],
     *,
-    title: str | None = None,
-    lines: Mapping[str, ReferenceLine] | None = None,
-    notes: Sequence[str] = (),
-    order: Sequence[str] = (),
+    title: str | None,
+    lines: Mapping[str, ReferenceLine],
+    notes: Sequence[str],
+    order: Sequence[str],
 ) -> bytes:
     """The whole page as UTF-8; see :func:`opd_ray.report.write_report`."""
     arms = arm_table.group(runs, order)
@@ -50,9 +51,9 @@ def render(
     most = min(_ROLLOUTS_PER_RUN, max(1, _MAX_ROLLOUTS // len(runs)))
     most_tokens = _MAX_TOKENS // len(runs)
     samples = [rollouts.sample(run, most, most_tokens) for run in ordered]
-    kinds = golden.kinds(arms)
+    kinds, passed = golden.kinds(arms), crossing.crossings(arms)
     events = [(arm, run, event) for arm in arms for run in arm.runs for event in sorted(run.events, key=_step)]
-    passed = crossing.crossings(arms)
+    warnings = [row for row in events if row[2].get("level") == "warn"]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -75,15 +76,23 @@ def render(
         has_abandoned=any(run.abandoned for run in runs),
         adjacent=curves.adjacent(runs),
         events=events,
-        actions=[row for row in events if row[2].get("level") != "warn"],
-        folded=[row for row in events if row[2].get("level") == "warn"] if len(events) > _MANY_EVENTS else [],
+        actions=[row for row in events if row not in warnings],
+        folded=warnings if len(events) > _MANY_EVENTS else [],
         differences=_differences(arms),
-        settings=[(f"{arm.title}, {_run_name(arm.runs[0])}", arm.runs[0].config) for arm in arms if arm.runs[0].config],
-        viewer=_viewer_facts(ordered, samples) | {"most": most, "most_tokens": most_tokens},
+        settings=[(f"{arm.title}, {arm.runs[0].name}", arm.runs[0].config) for arm in arms if arm.runs[0].config],
+        viewer={
+            "shown": sum(len(part.rollouts) for part in samples),
+            "logged": sum(part.logged for part in samples),
+            "changed": any(
+                run.config.get(f"rollout.{name}", 1.0) != 1 for run in runs for name in ("temperature", "top_p")
+            ),
+            "most": most,
+            "most_tokens": most_tokens,
+        },
         style=_asset("page.css"),
         scripts=[_asset(name) for name in ("unpack.js", "table.js", "charts.js", "golden.js", "viewer.js")],
-        plotly=_pack(_plotly()),
-        data=_pack(json.dumps(_data(arms, ordered, samples, lines or {}, kinds), separators=(",", ":")).encode()),
+        plotly=_pack(get_plotlyjs()),
+        data=_pack(json.dumps(_data(arms, ordered, samples, lines, kinds), separators=(",", ":"))),
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M"),
         size=_SIZE,
@@ -96,14 +105,8 @@ def _asset(name: str) -> Markup:
     return Markup((_ASSETS / name).read_text(encoding="utf-8"))
 
 
-def _plotly() -> bytes:
-    from plotly.offline import get_plotlyjs
-
-    return get_plotlyjs().encode()
-
-
-def _pack(content: bytes) -> Markup:
-    return Markup(base64.b64encode(gzip.compress(content, 9, mtime=0)).decode())
+def _pack(content: str) -> Markup:
+    return Markup(base64.b64encode(gzip.compress(content.encode(), 9, mtime=0)).decode())
 
 
 def _data(
@@ -121,13 +124,10 @@ def _data(
         "runs": [
             {
                 "arm": labels.index(run.arm),
-                "name": _run_name(run),
+                "name": run.name,
                 "events": _events(run),
                 "abandoned": [[attempt.first, attempt.last, attempt.rolled_back] for attempt in run.abandoned],
-                "rollouts": part.rollouts,
-                "vocab": part.vocab,
-                "logged": part.num_logged,
-                "note": part.note,
+                **vars(part),
             }
             for run, part in zip(runs, samples, strict=True)
         ],
@@ -157,38 +157,33 @@ def _step(event: Mapping[str, Any]) -> int:
     return event.get("step", 0)
 
 
-def _run_name(run: Run) -> str:
-    return run.path.name if run.seed is None else f"seed {run.seed}"
-
-
 def _title(arms: Sequence[Arm]) -> str:
     if len(arms) > 3:
         return f"{len(arms)} arms, {sum(len(arm.runs) for arm in arms)} runs"
     if len(arms) > 1:
         return " · ".join(arm.title for arm in arms)
     (arm,) = arms
-    return f"{arm.title}, {_run_name(arm.runs[0])}" if len(arm.runs) == 1 else arm.title
+    return f"{arm.title}, {arm.runs[0].name}" if len(arm.runs) == 1 else arm.title
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """What was run, in a few words each."""
     seeds = sorted({run.seed for run in runs if run.seed is not None})
-    finished = sum(run.finished for run in runs)
+    finished, budgets = sum(run.finished for run in runs), _seen(runs, "rollout.max_response_tokens", _plain)
     facts = [
         ("runs", f"{len(runs)}" if finished == len(runs) else f"{len(runs)}, {finished} finished"),
         ("seeds" if len(seeds) > 1 else "seed", ", ".join(map(str, seeds))),
         ("steps", steps_between([run.steps for run in runs])),
-        ("task", _common(runs, "data.task")),
+        ("task", " / ".join(_seen(runs, "data.task", str))),
         ("student", _model(runs, "student.path")),
         ("teacher", _model(runs, "teacher.path")),
-        ("length budget", _common(runs, "rollout.max_response_tokens", " tokens")),
+        ("length budget", " / ".join(budgets) + (" tokens" if budgets else "")),
     ]
     return [(name, value) for name, value in facts if value]
 
 
-def _common(runs: Sequence[Run], field: str, unit: str = "") -> str:
-    values = sorted({_plain(run.config[field]) for run in runs if run.config.get(field) is not None})
-    return " / ".join(values) + unit if values else ""
+def _seen(runs: Sequence[Run], field: str, show: Callable[[Any], str]) -> list[str]:
+    return sorted({show(run.config[field]) for run in runs if run.config.get(field) is not None})
 
 
 def _plain(value: Any) -> str:
@@ -202,36 +197,30 @@ def _nats(value: float | None) -> str:
 
 def _model(runs: Sequence[Run], field: str) -> str:
     """The last two parts of a path say which model it is; seeds make several of one kind."""
-    names = sorted({"/".join(Path(str(run.config[field])).parts[-2:]) for run in runs if run.config.get(field)})
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") if names else ""
+    names = _seen(runs, field, lambda path: "/".join(Path(str(path)).parts[-2:]))
+    return "".join(names[:1]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _differences(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
     """Settings in which arms differ, and each arm's value; what differs within an arm goes with the seed."""
     fields = sorted({name for arm in arms for run in arm.runs for name in run.config if name != "name"})
+    # A seed has its own golden file, so that arms differ in the size of theirs is known from the summary only.
+    readers = {"golden rollouts used": lambda run: run.golden_used if run.summary else None}
+    readers |= {name: lambda run, name=name: run.config.get(name) for name in fields}
     rows = []
-    for name in ["golden rollouts used", *fields]:
-        values = [{json.dumps(_setting(run, name), default=str) for run in arm.runs} for arm in arms]
-        if all(len(value) == 1 for value in values):
-            cells = [value.pop() for value in values]
-            if len(set(cells)) > 1:
-                rows.append((name, cells))
+    for name, read in readers.items():
+        values = [{json.dumps(read(run), default=str) for run in arm.runs} for arm in arms]
+        cells = [value for each in values for value in each]
+        if len(cells) == len(arms) and len(set(cells)) > 1:
+            rows.append((name, cells))
     return rows
-
-
-def _setting(run: Run, name: str) -> Any:
-    """A seed has its own golden file, so that arms differ in the size of theirs is known from the summary only."""
-    if name == "golden rollouts used":
-        return run.golden_used if run.summary else None
-    return run.config.get(name)
 
 
 def _table(arms: Sequence[Arm]) -> dict[str, Any]:
     """Measures with a cell for each arm. With many arms, those that are the same for all are said once instead."""
     rows = [(measure, [measure.cell(arm) for arm in arms]) for measure in MEASURES]
-    same = []
-    if len(arms) > arm_table.MANY:
-        same = [row for row in rows if len({(cell.text, cell.each) for cell in row[1]}) == 1]
+    many = len(arms) > arm_table.MANY
+    same = [row for row in rows if many and len({(cell.text, cell.each) for cell in row[1]}) == 1]
     return {
         "measures": [row for row in rows if row not in same],
         "same": [(measure.title, cells[0].text) for measure, cells in same],
@@ -243,12 +232,3 @@ def _sizes(kinds: Sequence[golden.Kind]) -> list[tuple[int, list[str]]]:
     """Sizes of golden sets, and the accuracy of each kind: its mean and spread, or "–"."""
     sizes = sorted({size for kind in kinds for size, _ in kind.points})
     return [(size, [kind.at(size).text(arm_table.share) for kind in kinds]) for size in sizes]
-
-
-def _viewer_facts(runs: Sequence[Run], samples: Sequence[rollouts.Sample]) -> dict[str, Any]:
-    temperatures = {run.config.get("rollout.temperature", 1.0) for run in runs}
-    return {
-        "shown": sum(len(part.rollouts) for part in samples),
-        "logged": sum(part.num_logged for part in samples),
-        "changed": temperatures != {1.0} or {run.config.get("rollout.top_p", 1.0) for run in runs} != {1.0},
-    }

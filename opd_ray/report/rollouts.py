@@ -43,7 +43,7 @@ class Sample:
     rollouts: list[dict[str, Any]]
     vocab: list[str]
     """Text of each token that occurs; rollouts refer to it by index."""
-    num_logged: int
+    logged: int
     """Rollouts in the run's log, of which this is a sample."""
     note: str
     """What a reader must know besides; empty if nothing."""

@@ -53,6 +53,11 @@ class Run:
     """In the order of time."""
 
     @property
+    def name(self) -> str:
+        """Beside its arm's other runs."""
+        return self.path.name if self.seed is None else f"seed {self.seed}"
+
+    @property
     def attempts(self) -> list[Metrics]:
         """All ways that the run went, in the order of time; the last one is the one that counts."""
         return [*(attempt.metrics for attempt in self.abandoned), self.metrics]

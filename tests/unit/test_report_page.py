@@ -63,7 +63,7 @@ def test_the_page_asks_the_network_for_nothing(tmp_path):
 def test_rollouts_come_with_text_and_both_probabilities(tmp_path):
     run = make_run(tmp_path / "run", logged_steps=[1, 10], student=make_student(tmp_path / "student"))
     sample = rollouts.sample(read_run(run), 100)
-    assert (len(sample.rollouts), sample.num_logged, sample.note) == (10, 10, "")
+    assert (len(sample.rollouts), sample.logged, sample.note) == (10, 10, "")
     assert set(sample.vocab) == {*"1234", "+", "=", "<eos>"} and set(sample.vocab) <= set(CHARACTERS)
     by_id = {rollout["id"]: rollout for rollout in sample.rollouts}
     wrong = by_id["10-wrong"]
@@ -85,7 +85,7 @@ def test_a_sample_has_the_truncated_ones_of_every_step(tmp_path):
     shown = [rollout["step"] for rollout in sample.rollouts if rollout["cut"]]
     assert len(shown) == rollouts.MAX_STEPS and shown[0] == 1 and shown[-1] == 40
     assert len(sample.rollouts) == 96 and sum(rollout["src"] == "golden" for rollout in sample.rollouts) == 24
-    assert sample.num_logged == 40 * 31 and "24 of 40 logged steps" in sample.note
+    assert sample.logged == 40 * 31 and "24 of 40 logged steps" in sample.note
 
 
 def test_long_responses_lose_their_middle(tmp_path):
