@@ -227,10 +227,6 @@ def _crossings(spread: Spread) -> str:
     return f"{often}{steps_between(spread.known)}"
 
 
-def _whole(value: float) -> str:
-    return f"{value:.0f}"
-
-
 def _summarised(name: str) -> Callable[[Run], float | None]:
     return lambda run: run.summary.get(name)
 
@@ -240,16 +236,17 @@ def _num_events(run: Run) -> float | None:
     return (sum(counts.values()) if counts else len(run.events)) if run.finished else None
 
 
+_WHOLE = "{:.0f}".format
 MEASURES = (
     Measure("sampled accuracy before", evaluated("before", "accuracy_sampled"), share, "held out, at temperature"),
     Measure("sampled accuracy after", evaluated("after", "accuracy_sampled"), share, "held out, at temperature"),
     Measure("greedy accuracy before", evaluated("before", "accuracy_greedy"), share, "held out, temperature 0"),
     Measure("greedy accuracy after", evaluated("after", "accuracy_greedy"), share, "held out, temperature 0"),
     Measure("truncated after", evaluated("after", "truncation_rate"), share, "held-out sampled answers without EOS"),
-    Measure("mean length after", evaluated("after", "mean_length"), lambda value: f"{value:.1f}", "tokens, held out"),
+    Measure("mean length after", evaluated("after", "mean_length"), "{:.1f}".format, "tokens, held out"),
     Measure("highest truncation in training", highest_truncation, share, "largest share of one step's rollouts"),
-    Measure("truncation passes ½ at step", inflated_at, _whole, "first step over half", _crossings),
+    Measure("truncation passes ½ at step", inflated_at, _WHOLE, "first step over half", _crossings),
     Measure("trained tokens", _summarised("trained_tokens"), count, "response tokens, golden ones included"),
     Measure("wall time", _summarised("wall_s"), clock, "of the training steps and evaluations"),
-    Measure("guard events", _num_events, _whole, "warnings included"),
+    Measure("guard events", _num_events, _WHOLE, "warnings included"),
 )
