@@ -95,7 +95,7 @@ class Driver:
             restarts,
             self._delivery,
             self._keeper,
-            live=lambda metrics: self._writer.live(metrics),
+            live=lambda metrics: self._writer.port.live(metrics),
             say=self._say,
         )
         self._writer: MetricsWriter | None = None

@@ -8,6 +8,7 @@ that have no summary yet. Each seed's student is evaluated once, before its firs
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -191,7 +192,7 @@ def _teacher_data(
     path = directory / f"teacher-rollouts-{count}.parquet"
     if not path.exists():
         say(f"sampling {count} rollouts of the teacher")
-        teacher_data.sample(config, preflight.check_files(config), path, count)
+        asyncio.run(teacher_data.sample(config, preflight.check_files(config), path, count))
     return teacher_data.Rollouts(path)
 
 

@@ -48,12 +48,8 @@ class Rollouts:
         return path
 
 
-def sample(config: Config, facts: Preflight, path: Path, count: int) -> None:
+async def sample(config: Config, facts: Preflight, path: Path, count: int) -> None:
     """One response of the teacher to each of the first ``count`` prompts of ``data.prompts``, into ``path``."""
-    asyncio.run(_sample(config, facts, path, count))
-
-
-async def _sample(config: Config, facts: Preflight, path: Path, count: int) -> None:
     as_student = dataclasses.replace(config, student=dataclasses.replace(config.student, path=config.teacher.path))
     pool = launch.start_generators(as_student, facts.max_context_tokens, alone=True)
     settings = SamplingSettings(
@@ -69,12 +65,8 @@ async def _sample(config: Config, facts: Preflight, path: Path, count: int) -> N
         await pool.up(config.deadlines.start_s)
         chunks = chunked([prompts[slot] for slot in range(len(prompts))], pool, config.rollout.max_num_seqs)
         answers = await together(*(pool.call("generate", chunk, settings) for chunk in chunks))
-        tables = await together(*(_fetch(payload) for _, payload in answers))
+        tables = await asyncio.gather(*(payload for _, payload in answers))
     finally:
         pool.stop()
     with whole(path) as partial:
         pq.write_table(pa.Table.from_batches(tables), partial)
-
-
-async def _fetch(payload: object) -> pa.RecordBatch:
-    return await payload

@@ -64,7 +64,7 @@ def _outcomes(of: str, metas: Sequence[RolloutMeta]) -> dict[str, float]:
 
 
 class MetricsWriter:
-    """Writes one step's metrics to TensorBoard, to Ray's metrics port and to metrics.jsonl."""
+    """Writes one step's metrics to TensorBoard, to Ray's metrics ``port`` and to metrics.jsonl."""
 
     def __init__(
         self, run_dir: Path, first_step: int = 0, *, continued: bool = False, steps: int | None = None
@@ -80,7 +80,7 @@ class MetricsWriter:
         with writing(self._lines_at):
             self._lines = _open_lines(self._lines_at)
         self._lock, self._closed = threading.Lock(), False
-        self._port = MetricsPort("/".join(run_dir.absolute().parts[-2:]), first_step, steps)
+        self.port = MetricsPort("/".join(run_dir.absolute().parts[-2:]), first_step, steps)
 
     def write(self, step: int, metrics: Mapping[str, float], said: Sequence[tuple[str, str]] = ()) -> None:
         """``step`` counts finished optimizer steps; values that are not finite are left out, and ``said`` are tags and
@@ -90,7 +90,7 @@ class MetricsWriter:
         with self._lock:
             if self._closed:
                 return
-            self._port.write(step, finite)
+            self.port.write(step, finite)
             with writing(self._lines_at):
                 self._lines.write(json.dumps({"step": step, **finite}) + "\n")
             with writing(self._board_at):  # a thread writes it: what fails is raised by a later call
@@ -99,13 +99,9 @@ class MetricsWriter:
                 for tag, text in said:
                     self._board.add_text(tag, text, step)
 
-    def live(self, metrics: Mapping[str, float]) -> None:
-        """What also changes while no step is done, for the metrics port only; call it every few seconds."""
-        self._port.live(metrics)
-
     def close(self) -> None:
         """Raises nothing: what a full disk did not take is lost with the run, which has said so."""
-        self._port.close()
+        self.port.close()
         with self._lock:
             self._closed = True
             for file in (self._board, self._lines):
@@ -149,7 +145,7 @@ class MetricsPort:
         self._values = {"run/step": float(first_step), "run/guard_events": 0.0}
         if steps is not None:
             self._values["run/steps"] = float(steps)
-        self._step, self._since = first_step, time.monotonic()
+        self._since = time.monotonic()
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics-port", daemon=True)
         self._thread.start()
@@ -157,14 +153,14 @@ class MetricsPort:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes in finite values; those of earlier writes stay until there are new ones."""
         with self._lock:
-            if step != self._step:
-                self._step, self._since = step, time.monotonic()
+            if step != self._values["run/step"]:
+                self._since = time.monotonic()
             events = self._values["run/guard_events"] + metrics.get("guard/events", 0.0)
             self._values |= {**metrics, "run/step": float(step), "run/guard_events": events}
             self._set()
 
     def live(self, metrics: Mapping[str, float]) -> None:
-        """Takes in finite values that no step has brought."""
+        """Takes in what also changes while no step is done, finite values; call it every few seconds."""
         with self._lock:
             self._values |= metrics
             self._set()

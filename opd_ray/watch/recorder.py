@@ -88,23 +88,20 @@ class Recorder:
 
 def _row(entry: Entry) -> pa.RecordBatch:
     meta = entry.meta
-    row = _fetched(entry.rollouts, entry.row)
-    if row is None:
-        row = _from_meta(meta)
+    row = _fetched(entry.rollouts, entry.row) or _from_meta(meta)
     teachers = [role for role in entry.scores if role != REFERENCE]
     teacher = meta.teacher if meta.teacher in teachers else next(iter(teachers), None)
-    for name, value, kind in (
-        ("repetitive", meta.repetitive, pa.bool_()),
-        ("tail_period", meta.tail_period, pa.int32()),
-        ("worker", meta.worker, pa.string()),
-        ("teacher", teacher, pa.string()),
-    ):
-        row = row.append_column(pa.field(name, kind), pa.array([value], kind))
-    for column, role in (("teacher", teacher), ("reference", REFERENCE)):
-        kind = pa.list_(pa.float32())
+    columns = {
+        "repetitive": pa.array([meta.repetitive], pa.bool_()),
+        "tail_period": pa.array([meta.tail_period], pa.int32()),
+        "worker": pa.array([meta.worker], pa.string()),
+        "teacher": pa.array([teacher], pa.string()),
+    }
+    for column, role in (("teacher_logprobs", teacher), ("reference_logprobs", REFERENCE)):
         scores = _fetched(entry.scores[role], entry.row) if role in entry.scores else None
-        logprobs = pa.nulls(1, kind) if scores is None else scores["logprobs"]
-        row = row.append_column(pa.field(f"{column}_logprobs", kind), logprobs)
+        columns[column] = pa.nulls(1, pa.list_(pa.float32())) if scores is None else scores["logprobs"]
+    for name, column in columns.items():
+        row = row.append_column(name, column)
     return row
 
 
