@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from opd_ray.report.curves import ReferenceLine
 
-__all__ = ["ReferenceLine", "default_output", "write_report", "write_run_report"]
+__all__ = ["ReferenceLine", "default_output", "write_report"]
 
 
 def write_report(
@@ -53,17 +54,6 @@ def write_report(
         raise InputError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
 
 
-def write_run_report(run_dir: Path) -> Path:
-    """Writes ``run_dir``/report.html, as a training run does at its end; returns where it is."""
-    output = default_output([run_dir])
-    write_report([run_dir], output)
-    return output
-
-
 def default_output(run_dirs: Sequence[Path]) -> Path:
     """report.html in the one directory given, or in the one that the given ones have in common."""
-    first, *rest = (path.absolute() for path in run_dirs)
-    if not rest:
-        return first / "report.html"
-    common = next(parent for parent in first.parents if all(path.is_relative_to(parent) for path in rest))
-    return common / "report.html"
+    return Path(os.path.commonpath([path.absolute() for path in run_dirs])) / "report.html"

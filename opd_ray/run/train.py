@@ -14,7 +14,7 @@ from opd_ray.errors import InputError, RunError, Terminated, only_said
 from opd_ray.evaluate import Evaluation
 from opd_ray.placement.capacity import check_fits
 from opd_ray.placement.session import Session, cluster
-from opd_ray.report import write_run_report
+from opd_ray.report import write_report
 from opd_ray.run import preflight, resuming
 from opd_ray.snapshots import Checkpoint, Lease, Shelf, Storage
 from opd_ray.snapshots.calls import FileCalls
@@ -61,14 +61,14 @@ def train(
         except Terminated:
             if session is None:
                 with only_said(f"{run_dir}: report.html was not written"):
-                    write_run_report(run_dir)
+                    write_report([run_dir], run_dir / "report.html")
             raise
         finally:
             shelf.lease.release()
             if session is None:
                 own.close()
     if session is None:
-        write_run_report(run_dir)
+        write_report([run_dir], run_dir / "report.html")
     if stopped:
         raise RunError(stopped)
     return result

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 from opd_ray.config import MetricsConfig
-from opd_ray.disk import writing
 from opd_ray.evaluate import Evaluation
 from opd_ray.messages import Entry
 from opd_ray.rooms import Rooms

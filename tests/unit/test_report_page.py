@@ -12,7 +12,7 @@ from made_up_runs import EVIL, make_rollouts, make_run, make_student, write_roll
 from opd_ray import __main__ as command_line
 from opd_ray.errors import InputError
 from opd_ray.messages import ROLLOUT_SCHEMA
-from opd_ray.report import ReferenceLine, default_output, rollouts, write_report, write_run_report
+from opd_ray.report import ReferenceLine, default_output, rollouts, write_report
 from opd_ray.report.runs import read_run
 from tiny_checkpoints import CHARACTERS
 
@@ -123,7 +123,8 @@ def test_default_outputs(tmp_path):
     run = make_run(tmp_path / "study" / "a")
     assert default_output([run]) == run / "report.html"
     assert default_output([run, tmp_path / "study" / "b" / "c"]) == tmp_path / "study" / "report.html"
-    assert write_run_report(run).stat().st_size < 2.5e6
+    write_report([run], run / "report.html")
+    assert (run / "report.html").stat().st_size < 2.5e6
     assert not list(run.glob(".*"))
 
 
