@@ -57,10 +57,6 @@ class TermConfig:
         return self.divergence in _ON_DISTRIBUTIONS or self.entropy_gate is not None
 
     @property
-    def needs_teacher(self) -> bool:
-        return self.divergence != "cross_entropy"
-
-    @property
     def needs_student_samples(self) -> bool:
         return self.divergence in ON_STUDENT_SAMPLES or (self.on_distributions and self.support == "student_top_k")
 

@@ -202,9 +202,9 @@ class Config:
     def needs_teacher(self, source: Source) -> bool:
         """Does the loss of this source compare with a teacher?"""
         term = self.loss.terms[source]
-        if source == "student" and term.divergence == "k1":
+        if term.divergence == "k1":
             return term.used and self.loss.advantage.uses_teacher
-        return term.used and term.needs_teacher
+        return term.used and term.divergence != "cross_entropy"
 
     def needs_reference(self, source: Source) -> bool:
         """Is this source's rollouts' distance to the reference asked for?"""
