@@ -160,7 +160,7 @@ def evaluate(checkpoint: str, config_file: Path | None, as_json: bool, overrides
     CHECKPOINT is a model in Hugging Face format, or a run directory or one of its checkpoints/step-N, which stand for
     their student. Of a run, problems and settings are the run's, unless --config or overrides say otherwise.
     """
-    from opd_ray.models.checkpoints import inspect
+    from opd_ray.models.checkpoints import locate
     from opd_ray.run import evaluate as evaluation
     from opd_ray.run import export as exporting
 
@@ -169,7 +169,7 @@ def evaluate(checkpoint: str, config_file: Path | None, as_json: bool, overrides
         overrides = (f"student.path={checkpoint}", *overrides)
     config = _load(config_file, overrides, run_dir, evaluation_only=True)
     with exporting.student_in(checkpoint) as student:
-        inspect("CHECKPOINT", student)  # before Ray starts
+        locate(f"CHECKPOINT={student}", student)  # before embedded problems are made for it
         result = evaluation.evaluate(student, config)
     if as_json:
         click.echo(json.dumps(result, indent=2))

@@ -21,16 +21,15 @@ class Dataset:
         """Reads prompts and problems, for which no tokenizer is needed. Raises InputError."""
         self._config = config
         self.renderer = Renderer(get_task(config.data.task), config.student.path)
-        self.prompts = (
-            self._read("data.prompts", config.data.prompts, need_answer=False) if not evaluation_only else None
-        )
-        self.problems = self._read("data.evaluation", config.data.evaluation)
+        self.prompts = None if evaluation_only else self._read("prompts", need_answer=False)
+        self.problems = self._read("evaluation", need_answer=True)
         self.golden: Golden | None = None
         self.shown: Prompts | None = None
         """The prompts with their golden solutions in them, where a privileged teacher is shown those."""
 
-    def _read(self, field: str, path: str, *, need_answer: bool = True) -> Prompts:
-        return Prompts(f"{field} {path}", read_prompts(path, need_answer), self.renderer)
+    def _read(self, field: str, *, need_answer: bool) -> Prompts:
+        path = getattr(self._config.data, field)
+        return Prompts(f"data.{field} {path}", read_prompts(path, need_answer), self.renderer)
 
     def read_golden(self, models: Mapping[str, ModelFacts], eos_token_ids: Sequence[int], judge: Judge) -> None:
         """Reads and checks the golden solutions, where the run needs any. Raises InputError."""

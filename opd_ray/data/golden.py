@@ -110,8 +110,7 @@ def check_golden(
     report = {"rows": len(rows), "used": len(used), **{kind: counts[kind] for kind in KINDS}}
     pairs = {}
     if paired and config.buffer.prompts_per_step:
-        pairs = _pair(prompts.rows, used)
-        _check_pairs(config, prompts, pairs, len(problems))
+        pairs = _pair(config, prompts, used, left_out=len(problems))
     return Golden(used, report, pairs)
 
 
@@ -191,23 +190,20 @@ def _with_privileged_prompts(where: str, solutions: Sequence[Solution], prompts:
     return [dataclasses.replace(each, privileged_prompt_tokens=shown[i]) for i, each in enumerate(solutions)]
 
 
-def _pair(prompts: Sequence[Mapping[str, Any]], solutions: Sequence[Solution]) -> dict[str, int]:
-    """Prompt id to the index of its solution (the first, if it has several); prompts without one are absent.
+def _pair(config: Config, prompts: Prompts, solutions: Sequence[Solution], left_out: int) -> dict[str, int]:
+    """Prompt id to the index of its solution (the first, if it has several); refuses prompts without one.
 
     Solutions have the ids of their prompts by now; prompts of the same text share a solution.
     """
+    rows = prompts.rows
     index: dict[str, int] = {}
     for i, solution in enumerate(solutions):
         index.setdefault(solution.row["id"], i)
-    by_text = {row["prompt"].strip(): index[row["id"]] for row in reversed(prompts) if row["id"] in index}
-    pairs = {row["id"]: index.get(row["id"], by_text.get(row["prompt"].strip())) for row in prompts}
-    return {prompt_id: found for prompt_id, found in pairs.items() if found is not None}
-
-
-def _check_pairs(config: Config, prompts: Prompts, pairs: Mapping[str, int], left_out: int) -> None:
-    missing = [(number, row["id"]) for number, row in enumerate(prompts.rows, start=1) if row["id"] not in pairs]
+    by_text = {row["prompt"].strip(): index[row["id"]] for row in reversed(rows) if row["id"] in index}
+    pairs = {row["id"]: index.get(row["id"], by_text.get(row["prompt"].strip())) for row in rows}
+    missing = [(number, row["id"]) for number, row in enumerate(rows, start=1) if pairs[row["id"]] is None]
     if not missing:
-        return
+        return pairs
     number, prompt_id = missing[0]
     asked = "a privileged teacher is shown" if is_privileged(config) else "buffer.golden_pairing=prompt takes"
     skipped = f" ({left_out} of its rows were left out for their problems)" if left_out else ""

@@ -44,7 +44,7 @@ class ModelFacts:
 def inspect(config_field: str, path: str) -> ModelFacts:
     """Facts of the checkpoint directory or Hub id ``path``; InputError if it is missing, incomplete or unreadable."""
     name = f"{config_field}={path}"
-    local_only = _locate(name, path)
+    local_only = locate(name, path)
     from transformers import AutoConfig, GenerationConfig
 
     try:
@@ -80,7 +80,7 @@ def inspect_run(config: Config) -> dict[str, ModelFacts]:
     names = {role: f"{field_of(config, role)}.path" for role in used}
     for name, path in {"student.path": config.student.path, **{names[role]: used[role].path for role in used}}.items():
         if path != STUDENT:
-            _locate(f"{name}={path}", path)  # all of them before the seconds that the first tokenizer takes
+            locate(f"{name}={path}", path)  # all of them before the seconds that the first tokenizer takes
     student = inspect("student.path", config.student.path)
     found = {"student": student}
     for role, scorer in used.items():
@@ -181,7 +181,7 @@ def _is_markup(tokenizer: Any, id_: int, token: str) -> bool:
     return id_ in tokenizer.all_special_ids or (added is not None and added.special) or bool(_MARKUP.fullmatch(token))
 
 
-def _locate(name: str, path: str) -> bool:
+def locate(name: str, path: str) -> bool:
     """Checks that the checkpoint is there and complete; True when only local files can be had."""
     directory = Path(path)
     if directory.is_dir():

@@ -13,8 +13,6 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from opd_ray.errors import InputError
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -103,9 +101,7 @@ def _last_box(response: str) -> str:
 
 def _math_verify():
     """The library, imported on first use: it brings sympy, and the other tasks do not need it."""
-    try:
-        import math_verify
-    except ImportError as error:
-        raise InputError("task 'math' needs the package math-verify: pip install 'opd_ray[math]'") from error
+    import math_verify
+
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every call without a time-out
     return math_verify
