@@ -1,7 +1,7 @@
 """Which parameters a weight broadcast sends, under which names and in which order.
 
 The learner calls ``weights_of`` once per broadcast and hands the same list to ``manifest_of``
-(for the engines) and to ``WeightTransport.send`` (for the bytes), so both agree by construction.
+(for the engines) and to ``WeightTransfer.send`` (for the bytes), so both agree by construction.
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from engine_host import EngineHost
 from opd_ray.errors import InputError, WeightSyncError
 from opd_ray.generate.engine import GenerationEngine
-from opd_ray.generate.fake import FakeGenerationEngine
 from opd_ray.generate.torch import TorchGenerationEngine
 from opd_ray.messages import Finished, GenerationRequest, SamplingSettings, TransferGroup, WeightManifest
 from opd_ray.weights.manifest import manifest_of, weights_of
 from opd_ray.weights.transfer import WeightTransfer
+from uniform_tokens import UniformTokens
 
 VOCAB_SIZE = 32
 MAX_NUM_SEQS = 8
@@ -111,7 +111,7 @@ def _dying_after(weights: Sequence[tuple[str, torch.Tensor]]) -> Iterator[tuple[
 
 def _build(kind: str, path: Path | None, host: EngineHost) -> GenerationEngine:
     if kind == "fake":
-        return FakeGenerationEngine(max_num_seqs=MAX_NUM_SEQS, max_context_tokens=MAX_CONTEXT_TOKENS)
+        return UniformTokens(max_num_seqs=MAX_NUM_SEQS, max_context_tokens=MAX_CONTEXT_TOKENS)
     if kind == "torch":
         return TorchGenerationEngine(path=str(path), device="cpu", max_num_seqs=MAX_NUM_SEQS)
     return host.build(

@@ -27,10 +27,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from opd_ray.generate.fake import FakeGenerationEngine
 from opd_ray.messages import GenerationRequest
 from opd_ray.snapshots.storage import FileFact, Storage
 from uniform_scores import UniformScores
+from uniform_tokens import UniformTokens
 
 POINTS = (
     "started",  # the rooms' actors were asked for, none is up
@@ -51,7 +51,7 @@ FULL = "disk-is-full"
 # ---- what takes the place of engines, tokenizer and disk ----
 
 
-class VersionedEngine(FakeGenerationEngine):
+class VersionedEngine(UniformTokens):
     """Its tokens depend on the version of the weights that it holds, as a model's would."""
 
     def _token(self, request: GenerationRequest, position: int) -> int:

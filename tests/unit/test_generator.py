@@ -9,7 +9,6 @@ import pytest
 
 from opd_ray.errors import EngineFailed, RunError, WeightSyncError
 from opd_ray.generate.engine_thread import EngineThread
-from opd_ray.generate.fake import FakeGenerationEngine
 from opd_ray.generate.generator import GeneratorSettings, StudentGenerator, TeacherGenerator
 from opd_ray.messages import (
     ROLLOUT_SCHEMA,
@@ -18,11 +17,12 @@ from opd_ray.messages import (
     SamplingSettings,
     WeightManifest,
 )
+from uniform_tokens import UniformTokens
 
 NEVER_STOP = SamplingSettings(temperature=1.0, top_p=1.0, max_response_tokens=6, stop_token_ids=())
 
 
-class SteppedEngine(FakeGenerationEngine):
+class SteppedEngine(UniformTokens):
     """Takes a step only when the test lets it, and keeps the order of what happened."""
 
     def __init__(self):

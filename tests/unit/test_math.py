@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from opd_ray.generate.fake import FakeGenerationEngine
 from opd_ray.generate.generator import GeneratorSettings, StudentGenerator
 from opd_ray.messages import PromptGroup, SamplingSettings
 from opd_ray.tasks import get_task
 from opd_ray.tasks.math import MathTask
 from opd_ray.watch.metrics import rollout_metrics
 from tiny_checkpoints import CHARACTERS, make_checkpoint
+from uniform_tokens import UniformTokens
 
 ROW = {"prompt": "1+1=", "answer": "2"}
 LETTERS = (*CHARACTERS, "<user>", *sorted(set("cdefghijklmnopqrstuvwxyzHNT:,.{} \n")))
@@ -98,7 +98,7 @@ class Boxes:
         return [f"so \\boxed{{{answer}}}" for answer in (*HOSTILE, "4")]
 
 
-class Stopping(FakeGenerationEngine):
+class Stopping(UniformTokens):
     def _token(self, request: Any, position: int) -> int:
         return 7
 

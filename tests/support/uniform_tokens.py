@@ -1,4 +1,4 @@
-"""Engines without a model, for tests of everything around them: deterministic, instant, no torch.
+"""A generation engine that needs no model: deterministic and instant.
 
 Token t of a response is a function of the request's seed and t, so a test can predict it; its
 log-prob is that of a uniform draw. Weight updates only change the version that new tokens carry.
@@ -15,15 +15,16 @@ import numpy as np
 from opd_ray.generate.engine import Unfinished, response_budget
 from opd_ray.messages import Finished, GenerationRequest, TransferGroup, WeightManifest
 
+_VOCAB_SIZE = 32
 
-class FakeGenerationEngine:
+
+class UniformTokens:
     """GenerationEngine that draws uniform tokens, one per response and step."""
 
-    def __init__(self, *, vocab_size: int = 32, max_num_seqs: int = 64, max_context_tokens: int = 1024) -> None:
+    def __init__(self, *, max_num_seqs: int = 64, max_context_tokens: int = 1024) -> None:
         self.weight_version = 0
         self.connected: list[TransferGroup] = []
         """Every group that ``connect`` was called with, in order."""
-        self._vocab_size = vocab_size
         self._max_num_seqs = max_num_seqs
         self._max_context_tokens = max_context_tokens
         self._requests: dict[str, tuple[GenerationRequest, int]] = {}
@@ -59,15 +60,15 @@ class FakeGenerationEngine:
             self._versions = {request_id: [] for request_id in self._versions}
 
     def _token(self, request: GenerationRequest, position: int) -> int:
-        return random.Random(f"{request.seed}/{position}").randrange(self._vocab_size)
+        return random.Random(f"{request.seed}/{position}").randrange(_VOCAB_SIZE)
 
     def _finish(self, request: GenerationRequest, versions: list[int], stopped: bool) -> Finished:
         tokens = [self._token(request, position) for position in range(len(versions))]
-        top_k = min(request.sampling.top_k, self._vocab_size)
+        top_k = min(request.sampling.top_k, _VOCAB_SIZE)
         return Finished(
             request_id=request.request_id,
             tokens=np.asarray(tokens, dtype=np.int32),
-            logprobs=np.full(len(tokens), -math.log(self._vocab_size), dtype=np.float32),
+            logprobs=np.full(len(tokens), -math.log(_VOCAB_SIZE), dtype=np.float32),
             weight_versions=np.asarray(versions, dtype=np.int32),
             finish_reason="stop" if stopped else "length",
             topk_ids=np.tile(np.arange(top_k, dtype=np.int32), (len(tokens), 1)) if top_k else None,
