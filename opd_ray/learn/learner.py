@@ -318,10 +318,10 @@ class Learner:
 
     def _full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter whole, valid until the next is asked for; every rank must ask under ZeRO-3."""
-        from deepspeed.zero import GatheredParameters
+        import deepspeed  # whose zero is no module that could be imported from
 
         for name, parameter in weights_of(self._model):
-            with GatheredParameters([parameter], enabled=self._zero_stage == 3):
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
                 yield name, parameter.data
 
 
