@@ -171,12 +171,10 @@ def _payload(rollout_ids: pa.Array, scores: Sequence[Scores]) -> pa.RecordBatch:
 
 
 def _lists(rows: Sequence[np.ndarray], field: pa.Field) -> pa.ListArray:
-    """A list column from one array per row, without going through Python numbers."""
-    ends = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
-    if ends[-1] > MOST_VALUES:
+    """A list column from one array per row."""
+    if (total := sum(map(len, rows))) > MOST_VALUES:
         raise RunError(
-            f"{len(rows)} rollouts have {ends[-1]} values of {field.name}, more than one batch can hold "
+            f"{len(rows)} rollouts have {total} values of {field.name}, more than one batch can hold "
             f"({MOST_VALUES}); lower rollout.prompts_per_call"
         )
-    flat: Any = np.concatenate(rows) if rows else np.empty(0)
-    return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(flat, type=field.type.value_type))
+    return pa.array(rows, type=field.type)
