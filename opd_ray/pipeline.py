@@ -41,7 +41,7 @@ from opd_ray.errors import PayloadLost, RunError, first_failure
 from opd_ray.evaluate import Evaluation, evaluate
 from opd_ray.messages import Entry, StepOutcome
 from opd_ray.rooms import Rooms
-from opd_ray.rooms.lost import until_whole
+from opd_ray.rooms.together import until_whole
 from opd_ray.status.state import Place, Whereabouts
 from opd_ray.watch.guard import Guard
 from opd_ray.watch.metrics import rollout_metrics, teacher_rollout_metrics

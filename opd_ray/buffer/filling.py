@@ -15,9 +15,8 @@ from opd_ray.config import Config
 from opd_ray.data.prompts import PromptStream
 from opd_ray.messages import Entry, PromptGroup, RolloutMeta, SamplingSettings, Source, Strength
 from opd_ray.rooms import Rooms
-from opd_ray.rooms.lost import until_whole
 from opd_ray.rooms.pool import Pool
-from opd_ray.rooms.together import together
+from opd_ray.rooms.together import together, until_whole
 from opd_ray.score.requests import roles_of, score_requests
 from opd_ray.status.state import Place
 

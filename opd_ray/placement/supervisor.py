@@ -39,12 +39,7 @@ class Supervisor:
     """Watches pools and groups while ``run`` runs."""
 
     def __init__(
-        self,
-        config: Config,
-        rooms: Rooms,
-        delivery: Delivery,
-        restarts: Restarts,
-        say: Callable[..., None],
+        self, config: Config, rooms: Rooms, delivery: Delivery, restarts: Restarts, say: Callable[..., None]
     ) -> None:
         self._config, self._rooms, self._pools = config, rooms, rooms.pools
         self._delivery, self._restarts, self._say = delivery, restarts, say

@@ -28,9 +28,8 @@ from opd_ray.placement import launch
 from opd_ray.placement.restarts import Restarts
 from opd_ray.placement.session import Session
 from opd_ray.placement.supervisor import Supervisor
-from opd_ray.rooms.lost import until_whole
 from opd_ray.rooms.threads import in_thread
-from opd_ray.rooms.together import together
+from opd_ray.rooms.together import together, until_whole
 from opd_ray.run.golden import GoldenRollouts
 from opd_ray.run.preflight import Preflight
 from opd_ray.run.signals import stop_signals
