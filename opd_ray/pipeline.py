@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from opd_ray.buffer.filling import Rollouts
+from opd_ray.buffer.filling import Filling
 from opd_ray.buffer.mixture import Mixture
 from opd_ray.buffer.plan import group_advantages, plan_step
 from opd_ray.buffer.replay import ReplayBuffer
@@ -89,7 +89,7 @@ class Pipeline:
         self._waited_s, self._waits_since = 0.0, None
         self._waits_for: int | None = None
         self._mixture = Mixture(config)
-        self._rollouts = Rollouts(config, rooms, prompts, self._mixture, stop_token_ids, self._lost)
+        self._filling = Filling(config, rooms, prompts, self._mixture, stop_token_ids, self._lost)
         self._slots = Slots(config.buffer.num_slots, first=first_step * config.buffer.prompts_per_step)
 
     async def run(self, observers: Sequence[Observer]) -> None:
@@ -120,7 +120,7 @@ class Pipeline:
     def slots(self) -> tuple[Slots, list[int], dict[int, Place]]:
         """The ledger, the slots that the learner waits for, and where slots are that are not in the buffer."""
         missing = [] if self._waits_for is None else self._buffer.missing(self._waits_for)
-        return self._slots, missing, dict.fromkeys(missing, "not admitted") | self._rollouts.places
+        return self._slots, missing, dict.fromkeys(missing, "not admitted") | self._filling.places
 
     async def evaluate(self, num_problems: int) -> Evaluation:
         """Held-out accuracy of the weights that the generators hold."""
@@ -159,14 +159,14 @@ class Pipeline:
 
     async def _fill(self, slots: Sequence[int]) -> None:
         """Puts every rollout of some slots of one step into the buffer."""
-        await self._buffer.add(slots, await self._rollouts.of(slots))
+        await self._buffer.add(slots, await self._filling.of(slots))
 
     async def _learn(self, observers: Sequence[Observer]) -> None:
         for step in range(self._first_step, self._config.learner.steps):
             began = time.monotonic()
             entries = await self._gather(step)
             async with self.between_steps:
-                golden = self._rollouts.golden(step, self._buffer, self._guard.strength)
+                golden = self._filling.golden(step, self._buffer, self._guard.strength)
                 waited = time.monotonic() - began
                 entries, trained, times = await self._train_and_send(step, entries, golden)
                 self._slots.free(self._buffer.slots_of(step))
@@ -199,7 +199,7 @@ class Pipeline:
         async def attempt() -> tuple[list[Entry], StepOutcome, dict[str, float]]:
             nonlocal entries, lost
             entries, lost = await self._mended(entries, lost), set()
-            every = [*entries, *(await self._rollouts.with_scores(golden))]
+            every = [*entries, *(await self._filling.with_scores(golden))]
             async with self._delivery.lock:  # nobody is sent the weights while they change
                 self._where.enter("training")
                 began = time.monotonic()
@@ -226,7 +226,7 @@ class Pipeline:
         if not slots:
             return entries
         self._where.enter("waiting for rollouts")
-        fresh = await self._rollouts.of(slots)
+        fresh = await self._filling.of(slots)
         return sorted(
             [*(entry for entry in entries if entry.meta.slot not in slots), *fresh], key=lambda entry: entry.meta.slot
         )

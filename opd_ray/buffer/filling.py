@@ -21,7 +21,7 @@ from opd_ray.score.requests import roles_of, score_requests
 from opd_ray.status.state import Place
 
 
-class Rollouts:
+class Filling:
     """Asks the rooms for the rollouts of slots, and for the scores of golden ones."""
 
     def __init__(
