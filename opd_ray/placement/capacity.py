@@ -28,7 +28,7 @@ def check_fits(check: Callable[..., None], config: Config) -> None:
     except InputError as refusal:
         if not may_grow():
             raise
-        print(f"{refusal}; the run goes on, since the cluster's autoscaler may add them", flush=True)
+        print(f"{refusal}; not refused, since the cluster's autoscaler may add nodes", flush=True)
 
 
 def cluster_capacity(node_resource: str | None = None) -> dict[str, float]:

@@ -44,7 +44,7 @@ def test_what_does_not_fit_is_said_where_an_autoscaler_may_add_nodes(
 ) -> None:
     monkeypatch.setattr(capacity, "may_grow", lambda: True)
     capacity.check_fits(refuse, None)
-    assert "8 CPUs asked, 2 there; the run goes on, since the cluster's autoscaler" in capsys.readouterr().out
+    assert "8 CPUs asked, 2 there; not refused, since the cluster's autoscaler" in capsys.readouterr().out
 
 
 @pytest.fixture
