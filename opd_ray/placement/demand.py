@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
+from statistics import fmean
+from typing import NamedTuple
 
 from opd_ray.config import ElasticConfig
 
@@ -34,17 +37,23 @@ class RoomLoad:
     that another worker could take over."""
 
 
+class _Look(NamedTuple):
+    """A pool at one time: workers that had calls, on average; had all of them, with more at hand; and did the learner
+    wait for rollouts meanwhile, as a share of the time."""
+
+    at: float
+    busy: float
+    full: bool
+    waits: float
+
+
 @dataclass
 class _Watch:
-    """What was seen of a pool since it changed its size."""
+    """A pool since it changed its size."""
 
     size: tuple[int, int]
-    full_since: float | None
-    """Since when, without a break, all its workers had work and more of it waited."""
     since: float
-    busy: deque[tuple[float, float]]
-    """When it was looked at, and how many workers were busy on average; not beyond shrink_after_s, nor beyond the last
-    time that it held the learner up."""
+    looks: deque[_Look] = field(default_factory=deque)
 
 
 class Demand:
@@ -57,59 +66,45 @@ class Demand:
     """
 
     def __init__(self, config: ElasticConfig) -> None:
-        self._config = config
+        self._grow_s, self._shrink_s = config.grow_after_s, config.shrink_after_s
         self._pools: dict[str, _Watch] = {}
-        self._waits: deque[tuple[float, float]] = deque()
 
     def look(self, now: float, loads: Sequence[RoomLoad], learner_waits: float) -> dict[str, int]:
         """Room to +1 or -1; rooms that should stay as they are aren't named. ``now`` in seconds; ``learner_waits``: the
         share of the time since the last look in which the learner waited for rollouts."""
-        # The learner waits in one piece of each step, which may take longer than several looks.
-        _append(self._waits, now, learner_waits, self._config.grow_after_s)
         wishes = {load.room: self._change(now, load, learner_waits) for load in loads}
         return {room: change for room, change in wishes.items() if change}
 
-    def _change(self, now: float, load: RoomLoad, learner_waits: float) -> int:
+    def _change(self, now: float, load: RoomLoad, waits: float) -> int:
         pool, size = self._pools.get(load.room), (load.size, load.starting)
         if pool is None or pool.size != size:  # this look was, in part, at a pool of another size
-            self._pools[load.room] = _Watch(size, None, now, deque())
+            self._pools[load.room] = _Watch(size, now)
             return 0
         if load.size == 0:
             return 0
-        config = self._config
-        if load.busy_share < _BUSY or load.num_calls <= load.size:
-            pool.full_since = None
-        elif pool.full_since is None:
-            pool.full_since = now
-        _append(pool.busy, now, load.busy_share * load.size, config.shrink_after_s)
-        if pool.full_since is not None and learner_waits >= _STARVING:
-            pool.since = now
-            pool.busy.clear()
-        change = 0
+        full = load.busy_share >= _BUSY and load.num_calls > load.size
+        pool.looks.append(_Look(now, load.busy_share * load.size, full, waits))
+        while len(pool.looks) > 1 and pool.looks[1].at <= now - max(self._grow_s, self._shrink_s):
+            pool.looks.popleft()
         whole = load.size + load.starting
-        if self._is_short(now, pool) and not load.starting and whole < load.maximum:
+        if not load.starting and whole < load.maximum and self._is_short(now, pool):
             change = 1
-        elif self._is_idle(now, pool, whole) and whole > load.minimum:
+        elif whole > load.minimum and self._is_idle(now, pool, whole):
             change = -1
-        if change:
-            del self._pools[load.room]
+        else:
+            return 0
+        del self._pools[load.room]
         return change
 
     def _is_short(self, now: float, pool: _Watch) -> bool:
-        lasted = pool.full_since is not None and now - pool.full_since >= self._config.grow_after_s
-        return lasted and _mean(self._waits) >= _STARVING
+        full = list(takewhile(lambda look: look.full, reversed(pool.looks)))
+        if not full or now - full[-1].at < self._grow_s:
+            return False
+        # The learner waits in one piece of each step, which may take longer than several looks.
+        return fmean(look.waits for look in full if look.at >= now - self._grow_s) >= _STARVING
 
     def _is_idle(self, now: float, pool: _Watch, size: int) -> bool:
-        lasted = bool(pool.busy) and now - pool.since >= self._config.shrink_after_s
-        return lasted and _mean(pool.busy) <= (size - 1) * _FULL
-
-
-def _append(looks: deque[tuple[float, float]], now: float, value: float, most_s: float) -> None:
-    """Adds a look and forgets those that are older than ``most_s``."""
-    looks.append((now, value))
-    while looks[0][0] < now - most_s:
-        looks.popleft()
-
-
-def _mean(looks: deque[tuple[float, float]]) -> float:
-    return sum(value for _, value in looks) / len(looks)
+        held_up = (look.at for look in pool.looks if look.full and look.waits >= _STARVING)
+        since = max(held_up, default=pool.since)
+        busy = [look.busy for look in pool.looks if look.at > since and look.at >= now - self._shrink_s]
+        return bool(busy) and now - since >= self._shrink_s and fmean(busy) <= (size - 1) * _FULL

@@ -32,6 +32,12 @@ def test_a_bottleneck_gets_one_worker_after_its_time() -> None:
     assert series([(load(), 0.5)] * 5) == [(20.0, 1)]
 
 
+def test_looks_need_not_fit_the_time_after_which_a_pool_grows() -> None:
+    demand = Demand(ElasticConfig(grow_after_s=15, shrink_after_s=6))
+    wishes = [demand.look(4.0 * number, [load()], 0.5) for number in range(6)]
+    assert wishes == [{}] * 5 + [{"generate": 1}]
+
+
 @pytest.mark.parametrize(
     ("each", "waits"),
     [
