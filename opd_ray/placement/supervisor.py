@@ -9,6 +9,7 @@ whoever can restore a state. A pool that stays below its minimum ends the run.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -69,10 +70,9 @@ class Supervisor:
                         self._tend(pool, tasks)
                     self._look_at_demand()
                     self._wake.clear()
-                    try:
-                        await asyncio.wait_for(self._wake.wait(), _TICK_S)
-                    except TimeoutError:
-                        continue
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_TICK_S):  # wait_for would miss that a task of the group has failed
+                            await self._wake.wait()
         finally:
             self._bringing.clear()
             for pool in self._pools:
