@@ -51,7 +51,7 @@ class Member:
     name: str
     node: str = "not placed yet"
     state: State = "starting"
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=lambda: time.monotonic())  # looked up at each call: tests have another clock
     """When it came into its state."""
     ready_since: float | None = None
     calls: list[tuple[str, float]] = field(default_factory=list)
