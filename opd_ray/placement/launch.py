@@ -187,7 +187,14 @@ async def begin(config: Config, rooms: Rooms, stop_token_ids: Sequence[int]) -> 
     The generators get the student's weights by the first broadcast. Raises RunError when the run needs a room that is
     not there, or one with other engines.
     """
-    _check_rooms(config, rooms)
+    missing = [role for role in config.scorers if role not in rooms.scorers]
+    if config.buffer.uses_teacher_rollouts and rooms.teacher_generators is None:
+        missing.append("teacher_generate")
+    if missing:
+        raise RunError(
+            f"this run needs the room {missing[0]}, but the rooms that are up are {', '.join(rooms.all)}; "
+            "start rooms for all that any of the runs needs"
+        )
     limit = config.deadlines.start_s
     # Those that follow the student receive every broadcast, whether this run asks them anything or not.
     known = {**config.teachers, REFERENCE: config.reference}
@@ -206,14 +213,3 @@ async def abandon(rooms: Rooms) -> None:
     """Drops what the generators still work on for a run that ended or went back."""
     for pool in filter(None, (rooms.generators, rooms.teacher_generators)):
         await pool.call_all("abandon")
-
-
-def _check_rooms(config: Config, rooms: Rooms) -> None:
-    missing = [role for role in config.scorers if role not in rooms.scorers]
-    if config.buffer.uses_teacher_rollouts and rooms.teacher_generators is None:
-        missing.append("teacher_generate")
-    if missing:
-        raise RunError(
-            f"this run needs the room {missing[0]}, but the rooms that are up are {', '.join(rooms.all)}; "
-            "start rooms for all that any of the runs needs"
-        )
