@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import threading
 from dataclasses import dataclass, field
@@ -16,11 +17,11 @@ import pytest
 from opd_ray.config import load
 from opd_ray.run.train import train
 from opd_ray.watch.observers import StepReport
-from rollout_log import assert_each_prompt_once
+from rollout_log import assert_each_prompt_once, rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.deepspeed]
 
-STEPS, RANKS = 150, 2
+STEPS, RANKS = 100, 2
 
 
 def processes(title: str) -> list[psutil.Process]:
@@ -65,13 +66,14 @@ def test_kills_at_random_moments_change_neither_the_steps_nor_what_is_learned(ra
             f"learner.num_ranks={RANKS}",
             "learner.zero_stage=1",
             "metrics.rollout_log_every_steps=1",
-            "evaluation.num_problems=256",
+            "evaluation.num_problems=128",
             "evaluation.num_problems_during=32",
+            "evaluation.every_steps=40",
             "checkpoint.every_steps=20",
             "checkpoint.memory_every_steps=8",
         ],
     )
-    # A checkpoint begins to be written with every 20th step, an evaluation with every 50th: kills fall into both.
+    # A checkpoint begins to be written with every 20th step, an evaluation with every 40th: kills fall into both.
     victims = {
         12: ("StudentGenerator", 0),
         20: ("Learner", 1),
@@ -92,8 +94,16 @@ def test_kills_at_random_moments_change_neither_the_steps_nor_what_is_learned(ra
     assert_each_prompt_once(
         run_dir, steps=STEPS, prompts_per_step=config.buffer.prompts_per_step, max_staleness=config.buffer.max_staleness
     )
+    workers = [f"student-generator-{number}" for number in range(4)]
+    logged = [row for row in rows(run_dir) if row["source"] == "student"]
+    assert {row["worker"] for row in logged} == set(workers)
+    assert {row["worker"] for row in logged if row["step"] == STEPS} == {workers[-1]}
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    lost = [event for event in events if event["kind"] == "worker_lost" and event["room"] == "generate"]
+    assert [event["worker"] for event in lost] == workers[:-1], "each is told once, by its name"
+    assert re.search(r"generate: student-generator-0 on .*\(.*\).*the actor died", lost[0]["text"])
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} >= set(range(1, STEPS + 1))
-    # Undisturbed, seeds 0 to 2 of the default configuration come to .92 to .94 in as many steps.
-    assert summary["eval_after"]["accuracy_sampled"] > 0.85
+    # Undisturbed, two seeds came to .867 and .855 in as many steps.
+    assert summary["eval_after"]["accuracy_sampled"] > 0.75
     assert summary["max_truncation_rate"] < 0.2

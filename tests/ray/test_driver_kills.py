@@ -76,7 +76,7 @@ def small_world(world, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def plan_of_kills(rng: random.Random) -> list[dict[str, Any]]:
-    """Eleven where something is half done, nine at any time after a number of steps."""
+    """Eleven where something is half done, nine at any time after a number of steps; one takes all workers with it."""
     at_points = [
         {"point": "started", "delay_s": rng.uniform(0, 3)},
         {"point": "restoring", "delay_s": rng.uniform(0, 0.05)},
@@ -90,11 +90,12 @@ def plan_of_kills(rng: random.Random) -> list[dict[str, Any]]:
         {"point": "pruning"},
     ]
     anywhere = [{"steps": rng.randint(1, 4), "delay_s": rng.uniform(0, 0.3)} for _ in range(8)]
+    anywhere[0]["whole_job"] = True
     rng.shuffle(kills := at_points + anywhere)
     return [{"steps": 5, "delay_s": 0.0}, *kills, {"point": "exporting"}]
 
 
-def kill(run: Run, how: dict[str, Any]) -> None:
+def kill(run: Run, how: dict[str, Any], head: AutoscalingHead | None = None) -> None:
     """Starts a driver and kills it."""
     if "point" in how:
         driver = run.start(kill=how)
@@ -104,12 +105,26 @@ def kill(run: Run, how: dict[str, Any]) -> None:
     driver = run.start()
     driver.wait_until(lambda: len(run.metrics()) >= before + how["steps"])
     time.sleep(how["delay_s"])
-    driver.signal(signal.SIGKILL)
+    kill_job(head, driver) if "whole_job" in how else driver.signal(signal.SIGKILL)
     assert driver.wait() == -signal.SIGKILL, f"{how}: {driver.printed()}"
 
 
+def kill_job(head: AutoscalingHead, driver: Driver) -> None:
+    """kill -9 of a driver and of all workers of this Ray, at once."""
+    workers = [
+        process
+        for raylet in head.raylets().values()
+        for process in raylet.children(recursive=True)
+        if process.name().startswith("ray::") and not process.name().endswith("Agent")  # a raylet dies with its agents
+    ]
+    driver.signal(signal.SIGKILL)
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
+
+
 @pytest.mark.timeout(1200)
-def test_twenty_kills_of_the_driver_lose_and_repeat_no_prompt(drivers, small_world, tmp_path):
+def test_twenty_kills_of_the_driver_lose_and_repeat_no_prompt(head, drivers, small_world, tmp_path):
     """Each start goes on from the newest complete checkpoint; the final weights are those of the rollout log, in which
     every prompt of every epoch stands once."""
     steps = 120
@@ -119,7 +134,7 @@ def test_twenty_kills_of_the_driver_lose_and_repeat_no_prompt(drivers, small_wor
     assert {how.get("point") for how in kills} == {*POINTS, None}
     for how in [*kills, None]:
         noted, complete = len(run.journal()), run.complete()
-        kill(run, how) if how else run.finish()
+        kill(run, how, head) if how else run.finish()
         check_start(run, noted, complete)
     assert run.complete() == steps
     check_exactly_once(run.rollouts(), PROMPTS_PER_STEP, NUM_PROMPTS, max_staleness=2)
@@ -264,62 +279,31 @@ def contents(directory: Path) -> dict[str, bytes]:
 # ---- the real engines and the real learner ----
 
 
-def kill_job(head: AutoscalingHead, driver: Driver) -> None:
-    """kill -9 of a driver and of all workers of this Ray, at once."""
-    workers = [
-        process
-        for raylet in head.raylets().values()
-        for process in raylet.children(recursive=True)
-        if process.name().startswith("ray::") and not process.name().endswith("Agent")  # a raylet dies with its agents
-    ]
-    driver.signal(signal.SIGKILL)
-    for worker in workers:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            worker.kill()
-
-
 @pytest.mark.vllm
 @pytest.mark.deepspeed
-@pytest.mark.timeout(1200)
-def test_real_runs_go_on_after_kills_on_another_number_of_ranks(head, drivers, world, tmp_path):
-    """vLLM, torch and DeepSpeed, ZeRO-2 on two ranks: the driver dies in the middle of a step, then while a checkpoint
-    is written, then with all its workers; one rank with ZeRO-1 brings the run to its end."""
-    steps = 10
-    overrides = [
+@pytest.mark.timeout(600)
+def test_a_real_run_goes_on_after_a_kill_on_another_number_of_ranks_and_another_engine(drivers, world, tmp_path):
+    """vLLM and DeepSpeed, ZeRO-2 on two ranks: the driver dies in the middle of a step. The torch engine and one rank
+    with ZeRO-1 bring the run to its end."""
+    steps = 6
+    run = Run(
+        drivers,
+        tmp_path / "run",
         *world.overrides(),
         *("buffer.prompts_per_step=8", "rollout.max_response_tokens=24", "rollout.max_num_seqs=16"),
         *("rollout.kv_cache_bytes=33554432", "metrics.rollout_log_every_steps=1"),
         *("evaluation.num_problems=0", "evaluation.every_steps=0"),
         "guard.level=off",  # it would take alarm at random models, and the newest checkpoint without one is spared
         *("checkpoint.every_steps=2", "checkpoint.memory_every_steps=0", f"learner.steps={steps}"),
-    ]
-    run = Run(drivers, tmp_path / "run", *overrides, fakes=False)
+        fakes=False,
+    )
     ranks = ["learner.num_ranks=2", "learner.zero_stage=2"]
-
-    def until(end: Callable[[], None]) -> None:
-        """One start; its first step is the one after the newest checkpoint."""
-        before, complete = len(run.metrics()), run.complete()
-        end()
-        for step, line in enumerate(run.metrics()[before:], start=complete + 1):
-            assert line["step"] == step
-
-    def killed_at(kill: dict[str, Any], *more: str) -> None:
-        driver = run.start(*ranks, *more, kill=kill)
-        assert driver.wait() == -signal.SIGKILL, driver.printed()
-
-    def killed_with_its_workers() -> None:
-        before = len(run.metrics())
-        driver = run.start(*ranks, "rollout.engine=torch")
-        driver.wait_until(lambda: len(run.metrics()) > before)
-        kill_job(head, driver)
-        assert driver.wait() == -signal.SIGKILL, driver.printed()
-
-    until(lambda: killed_at({"point": "training", "passing": 5, "delay_s": 0.02}, "rollout.engine=vllm"))
-    assert run.complete() in (2, 4)  # that of step 2 is written before that of step 4 begins
-    until(lambda: killed_at({"point": "part written", "passing": 2}, "rollout.engine=torch"))
-    until(killed_with_its_workers)
-    until(lambda: run.finish("learner.num_ranks=1", "learner.zero_stage=1", "rollout.engine=torch"))
-    assert run.complete() == steps
+    driver = run.start(*ranks, "rollout.engine=vllm", kill={"point": "training", "passing": 5, "delay_s": 0.02})
+    assert driver.wait() == -signal.SIGKILL, driver.printed()
+    complete, noted = run.complete(), len(run.metrics())
+    assert complete in (2, 4)  # that of step 2 is written before that of step 4 begins
+    run.finish("learner.num_ranks=1", "learner.zero_stage=1", "rollout.engine=torch")
+    assert [line["step"] for line in run.metrics()[noted:]] == list(range(complete + 1, steps + 1))
     check_exactly_once(run.rollouts(), 8, 64, max_staleness=2)
     check_nothing_is_left_over(run)
     assert len(run.losses()) == steps

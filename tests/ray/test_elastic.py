@@ -25,7 +25,7 @@ from rollout_log import assert_each_prompt_once, rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(900)]
 
-STEPS, PROMPTS_PER_STEP, MAX_STALENESS = 80, 8, 2
+STEPS, PROMPTS_PER_STEP, MAX_STALENESS = 62, 8, 2
 OVERRIDES = [
     # Long responses, one at a time: the generators are what the learner waits for, unless it is held.
     *("rollout.engine=torch", "rollout.max_num_seqs=1", "rollout.prompts_per_call=2", "rollout.max_response_tokens=48"),

@@ -101,7 +101,7 @@ def test_more_ranks_than_rollouts(start: Callable[..., Ranks], entries: list[Ent
     assert_same_curve(start(config_with(2, zero_stage=2)).train(entries[:1], range(2)), alone, 1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_bfloat16_trains(
     start: Callable[..., Ranks], entries: list[Entry], expected_curve: list[dict[str, float]], stage: int
 ) -> None:
@@ -113,7 +113,7 @@ def test_bfloat16_trains(
     assert set(map(str, {tensor.dtype for tensor in learner.sent_weights().values()})) == {"torch.bfloat16"}
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [*((s, "float32") for s in range(4)), (0, "bfloat16"), (3, "bfloat16")])
+@pytest.mark.parametrize(("stage", "dtype"), [*((stage, "float32") for stage in range(4)), (3, "bfloat16")])
 def test_a_snapshot_continues_on_any_number_of_ranks(
     start: Callable[..., Ranks], entries: list[Entry], stage: int, dtype: str
 ) -> None:
@@ -373,17 +373,12 @@ def test_pieces_change_nothing_under_any_stage(
     assert_same_curve(learner.train(entries, range(NUM_STEPS)), expected_curve, 1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
 def test_a_second_run_in_a_process_is_that_of_a_fresh_one(
-    start: Callable[..., Ranks],
-    hosts: dict[int, list[Any]],
-    entries: list[Entry],
-    tiny_model: dict[str, Path],
-    stage: int,
+    start: Callable[..., Ranks], entries: list[Entry], tiny_model: dict[str, Path]
 ) -> None:
     first = config_with(1, {"student": {"divergence": "k1"}}, zero_stage=1, lr=1e-2, dtype="bfloat16")
     start(first, tiny_model["untied"]).train(entries, range(2))
-    config = config_with(1, zero_stage=stage)
+    config = config_with(1, zero_stage=3)
     second = start(config).train(entries, range(2))
     [fresh] = make_hosts(1)
     assert Ranks([fresh], config, tiny_model["tied"], (1,)).train(entries, range(2)) == second

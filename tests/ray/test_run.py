@@ -1,69 +1,123 @@
-"""Whole runs on real Ray, with real vLLM, real DeepSpeed and small random models."""
+"""A whole run on real Ray, with real vLLM, real DeepSpeed and small models, and what it leaves behind."""
 
 from __future__ import annotations
 
 import json
 import re
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
 
+import exported_metrics
 from opd_ray import config as configs
+from opd_ray.config import Config
 from opd_ray.embedded.prepare import TEACHER_DIR
+from opd_ray.learn.losses.diagnostics import RATIOS
+from opd_ray.rooms import logs
 from opd_ray.run.evaluate import evaluate
 from opd_ray.run.train import train
-from rollout_log import assert_each_prompt_once
+from opd_ray.watch.metrics import port_name
+from rollout_log import rows
 
-pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.deepspeed]
 
-SMALL = [
+STEPS = 6
+OPTIONS = [
+    f"student.path={TEACHER_DIR}",  # the shipped teacher stands in for the student: there is an accuracy to compare
     "buffer.prompts_per_step=8",
-    "rollout.max_response_tokens=24",
+    "rollout.max_response_tokens=48",
     "rollout.max_num_seqs=16",
     "rollout.kv_cache_bytes=33554432",
     "evaluation.num_problems=32",
     "evaluation.every_steps=0",
     "metrics.rollout_log_every_steps=1",
+    "learner.lr=1e-4",
+    f"learner.steps={STEPS}",
+    f"checkpoint.every_steps={STEPS // 2}",
 ]
-TORCH = [*SMALL, "rollout.engine=torch"]
+SELDOM = {f"ray_{port_name(f'learner/{name}')}" for name in (*RATIOS, "advantage_other")}
+"""Means over some of the tokens, which a step without such tokens leaves out."""
 
 
-def run(world, run_dir: Path, *overrides: str, resume: bool = False, observers=()):
-    config = configs.load(None, [*world.overrides(), *overrides])
-    return train(config, run_dir, resume=resume, observers=observers)
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """As a run starts it: workers log JSON."""
+    ray.init(
+        "local",
+        num_cpus=8,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+        job_config=logs.job_config(),
+    )
+    yield
+    ray.shutdown()
 
 
-@pytest.mark.vllm
-def test_the_default_rooms_train_and_leave_a_complete_run_behind(world, ray_here, tmp_path):
-    """vLLM generates, torch scores, DeepSpeed learns, gloo broadcasts: six steps of StableOPD.
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended."""
 
-    The shipped teacher stands in for the student, so that there is an accuracy to compare afterwards.
-    """
-    options = [*SMALL, f"student.path={TEACHER_DIR}", "rollout.max_response_tokens=48", "learner.lr=1e-4"]
-    summary = run(world, tmp_path / "run", *options, "learner.steps=6", "checkpoint.every_steps=3")
-    run_dir = tmp_path / "run"
-    saved = json.loads((run_dir / "summary.json").read_text())
-    assert saved == json.loads(json.dumps(summary))
+    directory: Path
+    config: Config
+    summary: dict[str, Any]
+    port: str
+    """What Prometheus read of it."""
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """The metrics of each step."""
+        lines = (self.directory / "metrics.jsonl").read_text().splitlines()
+        return [line for line in map(json.loads, lines) if "learner/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(world, ray_here, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """vLLM generates, torch scores, DeepSpeed learns, gloo broadcasts: six steps of StableOPD."""
+    config = configs.load(None, [*world.overrides(), *OPTIONS])
+    directory = tmp_path_factory.mktemp("finished") / "runs" / "a"
+    summary = train(config, directory)
+    # Ray exports every ten seconds, and keeps what a run set last for twenty.
+    deadline = time.monotonic() + 30
+    last = [re.compile(rf"^ray_opd_{name}_step{{.*}} {STEPS}\.0$", re.MULTILINE) for name in ("run", "checkpoint")]
+    while not all(each.search(text := port()) for each in last):
+        assert time.monotonic() < deadline, "the last step and its checkpoint never came to the metrics port"
+        time.sleep(1)
+    return Finished(directory, config, summary, text)
+
+
+def port() -> str:
+    """What Prometheus would read."""
+    node = ray.nodes()[0]
+    with urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics") as answer:
+        return answer.read().decode()
+
+
+def test_the_default_rooms_train_and_leave_a_complete_run_behind(finished):
+    saved = json.loads((finished.directory / "summary.json").read_text())
+    assert saved == json.loads(json.dumps(finished.summary))
     assert saved["method"] == "stableopd"
     assert 0 < saved["staleness"]["mean"] <= saved["staleness"]["max"] <= 2
     assert saved["eval_after"]["num_problems"] == 32
     assert {"opd-ray", "torch", "ray"} <= saved["versions"].keys()
 
-    files = sorted((run_dir / "rollouts").glob("*.parquet"))
-    assert [file.name for file in files] == [f"step-{step:06d}.parquet" for step in range(1, 7)]
-    student = [row for row in logged(run_dir) if row["source"] == "student"]
-    assert sorted(row["slot"] for row in student) == list(range(48)), "every prompt is trained on once"
-    versions = [max(row["weight_versions"]) for row in student if row["step"] == 6]
+    files = sorted((finished.directory / "rollouts").glob("*.parquet"))
+    assert [file.name for file in files] == [f"step-{step:06d}.parquet" for step in range(1, STEPS + 1)]
+    student = [row for row in rows(finished.directory) if row["source"] == "student"]
+    assert sorted(row["slot"] for row in student) == list(range(8 * STEPS)), "every prompt is trained on once"
+    versions = [max(row["weight_versions"]) for row in student if row["step"] == STEPS]
     assert max(versions) >= 3, "rollouts come from the weights that were broadcast"
     assert all(len(row["teacher_logprobs"]) == len(row["response_tokens"]) for row in student)
     assert all(row["step"] - 1 - min(row["weight_versions"]) <= 2 for row in student)
 
-    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in metrics if "learner/loss" in row]
-    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in finished.steps] == list(range(1, STEPS + 1))
     for name in (
         "learner/loss_student",
         "learner/loss_golden",
@@ -72,84 +126,71 @@ def test_the_default_rooms_train_and_leave_a_complete_run_behind(world, ray_here
         "idle/generate",
         "queue/buffer_slots",
     ):
-        assert name in steps[0]
+        assert name in finished.steps[0]
     assert saved["eval_after"]["teacher"]["teacher_logprob"] < 0, "the teacher has seen the held-out answers, too"
-    assert (run_dir / "report.html").stat().st_size > 100_000
-    assert any((run_dir / "tensorboard").iterdir())
-    assert (run_dir / "checkpoints" / "step-6" / "state.json").is_file()
-    check_export(world, run_dir, options, saved["eval_after"])
+    assert (finished.directory / "report.html").stat().st_size > 100_000
+    assert any((finished.directory / "tensorboard").iterdir())
+    assert (finished.directory / "checkpoints" / f"step-{STEPS}" / "state.json").is_file()
 
 
-def logged(run_dir: Path) -> list[dict]:
-    """Every row of the rollout log, in the order of the steps."""
-    return [row for file in sorted((run_dir / "rollouts").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
-
-
-def check_export(world, run_dir, options, expected):
-    """The exported student is another model than the one it came from, and scores as it did in the run."""
+def test_the_exported_student_is_another_model_and_scores_as_it_did_in_the_run(finished):
+    """The run sampled with vLLM; here the torch engine does, and transformers reads the checkpoint."""
     from transformers import AutoModelForCausalLM
 
+    expected = finished.summary["eval_after"]
     assert expected["accuracy_greedy"] > 0.5
     before = AutoModelForCausalLM.from_pretrained(TEACHER_DIR).state_dict()
-    after = AutoModelForCausalLM.from_pretrained(run_dir / "student").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(finished.directory / "student").state_dict()
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    for engine in ("torch", "vllm"):
-        config = configs.load(None, [*world.overrides(), *options, f"rollout.engine={engine}"])
-        again = evaluate(str(run_dir / "student"), config)
-        # One answer of 32 may differ where two tokens are nearly equal.
-        assert again["accuracy_greedy"] == pytest.approx(expected["accuracy_greedy"], abs=0.04)
-        assert again["num_problems"] == expected["num_problems"]
+    raw = configs.to_dict(finished.config)
+    raw["rollout"]["engine"] = "torch"
+    again = evaluate(str(finished.directory / "student"), configs.from_dict(raw))
+    # One answer of 32 may differ where two tokens are nearly equal.
+    assert again["accuracy_greedy"] == pytest.approx(expected["accuracy_greedy"], abs=0.04)
+    assert again["num_problems"] == expected["num_problems"]
 
 
-def test_draining_generators_and_zero_ranks(world, ray_here, tmp_path):
-    """Two generators that drain, G = 2, the sampled-token loss per sequence, ZeRO-2 on two ranks, no reference."""
-    options = ["rollout.in_flight=drain", "rollout.num_generators=2", "rollout.responses_per_prompt=2"]
-    options += ["loss.student.divergence=k1", "loss.importance.correction=clip", "loss.reduction=sequence"]
-    options += ["loss.reference.coef=0"]
-    options += ["learner.num_ranks=2", "learner.zero_stage=2", "learner.steps=4", "evaluation.num_problems=0"]
-    summary = run(world, tmp_path / "run", *TORCH, *options)
-    assert summary["method"] == "opd+mixture"
-    assert summary["eval_before"] is None
-    assert summary["staleness"]["max"] <= 2
-    student = [row for row in logged(tmp_path / "run") if row["source"] == "student"]
-    assert len(student) == 4 * 8 * 2
-    assert all(len(set(row["weight_versions"])) == 1 for row in student), "a drained response has one version"
-    assert all(row["reference_logprobs"] is None for row in student)
+def test_every_query_names_metrics_that_a_run_exports(finished):
+    """Those of the dashboard in Grafana and of the alert rules."""
+    lines = [line for line in finished.port.splitlines() if line.startswith("ray_opd_")]
+    assert all('run="runs/a"' in line for line in lines)
+    names = {line.partition("{")[0] for line in lines} | SELDOM
+    missing = {
+        pattern.pattern: where
+        for where, query in exported_metrics.queries().items()
+        for pattern in exported_metrics.names(query)
+        if not any(pattern.fullmatch(name) for name in names)
+    }
+    assert missing == {}
 
 
-def test_a_resumed_run_goes_on_where_the_checkpoint_is(world, ray_here, tmp_path):
-    """The second half trains the prompts that the first half did not, at the steps that were left, on more ranks."""
-    options = [*TORCH, "checkpoint.every_steps=2", "evaluation.num_problems=0", "buffer.max_staleness=0"]
-    run(world, tmp_path / "run", *options, "learner.steps=2")
-    changes = ["learner.steps=4", "rollout.in_flight=abort", "learner.num_ranks=2"]
-    run(world, tmp_path / "run", *options, *changes, resume=True)
-    assert_each_prompt_once(tmp_path / "run", steps=4, prompts_per_step=8, max_staleness=0)
-    resumed = [row for row in logged(tmp_path / "run") if row["source"] == "student" and row["step"] == 3]
-    assert {version for row in resumed for version in row["weight_versions"]} == {2}
+def test_a_worker_s_log_line_names_actor_room_node_step_and_version(ray_here):
+    """JSON in Ray's log directory, which `ray logs` reads."""
 
+    class Worker:
+        async def work(self) -> str:
+            logs.at(version=4)
+            logs.get("opd_ray.generate.generator").info("weights received", extra={"step": 5})
+            return ray.get_runtime_context().get_worker_id()
 
-class KillGenerator:
-    """An observer that kills the generator's process after the first step."""
-
-    async def on_step(self, report):
-        if report.step == 1:
-            for actor in ray.util.list_named_actors(all_namespaces=True):
-                if actor["name"] == "student-generator-0":
-                    ray.kill(ray.get_actor(**actor))
-
-
-def test_a_generator_that_dies_is_replaced_and_the_run_tells_its_name_and_node(world, ray_here, tmp_path):
-    """The only one there is: its prompts wait for the new one."""
-    options = [*TORCH, "learner.steps=6", "evaluation.num_problems=0"]
-    summary = run(world, tmp_path / "run", *options, observers=(KillGenerator(),))
-    assert summary["restarts"] == 1
-    assert summary["restarts_by_room"] == {"generate": 1}
-    assert_each_prompt_once(tmp_path / "run", steps=6, prompts_per_step=8, max_staleness=2)
-    workers = {row["worker"]: row["step"] for row in logged(tmp_path / "run") if row["source"] == "student"}
-    assert workers.keys() == {"student-generator-0", "student-generator-1"}
-    assert workers["student-generator-1"] == 6
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    [lost] = [event for event in events if event["kind"] == "worker_lost"]
-    assert (lost["room"], lost["worker"]) == ("generate", "student-generator-0")
-    assert re.search(r"generate: student-generator-0 on .*\(.*\).*the actor died", lost["text"])
+    options = {"name": "student-generator-7", "runtime_env": {"env_vars": {logs.ROOM_VARIABLE: "generate"}}}
+    worker = ray.remote(Worker).options(num_cpus=0, **options).remote()
+    worker_id = ray.get(worker.work.remote())
+    directory = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+    [file] = directory.glob(f"worker-{worker_id}-*.err")
+    [line] = [json.loads(each) for each in file.read_text().splitlines() if each.startswith("{")]
+    expected = {
+        "levelname": "INFO",
+        "name": "opd_ray.generate.generator",
+        "message": "weights received",
+        "actor_name": "student-generator-7",
+        "room": "generate",
+        "step": 5,
+        "version": 4,
+        "job_id": ray.get_runtime_context().get_job_id(),
+        "node_id": ray.get_runtime_context().get_node_id(),
+    }
+    assert {key: line.get(key) for key in expected} == expected
+    assert line["node"] and line["asctime"]
+    ray.kill(worker)

@@ -1,4 +1,4 @@
-"""A learner without DeepSpeed: a bigram model that one process really trains, with torch.
+"""A learner without DeepSpeed: a bigram model that one process really trains, with numpy alone.
 
 It keeps a journal of what it did, and remembers in its state which slots it was trained on, in their order: what is
 in the state at the end is the history of the final weights.
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from opd_ray.config import Config
 from opd_ray.messages import StepOutcome, StepPlan, TransferGroup, WeightManifest
@@ -39,13 +38,12 @@ class Row:
 class Bigram:
     """P(token | token before) as one table, Adam's moments of it, and the slots it has seen.
 
-    Adam is written out, for torch.optim takes as long to import as everything else that a fake learner needs.
+    Gradient and Adam are written out: torch takes longer to import than everything else that a fake learner needs.
     """
 
     def __init__(self, lr: float) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self._table = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=generator, dtype=torch.float64).requires_grad_()
-        self._mean, self._square = torch.zeros_like(self._table), torch.zeros_like(self._table)
+        self._table = np.random.default_rng(0).normal(size=(VOCAB_SIZE, VOCAB_SIZE))
+        self._mean, self._square = np.zeros_like(self._table), np.zeros_like(self._table)
         self._lr = lr
         self.slots: list[int] = []
         self.steps = 0
@@ -53,31 +51,30 @@ class Bigram:
     def step(self, rows: Sequence[Row]) -> float:
         """One optimizer step on the rows of a step, whatever their order; the loss before it."""
         rows = sorted(rows, key=lambda row: row.slot)
-        tokens = torch.from_numpy(np.concatenate([row.tokens for row in rows]).astype(np.int64))
-        before = torch.from_numpy(np.concatenate([[0, *row.tokens[:-1]] for row in rows]).astype(np.int64))
-        teacher = torch.from_numpy(np.concatenate([row.teacher_logprobs for row in rows]).astype(np.float64))
-        loss = (teacher - torch.log_softmax(self._table[before], -1).gather(1, tokens[:, None])[:, 0]).mean()
-        [gradient] = torch.autograd.grad(loss, [self._table])
+        tokens = np.concatenate([row.tokens for row in rows])
+        before = np.concatenate([[0, *row.tokens[:-1]] for row in rows])
+        teacher = np.concatenate([row.teacher_logprobs for row in rows]).astype(np.float64)
+        logprobs = self._table[before] - np.log(np.exp(self._table[before]).sum(-1, keepdims=True))
+        loss = (teacher - logprobs[np.arange(len(tokens)), tokens]).mean()
+        gradient = np.zeros_like(self._table)
+        np.add.at(gradient, before, np.exp(logprobs) / len(tokens))
+        np.add.at(gradient, (before, tokens), -1 / len(tokens))
         self.steps += 1
-        self._mean.lerp_(gradient, 0.1)
-        self._square.lerp_(gradient.square(), 0.001)
+        self._mean += 0.1 * (gradient - self._mean)
+        self._square += 0.001 * (gradient**2 - self._square)
         mean, square = self._mean / (1 - 0.9**self.steps), self._square / (1 - 0.999**self.steps)
-        with torch.no_grad():
-            self._table -= self._lr * mean / (square.sqrt() + 1e-8)
+        self._table -= self._lr * mean / (np.sqrt(square) + 1e-8)
         self.slots += [row.slot for row in rows]
-        return loss.item()
+        return float(loss)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything that the next step depends on, besides ``steps``; copies."""
-        values = {"table": self._table.detach(), "mean": self._mean, "square": self._square}
-        return {name: value.numpy().copy() for name, value in values.items()} | {"slots": np.array(self.slots, int)}
+        values = {"table": self._table, "mean": self._mean, "square": self._square}
+        return {name: value.copy() for name, value in values.items()} | {"slots": np.array(self.slots, int)}
 
     def load(self, arrays: Mapping[str, np.ndarray], steps: int) -> None:
         """Goes on from ``arrays()``."""
-        table, self._mean, self._square = (
-            torch.from_numpy(np.array(arrays[name])) for name in ("table", "mean", "square")
-        )
-        self._table = table.requires_grad_()
+        self._table, self._mean, self._square = (np.array(arrays[name]) for name in ("table", "mean", "square"))
         self.slots, self.steps = arrays["slots"].tolist(), steps
 
 
@@ -85,7 +82,7 @@ class FakeLearner:
     """What the driver calls of opd_ray.learn.learner.Learner, on a Bigram."""
 
     def __init__(self, config: Config, rank: int) -> None:
-        torch.set_num_threads(1)
+        """Nothing is shared between ranks: there is one."""
 
     def node(self) -> str:
         return this_node()

@@ -177,8 +177,11 @@ def _put_points(kill: _Kill) -> None:
 
 def serve() -> None:
     """Forks a driver for every line of stdin, and says its pid and then its exit status; one driver at a time."""
-    from opd_ray import __main__
-    from opd_ray.run import train as run  # noqa: F401  (what drivers would import, once for all of them)
+    # What drivers import on their way, once for all of them: transformers alone takes three seconds.
+    from transformers import AutoConfig, AutoTokenizer  # noqa: F401
+
+    from opd_ray import __main__, report  # noqa: F401
+    from opd_ray.run import driver, train  # noqa: F401
 
     for line in sys.stdin:
         order = json.loads(line)
