@@ -58,6 +58,8 @@ class ScorerConfig:
     """GPUs that one vLLM scorer spans."""
     max_num_seqs: Annotated[int, ROOMS] = Field(64, ge=1)
     """Sequences that a vLLM scorer works on at once."""
+    kv_cache_bytes: Annotated[int, ROOMS] = Field(256 * 2**20, gt=0)
+    """Key-value cache of a vLLM scorer on a CPU."""
     gpu_memory_utilization: Annotated[float, ROOMS] = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that a vLLM scorer takes."""
     eos_token_ids: tuple[int, ...] | None = None
@@ -129,6 +131,8 @@ class DataConfig:
     them out and say how many."""
     evaluation: Annotated[str, NOTHING] = EMBEDDED
     """JSONL or Parquet file of held-out problems."""
+    shuffle: bool = True
+    """Visit prompts and golden rows in a new random order every epoch, not as they lie in their files."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -47,7 +47,7 @@ class Dataset:
         config = self._config
         return PromptStream(
             self.prompts,
-            order=Shuffled(len(self.prompts), config.seed),
+            order=Shuffled(len(self.prompts), config.seed, config.data.shuffle),
             num_responses=config.rollout.responses_per_prompt,
             seed=config.seed + 1_000_003 * attempt,
             shown=self.shown,

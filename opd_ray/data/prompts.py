@@ -98,15 +98,15 @@ class Prompts:
 
 
 class Shuffled:
-    """Position ``i`` to row index: every row once per epoch, a new order each epoch."""
+    """Position ``i`` to row index: every row once per epoch, a new order each epoch or always that of the rows."""
 
-    def __init__(self, num_rows: int, seed: int) -> None:
-        self._num_rows, self._seed = num_rows, seed
+    def __init__(self, num_rows: int, seed: int, shuffle: bool = True) -> None:
+        self._num_rows, self._seed, self._shuffle = num_rows, seed, shuffle
         self._epoch, self._order = -1, np.arange(num_rows)
 
     def __getitem__(self, position: int) -> int:
         epoch, offset = divmod(position, self._num_rows)
-        if epoch != self._epoch:
+        if self._shuffle and epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.default_rng([self._seed, epoch]).permutation(self._num_rows)
         return int(self._order[offset])

@@ -35,6 +35,6 @@ class GoldenRollouts:
     def from_the_first_on(self) -> GoldenSet:
         """In the order in which steps take them."""
         config, entries = self._config, self._entries or []
-        order = Shuffled(len(entries), config.seed + 1)
+        order = Shuffled(len(entries), config.seed + 1, config.data.shuffle)
         paired = config.buffer.golden_pairing == "prompt"
         return GoldenSet(entries, order, self._golden.pairs if paired and self._golden else None)

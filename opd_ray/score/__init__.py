@@ -28,5 +28,6 @@ def make_scoring_engine(scorer: ScorerConfig, max_context_tokens: int | None) ->
         tensor_parallel_size=scorer.tensor_parallel_size,
         max_num_seqs=scorer.max_num_seqs,
         max_context_tokens=max_context_tokens,
+        kv_cache_bytes=scorer.kv_cache_bytes,
         gpu_memory_utilization=scorer.gpu_memory_utilization,
     )

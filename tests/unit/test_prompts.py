@@ -26,6 +26,11 @@ def test_epochs_and_seeds_differ():
     assert len(orders) == 4
 
 
+def test_without_shuffling_rows_come_as_they_lie_in_every_epoch():
+    order = Shuffled(3, seed=1, shuffle=False)
+    assert [order[position] for position in (7, 0, 1, 2, 3, 4)] == [1, 0, 1, 2, 0, 1]
+
+
 class Echo:
     def format_prompt(self, row, tokenizer):
         return [tokenizer[c] for c in row["prompt"]]
