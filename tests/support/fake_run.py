@@ -30,7 +30,7 @@ from typing import Any
 from opd_ray.messages import GenerationRequest
 from opd_ray.snapshots.storage import FileFact, Storage
 from uniform_scores import UniformScores
-from uniform_tokens import UniformTokens
+from uniform_tokens import VOCAB_SIZE, UniformTokens
 
 POINTS = (
     "started",  # the rooms' actors were asked for, none is up
@@ -56,7 +56,7 @@ class VersionedEngine(UniformTokens):
 
     def _token(self, request: GenerationRequest, position: int) -> int:
         version = self._versions[request.request_id][position]
-        return random.Random(f"{request.seed}/{version}/{position}").randrange(self._vocab_size)
+        return random.Random(f"{request.seed}/{version}/{position}").randrange(VOCAB_SIZE)
 
 
 class FewWords:

@@ -15,7 +15,7 @@ import numpy as np
 from opd_ray.generate.engine import Unfinished, response_budget
 from opd_ray.messages import Finished, GenerationRequest, TransferGroup, WeightManifest
 
-_VOCAB_SIZE = 32
+VOCAB_SIZE = 32
 
 
 class UniformTokens:
@@ -60,15 +60,15 @@ class UniformTokens:
             self._versions = {request_id: [] for request_id in self._versions}
 
     def _token(self, request: GenerationRequest, position: int) -> int:
-        return random.Random(f"{request.seed}/{position}").randrange(_VOCAB_SIZE)
+        return random.Random(f"{request.seed}/{position}").randrange(VOCAB_SIZE)
 
     def _finish(self, request: GenerationRequest, versions: list[int], stopped: bool) -> Finished:
         tokens = [self._token(request, position) for position in range(len(versions))]
-        top_k = min(request.sampling.top_k, _VOCAB_SIZE)
+        top_k = min(request.sampling.top_k, VOCAB_SIZE)
         return Finished(
             request_id=request.request_id,
             tokens=np.asarray(tokens, dtype=np.int32),
-            logprobs=np.full(len(tokens), -math.log(_VOCAB_SIZE), dtype=np.float32),
+            logprobs=np.full(len(tokens), -math.log(VOCAB_SIZE), dtype=np.float32),
             weight_versions=np.asarray(versions, dtype=np.int32),
             finish_reason="stop" if stopped else "length",
             topk_ids=np.tile(np.arange(top_k, dtype=np.int32), (len(tokens), 1)) if top_k else None,
