@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+"""Actors have environments of their own: workers that Ray starts for whoever may come are never used."""
 settings.register_profile("same every time", derandomize=True)
 settings.load_profile("same every time")
 

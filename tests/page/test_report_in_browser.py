@@ -66,13 +66,13 @@ def study_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen_page(browser: Any, report: Path) -> Iterator[Any]:
-    """One for all tests that only look at it."""
+    """One for all tests that only look at it, or leave it as it was."""
     yield from opened(browser, report)
 
 
 @pytest.fixture(scope="module")
 def seen_study(browser: Any, study_report: Path) -> Iterator[Any]:
-    """One for all tests that only look at it."""
+    """One for all tests that only look at it, or leave it as it was."""
     yield from opened(browser, study_report)
 
 
@@ -132,16 +132,16 @@ def test_a_chart_has_each_seed_a_mean_a_band_and_the_guards_events(seen_page):
     assert chart(seen_page, "Truncation").locator(".shapelayer path").count() == 1
 
 
-def test_an_arm_is_hidden_in_every_chart_by_its_button(page):
-    button = page.locator("#legend button", has_text="plain")
-    drawn = lines(page, "Accuracy"), lines(page, "Length")
+def test_an_arm_is_hidden_in_every_chart_by_its_button(seen_page):
+    button = seen_page.locator("#legend button", has_text="plain")
+    drawn = lines(seen_page, "Accuracy"), lines(seen_page, "Length")
     button.click()
-    page.wait_for_function("!document.querySelectorAll('.plot')[2].data.some((trace) => /plain/.test(trace.name))")
+    seen_page.wait_for_function("!document.querySelectorAll('.plot')[2].data.some((trace) => /plain/.test(trace.name))")
     assert button.get_attribute("aria-pressed") == "false"
-    assert lines(page, "Accuracy") * 2 == drawn[0] and lines(page, "Length") * 2 == drawn[1]
+    assert lines(seen_page, "Accuracy") * 2 == drawn[0] and lines(seen_page, "Length") * 2 == drawn[1]
     button.click()
-    page.wait_for_function("document.querySelectorAll('.plot')[2].data.some((trace) => /plain/.test(trace.name))")
-    assert (lines(page, "Accuracy"), lines(page, "Length")) == drawn
+    seen_page.wait_for_function("document.querySelectorAll('.plot')[2].data.some((trace) => /plain/.test(trace.name))")
+    assert (lines(seen_page, "Accuracy"), lines(seen_page, "Length")) == drawn
 
 
 def test_zooming_one_chart_zooms_all(page):
@@ -156,16 +156,16 @@ def test_zooming_one_chart_zooms_all(page):
     page.wait_for_function(f"new Set({ranges}).size === 1 && !{ranges}[0].startsWith('-')")
 
 
-def test_the_other_charts_are_drawn_once_they_are_opened(page):
-    page.locator("details.group summary").click()
-    page.wait_for_function("[...document.querySelectorAll('details.group .plot')].every((plot) => plot.data)")
+def test_the_other_charts_are_drawn_once_they_are_opened(seen_page):
+    seen_page.locator("details.group summary").click()
+    seen_page.wait_for_function("[...document.querySelectorAll('details.group .plot')].every((plot) => plot.data)")
 
 
-def test_pointing_at_a_chart_names_the_step_and_the_arms(page):
-    plot = chart(page, "Accuracy").locator(".plot")
+def test_pointing_at_a_chart_names_the_step_and_the_arms(seen_page):
+    plot = chart(seen_page, "Accuracy").locator(".plot")
     plot.scroll_into_view_if_needed()
     box = plot.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 90)
+    seen_page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 90)
     hover = plot.locator(".hoverlayer .legend")
     hover.wait_for()
     assert "step" in hover.text_content() and "stable" in hover.text_content()
@@ -190,16 +190,16 @@ def test_filters_change_the_rollouts_that_are_shown(page):
     assert len(cards(page)) == 2 and all("wrong" in text for text in cards(page))
 
 
-def test_pointing_at_a_token_tells_both_probabilities_and_the_advantage(page):
-    token = page.locator(".rollout", has_text="wrong").first.locator(".t").nth(4)
+def test_pointing_at_a_token_tells_both_probabilities_and_the_advantage(seen_page):
+    token = seen_page.locator(".rollout", has_text="wrong").first.locator(".t").nth(4)
     assert token.inner_text() == EVIL  # shown, not run
     token.hover()
-    tip = page.locator("#tip")
+    tip = seen_page.locator("#tip")
     assert tip.is_visible()
     assert "token 5 of 6" in tip.inner_text()
     rows = tip.locator("tr").all_inner_texts()
     assert [row.split("\t")[-1].strip() for row in rows] == ["0.050", "0.607", "−2.50 nats"]
-    page.mouse.move(5, 5)
+    seen_page.mouse.move(5, 5)
     assert tip.is_hidden()
 
 
@@ -212,16 +212,16 @@ def test_a_token_that_the_teacher_rules_out_is_coloured_fully(page):
     assert "−∞" in page.locator("#tip").inner_text()
 
 
-def test_tokens_can_be_read_with_the_keyboard_alone(page):
-    strip = page.locator(".rollout .tokens").first
+def test_tokens_can_be_read_with_the_keyboard_alone(seen_page):
+    strip = seen_page.locator(".rollout .tokens").first
     strip.focus()
     for _ in range(3):
-        page.keyboard.press("ArrowRight")
-    assert "token 3 of" in page.locator("#tip").inner_text()
-    page.keyboard.press("End")
-    assert '"<eos>"' in page.locator("#tip").inner_text()
-    page.keyboard.press("Escape")
-    assert page.locator("#tip").is_hidden()
+        seen_page.keyboard.press("ArrowRight")
+    assert "token 3 of" in seen_page.locator("#tip").inner_text()
+    seen_page.keyboard.press("End")
+    assert '"<eos>"' in seen_page.locator("#tip").inner_text()
+    seen_page.keyboard.press("Escape")
+    assert seen_page.locator("#tip").is_hidden()
 
 
 def pressed(page: Any) -> list[bool]:
@@ -263,19 +263,19 @@ def column(page: Any, number: int) -> list[str]:
     return page.locator(f"#arm-table tbody tr > :nth-child({number + 1})").all_inner_texts()
 
 
-def test_the_table_of_many_arms_fits_and_is_sorted_by_its_heads(study):
-    table = study.locator("#arm-table")
+def test_the_table_of_many_arms_fits_and_is_sorted_by_its_heads(seen_study):
+    table = seen_study.locator("#arm-table")
     assert table.bounding_box()["width"] <= 1366 - 2 * 28
-    assert column(study, 0) == list(STUDY_ARMS)
+    assert column(seen_study, 0) == list(STUDY_ARMS)
     head = table.get_by_role("button", name="sampled accuracy after")
     head.click()
-    values = [text.split()[0] for text in column(study, 1)]
-    assert values == sorted(values, reverse=True) and column(study, 0)[-1] == "OPD, full vocabulary"
+    values = [text.split()[0] for text in column(seen_study, 1)]
+    assert values == sorted(values, reverse=True) and column(seen_study, 0)[-1] == "OPD, full vocabulary"
     head.click()
-    assert [text.split()[0] for text in column(study, 1)] == values[::-1]
+    assert [text.split()[0] for text in column(seen_study, 1)] == values[::-1]
     assert table.locator("th[aria-sort=ascending]").inner_text() == "sampled accuracy after"
     head.click()
-    assert column(study, 0) == list(STUDY_ARMS)
+    assert column(seen_study, 0) == list(STUDY_ARMS)
 
 
 def test_rows_without_a_value_are_sorted_last_either_way(study):

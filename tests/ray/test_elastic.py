@@ -32,7 +32,7 @@ OVERRIDES = [
     *("rollout.num_generators=1", "rollout.min_generators=1", "rollout.max_generators=2"),
     *("rollout.node_resource=generator_node", "rollout.cpus_per_generator=1"),
     *("learner.num_ranks=2", "learner.placement=strict_pack", "learner.node_resource=learner_node"),
-    *("teacher.node_resource=learner_node", "reference.node_resource=learner_node"),
+    *("teacher.node_resource=learner_node", "loss.reference.coef=0"),
     *(f"buffer.prompts_per_step={PROMPTS_PER_STEP}", f"buffer.max_staleness={MAX_STALENESS}", "guard.level=off"),
     *(f"learner.steps={STEPS}", "metrics.rollout_log_every_steps=1"),
     *("evaluation.num_problems=0", "evaluation.every_steps=0", "checkpoint.every_steps=0"),

@@ -42,6 +42,7 @@ ROOMS = [
 SMALL = [
     *ROOMS,
     "learner.zero_stage=2",
+    "loss.reference.coef=0",
     "rollout.max_response_tokens=24",
     "rollout.prompts_per_call=2",
     "buffer.prompts_per_step=8",
@@ -110,7 +111,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def test_draining_generators(world, session, tmp_path):
     """G = 2, the sampled-token loss per sequence, no reference."""
-    options = ["rollout.in_flight=drain", "rollout.responses_per_prompt=2", "loss.reference.coef=0"]
+    options = ["rollout.in_flight=drain", "rollout.responses_per_prompt=2"]
     options += ["loss.student.divergence=k1", "loss.importance.correction=clip", "loss.reduction=sequence"]
     summary = run(session, world, tmp_path / "run", *options, "learner.steps=4")
     assert summary["method"] == "opd+mixture"

@@ -157,6 +157,7 @@ def autoscaling_head(
             | {
                 _MARK: str(temp_dir),
                 "RAY_FAKE_CLUSTER": "1",
+                "RAY_prestart_worker_first_driver": "0",
                 "RAY_enable_autoscaler_v2": "1",  # the one that `ray up` and KubeRay start
                 "RAY_CLOUD_INSTANCE_ID": _HEAD_ID,
                 "RAY_NODE_TYPE_NAME": _HEAD_TYPE,
