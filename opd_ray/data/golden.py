@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from opd_ray.config import Config
 from opd_ray.data.files import read_golden
-from opd_ray.data.golden_problems import KINDS, describe, find_problems, judged_wrong
+from opd_ray.data.golden_problems import KINDS, Solution, describe, find_problems, judged_wrong
 from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts
 from opd_ray.errors import InputError
 from opd_ray.messages import MOST_VALUES, ROLLOUT_SCHEMA, RolloutMeta
@@ -28,21 +28,6 @@ from opd_ray.tasks.judge import Judge
 
 _CHUNK = 1024
 _TOKENS = ("prompt_tokens", "response_tokens", "privileged_prompt_tokens")
-
-
-@dataclasses.dataclass(frozen=True)
-class Solution:
-    """One row of the golden file, tokenised."""
-
-    number: int
-    """Row of the file, from 1."""
-    row: Mapping[str, Any]
-    """For the task: id, prompt and answer are there, the last two "" where unknown."""
-    prompt_tokens: np.ndarray
-    response_tokens: np.ndarray
-    """With the EOS at the end."""
-    text: str
-    privileged_prompt_tokens: Sequence[int] = ()
 
 
 @dataclasses.dataclass

@@ -1,9 +1,11 @@
-"""What can be the matter with a golden solution: StableOPD's are complete, do not repeat themselves, and end in EOS."""
+"""A golden solution and what can be the matter with it: StableOPD's are complete, do not repeat themselves, and end in
+EOS."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +16,6 @@ from opd_ray.messages import REFERENCE
 from opd_ray.models.checkpoints import ModelFacts
 from opd_ray.repetition import is_repetitive
 from opd_ray.tasks.judge import Judge
-
-if TYPE_CHECKING:
-    from opd_ray.data.golden import Solution
 
 KINDS = {
     "without_eos": "without EOS",
@@ -32,6 +31,21 @@ Problem = tuple[str, str]
 """Kind and reason."""
 Problems = dict[int, Problem]
 """By the number of the row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """One row of the golden file, tokenised."""
+
+    number: int
+    """Row of the file, from 1."""
+    row: Mapping[str, Any]
+    """For the task: id, prompt and answer are there, the last two "" where unknown."""
+    prompt_tokens: np.ndarray
+    response_tokens: np.ndarray
+    """With the EOS at the end."""
+    text: str
+    privileged_prompt_tokens: Sequence[int] = ()
 
 
 def find_problems(
