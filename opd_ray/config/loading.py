@@ -94,17 +94,18 @@ def to_dict(config: Config) -> dict[str, Any]:
 def differences(one: Config | Mapping[str, Any], other: Config, binds: Binds) -> Iterator[tuple[str, Any, Any]]:
     """``section.field`` and both values of every field that ``binds`` so and in which two configurations differ; a
     field that one lacks is None there."""
-    ours, theirs = dict(_leaves(to_dict(one) if isinstance(one, Config) else one)), dict(_leaves(to_dict(other)))
+    ours, theirs = dict(leaves(to_dict(one) if isinstance(one, Config) else one)), dict(leaves(to_dict(other)))
     for name in sorted(ours.keys() | theirs.keys()):
         mine, its = ours.get(name), theirs.get(name)
         if mine != its and binds & binding(Config, name):
             yield name, mine, its
 
 
-def _leaves(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``section.field`` and its value, of nested mappings."""
     for name, value in raw.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

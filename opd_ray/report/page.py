@@ -80,15 +80,7 @@ def render(
         folded=warnings if len(events) > _MANY_EVENTS else [],
         differences=_differences(arms),
         settings=[(f"{arm.title}, {arm.runs[0].name}", arm.runs[0].config) for arm in arms if arm.runs[0].config],
-        viewer={
-            "shown": sum(len(part.rollouts) for part in samples),
-            "logged": sum(part.logged for part in samples),
-            "changed": any(
-                run.config.get(f"rollout.{name}", 1.0) != 1 for run in runs for name in ("temperature", "top_p")
-            ),
-            "most": most,
-            "most_tokens": most_tokens,
-        },
+        viewer=_viewer(runs, samples) | {"most": most, "most_tokens": most_tokens},
         style=_asset("page.css"),
         scripts=[_asset(name) for name in ("unpack.js", "table.js", "charts.js", "golden.js", "viewer.js")],
         plotly=_pack(get_plotlyjs()),
@@ -99,6 +91,16 @@ def render(
     )
     size = f"{len(page.encode()) / 1e6:.1f} MB"
     return page.replace(_SIZE, size).encode()
+
+
+def _viewer(runs: Sequence[Run], samples: Sequence[rollouts.Sample]) -> dict[str, Any]:
+    """How many rollouts are shown of those that were logged, and whether any were sampled at other settings than 1."""
+    settings = [run.config.get(f"rollout.{name}", 1.0) for run in runs for name in ("temperature", "top_p")]
+    return {
+        "shown": sum(len(part.rollouts) for part in samples),
+        "logged": sum(part.logged for part in samples),
+        "changed": any(value != 1 for value in settings),
+    }
 
 
 def _asset(name: str) -> Markup:

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from opd_ray.config.loading import embedded_preset
-
-
-def leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``a.b`` and its value, of nested mappings."""
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+from opd_ray.config.loading import embedded_preset, leaves
 
 
 def preset(beside: Mapping[str, Any] | None = None) -> list[str]:

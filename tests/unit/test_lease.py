@@ -311,6 +311,8 @@ def test_a_storage_that_hangs_stops_neither_the_loop_nor_the_end(
 
     asyncio.run(scenario())
     first.lease.release()
+    assert not gate.is_set(), "neither waited for the storage"
+    assert json.loads((tmp_path / "lease.json").read_text())["released"] is False, "nothing claims what was not written"
     gate.set()
 
 
