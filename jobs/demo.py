@@ -75,7 +75,7 @@ def main() -> int:
         signal.signal(name, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with ray_head() as client:
-            exit_code = follow(client, shlex.join([*job, *arguments.overrides]), run_dir)
+            exit_code = follow(client, shlex.join([*job, *arguments.overrides]))
     except KeyboardInterrupt:
         print("demo: interrupted", file=sys.stderr)
         return 130
@@ -181,7 +181,7 @@ def _stop(head: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(alive, timeout=5)
 
 
-def follow(client: Any, entrypoint: str, run_dir: Path) -> int:
+def follow(client: Any, entrypoint: str) -> int:
     """Submits the job, shows what it prints until it ends, and returns its exit code."""
     console.print(f"submitting: {entrypoint}")
     job = client.submit_job(

@@ -22,7 +22,7 @@ from opd_ray.placement.restarts import Restarts
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
-from opd_ray.rooms.room import Member
+from opd_ray.rooms.room import Member, busy_share
 from opd_ray.rooms.together import together
 from opd_ray.weights.delivery import Delivery
 
@@ -189,7 +189,6 @@ class Supervisor:
         loads = []
         self._looked = (now, waited, {pool.room: pool.work() for pool in self._pools})
         for pool in self._pools:
-            busy, there = (new - old for new, old in zip(self._looked[2][pool.room], work[pool.room], strict=True))
             loads.append(
                 RoomLoad(
                     room=pool.room,
@@ -197,7 +196,7 @@ class Supervisor:
                     starting=len(pool.those("starting", "joining")),
                     minimum=pool.size.minimum,
                     maximum=pool.size.maximum,
-                    busy_share=min(1.0, busy / there) if there > 0 else 0.0,
+                    busy_share=busy_share(self._looked[2][pool.room], work[pool.room]) or 0.0,
                     num_calls=pool.num_calls,
                 )
             )

@@ -201,6 +201,12 @@ class Room:
             self.end(member)
 
 
+def busy_share(work: tuple[float, float], before: tuple[float, float]) -> float | None:
+    """Share of the time that a room's actors had work between two looks at ``Room.work()``; None without actors."""
+    busy, there = (now - then for now, then in zip(work, before, strict=True))
+    return min(1.0, busy / there) if there > 0 else None
+
+
 def explained(where: str, error: RayError) -> OpdError:
     """The error of this package that one of Ray's amounts to."""
     cause = error.cause if isinstance(error, RayTaskError) else error

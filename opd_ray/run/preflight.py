@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 from opd_ray.config import Config
 from opd_ray.data.dataset import Dataset
 from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts, limits
-from opd_ray.errors import InputError, near
+from opd_ray.errors import InputError, RunError, near
 from opd_ray.models import checkpoints
 from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
 from opd_ray.tasks.judge import Judge
@@ -62,6 +63,11 @@ def _without_torch(check: Callable[[Config], Preflight]) -> Callable[[Config], P
                 return fork.submit(run, config).result()
         except ImportError:  # a task of the user's own may need torch
             return check(config)
+        except BrokenProcessPool:
+            raise RunError(
+                "the process that looked at data and checkpoints was killed, for lack of memory as a rule; see the "
+                "kernel's log, and give smaller files or a machine with more memory"
+            ) from None
 
     return run
 

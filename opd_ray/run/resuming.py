@@ -61,7 +61,13 @@ def _check_alone(run_dir: Path) -> None:
 
 def check_same_run(where: str, saved: Mapping[str, Any], config: Config) -> None:
     """Refuses to continue what was trained with other models, data or losses; ``saved`` is its configuration."""
+    known = dict(configs.leaves(configs.to_dict(config)))
     for name, old, new in configs.differences(saved, config, configs.RUN):
+        if name not in known and not name.startswith("more_teachers."):  # which are named by their users
+            raise InputError(
+                f"--resume: {where} has {name}={_yaml(old)}, a field that this version of opd_ray does not have; "
+                "finish the run with the version that began it, or give another --run-dir"
+            )
         if not _stands_for(new, old, saved):
             raise InputError(
                 f"--resume: {name} is {_yaml(new)}, but {where} has {_yaml(old)}; "

@@ -15,6 +15,7 @@ from opd_ray.placement.supervisor import Supervisor
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
+from opd_ray.rooms.room import busy_share
 from opd_ray.rooms.threads import in_thread
 from opd_ray.snapshots.keeper import Keeper
 from opd_ray.status import state
@@ -135,9 +136,7 @@ class StatusWriter:
 
     def _room(self, room: Pool | Group) -> RoomStatus:
         now, starting = time.monotonic(), room.those("starting", "joining")
-        busy, there = room.work()
-        busy_before, there_before = self._work[room.room]
-        self._work[room.room] = (busy, there)
+        before, self._work[room.room] = self._work[room.room], room.work()
         return RoomStatus(
             room=room.room,
             ready=len(room.members) - len(starting),
@@ -154,7 +153,7 @@ class StatusWriter:
             restarts=self._restarts.by_room[room.room],
             last_loss=room.last_loss,
             below_min_s=self._supervisor.below_min_s(room.room),
-            busy_share=min(1.0, (busy - busy_before) / (there - there_before)) if there > there_before else 0.0,
+            busy_share=busy_share(self._work[room.room], before) or 0.0,
             spawning=tuple(
                 CallStatus(member.name, member.node, member.state, now - member.since) for member in starting
             ),

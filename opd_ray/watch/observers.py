@@ -14,6 +14,7 @@ from opd_ray.evaluate import Evaluation
 from opd_ray.messages import Entry
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.pool import Pool
+from opd_ray.rooms.room import busy_share
 from opd_ray.rooms.threads import in_thread
 from opd_ray.watch.guard import GuardEvent
 from opd_ray.watch.metrics import MetricsWriter
@@ -42,10 +43,9 @@ class Metrics:
         now, work = time.monotonic(), self._worked()
         wall = now - self._since
         rates = {"throughput/tokens_per_s": report.student_tokens / wall, "throughput/step_s": wall}
-        for name, (busy, there) in work.items():
-            busy_before, there_before = self._work[name]
-            if there > there_before:
-                rates[f"idle/{name}"] = max(0.0, 1 - (busy - busy_before) / (there - there_before))
+        for name in work:
+            if (busy := busy_share(work[name], self._work[name])) is not None:
+                rates[f"idle/{name}"] = 1 - busy
         self._since, self._work = now, work
         return rates
 

@@ -446,6 +446,15 @@ def test_the_embedded_default_is_continued_from_another_copy_of_the_package() ->
     assert "--resume: teacher.path is embedded" in refused(lambda: resuming.check_same_run("it", saved, asked))
 
 
+def test_a_checkpoint_with_a_field_of_another_version_is_refused_without_advice_that_cannot_be_followed() -> None:
+    """The bug: it said "continue it with loss.advantage.scale=1.0", which then was an unknown field."""
+    saved = configs.to_dict(Config())
+    saved["loss"]["advantage"]["scale"] = 1.0
+    message = refused(lambda: resuming.check_same_run("the checkpoint", saved, Config()))
+    assert "the checkpoint has loss.advantage.scale=1.0, a field that this version of opd_ray does not have" in message
+    assert "continue it with" not in message
+
+
 def test_the_saved_configuration_is_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bug: config.yaml held a path into the copy of the package that went with the job."""
 

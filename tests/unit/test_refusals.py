@@ -100,6 +100,23 @@ def test_tokens_are_the_same_without_torch(tmp_path):
     assert done.stderr == ""
 
 
+_KILLED = """
+import os, signal, sys
+from opd_ray.__main__ import main
+from opd_ray.data import dataset
+dataset.Dataset.__init__ = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+main(["preflight", "rollout.engine=torch"])
+"""
+
+
+def test_a_check_that_is_killed_is_told_in_one_line():
+    """The bug: files too large for the memory ended in the traceback of a broken process pool."""
+    done = subprocess.run([sys.executable, "-c", _KILLED], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("opd-ray: the process that looked at data and checkpoints was killed")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("directory", ["runs/first", "runs"])
 def test_results_are_not_written_into_the_copy_that_a_job_runs_in(tmp_path, monkeypatch, directory):
     """The bug: a relative --run-dir, and the default one, were gone with the job, which said that it had succeeded."""
