@@ -71,7 +71,7 @@ _ALL = (
     Metric("learner/truncated_weight_share", "share", "share of the student's loss weight in truncated rollouts"),
     Metric("learner/golden_logprob", "nats", "log π_θ of golden tokens"),
     Metric("learner/teacher_rollout_logprob", "nats", "log π_θ of the tokens that the teacher wrote"),
-    Metric("learner/reference_logprob", "nats", "log π_ref of the tokens that are anchored"),
+    Metric("learner/reference_logprob", "nats", "log π_ref of the tokens that the KL to it is taken over"),
     Metric("learner/topk_overlap", "share", "|S_p ∩ S_q|/k of the student's and the teacher's most probable tokens"),
     Metric("learner/*entropy_gap", "nats", "H(student) − H(teacher) on the outcomes that are compared"),
     Metric("learner/*entropy_gate_share", "share", "tokens at which the entropy gate is open"),
