@@ -6,6 +6,7 @@ import random
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from driven_run import assert_whole, cast_of, die, drive, events, in_no_hurry, on_call, slow_learner
 from fake_workers import FakeLearner
@@ -164,7 +165,10 @@ def test_objects_that_are_gone_everywhere_cost_all_steps_but_not_the_run(tmp_pat
     assert_whole(cast, tmp_path)
 
 
-def test_metrics_of_steps_that_are_undone_do_not_stay_on_the_board(tmp_path):
+def test_metrics_of_steps_that_are_undone_do_not_stay_on_the_board(tmp_path, monkeypatch):
+    # TensorBoard reads files in the order of their names: of those that a process opens in one second, which only fakes
+    # are fast enough for, the tenth would come before the ninth.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(10))
     cast = cast_of(learner={"steps": 4}, checkpoint={"every_steps": 0, "memory_every_steps": 2})
     on_call(cast, "train_step", 4, die, role="learner")
     drive(tmp_path, cast)
