@@ -1,6 +1,7 @@
 """What a refusal costs: wrong input is told of without the imports that only training needs."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,65 +11,64 @@ from tokenizers import pre_tokenizers
 from transformers import Qwen2Tokenizer
 
 from opd_ray.config import Config
+from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.errors import InputError
 from opd_ray.models.checkpoints import load_tokenizer
 from opd_ray.run import resuming
 from opd_ray.tasks import get_task
 
 _RUN = """
-import json, sys
+import json, os, sys
 from opd_ray.__main__ import main
-try:
-    main(json.loads(sys.argv[1]))
-except SystemExit as end:
-    print(end.code, *({"torch", "transformers", "vllm"} & sys.modules.keys()))
+for arguments in json.loads(sys.argv[1]):
+    with open("said", "w+b") as said:  # whatever is said by whom: also by the process that looks at the files
+        os.dup2(said.fileno(), 2)
+        try:
+            main(arguments)
+        except SystemExit as end:
+            sys.stderr.flush()
+            said.seek(0)
+            print(json.dumps([end.code, sorted({"torch", "transformers", "vllm"} & sys.modules.keys()),
+                              said.read().decode()]), flush=True)
 """
+_GOLDLESS = ["data.golden=null", "loss.golden.coef=0", "buffer.golden_per_prompt=0", "guard.max_golden_per_prompt=0"]
+REFUSED = [
+    (["train", "foo.bar=1"], "unknown field"),
+    (["train", "--run-dir", "new", "data.prompts=/nonexistent", *_GOLDLESS], "/nonexistent"),
+    (["train", "data.prompts=bad.jsonl", "data.evaluation=good.jsonl", "student.path=/nonexistent",
+      "teacher.path=/nonexistent", *_GOLDLESS], "bad.jsonl"),
+    (["train", "data.prompts=good.jsonl", "data.evaluation=good.jsonl", *_GOLDLESS,
+      "student.path=/nonexistent", "teacher.path=TEACHER"], "student.path=/nonexistent"),
+    (["train", "data.prompts=good.jsonl", "data.evaluation=good.jsonl", *_GOLDLESS,
+      "student.path=TEACHER", "teacher.path=/nonexistent"], "teacher.path=/nonexistent"),
+    (["train", "data.prompts=long.jsonl", "data.evaluation=good.jsonl", *_GOLDLESS,
+      "student.path=TEACHER", "teacher.path=TEACHER"], "its 803 prompt tokens"),
+    (["evaluate", "/nonexistent", "data.evaluation=good.jsonl"], "CHECKPOINT=/nonexistent"),
+    (["preflight", "--run-dir", "new", "--resume"], "no run to resume"),
+]  # fmt: skip
 
 
-def refused(*arguments):
-    """(exit code and heavy modules, what was said)."""
-    done = subprocess.run([sys.executable, "-c", _RUN, json.dumps(arguments)], capture_output=True, text=True)
-    return done.stdout.split(), done.stderr
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """[exit code, heavy modules, what was said] for each of REFUSED, one after the other in one process."""
+    here = tmp_path_factory.mktemp("refused")
+    (here / "bad.jsonl").write_text('{"prompt": \n')
+    (here / "good.jsonl").write_text('{"prompt": "^1+1+1=", "answer": "3"}\n')
+    (here / "long.jsonl").write_text(json.dumps({"prompt": f"^{'1+' * 400}1=", "answer": "3"}))
+    cases = [[each.replace("TEACHER", str(TEACHER_DIR)) for each in arguments] for arguments, _ in REFUSED]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", _RUN, json.dumps(cases)]
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=120)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["train", "foo.bar=1"], "unknown field"),
-        (["train", "--run-dir", "NEW", "data.prompts=/nonexistent", "data.golden=null", "GOLDLESS"], "/nonexistent"),
-        (["train", "data.prompts=BAD", "data.evaluation=GOOD", "student.path=/nonexistent",
-          "teacher.path=/nonexistent", "data.golden=null", "GOLDLESS"], "bad.jsonl"),
-        (["train", "data.prompts=GOOD", "data.evaluation=GOOD", "data.golden=null", "GOLDLESS",
-          "student.path=/nonexistent", "teacher.path=TEACHER"], "student.path=/nonexistent"),
-        (["train", "data.prompts=GOOD", "data.evaluation=GOOD", "data.golden=null", "GOLDLESS",
-          "student.path=TEACHER", "teacher.path=/nonexistent"], "teacher.path=/nonexistent"),
-        (["train", "data.prompts=LONG", "data.evaluation=GOOD", "data.golden=null", "GOLDLESS",
-          "student.path=TEACHER", "teacher.path=TEACHER"], "its 803 prompt tokens"),
-        (["evaluate", "/nonexistent", "data.evaluation=GOOD"], "CHECKPOINT=/nonexistent"),
-        (["preflight", "--run-dir", "NEW", "--resume"], "no run to resume"),
-    ],
-)  # fmt: skip
-def test_a_refusal_needs_no_torch(tmp_path, arguments, said):
+@pytest.mark.parametrize("case", range(len(REFUSED)), ids=[said for _, said in REFUSED])
+def test_a_refusal_needs_no_torch(answers, case):
     """The bug: torch and transformers were imported for every command, and a mistyped path took 14 s of CPU."""
-    from opd_ray.embedded.prepare import TEACHER_DIR
-
-    (tmp_path / "bad.jsonl").write_text('{"prompt": \n')
-    (tmp_path / "good.jsonl").write_text('{"prompt": "^1+1+1=", "answer": "3"}\n')
-    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": f"^{'1+' * 400}1=", "answer": "3"}))
-    stand_ins = {
-        "LONG": str(tmp_path / "long.jsonl"),
-        "NEW": str(tmp_path / "new"),
-        "BAD": str(tmp_path / "bad.jsonl"),
-        "GOOD": str(tmp_path / "good.jsonl"),
-        "TEACHER": str(TEACHER_DIR),
-        "GOLDLESS": "loss.golden.coef=0 buffer.golden_per_prompt=0 guard.max_golden_per_prompt=0",
-    }
-    for name, value in stand_ins.items():
-        arguments = [argument.replace(name, value) for argument in arguments]
-    flat = [part for argument in arguments for part in argument.split(" ")]
-    (code, *heavy), stderr = refused(*flat)
-    assert (code, heavy) == ("2", []), stderr
-    assert said in stderr and len(stderr.splitlines()) == 1
+    assert len(answers) == len(REFUSED)
+    code, heavy, stderr = answers[case]
+    assert (code, heavy) == (2, []), stderr
+    assert REFUSED[case][1] in stderr and len(stderr.splitlines()) == 1
 
 
 _IDS = """
