@@ -7,7 +7,7 @@ entries share a micro-batch is planned in :mod:`opd_ray.buffer.plan`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -24,8 +24,21 @@ from opd_ray.messages import REFERENCE, SOURCES, Entry, Source, StepPlan
 from opd_ray.models.inputs import lay_out
 from opd_ray.repetition import repeated_ngrams
 
-Payloads = Mapping[int, pa.RecordBatch]
-"""``id(ref)`` to what the ref stands for."""
+
+class Payloads(dict[int, pa.RecordBatch]):
+    """``id(ref)`` to what the ref stands for."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._flat: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
+
+    def row(self, ref: Any, name: str, index: int) -> np.ndarray:
+        """The values of one row of a list column, without a copy."""
+        if (flat := self._flat.get((id(ref), name))) is None:
+            column = self[id(ref)].column(name)
+            flat = self._flat[id(ref), name] = column.values.to_numpy(), column.offsets.to_numpy()
+        values, offsets = flat
+        return values[offsets[index] : offsets[index + 1]]
 
 
 @dataclass(frozen=True)
@@ -154,9 +167,8 @@ def _column(
 
 
 def _row(payloads: Payloads, entry: Entry, name: str, role: str | None = None) -> np.ndarray:
-    """One rollout's values of a list column, without a copy."""
-    ref = entry.rollouts if role is None else entry.scores[role]
-    return payloads[id(ref)][name][entry.row].values.to_numpy()
+    """One rollout's values of a column of its payload, or of a role's scores of it."""
+    return payloads.row(entry.rollouts if role is None else entry.scores[role], name, entry.row)
 
 
 def _check_lengths(entry: Entry, num_prompt_tokens: int, num_response_tokens: int) -> None:
@@ -172,8 +184,8 @@ def _check_lengths(entry: Entry, num_prompt_tokens: int, num_response_tokens: in
 
 def fetch_payloads(
     plan: StepPlan, fetch: Callable[[list[Any]], list[Any]]
-) -> tuple[dict[int, pa.RecordBatch], tuple[str, ...]]:
-    """Every distinct payload of a plan by ``id(ref)``, fetched at once, and the ids of the rollouts that lost one.
+) -> tuple[Payloads, tuple[str, ...]]:
+    """Every distinct payload of a plan, fetched at once, and the ids of the rollouts that lost one.
 
     Where some are gone, the others are fetched one by one.
     """
@@ -181,11 +193,11 @@ def fetch_payloads(
     refs = [(entry.rollouts, *entry.scores.values()) for entry in entries]
     distinct = {id(ref): ref for each in refs for ref in each}
     try:
-        return dict(zip(distinct, fetch(list(distinct.values())), strict=True)), ()
+        return Payloads(zip(distinct, fetch(list(distinct.values())), strict=True)), ()
     except Exception as error:
         if not is_loss(error):
             raise
-    found = {}
+    found = Payloads()
     for key, ref in distinct.items():
         try:
             [found[key]] = fetch([ref])

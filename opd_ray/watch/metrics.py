@@ -20,6 +20,7 @@ from typing import TextIO
 
 import numpy as np
 from ray.util.metrics import Gauge
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from opd_ray.disk import writing
 from opd_ray.messages import RolloutMeta
@@ -94,8 +95,9 @@ class MetricsWriter:
             with writing(self._lines_at):
                 self._lines.write(json.dumps({"step": step, **finite}) + "\n")
             with writing(self._board_at):  # a thread writes it: what fails is raised by a later call
-                for name, value in finite.items():
-                    self._board.add_scalar(name, value, step)
+                # One record instead of one for each name: TensorBoard opens its file anew for each.
+                values = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
+                self._board.file_writer.add_summary(Summary(value=values), step)
                 for tag, text in said:
                     self._board.add_text(tag, text, step)
 
