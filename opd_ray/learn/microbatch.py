@@ -182,9 +182,7 @@ def _check_lengths(entry: Entry, num_prompt_tokens: int, num_response_tokens: in
         raise RunError(f"rollout {meta.rollout_id} has an empty prompt or response: nothing predicts its first token")
 
 
-def fetch_payloads(
-    plan: StepPlan, fetch: Callable[[list[Any]], list[Any]]
-) -> tuple[Payloads, tuple[str, ...]]:
+def fetch_payloads(plan: StepPlan, fetch: Callable[[list[Any]], list[Any]]) -> tuple[Payloads, tuple[str, ...]]:
     """Every distinct payload of a plan, fetched at once, and the ids of the rollouts that lost one.
 
     Where some are gone, the others are fetched one by one.
