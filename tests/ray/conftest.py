@@ -7,12 +7,14 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 from embedded_preset import preset
 from opd_ray.tasks.chain import draw_distinct, to_row
+from preloaded_workers import preloaded
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(root / "student", root / "teacher", *(root / f"{name}.jsonl" for name in files))
 
 
+@pytest.fixture(scope="session")
+def preloaded_workers() -> Iterator[dict[str, Any]]:
+    """The runtime environment of workers that have imported torch and transformers before they start."""
+    with preloaded() as executable:
+        yield {"py_executable": executable}
+
+
 @pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
+def ray_here(preloaded_workers: dict[str, Any]) -> Iterator[None]:
     """A Ray started by the tests, on this machine, with more logical CPUs than it has."""
-    ray.init("local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    options = {"num_cpus": 8, "include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
+    ray.init("local", runtime_env=preloaded_workers, **options)
     yield
     ray.shutdown()

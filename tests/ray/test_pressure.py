@@ -24,9 +24,9 @@ WIDTHS = {"student": 512, "teacher": 4096}
 
 
 @pytest.fixture
-def small_store() -> Iterator[None]:
+def small_store(preloaded_workers) -> Iterator[None]:
     options = {"num_cpus": 8, "include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
-    ray.init("local", object_store_memory=STORE_BYTES, **options)
+    ray.init("local", object_store_memory=STORE_BYTES, runtime_env=preloaded_workers, **options)
     yield
     ray.shutdown()
 
