@@ -108,6 +108,7 @@ def _fork(client: socket.socket, not_the_workers: Sequence[Any]) -> int:
             os.close(stream)
         return os.pidfd_open(pid)
     try:
+        os.setpgid(0, 0)  # as Ray does: it kills the group of a worker that has ended
         for each in (client, *not_the_workers):
             each.close()
         for target, stream in enumerate(streams):
