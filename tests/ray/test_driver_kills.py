@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 import fake_run
 from autoscaling_head import AutoscalingHead, autoscaling_head, fake_cluster
@@ -58,8 +59,9 @@ def head() -> Iterator[AutoscalingHead]:
 
 
 @pytest.fixture(scope="module")
-def drivers(head: AutoscalingHead) -> Iterator[Drivers]:
-    with Drivers(head.environment) as drivers:
+def drivers(head: AutoscalingHead, preloaded_workers: dict[str, Any]) -> Iterator[Drivers]:
+    job = {RAY_JOB_CONFIG_JSON_ENV_VAR: json.dumps({"runtime_env": preloaded_workers})}
+    with Drivers(head.environment | job) as drivers:
         yield drivers
 
 
@@ -115,7 +117,7 @@ def kill_job(head: AutoscalingHead, driver: Driver) -> None:
         process
         for raylet in head.raylets().values()
         for process in raylet.children(recursive=True)
-        if process.name().startswith("ray::") and not process.name().endswith("Agent")  # a raylet dies with its agents
+        if not process.name().endswith("Agent")  # a raylet dies with its agents
     ]
     driver.signal(signal.SIGKILL)
     for worker in workers:

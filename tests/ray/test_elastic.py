@@ -123,10 +123,10 @@ def watched(
     """A run that has ended: it grew, lost a node, had it replaced, and gave one back."""
     directory = tmp_path_factory.mktemp("elastic")
     command = [sys.executable, "-c", "import gated_driver; gated_driver.drive()", str(directory)]
-    environment = {**head.environment, RAY_JOB_CONFIG_JSON_ENV_VAR: json.dumps({"runtime_env": preloaded_workers})}
+    job = {RAY_JOB_CONFIG_JSON_ENV_VAR: json.dumps({"runtime_env": preloaded_workers})}
     with (directory / "log").open("wb") as log:
         driver = subprocess.Popen(
-            [*command, *world.overrides(), *OVERRIDES], env=environment, stdout=log, stderr=subprocess.STDOUT
+            [*command, *world.overrides(), *OVERRIDES], env=head.environment | job, stdout=log, stderr=subprocess.STDOUT
         )
     watched = Watched(directory, driver)
     try:
