@@ -24,13 +24,14 @@ from __future__ import annotations
 import hashlib
 import operator
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
 MODULUS = 7
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+_SYMBOLS = tuple(OPERATORS)
 NUM_OPERATIONS = (2, 3)
 # Only 3,087 problems have two operations.  Drawing them with 1/4 leaves enough of them
 # in every split for sets of distinct problems.
@@ -52,7 +53,7 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        return f"^{self.first}" + "".join(f"{op}{operand}" for op, operand in self.operations) + "="
+        return _prompt(self.first, self.operations)
 
     @property
     def results(self) -> tuple[int, ...]:
@@ -84,6 +85,10 @@ class Text:
     finished: bool
 
 
+def _prompt(first: int, operations: Sequence[tuple[str, int]]) -> str:
+    return f"^{first}{''.join([f'{op}{operand}' for op, operand in operations])}="
+
+
 def _apply(left: int, op: str, right: int) -> int:
     return OPERATORS[op](left, right) % MODULUS
 
@@ -98,12 +103,10 @@ def draw_problem(rng: random.Random, split: Split) -> Problem:
     """A random problem of ``split``."""
     while True:
         num_operations = NUM_OPERATIONS[0] if rng.random() < SHARE_OF_SHORT else NUM_OPERATIONS[1]
-        problem = Problem(
-            rng.randrange(MODULUS),
-            tuple((rng.choice(tuple(OPERATORS)), rng.randrange(MODULUS)) for _ in range(num_operations)),
-        )
-        if split_of(problem.prompt) == split:
-            return problem
+        first = rng.randrange(MODULUS)
+        operations = [(rng.choice(_SYMBOLS), rng.randrange(MODULUS)) for _ in range(num_operations)]
+        if split_of(_prompt(first, operations)) == split:
+            return Problem(first, tuple(operations))
 
 
 def draw_distinct(rng: random.Random, split: Split, count: int) -> list[Problem]:

@@ -43,7 +43,7 @@ class Fabric:
         there[rank] = value
         while len(there) < size:
             check()
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
         return [there[each] for each in range(size)]
 
     async def exchange(self, group: TransferGroup, what: Any, value: Any) -> Any:
