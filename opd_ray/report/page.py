@@ -108,7 +108,7 @@ def _asset(name: str) -> Markup:
 
 
 def _pack(content: str) -> Markup:
-    return Markup(base64.b64encode(gzip.compress(content.encode(), 9, mtime=0)).decode())
+    return Markup(base64.b64encode(gzip.compress(content.encode(), mtime=0, compresslevel=6)).decode())
 
 
 def _data(
