@@ -30,13 +30,13 @@ class Payloads(dict[int, pa.RecordBatch]):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._flat: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
+        self._flat: dict[tuple[int, str], tuple[np.ndarray, list[int]]] = {}
 
     def row(self, ref: Any, name: str, index: int) -> np.ndarray:
         """The values of one row of a list column, without a copy."""
         if (flat := self._flat.get((id(ref), name))) is None:
             column = self[id(ref)].column(name)
-            flat = self._flat[id(ref), name] = column.values.to_numpy(), column.offsets.to_numpy()
+            flat = self._flat[id(ref), name] = column.values.to_numpy(), column.offsets.to_pylist()
         values, offsets = flat
         return values[offsets[index] : offsets[index + 1]]
 

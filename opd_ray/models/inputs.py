@@ -18,16 +18,23 @@ def lay_out(
     packed, both are [1, T], and the positions restart at 0 for each sequence. index is [N] int64: the position in the
     flattened input that predicts each response token. No sequences give one dummy token.
     """
-    pairs = list(zip(prompts, responses, strict=True))
-    rows = [torch.from_numpy(np.concatenate((prompt, response[:-1]))).long() for prompt, response in pairs]
-    rows = rows or [torch.zeros(1, dtype=torch.int64)]
+    if not prompts:
+        dummy = torch.zeros(1, 1, dtype=torch.int64)
+        return dummy, dummy if packing else None, torch.zeros(0, dtype=torch.int64)
+    before, answered = (np.fromiter(map(len, each), np.int64, len(each)) for each in (prompts, responses))
+    lengths = before + answered - 1
+    pieces = [piece for pair in zip(prompts, responses, strict=True) for piece in (pair[0], pair[1][:-1])]
+    flat, within = np.concatenate(pieces).astype(np.int64), _counted(lengths)
     if packing:
-        input_ids, position_ids = torch.cat(rows)[None], torch.cat([torch.arange(len(row)) for row in rows])[None]
-        starts = np.cumsum([0, *map(len, rows[:-1])]).tolist()
+        starts, input_ids, position_ids = np.cumsum(lengths) - lengths, flat[None], torch.from_numpy(within[None])
     else:
-        input_ids, position_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), None
-        starts = [row * input_ids.shape[1] for row in range(len(rows))]
-    index = [torch.zeros(0, dtype=torch.int64)]
-    for start, (prompt, response) in zip(starts, pairs, strict=False):  # without sequences there is one start
-        index.append(start + len(prompt) - 1 + torch.arange(len(response)))
-    return input_ids, position_ids, torch.cat(index)
+        starts, position_ids = np.arange(len(lengths)) * lengths.max(), None
+        input_ids = np.zeros((len(lengths), lengths.max()), np.int64)
+        input_ids.reshape(-1)[np.repeat(starts, lengths) + within] = flat
+    index = np.repeat(starts + before - 1, answered) + _counted(answered)
+    return torch.from_numpy(input_ids), position_ids, torch.from_numpy(index)
+
+
+def _counted(lengths: np.ndarray) -> np.ndarray:
+    """0 … n - 1 for each n of ``lengths``, one after the other."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
