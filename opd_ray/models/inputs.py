@@ -22,7 +22,7 @@ def lay_out(
         dummy = torch.zeros(1, 1, dtype=torch.int64)
         return dummy, dummy if packing else None, torch.zeros(0, dtype=torch.int64)
     before, answered = (np.fromiter(map(len, each), np.int64, len(each)) for each in (prompts, responses))
-    lengths = before + answered - 1
+    lengths = before + np.maximum(answered - 1, 0)
     pieces = [piece for pair in zip(prompts, responses, strict=True) for piece in (pair[0], pair[1][:-1])]
     flat, within = np.concatenate(pieces).astype(np.int64), _counted(lengths)
     if packing:
