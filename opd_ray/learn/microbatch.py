@@ -85,18 +85,25 @@ def collate(entries: Sequence[Entry], payloads: Payloads, *, packing: bool) -> M
     )
     for entry, prompt, response in zip(ordered, prompts, responses, strict=True):
         _check_lengths(entry, len(prompt), len(response))
-    segments = tuple(_segment(list(group), payloads) for _, group in groupby(ordered, _segment_key))
-    return MicroBatch(*lay_out(prompts, responses, packing=packing), segments)
+    lengths = np.fromiter(map(len, responses), np.int64, len(responses))
+    tokens = np.concatenate(responses).astype(np.int64) if responses else np.zeros(0, np.int64)
+    repetitive = torch.from_numpy(repeated_ngrams(tokens, lengths))
+    segments, begin = [], 0
+    for _, group in groupby(ordered, _segment_key):
+        members = list(group)
+        end = begin + sum(entry.meta.num_response_tokens for entry in members)
+        segments.append(_segment(members, payloads, torch.from_numpy(tokens[begin:end]), repetitive[begin:end]))
+        begin = end
+    return MicroBatch(*lay_out(prompts, responses, packing=packing), tuple(segments))
 
 
 def _segment_key(entry: Entry) -> tuple[int, tuple[str, ...]]:
     return SOURCES.index(entry.meta.source), tuple(sorted(entry.scores))
 
 
-def _segment(group: Sequence[Entry], payloads: Payloads) -> Segment:
+def _segment(group: Sequence[Entry], payloads: Payloads, tokens: torch.Tensor, repetitive: torch.Tensor) -> Segment:
     source = group[0].meta.source
     column = partial(_column, group, payloads)
-    tokens = column("response_tokens", single=True)
     behaviour = column("behaviour_logprobs", single=True, required=source == "student")
     lengths = torch.tensor([entry.meta.num_response_tokens for entry in group])
     rewards = torch.tensor([entry.reward_advantage for entry in group])
@@ -114,7 +121,7 @@ def _segment(group: Sequence[Entry], payloads: Payloads) -> Segment:
             given_ids=column("topk_ids"),
             reward_advantages=rewards.repeat_interleave(lengths),
         ),
-        repetitive=torch.from_numpy(repeated_ngrams(tokens.numpy(), lengths.numpy())),
+        repetitive=repetitive,
     )
 
 
