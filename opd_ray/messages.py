@@ -149,8 +149,6 @@ class RolloutMeta:
     """rep(o) of METHOD: the tail compresses by more than the configured ratio."""
     oldest_version: int
     """Weight version of the first response token; -1 unless the student sampled."""
-    newest_version: int
-    """Weight version of the last response token; -1 unless the student sampled."""
     mean_version: float
     """Mean weight version over the response tokens; -1 unless the student sampled."""
     mean_behaviour_logprob: float

@@ -212,7 +212,6 @@ def _meta(solution: Solution) -> RolloutMeta:
         correct=solution.row.get("correct", True),
         repetitive=False,
         oldest_version=-1,
-        newest_version=-1,
         mean_version=-1.0,
         mean_behaviour_logprob=float("nan"),
         teacher=solution.row.get("teacher", DEFAULT_TEACHER),

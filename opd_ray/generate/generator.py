@@ -131,7 +131,6 @@ class Generator:
             correct=bool(verdict),
             repetitive=is_repetitive(text, *self._settings.repetition),
             oldest_version=int(versions[0]),
-            newest_version=int(versions[-1]),
             mean_version=float(np.mean(versions)),
             mean_behaviour_logprob=float(np.mean(finished.logprobs)) if len(finished.logprobs) else math.nan,
             teacher=group.teacher,

@@ -32,13 +32,14 @@ class Payloads(dict[int, pa.RecordBatch]):
         super().__init__(*args)
         self._flat: dict[tuple[int, str], tuple[np.ndarray, list[int]]] = {}
 
-    def row(self, ref: Any, name: str, index: int) -> np.ndarray:
-        """The values of one row of a list column, without a copy."""
-        if (flat := self._flat.get((id(ref), name))) is None:
-            column = self[id(ref)].column(name)
-            flat = self._flat[id(ref), name] = column.values.to_numpy(), column.offsets.to_pylist()
+    def row(self, entry: Entry, name: str, role: str | None = None) -> np.ndarray:
+        """One rollout's values of a list column of its payload, or of a role's scores of it, without a copy."""
+        key = id(entry.rollouts if role is None else entry.scores[role]), name
+        if (flat := self._flat.get(key)) is None:
+            column = self[key[0]].column(name)
+            flat = self._flat[key] = column.values.to_numpy(), column.offsets.to_pylist()
         values, offsets = flat
-        return values[offsets[index] : offsets[index + 1]]
+        return values[offsets[entry.row] : offsets[entry.row + 1]]
 
 
 @dataclass(frozen=True)
@@ -81,19 +82,16 @@ def collate(entries: Sequence[Entry], payloads: Payloads, *, packing: bool) -> M
     """
     ordered = sorted(entries, key=_segment_key)
     prompts, responses = (
-        [_row(payloads, entry, name) for entry in ordered] for name in ("prompt_tokens", "response_tokens")
+        [payloads.row(entry, name) for entry in ordered] for name in ("prompt_tokens", "response_tokens")
     )
     for entry, prompt, response in zip(ordered, prompts, responses, strict=True):
         _check_lengths(entry, len(prompt), len(response))
-    lengths = np.fromiter(map(len, responses), np.int64, len(responses))
-    tokens = np.concatenate(responses).astype(np.int64) if responses else np.zeros(0, np.int64)
-    repetitive = torch.from_numpy(repeated_ngrams(tokens, lengths))
-    segments, begin = [], 0
-    for _, group in groupby(ordered, _segment_key):
-        members = list(group)
-        end = begin + sum(entry.meta.num_response_tokens for entry in members)
-        segments.append(_segment(members, payloads, torch.from_numpy(tokens[begin:end]), repetitive[begin:end]))
-        begin = end
+    tokens = np.concatenate([np.zeros(0, np.int64), *responses])
+    repetitive = repeated_ngrams(tokens, np.fromiter(map(len, responses), np.int64, len(responses)))
+    groups = [list(group) for _, group in groupby(ordered, _segment_key)]
+    sizes = [sum(entry.meta.num_response_tokens for entry in group) for group in groups]
+    parts = zip(*(torch.from_numpy(each).split(sizes) for each in (tokens, repetitive)), strict=True)
+    segments = [_segment(group, payloads, *part) for group, part in zip(groups, parts, strict=True)]
     return MicroBatch(*lay_out(prompts, responses, packing=packing), tuple(segments))
 
 
@@ -156,7 +154,7 @@ def _column(
     None where it is empty; ids become int64. Raises RunError where the values do not cover the responses.
     """
     what = name if role is None else f"{role} {name}"
-    rows = [_row(payloads, entry, name, role) for entry in group]
+    rows = [payloads.row(entry, name, role) for entry in group]
     if not any(map(len, rows)):
         if required:
             raise RunError(f"rollout {group[0].meta.rollout_id} has no {what}, which always come with it")
@@ -171,11 +169,6 @@ def _column(
     flat = torch.from_numpy(np.concatenate(rows))
     flat = flat if flat.is_floating_point() else flat.long()
     return flat if single else flat.reshape(-1, width)
-
-
-def _row(payloads: Payloads, entry: Entry, name: str, role: str | None = None) -> np.ndarray:
-    """One rollout's values of a column of its payload, or of a role's scores of it."""
-    return payloads.row(entry.rollouts if role is None else entry.scores[role], name, entry.row)
 
 
 def _check_lengths(entry: Entry, num_prompt_tokens: int, num_response_tokens: int) -> None:

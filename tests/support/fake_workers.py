@@ -125,7 +125,6 @@ class FakeGenerator(Receiver):
                 source=self.source,
                 teacher=group.teacher,
                 oldest_version=oldest,
-                newest_version=self.version,
                 mean_version=float(oldest),
                 correct=group.slot % 2 == 0,
                 repetitive=self.source == "teacher" and group.slot == 2,

@@ -164,7 +164,6 @@ def _meta(row: dict[str, Any], source: Source) -> RolloutMeta:
         correct=True,
         repetitive=False,
         oldest_version=0,
-        newest_version=0,
         mean_version=0.0,
         mean_behaviour_logprob=-3.5,
     )

@@ -15,7 +15,6 @@ def meta(slot: int = 0, **changes) -> RolloutMeta:
         "correct": True,
         "repetitive": False,
         "oldest_version": 0,
-        "newest_version": 0,
         "mean_version": 0.0,
         "mean_behaviour_logprob": -1.0,
     }
@@ -27,4 +26,4 @@ def entry(slot: int = 0, row: int = 0, **changes) -> Entry:
 
 
 def golden(index: int) -> Entry:
-    return entry(-1, index, rollout_id=f"golden-{index}", source="golden", oldest_version=-1, newest_version=-1)
+    return entry(-1, index, rollout_id=f"golden-{index}", source="golden", oldest_version=-1)

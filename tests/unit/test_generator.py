@@ -115,7 +115,7 @@ def test_keep_updates_between_two_steps_of_a_running_response():
     meta, _, payload, events = asyncio.run(update_in_the_middle("keep"))
     versions = payload["weight_versions"][0].as_py()
     assert versions == sorted(versions)
-    assert (meta.oldest_version, meta.newest_version) == (0, 1)
+    assert meta.oldest_version == 0 < meta.mean_version
     assert "update 1 keep" in events
 
 
@@ -128,7 +128,7 @@ def test_abort_begins_the_response_again_so_it_has_one_version():
 
 def test_drain_finishes_what_runs_and_holds_what_comes_until_the_update():
     meta, late, _, events = asyncio.run(update_in_the_middle("drain"))
-    assert (meta.oldest_version, meta.newest_version) == (0, 0)
+    assert meta.oldest_version == 0
     assert late.oldest_version == 1
     assert events.index("update 1 keep") < events.index("submit 1")
     assert events[: events.index("update 1 keep")].count("step") == 6
@@ -213,7 +213,7 @@ def test_an_engine_with_half_of_an_update_is_not_stepped_until_one_succeeds(in_f
         assert not late.done()
         await asyncio.wait_for(generator.update_weights(manifest(2)), 10)
         (meta,), _ = await asyncio.wait_for(late, 10)
-        assert (meta.oldest_version, meta.newest_version) == (2, 2)
+        assert meta.oldest_version == 2
         await asyncio.wait_for(running, 10)
 
     asyncio.run(scenario())
@@ -324,7 +324,7 @@ def test_a_teachers_rollouts_have_no_behaviour_policy_and_ids_of_their_own():
         metas, payload = await generator.generate([group(3, num_responses=2)], NEVER_STOP)
         assert [meta.rollout_id for meta in metas] == payload["rollout_id"].to_pylist() == ["3-t0", "3-t1"]
         for meta in metas:
-            assert (meta.source, meta.oldest_version, meta.newest_version, meta.mean_version) == ("teacher", -1, -1, -1)
+            assert (meta.source, meta.oldest_version, meta.mean_version) == ("teacher", -1, -1)
             assert math.isnan(meta.mean_behaviour_logprob)
         assert payload["source"].to_pylist() == ["teacher"] * 2
         for column in ("behaviour_logprobs", "weight_versions"):

@@ -201,7 +201,7 @@ def restored(slots):
                 put = cast.world.objects.put
                 scores = {role: put(pa.record_batch({"of": [slot], "by": [role]})) for role in ("teacher", "reference")}
                 rollouts = put(pa.record_batch({"slot": [slot], "source": ["student"]}))
-                values = {"prompt_id": "restored", "oldest_version": 2, "newest_version": 2, "mean_version": 2.0}
+                values = {"prompt_id": "restored", "oldest_version": 2, "mean_version": 2.0}
                 entries[slot] = [Entry(meta(slot, **values), 0, rollouts, scores)]
 
         return await make_pipeline(
