@@ -10,8 +10,9 @@ import pytest
 from tokenizers import pre_tokenizers
 from transformers import Qwen2Tokenizer
 
-from opd_ray.config import Config
+from opd_ray.config import Config, load
 from opd_ray.embedded.prepare import TEACHER_DIR
+from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
 from opd_ray.models.checkpoints import load_tokenizer
 from opd_ray.run import resuming
@@ -111,6 +112,7 @@ main(["preflight", "rollout.engine=torch"])
 
 def test_a_check_that_is_killed_is_told_in_one_line():
     """The bug: files too large for the memory ended in the traceback of a broken process pool."""
+    resolve(load())  # who must build the embedded models first has imported torch, and checks without a fork
     done = subprocess.run([sys.executable, "-c", _KILLED], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith("opd-ray: the process that looked at data and checkpoints was killed")
