@@ -19,7 +19,7 @@ def lay_out(
     flattened input that predicts each response token. No sequences give one dummy token.
     """
     if not prompts:
-        prompts, responses = [np.zeros(1)], [np.zeros(0)]
+        prompts, responses = [np.zeros(1)], [np.zeros(0)]  # the dummy, which predicts nothing
     before, answered = (np.fromiter(map(len, each), np.int64, len(each)) for each in (prompts, responses))
     lengths = before + np.maximum(answered - 1, 0)
     pieces = [piece for pair in zip(prompts, responses, strict=True) for piece in (pair[0], pair[1][:-1])]

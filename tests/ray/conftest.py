@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from embedded_preset import preset
 from opd_ray.tasks.chain import draw_distinct, to_row
@@ -70,6 +71,12 @@ def preloaded_workers() -> Iterator[dict[str, Any]]:
     """The runtime environment of workers that have imported torch and transformers before they start."""
     with preloaded() as executable:
         yield {"py_executable": executable}
+
+
+@pytest.fixture(scope="session")
+def preloaded_job(preloaded_workers: dict[str, Any]) -> dict[str, str]:
+    """The environment that gives the workers of a driver in a process of its own that runtime environment."""
+    return {RAY_JOB_CONFIG_JSON_ENV_VAR: json.dumps({"runtime_env": preloaded_workers})}
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from typing import Any
 
 import psutil
 import pytest
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 import fake_run
 from autoscaling_head import AutoscalingHead, autoscaling_head, fake_cluster
@@ -59,9 +58,8 @@ def head() -> Iterator[AutoscalingHead]:
 
 
 @pytest.fixture(scope="module")
-def drivers(head: AutoscalingHead, preloaded_workers: dict[str, Any]) -> Iterator[Drivers]:
-    job = {RAY_JOB_CONFIG_JSON_ENV_VAR: json.dumps({"runtime_env": preloaded_workers})}
-    with Drivers(head.environment | job) as drivers:
+def drivers(head: AutoscalingHead, preloaded_job: dict[str, str]) -> Iterator[Drivers]:
+    with Drivers(head.environment | preloaded_job) as drivers:
         yield drivers
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 import gated_driver
 from autoscaling_head import AutoscalingHead, NodeType, autoscaling_head, fake_cluster
@@ -117,16 +116,16 @@ def head() -> Iterator[AutoscalingHead]:
 
 
 @pytest.fixture(scope="module")
-def watched(
-    head: AutoscalingHead, world, preloaded_workers, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Watched]:
+def watched(head: AutoscalingHead, world, preloaded_job, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """A run that has ended: it grew, lost a node, had it replaced, and gave one back."""
     directory = tmp_path_factory.mktemp("elastic")
     command = [sys.executable, "-c", "import gated_driver; gated_driver.drive()", str(directory)]
-    job = {RAY_JOB_CONFIG_JSON_ENV_VAR: json.dumps({"runtime_env": preloaded_workers})}
     with (directory / "log").open("wb") as log:
         driver = subprocess.Popen(
-            [*command, *world.overrides(), *OVERRIDES], env=head.environment | job, stdout=log, stderr=subprocess.STDOUT
+            [*command, *world.overrides(), *OVERRIDES],
+            env=head.environment | preloaded_job,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
     watched = Watched(directory, driver)
     try:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,18 @@ MODULES = (
 )
 """Without ray, which reads the id of its job from the environment when it is imported, and without vLLM, which reads
 settings there: each worker imports these for itself."""
+_ORDER_S = 60.0
+"""Within which a client says what it wants; it does so at once."""
 
 
 @contextlib.contextmanager
-def preloaded(environment: Mapping[str, str] | None = None) -> Iterator[str]:
+def preloaded() -> Iterator[str]:
     """Gives the ``py_executable`` of workers that have MODULES; they end with the block."""
     with tempfile.TemporaryDirectory(prefix="opd-") as directory:
         address = Path(directory) / "workers"
         server = subprocess.Popen(
             [sys.executable, __file__, str(address)],
-            env={**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -100,6 +102,7 @@ def _serve(address: str) -> None:
 
 def _fork(client: socket.socket, not_the_workers: Sequence[Any]) -> int:
     """The pidfd of a new worker, which does what its client was started for."""
+    client.settimeout(_ORDER_S)
     size, streams, _, _ = socket.recv_fds(client, 4, 3)
     with client.makefile("rb") as message:
         order = json.loads(message.read(int.from_bytes(size, "big")))

@@ -30,7 +30,7 @@ def entries_of(sizes: list[tuple[int, int, str]]) -> list[Entry]:
     ]
 
 
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     sizes=st.lists(SIZES, min_size=1, max_size=40),
     num_ranks=st.integers(1, 5),
@@ -215,7 +215,7 @@ def test_scores_that_do_not_cover_their_response_are_refused(column: str) -> Non
         collated(entries, packing=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rows=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=25), min_size=1, max_size=5), n=st.integers(1, 4))
 def test_repeated_ngrams_are_those_a_loop_finds(rows: list[list[int]], n: int) -> None:
     expected = []

@@ -393,7 +393,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(configs, rows, st.booleans(), st.booleans(), st.floats(0, 2), st.sampled_from([16, 64, 320]))
 def test_whatever_it_sees_it_stays_within_its_limits(config, steps, has_golden, has_reference, golden, rollouts):
     """Strength within the limits and never falling without health, levels within what is allowed, finite events, and

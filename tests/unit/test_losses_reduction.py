@@ -56,7 +56,7 @@ def tail_start(repetitive: list[bool]) -> int:
     return start if scores[start] > 0 and len(repetitive) - start >= 7 else len(repetitive)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     rows=st.lists(
         st.tuples(

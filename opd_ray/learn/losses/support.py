@@ -58,9 +58,7 @@ def compare(batch: TokenBatch, scored: ScoredTokens, support: Support, tail: Tai
             "(k ≥ 1), but the scores have none; ask the scorer for them"
         )
     # Does a row hold every id of the student's? k ≥ V does not say so: a padded vocabulary has ids that it lacks.
-    complete = torch.zeros_like(ids[:, :1], dtype=torch.bool)
-    if ids.shape[-1] >= batch.vocab_size:
-        complete = (ids < batch.vocab_size).sum(-1, keepdim=True) >= batch.vocab_size
+    complete = (ids < batch.vocab_size).sum(-1, keepdim=True) >= batch.vocab_size
     return _with_tail(_on_ids(batch, scored, ids, log_q), tail, complete)
 
 
