@@ -103,6 +103,7 @@ class Stopping(UniformTokens):
         return 7
 
 
+@pytest.mark.slow
 def test_a_generator_answers_its_heartbeat_while_twenty_hostile_answers_are_judged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

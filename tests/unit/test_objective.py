@@ -106,6 +106,7 @@ def assert_same(step: Step, expected: Step) -> None:
         torch.testing.assert_close(gradient, wanted, atol=2e-5 * max(1.0, float(wanted.abs().max())), rtol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     loss=st.sampled_from(sorted(LOSSES)),
