@@ -6,16 +6,10 @@ is checked by :mod:`opd_ray.run.preflight`.
 """
 
 from opd_ray.config.binding import ROOMS, RUN
+from opd_ray.config.data import EMBEDDED, MetricsConfig
+from opd_ray.config.learner import LearnerConfig
 from opd_ray.config.loading import FieldDoc, describe, differences, from_dict, leaves, load, to_dict, to_yaml
 from opd_ray.config.method import AdvantageConfig, ImportanceConfig, LossConfig, ReferenceTermConfig, TermConfig
 from opd_ray.config.runtime import CheckpointConfig, ElasticConfig, GuardConfig, RecoveryConfig
-from opd_ray.config.sections import (
-    EMBEDDED,
-    STUDENT,
-    LearnerConfig,
-    MetricsConfig,
-    RolloutConfig,
-    ScorerConfig,
-    TeacherConfig,
-)
+from opd_ray.config.sections import STUDENT, RolloutConfig, ScorerConfig, TeacherConfig
 from opd_ray.config.whole import Config

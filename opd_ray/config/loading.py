@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from opd_ray.config.binding import Binds, binding
-from opd_ray.config.sections import EMBEDDED
+from opd_ray.config.data import EMBEDDED
 from opd_ray.config.whole import Config
 from opd_ray.errors import InputError, near
 

@@ -1,4 +1,4 @@
-"""The configuration's sections that say what runs where: frozen dataclasses, one sentence under each field."""
+"""The configuration's sections that say who generates, who scores and what a step consists of."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pydantic.dataclasses import dataclass
 
 from opd_ray.config import schedule
 from opd_ray.config.binding import NOTHING, ROOMS, RUN
+from opd_ray.config.data import EMBEDDED
 from opd_ray.config.method import STRICT
 from opd_ray.config.runtime import check_size
 from opd_ray.config.schedule import Schedule
 from opd_ray.messages import PoolSize
 
-EMBEDDED = "embedded"
-"""Value of a path that stands for the small models and data that the package makes itself."""
 STUDENT = "student"
 """Value of reference.path that stands for the student's own checkpoint, as it was before training."""
 
@@ -111,28 +110,6 @@ class ReferenceConfig(ScorerConfig):
 
     path: str = STUDENT
     """Checkpoint directory; "student" is student.path."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class DataConfig:
-    """Prompts, golden solutions, held-out problems and the task that verifies answers."""
-
-    task: str = "math"
-    """Registered task: renders prompts and verifies answers (chain, math)."""
-    prompts: str = EMBEDDED
-    """JSONL or Parquet file with one training prompt per row (prompt, answer, optional id)."""
-    golden: str | None = EMBEDDED
-    """JSONL or Parquet file of prompts with a complete response each, as text or tokens; null for none;
-    embedded:N for another number of the embedded 128."""
-    golden_filter: Literal["none", "correct"] = "none"
-    """correct: the task's verifier has to agree with each golden response."""
-    golden_problems: Literal["refuse", "skip"] = "refuse"
-    """Golden rows without EOS, over length, repetitive (rep(o) of metrics.*) or judged wrong: end the run, or leave
-    them out and say how many."""
-    evaluation: Annotated[str, NOTHING] = EMBEDDED
-    """JSONL or Parquet file of held-out problems."""
-    shuffle: bool = True
-    """Visit prompts and golden rows in a new random order every epoch, not as they lie in their files."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -251,85 +228,3 @@ class BufferConfig:
             )
         if self.on_policy_probability is not None and schedule.highest(self.on_policy_probability) > 1:
             raise ValueError("on_policy_probability is a probability: at most 1")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class LearnerConfig:
-    """The trainer: a group of DeepSpeed ranks."""
-
-    num_ranks: Annotated[int, ROOMS] = Field(1, ge=1)
-    """Data-parallel ranks, one actor each."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage: 1 shards the optimizer, 2 gradients, 3 parameters as well; 0 with bfloat16 runs as 1."""
-    dtype: Annotated[Literal["float32", "bfloat16"], RUN] = "float32"
-    """Precision of forward and backward; the optimizer keeps float32 master weights."""
-    steps: int = Field(150, ge=1)
-    """Optimizer steps."""
-    lr: float = Field(1e-6, gt=0)
-    """Peak learning rate of AdamW."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up; linear and cosine end at 0."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises from 0."""
-    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW's decay rates."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay."""
-    gradient_clip: float = Field(1.0, gt=0)
-    """Largest global gradient norm."""
-    micro_batch_tokens: int = Field(4096, gt=0)
-    """Tokens of one forward and backward pass per rank (padded, unless packing); more are accumulated."""
-    logits_mb: int = Field(512, ge=1)
-    """Float32 logits of one model that are held at once, MiB; larger micro-batches pass the output layer in chunks."""
-    packing: bool = False
-    """Concatenate rollouts into one row with block-diagonal attention instead of padding them."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
-    cpus_per_rank: Annotated[float, ROOMS] = Field(0.5, ge=0)
-    """Ray CPUs each rank reserves."""
-    gpus_per_rank: Annotated[float, ROOMS] = Field(0.0, ge=0)
-    """Ray GPUs each rank reserves; 0 trains on the CPU."""
-    placement: Annotated[Literal["pack", "strict_pack", "spread"], ROOMS] = "pack"
-    """Ranks on as few nodes as possible, on one node or not at all, or on as many as possible."""
-    node_resource: Annotated[str | None, ROOMS] = None
-    """Custom Ray resource of the nodes that may host ranks; by default any node."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class WeightsConfig:
-    """The broadcast from the learner to the generators."""
-
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Transport; auto takes nccl where generators and learner have GPUs, else gloo."""
-    timeout_s: float = Field(120.0, gt=0)
-    """How long a broadcast may be without progress; a worker that gave no answer after twice that is dropped."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class EvaluationConfig:
-    """Held-out accuracy of the student, before, during and after."""
-
-    num_problems: int = Field(512, ge=0)
-    """Problems before and after, the first of the file; 0 evaluates nothing."""
-    every_steps: int = Field(50, ge=0)
-    """Evaluate during training every so many steps; 0 for never."""
-    num_problems_during: int = Field(128, ge=1)
-    """Problems of an evaluation during training."""
-    temperature: float = Field(1.0, gt=0)
-    """Temperature of the sampled answers (the greedy ones have none)."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class MetricsConfig:
-    """What is logged, and what counts as repetitive."""
-
-    repetition_window_chars: int | None = Field(None, ge=1)
-    """L of rep(o): the tail of a response that is compressed; by default two characters for each token of the length
-    budget, about half of a truncated response, at most the paper's 10 000."""
-    repetition_ratio: float | None = Field(None, gt=1)
-    """τ of rep(o): repetitive when the tail shrinks by more than this factor; by default the paper's 10 at 10 000
-    characters and less for shorter windows, of which zlib saves less."""
-    rollout_log_every_steps: int = Field(10, ge=0)
-    """Write the rollouts of every n-th step to rollouts/*.parquet; 1 for all, 0 for none."""
-    rollout_log_keep: int = Field(1000, ge=1)
-    """Files of the rollout log, the newest, that are kept; older ones are deleted."""

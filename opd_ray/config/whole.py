@@ -9,20 +9,17 @@ from pydantic.dataclasses import dataclass
 
 from opd_ray.config import schedule
 from opd_ray.config.binding import ROOMS, RUN
+from opd_ray.config.data import DataConfig, EvaluationConfig, MetricsConfig
+from opd_ray.config.learner import LearnerConfig, WeightsConfig
 from opd_ray.config.method import ON_STUDENT_SAMPLES, STRICT, LossConfig
 from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, GuardConfig, RecoveryConfig
 from opd_ray.config.sections import (
     BufferConfig,
-    DataConfig,
-    EvaluationConfig,
-    LearnerConfig,
-    MetricsConfig,
     ReferenceConfig,
     RolloutConfig,
     ScorerConfig,
     StudentConfig,
     TeacherConfig,
-    WeightsConfig,
 )
 from opd_ray.messages import Strength
 
