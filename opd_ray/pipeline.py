@@ -38,7 +38,7 @@ from opd_ray.buffer.slots import Slots
 from opd_ray.config import Config
 from opd_ray.data.prompts import PromptStream
 from opd_ray.errors import PayloadLost, RunError, first_failure
-from opd_ray.evaluate import Evaluation, evaluate
+from opd_ray.evaluation import Evaluation, evaluate
 from opd_ray.messages import Entry, StepOutcome
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.together import until_whole

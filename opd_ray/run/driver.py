@@ -21,7 +21,7 @@ from opd_ray.buffer.replay import ReplayBuffer
 from opd_ray.config import Config, schedule
 from opd_ray.disk import writing
 from opd_ray.errors import GroupLost, Terminated, Unwritable, first_failure, only_said
-from opd_ray.evaluate import Evaluation
+from opd_ray.evaluation import Evaluation
 from opd_ray.messages import Entry, RolloutMeta
 from opd_ray.pipeline import GuardOrder, Pipeline
 from opd_ray.placement import launch

@@ -10,8 +10,8 @@ from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
-from opd_ray.evaluate import Evaluation
-from opd_ray.evaluate import evaluate as run_evaluation
+from opd_ray.evaluation import Evaluation
+from opd_ray.evaluation import evaluate as run_evaluation
 from opd_ray.placement.capacity import check_fits
 from opd_ray.placement.session import cluster
 from opd_ray.run import preflight

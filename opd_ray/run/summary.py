@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from opd_ray.config import Config
-from opd_ray.evaluate import Evaluation
+from opd_ray.evaluation import Evaluation
 from opd_ray.watch.observers import StepReport
 
 SUMMARY = "summary.json"

@@ -25,7 +25,7 @@ from yaml import YAMLError
 from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError, RunError, Terminated
-from opd_ray.evaluate import Evaluation
+from opd_ray.evaluation import Evaluation
 from opd_ray.placement.session import Session, cluster, unlike
 from opd_ray.report.arms import clock
 from opd_ray.run import preflight

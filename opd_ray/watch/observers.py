@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from opd_ray.config import MetricsConfig
-from opd_ray.evaluate import Evaluation
+from opd_ray.evaluation import Evaluation
 from opd_ray.messages import Entry
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.pool import Pool

@@ -7,7 +7,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 from driven_run import cast_of, drive
-from opd_ray.evaluate import teacher_view
+from opd_ray.evaluation import teacher_view
 from opd_ray.watch import metrics
 from opd_ray.watch.catalogue import METRICS, metric
 from opd_ray.watch.metrics import port_name

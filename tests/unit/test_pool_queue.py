@@ -14,7 +14,7 @@ from fake_rooms import make_pipeline
 from held_actors import DEADLINE_S, Desk, Losses, desks, held
 from opd_ray.config import from_dict
 from opd_ray.errors import ActorError, GroupLost, MemberLost
-from opd_ray.evaluate import chunked
+from opd_ray.evaluation import chunked
 from opd_ray.messages import PoolSize
 from opd_ray.placement import launch
 from opd_ray.rooms.group import Group
