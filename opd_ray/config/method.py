@@ -2,7 +2,7 @@
 
     L = Σ_source coef · D_source(π_θ, π_T)  +  β_KL · KL(π_θ‖π_ref)          (METHOD §3, §4)
 
-Every recipe of the literature is a choice of these fields; see jobs/recipes.
+Every recipe of the literature is a choice of these fields; see opd_ray/recipes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every recipe of jobs/recipes trains a few steps on real Ray: real actors and losses, small models, torch generation.
+"""Every recipe of opd_ray/recipes trains a few steps on real Ray: real actors and losses, small models, torch generation.
 
 The shipped teacher stands in for the student, so that some responses are right; a random model teaches.
 """
@@ -27,7 +27,7 @@ from opd_ray.run.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
-DIRECTORY = Path(__file__).parents[2] / "jobs" / "recipes"
+DIRECTORY = Path(__file__).parents[2] / "opd_ray" / "recipes"
 RECIPES = sorted(path.stem for path in DIRECTORY.glob("*.yaml") if not path.stem.startswith("paper_"))
 STEPS = 2
 BUDGET = 24

@@ -1,4 +1,4 @@
-"""The recipes of jobs/recipes: they load, are what their names say, and set nothing that is read and ignored."""
+"""The recipes of opd_ray/recipes: they load, are what their names say, and set nothing that is read and ignored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from opd_ray.models.checkpoints import inspect
 from opd_ray.run import preflight
 from opd_ray.tasks.chain import ChainTask, split_of
 
-DIRECTORY = Path(__file__).parents[2] / "jobs" / "recipes"
+DIRECTORY = Path(__file__).parents[2] / "opd_ray" / "recipes"
 RECIPES = sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
 PAPER = [name for name in RECIPES if name.startswith("paper_")]
 EMBEDDED = [name for name in RECIPES if name not in PAPER]
