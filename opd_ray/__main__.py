@@ -144,7 +144,7 @@ def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, over
         check_fits(checks.check_resources, config)
         if run_dir is not None:
             find_start(asked, run_dir, resume=resume, hold=False)
-    found = {name: value for name, value in vars(facts).items() if name != "data"}
+    found = {name: value for name, value in vars(facts).items() if name not in ("data", "sizes")}
     _print_table("preflight: nothing to object to", found)
 
 

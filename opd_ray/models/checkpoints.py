@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from opd_ray.config import STUDENT, Config, ScorerConfig
 from opd_ray.errors import InputError
+from opd_ray.models.size import ModelSize, size_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +39,7 @@ class ModelFacts:
     """Every token that ends a response; the tokenizer's own EOS comes first."""
     context_tokens: int | None
     """Longest sequence by its configuration; None where it sets no limit."""
+    size: ModelSize = field(repr=False, compare=False)
     tokenizer: Any = field(repr=False, compare=False)
 
 
@@ -68,6 +70,7 @@ def inspect(config_field: str, path: str) -> ModelFacts:
         vocab_size=config.vocab_size,
         eos_token_ids=eos,
         context_tokens=getattr(config, "max_position_embeddings", None),
+        size=size_of(config, path),
         tokenizer=tokenizer,
     )
 

@@ -27,6 +27,7 @@ from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts, limits
 from opd_ray.errors import InputError, RunError, near
 from opd_ray.models import checkpoints
 from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
+from opd_ray.models.size import ModelSize
 from opd_ray.tasks.judge import Judge
 
 
@@ -45,6 +46,8 @@ class Preflight:
     golden: Mapping[str, int]
     """Rows of the golden file, used, and left out by kind of problem; empty where no golden data is read."""
     data: Dataset = field(repr=False, compare=False)
+    sizes: Mapping[str, ModelSize] = field(default_factory=dict, repr=False, compare=False)
+    """Of "student" and of every other model by its role."""
 
 
 def _without_torch(check: Callable[[Config], Preflight]) -> Callable[[Config], Preflight]:
@@ -167,6 +170,7 @@ def _facts(
         num_problems=len(data.problems),
         golden=data.golden.report if data.golden else {},
         data=data,
+        sizes={role: model.size for role, model in models.items()},
     )
 
 

@@ -1,0 +1,121 @@
+"""How large a model is, from its config.json and the headers of its safetensors files: no weights, no torch.
+
+What a size amounts to in memory and on the wire is :mod:`opd_ray.plan`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The numbers of a decoder that memory depends on."""
+
+    parameters: int
+    """Distinct ones: a tied output layer counts once."""
+    vocab_size: int
+    """V"""
+    hidden_size: int
+    """H"""
+    num_layers: int
+    """L"""
+    num_heads: int
+    """A"""
+    num_kv_heads: int
+    """K"""
+    head_dim: int
+    """d"""
+    intermediate_size: int
+    """I"""
+    tied: bool
+    """Is the output layer the embedding?"""
+
+    @property
+    def head_parameters(self) -> int:
+        """Of the output layer alone."""
+        return self.vocab_size * self.hidden_size
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Keys and values of one token in all layers: 2·L·K·d."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
+
+
+def size_of(config: Any, path: str | Path) -> ModelSize:
+    """That of the checkpoint at ``path``, whose text configuration (transformers') is ``config``.
+
+    Parameters are counted in the headers of the checkpoint's safetensors files. Where these are not on this node (a Hub
+    id that was never downloaded, or weights in another format) they are those of a dense decoder of its configuration.
+    """
+    heads = getattr(config, "num_attention_heads", None) or 1  # some architectures have no attention
+    hidden = config.hidden_size
+    shape = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": hidden,
+        "num_layers": config.num_hidden_layers,
+        "num_heads": heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or hidden // heads,
+        "intermediate_size": getattr(config, "intermediate_size", None) or 4 * hidden,
+        "tied": bool(getattr(config, "tie_word_embeddings", False)),
+    }
+    return ModelSize(parameters=_counted(path, shape["tied"]) or dense_parameters(**shape), **shape)
+
+
+def dense_parameters(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    intermediate_size: int,
+    tied: bool,
+) -> int:
+    """Of a decoder as Llama, Mistral and Qwen have it, without the few biases and norms of heads:
+
+        V·H·(1 or 2)  +  L·(2·H·A·d + 2·H·K·d + 3·H·I + 2·H)  +  H
+
+    embedding and output layer; projections of queries and outputs, of keys and values, the gated MLP and two norms.
+    """
+    attention = 2 * hidden_size * (num_heads + num_kv_heads) * head_dim
+    layer = attention + 3 * hidden_size * intermediate_size + 2 * hidden_size
+    return vocab_size * hidden_size * (1 if tied else 2) + num_layers * layer + hidden_size
+
+
+def _counted(path: str | Path, tied: bool) -> int:
+    """Parameters by the headers of the files that lie on this node; 0 where there are none."""
+    directory = _on_this_node(str(path))
+    if directory is None:
+        return 0
+    shapes = dict(_headers(directory))
+    if tied and len(shapes) > 1:
+        shapes.pop("lm_head.weight", None)  # saved beside the embedding that it is
+    return sum(map(prod, shapes.values()))
+
+
+def _headers(directory: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor."""
+    from safetensors import safe_open
+
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping, whatever it looks like)
+                yield name, tuple(tensors.get_slice(name).get_shape())
+
+
+def _on_this_node(path: str) -> Path | None:
+    """The directory of a checkpoint or of a downloaded Hub id."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(path, "config.json")
+    return Path(found).parent if isinstance(found, str) else None

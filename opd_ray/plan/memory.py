@@ -1,0 +1,255 @@
+"""Bytes of every process of a run at its fullest, by what they are for. Pure.
+
+P parameters, N learner ranks, b bytes of the precision that forward and backward run in; V, H, L, A, K, d, I as in
+:class:`~opd_ray.models.size.ModelSize`. What a process holds before any model does is measured, not derived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from opd_ray.config import Config, LearnerConfig, RolloutConfig, ScorerConfig
+from opd_ray.models.size import DTYPE_BYTES, ModelSize
+from opd_ray.plan.flow import Step, store_bytes
+
+BASE_BYTES = {
+    "learn": 600_000_000,
+    "torch": 420_000_000,
+    "vllm": 700_000_000,
+    "record": 250_000_000,
+    "driver": 500_000_000,
+    "ray": 700_000_000,
+}
+"""A process with its libraries imported and no model: a learner rank, one with transformers, one with vLLM, the
+recorder, the driver, and Ray's own on a node. Anonymous pages and its share of mapped files, measured on Linux."""
+_CUDA_BYTES = 1_000_000_000
+"""CUDA's context, workspaces of cuBLAS and NCCL's buffers: about this on Hopper, as PyTorch reports it; not measured
+here."""
+_BUCKET_PARAMETERS = 200_000_000
+"""Largest reduce and gather bucket that the learner gives DeepSpeed."""
+_LIVE_PARAMETERS = 1_000_000_000
+"""stage3_max_live_parameters of DeepSpeed: as many stay gathered under ZeRO-3."""
+_SCORED_LOGITS_BYTES = 256 * 2**20
+"""Logits that the torch scorer holds at once."""
+_LOGIT_COPIES = 12
+"""Of one piece's logits in the loss: logits, log-probs of both models, products, gradients (learn/objective.py)."""
+_BROADCAST_BUCKET_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Process:
+    """What one process of a room needs where its model is: on its GPU, or else in the memory of its node."""
+
+    room: str
+    number: int
+    """Processes alike."""
+    parts: Mapping[str, float]
+    """Name to bytes; they add up to the most that it holds at one time."""
+    gpus: float = 0.0
+    """Share of a GPU that each reserves; above 1 for several of tensor parallelism, each of which needs ``parts``."""
+    host_parts: Mapping[str, float] = field(default_factory=dict)
+    """In the memory of its node beside what is on the GPU."""
+    takes_share: float | None = None
+    """Share of the card that a vLLM engine takes on a GPU, whatever it needs."""
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def host_bytes(self) -> float:
+        """What it takes of its node's memory."""
+        return sum(self.host_parts.values()) if self.gpus else self.bytes
+
+
+def processes(config: Config, sizes: Mapping[str, ModelSize], step: Step, max_context_tokens: int) -> list[Process]:
+    """Every process of the run's rooms; ``sizes`` by role, "student" included."""
+    student = sizes["student"]
+    found = [
+        learner(config, student, sizes, step),
+        generator("generate", config.rollout, config.rollout.dtype, student, step, max_context_tokens),
+    ]
+    for role, scorer in config.scorers.items():
+        found.append(scorer_process(role, scorer, sizes[role], step))
+    if config.buffer.uses_teacher_rollouts:
+        rollout, teacher = config.rollout, sizes["teacher"]
+        found.append(generator("teacher_generate", rollout, config.teacher.dtype, teacher, step, max_context_tokens))
+    found.append(Process("record", 1, {"process": BASE_BYTES["record"]}))
+    return found
+
+
+def learner(config: Config, student: ModelSize, sizes: Mapping[str, ModelSize], step: Step) -> Process:
+    """One rank: what stays, and the fullest of forward with backward, the optimizer step, and a snapshot's copy.
+
+    Weights, gradients and Adam's two moments in float32, 4·P + 4·P + 8·P, without ZeRO. With it (Rajbhandari et al.,
+    arXiv 1910.02054, figure 1; DeepSpeed 0.19, stage_1_and_2.py and stage3.py) weights b·P or, at stage 3, b·P/N and
+    what is gathered; float32 master weights 4·P/N; moments 8·P/N; gradients summed in float32, 4·P at stage 1 (b·P of
+    the pass itself beside them where b is 2), else 4·P/N.
+    """
+    settings, parameters = config.learner, student.parameters
+    stage, width, ranks = zero_stage(settings), DTYPE_BYTES[settings.dtype], settings.num_ranks
+    share = parameters / ranks
+    if stage == 0:
+        stays = {"weights": 4.0 * parameters, "gradients": 4.0 * parameters, "optimizer": 8.0 * parameters}
+    else:
+        weights = width * (share + min(parameters, _LIVE_PARAMETERS) if stage == 3 else parameters)
+        gradients = 4.0 * share if stage > 1 else 4.0 * parameters + (2.0 * parameters if width == 2 else 0.0)
+        stays = {"weights": weights, "gradients": gradients, "optimizer": 12.0 * share}
+    bucket = float(min(parameters, _BUCKET_PARAMETERS) * width)
+    buckets = (2 * bucket if stage else bucket) if ranks > 1 or stage else 0.0
+    stays["buckets"] = max(buckets, float(_BROADCAST_BUCKET_BYTES if parameters * width > 2**26 else 0))
+    if heads := _frozen_heads(config, sizes):
+        stays["scorers' output layers"] = heads
+    passing = {
+        "activations": activation_bytes(settings, student, step),
+        "logits": loss_bytes(settings, student, _states_width(config, sizes), step),
+    }
+    keeps = config.checkpoint.memory_every_steps > 0 or config.checkpoint.every_steps > 0
+    copy = snapshot_bytes(student) / ranks if keeps else 0.0
+    if settings.gpus_per_rank:
+        parts = stays | _fuller(passing, {"optimizer step": 4.0 * share if stage else 0.0})
+        host = {"process": float(BASE_BYTES["learn"])} | ({"snapshot's copy": copy} if copy else {})
+        return Process("learn", ranks, {"CUDA": float(_CUDA_BYTES)} | parts, settings.gpus_per_rank, host)
+    step_copy = {"optimizer step": 4.0 * share} if stage else {}
+    parts = stays | _fuller(passing, step_copy, {"snapshot's copy": copy})
+    return Process("learn", ranks, {"process": float(BASE_BYTES["learn"])} | parts)
+
+
+def zero_stage(settings: LearnerConfig) -> int:
+    """The stage that the learner runs: bfloat16 without ZeRO runs as stage 1."""
+    return max(settings.zero_stage, int(settings.dtype == "bfloat16"))
+
+
+def activation_bytes(settings: LearnerConfig, student: ModelSize, step: Step) -> float:
+    """What a micro-batch of n tokens keeps of the forward pass for the backward one.
+
+    A layer of transformers' Llama, Mistral or Qwen keeps, a token, b·(6·H + 5·A·d + 4·I): two norms with what goes in,
+    the normalised and the weighted; queries, keys and values as attention reads them, its output and the copy that
+    the projection reads; gate, its SiLU, up and their product. In 16 bits the norms keep 8·H bytes of float32 more.
+    With gradient checkpointing (Chen et al., arXiv 1604.06174) each layer keeps its b·H alone, and one layer at a time
+    is made again. The float mask of packed rows is b·n², unless flash attention is told the rows' bounds.
+    """
+    tokens, width = micro_batch_tokens(settings, step), DTYPE_BYTES[settings.dtype]
+    attention = student.num_heads * student.head_dim
+    layer = width * (6 * student.hidden_size + 5 * attention + 4 * student.intermediate_size)
+    layer += 8 * student.hidden_size if width == 2 else 0
+    mask = width * tokens * tokens if settings.packing and not settings.gpus_per_rank else 0.0
+    if settings.gradient_checkpointing:
+        return tokens * (student.num_layers * width * student.hidden_size + layer) + mask
+    return tokens * student.num_layers * layer + mask
+
+
+def loss_bytes(settings: LearnerConfig, student: ModelSize, states_width: int, step: Step) -> float:
+    """Of the loss of a micro-batch with N response tokens (the docstring of learn/objective.py): twelve float32 copies
+    of the logits that are there at once, and where these are made in pieces the gradient of the output layer and one
+    piece's share of it, 8·V·H; states 4·N·(2·H + H_t), 60·N for the rest."""
+    tokens = micro_batch_tokens(settings, step)
+    logits, most = 4.0 * tokens * student.vocab_size, settings.logits_mb * 2.0**20
+    head = 8.0 * student.head_parameters if logits > most else 0.0
+    states = 4.0 * tokens * (2 * student.hidden_size + states_width)
+    return _LOGIT_COPIES * min(logits, most) + head + states + 60.0 * tokens
+
+
+def micro_batch_tokens(settings: LearnerConfig, step: Step) -> float:
+    """Tokens of the largest forward pass of a rank: what is configured, what a step has for it, or one rollout."""
+    there = step.num_rollouts * step.sequence_tokens / settings.num_ranks
+    return max(min(settings.micro_batch_tokens, there), step.sequence_tokens)
+
+
+def generator(
+    room: str, rollout: RolloutConfig, dtype: str, model: ModelSize, step: Step, max_context_tokens: int
+) -> Process:
+    """One engine: weights b·P/TP, the key-value cache, and the logits of the responses it runs. On a GPU vLLM takes
+    ``gpu_memory_utilization`` of the card, and what the weights leave of that is cache: here the cache has what
+    ``max_num_seqs`` responses of full length would fill, at most."""
+    number = rollout.num_generators if room == "generate" else rollout.teacher_generators
+    width, tensor_parallel = DTYPE_BYTES[dtype], rollout.tensor_parallel_size
+    weights = width * model.parameters / tensor_parallel
+    logits = 3.0 * 4 * rollout.max_num_seqs * model.vocab_size
+    cache = float(rollout.max_num_seqs * min(step.sequence_tokens, max_context_tokens))
+    cache *= model.kv_bytes_per_token(width) / tensor_parallel
+    gpus = rollout.gpus_per_generator
+    if gpus:
+        parts = {"CUDA": float(_CUDA_BYTES), "weights": weights, "key-value cache": cache, "logits": logits}
+        share = rollout.gpu_memory_utilization * min(1.0, gpus) if rollout.engine == "vllm" else None
+        host = {"process": float(BASE_BYTES["vllm" if rollout.engine == "vllm" else "torch"])}
+        return Process(room, number, parts, gpus * tensor_parallel, host, share)
+    if rollout.engine == "vllm":
+        cache = float(rollout.kv_cache_bytes)
+    base = float(BASE_BYTES["vllm" if rollout.engine == "vllm" else "torch"])
+    return Process(room, number, {"process": base, "weights": weights, "key-value cache": cache, "logits": logits})
+
+
+def scorer_process(role: str, scorer: ScorerConfig, model: ModelSize, step: Step) -> Process:
+    """One scorer: weights b·P/TP and one forward pass without a graph, n tokens of b·(2·H + max(3·I, 5·A·d)) and the
+    float32 copies of a norm, 8·H; logits 256 MiB at a time, their exponentials and the top-k's copy. vLLM's has a
+    key-value cache in the place of the pass."""
+    width = DTYPE_BYTES[scorer.dtype]
+    parts = {"weights": width * model.parameters / scorer.tensor_parallel_size}
+    tokens = max(min(scorer.max_batch_tokens, step.num_rollouts * step.sequence_tokens), step.sequence_tokens)
+    if scorer.follows_student:  # it takes a broadcast in as a whole, and keeps averages in float32
+        parts["the student's weights"] = float(width * model.parameters)
+        if scorer.update == "average" and width == 2:
+            parts["averages"] = 4.0 * model.parameters
+    if scorer.engine == "torch":
+        widest = max(3 * model.intermediate_size, 5 * model.num_heads * model.head_dim)
+        parts["activations"] = tokens * (width * (2 * model.hidden_size + widest) + 8.0 * model.hidden_size)
+        parts["logits"] = 3.0 * min(4.0 * tokens * model.vocab_size, _SCORED_LOGITS_BYTES)
+    elif not scorer.gpus_per_actor:
+        parts["key-value cache"] = float(scorer.kv_cache_bytes)
+    else:
+        longest = min(scorer.max_num_seqs, step.num_rollouts) * step.sequence_tokens
+        parts["key-value cache"] = longest * model.kv_bytes_per_token(width) / scorer.tensor_parallel_size
+    base = float(BASE_BYTES[scorer.engine])
+    if not scorer.gpus_per_actor:
+        return Process(role, scorer.num_actors, {"process": base} | parts)
+    share = scorer.gpu_memory_utilization * min(1.0, scorer.gpus_per_actor) if scorer.engine == "vllm" else None
+    parts = {"CUDA": float(_CUDA_BYTES)} | parts
+    return Process(role, scorer.num_actors, parts, scorer.gpus_in_all, {"process": base}, share)
+
+
+def snapshot_bytes(student: ModelSize) -> int:
+    """The learner's state as a snapshot holds it: float32 weights and Adam's two moments, 12 bytes a parameter
+    (:mod:`opd_ray.learn.state`)."""
+    return 12 * student.parameters
+
+
+def object_store(
+    config: Config, sizes: Mapping[str, ModelSize], step: Step, stop_token_ids: tuple[int, ...]
+) -> dict[str, float]:
+    """Bytes in Ray's object store of all nodes together: the payloads of the steps that may be under way, one that
+    trains included; the newest snapshot and the one that takes its place, with the rollouts that they hold on to."""
+    payloads = sum(store_bytes(config, step, sizes, stop_token_ids).values())
+    found = {"rollouts and scores": payloads * (config.buffer.max_staleness + 2)}
+    if config.checkpoint.memory_every_steps:
+        found["snapshots"] = 2.0 * snapshot_bytes(sizes["student"]) + payloads * config.buffer.max_staleness
+    elif config.checkpoint.every_steps:
+        found["snapshots"] = float(snapshot_bytes(sizes["student"]))
+    return found
+
+
+def _frozen_heads(config: Config, sizes: Mapping[str, ModelSize]) -> float:
+    """The output layers that the learner holds for scorers that are compared on the whole vocabulary."""
+    return float(sum(sizes[role].head_parameters * DTYPE_BYTES[scorer.dtype] for role, scorer in _full(config)))
+
+
+def _states_width(config: Config, sizes: Mapping[str, ModelSize]) -> int:
+    """H of all scorers whose states come to the learner."""
+    return sum(sizes[role].hidden_size for role, _ in _full(config))
+
+
+def _full(config: Config) -> list[tuple[str, ScorerConfig]]:
+    """Scorers that are compared on the whole vocabulary, as :func:`opd_ray.models.heads.load_heads` has them."""
+    terms = [config.loss.terms[source] for source in config.sources if config.needs_teacher(source)]
+    found: dict[str, ScorerConfig] = {}
+    if any(term.on_distributions and term.support == "full" for term in terms):
+        found |= config.teachers
+    if config.loss.reference.estimator == "full" and config.uses_reference:
+        found["reference"] = config.reference
+    return list(found.items())
+
+
+def _fuller(*phases: Mapping[str, float]) -> dict[str, float]:
+    """The phase that takes most: they come one after another."""
+    return dict(max(phases, key=lambda phase: sum(phase.values())))

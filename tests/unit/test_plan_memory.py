@@ -1,0 +1,188 @@
+"""The plan's arithmetic against cases done by hand, and against sizes that are known from elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from known_models import QWEN3_1B7, QWEN25_1B5, QWEN25_7B, SMOLLM2_135M
+from opd_ray import config as configs
+from opd_ray.config import Config
+from opd_ray.models.size import ModelSize, size_of
+from opd_ray.plan import flow, memory
+
+RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
+GB = 1e9
+SMALL = ModelSize(1000, 10, 8, 2, 2, 1, 4, 16, tied=False)
+"""V 10, H 8, L 2, A 2, K 1, d 4, I 16."""
+
+
+def made(*overrides: str) -> Config:
+    return configs.load(None, list(overrides))
+
+
+def sizes_for(config: Config, student: ModelSize = SMALL, other: ModelSize = SMALL) -> dict[str, ModelSize]:
+    return {"student": student, "teacher": other, "reference": student} | dict.fromkeys(config.scorers, other)
+
+
+# ---- models ----
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [(QWEN25_1B5, 1.5437e9), (QWEN25_7B, 7.6156e9), (QWEN3_1B7, 1.7206e9), (SMOLLM2_135M, 134.5e6)],
+)
+def test_the_parameters_of_known_models_follow_from_their_shape(model: ModelSize, parameters: float) -> None:
+    """Numbers of their safetensors on the Hub; what is left out (biases of Qwen2.5's attention) is below .1 %."""
+    assert model.parameters == pytest.approx(parameters, rel=1e-3)
+
+
+def decoder(**more: object) -> SimpleNamespace:
+    shape = {"vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return SimpleNamespace(**shape, intermediate_size=16, **more)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_in_the_headers_and_a_tied_output_layer_once(tmp_path: Path, tied: bool) -> None:
+    """The adversary: a checkpoint that saved its tied output layer beside the embedding."""
+    embedding = np.zeros((10, 8), np.float32)
+    save_file({"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}, tmp_path / "a.safetensors")
+    save_file({"model.norm.weight": np.zeros(8, np.float16)}, tmp_path / "b.safetensors")
+    found = size_of(decoder(tie_word_embeddings=tied, num_key_value_heads=1), tmp_path)
+    assert found.parameters == (88 if tied else 168)
+    assert (found.num_kv_heads, found.head_dim, found.tied) == (1, 4, tied)
+
+
+def test_without_its_files_a_model_has_the_parameters_of_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    # 80 embedding, 80 output, 2 layers of (2·8·(2+2)·4 + 3·8·16 + 16), 8 of the last norm
+    assert size_of(decoder(), "nobody/nothing").parameters == 80 + 80 + 2 * (256 + 384 + 16) + 8
+
+
+# ---- bytes of a step ----
+
+
+def paper_step() -> tuple[Config, flow.Step]:
+    config = configs.load(RECIPES / "paper_stableopd_7b.yaml")
+    return config, flow.Step({"student": 64 * 4}, 512, 8192)
+
+
+def score_bytes(*overrides: str) -> float:
+    config, step = paper_step()
+    config = configs.load(RECIPES / "paper_stableopd_7b.yaml", overrides)
+    return flow.store_bytes(config, step, sizes_for(config, QWEN25_7B, QWEN25_7B), (1,))["teacher"]
+
+
+def test_a_steps_bytes_are_those_of_design() -> None:
+    """DESIGN §6, 64 × 4 × 8,192 tokens: sampled token 17 MB, top-64 1.07 GB, full vocabulary as fp16 states 15 GB."""
+    on_support = ("loss.student.divergence=reverse_kl", "loss.importance.correction=none")
+    assert score_bytes() == pytest.approx(17e6, rel=0.02)
+    assert score_bytes(*on_support) == pytest.approx(1.07 * GB + 17e6, rel=0.01)
+    assert score_bytes(*on_support, "loss.student.support=full") == pytest.approx(15.03 * GB + 17e6, rel=0.01)
+
+
+def test_a_rollout_carries_what_its_columns_say() -> None:
+    config = made("rollout.responses_per_prompt=2", "loss.student.support=student_top_k", "loss.student.top_k=4")
+    step = flow.Step({"student": 3, "golden": 2}, 5, 7)
+    found = flow.store_bytes(config, step, sizes_for(config), (1,))
+    # student: tokens, text, log-probs and versions 4 each, ids of 4 alternatives; golden: tokens and text
+    assert found["rollouts"] == 3 * 7 * (16 + 16) + 2 * 7 * 8 + 5 * 5 * 4
+    # teacher, student rollouts alone: sampled 4, stop 4, its own 4 alternatives 8 each, the student's 4 given ones
+    assert found["teacher"] == 3 * 7 * (4 + 4 + 32 + 16)
+
+
+def test_the_largest_step_is_every_schedules_highest() -> None:
+    config = made("rollout.max_response_tokens=[[0,10],[9,70]]", "buffer.golden_per_prompt=[[0,2],[9,0]]")
+    step = flow.largest_step(config, 6)
+    assert (step.rollouts, step.sequence_tokens) == ({"student": 32, "golden": 64}, 76)
+    assert (step.student_tokens, step.trained_tokens) == (32 * 70, 96 * 70)
+
+
+def test_a_tied_output_layer_is_sent_under_both_of_its_names() -> None:
+    assert flow.broadcast_bytes(made(), replace(SMALL, tied=True)) == 4 * (1000 + 80)
+    assert flow.broadcast_bytes(made("learner.dtype=bfloat16"), SMALL) == 2 * 1000
+
+
+# ---- memory ----
+
+
+def test_a_snapshot_is_that_of_design() -> None:
+    """DESIGN §6: 20.6 GB at 1.7 B, 91 GB at 7.6 B."""
+    assert memory.snapshot_bytes(QWEN3_1B7) == pytest.approx(20.6 * GB, rel=0.005)
+    assert memory.snapshot_bytes(QWEN25_7B) == pytest.approx(91 * GB, rel=0.005)
+
+
+def test_the_papers_7b_on_four_h200_is_that_of_design() -> None:
+    """DESIGN §6: learner ranks ~92 GB each, generator ~122 (.85 of a card of 143.8), teacher and reference ~43."""
+    config, _ = paper_step()
+    step = flow.largest_step(config, 1024)
+    found = {each.room: each for each in memory.processes(config, sizes_for(config, QWEN25_7B, QWEN25_7B), step, 9216)}
+    assert found["learn"].bytes == pytest.approx(92 * GB, rel=0.05)
+    assert found["generate"].takes_share * 143.8 == pytest.approx(122, rel=0.01)
+    assert found["teacher"].bytes + found["reference"].bytes == pytest.approx(43 * GB, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "dtype", "expected"),
+    [
+        (1, 0, "float32", {"weights": 4000, "gradients": 4000, "optimizer": 8000}),
+        (2, 1, "float32", {"weights": 4000, "gradients": 4000, "optimizer": 6000}),
+        (2, 2, "float32", {"weights": 4000, "gradients": 2000, "optimizer": 6000}),
+        (2, 0, "bfloat16", {"weights": 2000, "gradients": 6000, "optimizer": 6000}),
+        (2, 2, "bfloat16", {"weights": 2000, "gradients": 2000, "optimizer": 6000}),
+        (4, 3, "bfloat16", {"weights": 500 + 2000, "gradients": 1000, "optimizer": 3000}),
+    ],
+)
+def test_what_a_rank_keeps_by_zero_stage(ranks: int, stage: int, dtype: str, expected: dict[str, float]) -> None:
+    """1000 parameters: Rajbhandari et al., figure 1, with gradients summed in float32."""
+    config = made(f"learner.num_ranks={ranks}", f"learner.zero_stage={stage}", f"learner.dtype={dtype}")
+    parts = memory.learner(config, SMALL, sizes_for(config), flow.Step({"student": 1}, 2, 2)).parts
+    assert {name: parts[name] for name in expected} == expected
+
+
+def test_activations_by_hand() -> None:
+    """Two layers of 4·(6·8 + 5·8 + 4·16) bytes a token; checkpointed, two inputs of 4·8 and one layer."""
+    step, layer = flow.Step({"student": 2}, 3, 2), 4 * (48 + 40 + 64)
+    plain, again = made(), made("learner.gradient_checkpointing=true")
+    assert memory.activation_bytes(plain.learner, SMALL, step) == 10 * 2 * layer
+    assert memory.activation_bytes(again.learner, SMALL, step) == 10 * (2 * 32 + layer)
+
+
+def test_packed_rows_build_a_mask_that_grows_with_the_square_of_their_length() -> None:
+    step = flow.Step({"student": 1000}, 8, 8)
+    bytes_of = [
+        memory.activation_bytes(made(f"learner.packing={packed}").learner, SMALL, step) for packed in (True, False)
+    ]
+    assert bytes_of[0] - bytes_of[1] == 4 * 4096**2
+
+
+def test_a_rollout_longer_than_a_micro_batch_is_one_of_its_own() -> None:
+    settings = made("learner.micro_batch_tokens=16").learner
+    assert memory.micro_batch_tokens(settings, flow.Step({"student": 4}, 10, 20)) == 30
+    assert memory.micro_batch_tokens(settings, flow.Step({"student": 4}, 1, 2)) == 12, "no more than a step has"
+
+
+def test_the_phases_of_a_step_come_one_after_another() -> None:
+    """A snapshot's copy is made when activations are gone: the larger counts, not their sum."""
+    step = flow.Step({"student": 1}, 1, 1)
+    large = replace(SMALL, parameters=10**9)
+    assert "snapshot's copy" in memory.learner(made(), large, sizes_for(made()), step).parts
+    assert "activations" not in memory.learner(made(), large, sizes_for(made()), step).parts
+    never = made("checkpoint.every_steps=0", "checkpoint.memory_every_steps=0")
+    assert "activations" in memory.learner(never, large, sizes_for(never), step).parts
+
+
+def test_two_snapshots_are_alive_in_the_store() -> None:
+    config, step = made("buffer.max_staleness=1"), flow.Step({"student": 1}, 1, 1)
+    payload = sum(flow.store_bytes(config, step, sizes_for(config), (1,)).values())
+    assert memory.object_store(config, sizes_for(config), step, (1,)) == {
+        "rollouts and scores": 3 * payload,
+        "snapshots": 2 * 12 * 1000 + payload,
+    }
+    none = made("checkpoint.memory_every_steps=0", "checkpoint.every_steps=0")
+    assert "snapshots" not in memory.object_store(none, sizes_for(none), step, (1,))
