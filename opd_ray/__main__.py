@@ -1,4 +1,4 @@
-"""The command line: ``opd-ray train | status | preflight | evaluate | report``, the same as ``python -m opd_ray``.
+"""The command line: ``opd-ray init | train | status | ...``, the same as ``python -m opd_ray``.
 
 Exit codes: 0 done; 1 a failure while running; 2 refused input or configuration; 143 ended by a signal. Refusals and
 explained failures are one line on stderr (``--debug`` adds the traceback); anything else keeps its traceback.
@@ -58,6 +58,24 @@ _overrides_argument = click.argument("overrides", nargs=-1, metavar="[SECTION.FI
 @click.version_option(package_name="opd_ray")
 def cli() -> None:
     """On-policy distillation on Ray, kept stable (StableOPD)."""
+
+
+@cli.command()
+@click.argument("recipe", required=False)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="By default RECIPE.yaml.")
+@click.option("--force", is_flag=True, help="Write over files that are there.")
+@_debug_option
+def init(recipe: str | None, out: Path | None, force: bool) -> None:
+    """Write the configuration of RECIPE with a sentence on every field; without RECIPE, list the recipes."""
+    from opd_ray import recipes
+
+    if recipe is None:
+        for name, purpose in recipes.purposes().items():
+            click.echo(f"{name:<22} {purpose}")
+        return
+    out = out or Path(f"{recipe}.yaml")
+    recipes.write(recipe, out, force=force)
+    click.echo(f"wrote {out}; edit it, then: opd-ray train --config {out}")
 
 
 @cli.command(cls=_ConfiguredCommand)
@@ -160,17 +178,10 @@ def evaluate(checkpoint: str, config_file: Path | None, as_json: bool, overrides
     CHECKPOINT is a model in Hugging Face format, or a run directory or one of its checkpoints/step-N, which stand for
     their student. Of a run, problems and settings are the run's, unless --config or overrides say otherwise.
     """
-    from opd_ray.models.checkpoints import locate
     from opd_ray.run import evaluate as evaluation
-    from opd_ray.run import export as exporting
 
-    run_dir = exporting.run_of(Path(checkpoint))
-    if config_file is None and run_dir is None:  # a model of one's own: nothing of the embedded ones is for it
-        overrides = (f"student.path={checkpoint}", *overrides)
-    config = _load(config_file, overrides, run_dir, evaluation_only=True)
-    with exporting.student_in(checkpoint) as student:
-        locate(f"CHECKPOINT={student}", student)  # before embedded problems are made for it
-        result = evaluation.evaluate(student, config)
+    config = evaluation.settings(checkpoint, config_file, overrides)
+    result = evaluation.evaluate(checkpoint, config)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
@@ -241,13 +252,11 @@ def _end(message: str, exit_code: int) -> NoReturn:
     sys.exit(exit_code)
 
 
-def _load(
-    config_file: Path | None, overrides: Sequence[str], resumed: Path | None = None, *, evaluation_only: bool = False
-) -> Config:
+def _load(config_file: Path | None, overrides: Sequence[str], resumed: Path | None = None) -> Config:
     """The configuration; a resumed run starts from its own unless another file is given."""
     if config_file is None and resumed is not None and (resumed / "config.yaml").is_file():
         config_file = resumed / "config.yaml"
-    return configs.load(config_file, overrides, evaluation_only=evaluation_only)
+    return configs.load(config_file, overrides)
 
 
 def _gain(summary: dict[str, Any]) -> str:

@@ -26,8 +26,15 @@ from opd_ray.errors import InputError, near
 _ADAPTER = TypeAdapter(Config)
 
 
-def load(path: Path | None = None, overrides: Sequence[str] = (), *, evaluation_only: bool = False) -> Config:
-    """Defaults, then the YAML file, then the overrides. Raises InputError with one line.
+def load(
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    sections: Mapping[str, Any] | None = None,
+    *,
+    evaluation_only: bool = False,
+) -> Config:
+    """Defaults, then the YAML file, then ``sections`` (nested plain values), then the overrides. Raises InputError with
+    one line.
 
     ``evaluation_only``: nothing is to be trained, so no teacher and no prompts are missed.
     """
@@ -38,7 +45,9 @@ def load(path: Path | None = None, overrides: Sequence[str] = (), *, evaluation_
         given = OmegaConf.create({}) if path is None else OmegaConf.load(path)
         if not OmegaConf.is_dict(given):
             raise InputError(f"{path}: expected a mapping of sections, got a list")
-        raw = OmegaConf.to_container(OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+        raw = OmegaConf.to_container(
+            OmegaConf.merge(given, sections or {}, OmegaConf.from_dotlist(list(overrides))), resolve=True
+        )
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}; give an existing YAML file") from None
     except (YAMLError, OmegaConfBaseException) as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -53,6 +54,18 @@ class Config:
     recovery: RecoveryConfig = Field(default_factory=RecoveryConfig)
     elastic: ElasticConfig = Field(default_factory=ElasticConfig)
     deadlines: Annotated[DeadlineConfig, ROOMS] = Field(default_factory=DeadlineConfig)
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, *overrides: str, **sections: Any) -> Config:
+        """Defaults, then a YAML file, then ``learner={"lr": 1e-6}``, then ``"learner.lr=1e-6"``.
+
+        Each is merged over those before. As on the command line, and unlike ``Config(...)``, whose defaults are for
+        models of any size, it has what the embedded models need where the student is the embedded one. Raises
+        InputError with one line.
+        """
+        from opd_ray.config import loading  # which knows the embedded models, and this module
+
+        return loading.load(None if path is None else Path(path), overrides, sections)
 
     def __post_init__(self) -> None:
         self._check_sources()

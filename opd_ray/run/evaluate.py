@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from opd_ray import config as configs
@@ -12,14 +13,38 @@ from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
 from opd_ray.evaluation import Evaluation
 from opd_ray.evaluation import evaluate as run_evaluation
+from opd_ray.models.checkpoints import locate
 from opd_ray.placement.capacity import check_fits
 from opd_ray.placement.session import cluster
-from opd_ray.run import preflight
+from opd_ray.run import preflight, signals
+from opd_ray.run.export import run_of, student_in
 from opd_ray.run.preflight import Preflight
 
 
-def evaluate(checkpoint_dir: str, config: Config) -> dict[str, Any]:
-    """Held-out accuracy of a checkpoint, as a run measures it."""
+def settings(checkpoint: str, config_file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """What a checkpoint is evaluated with: of a run, what it was trained with, unless a file or overrides say
+    otherwise."""
+    run_dir = run_of(Path(checkpoint))
+    if config_file is None and run_dir is None:  # a model of one's own: nothing of the embedded ones is for it
+        overrides = (f"student.path={checkpoint}", *overrides)
+    return configs.load(config_file or (run_dir and run_dir / "config.yaml"), overrides, evaluation_only=True)
+
+
+def evaluate(checkpoint: str | Path, config: Config | None = None) -> dict[str, Any]:
+    """Held-out accuracy of a checkpoint, as a run measures it.
+
+    ``checkpoint`` is a model in Hugging Face format, or a run directory or one of its checkpoints/step-N, which stand
+    for their student; of a run, problems and settings are the run's unless ``config`` is given. Raises InputError
+    before a model loads.
+    """
+    checkpoint = str(checkpoint)
+    config = config or settings(checkpoint)
+    with student_in(checkpoint) as student:
+        locate(f"CHECKPOINT={student}", student)  # before embedded problems are made for it
+        return _evaluate(student, config)
+
+
+def _evaluate(checkpoint_dir: str, config: Config) -> dict[str, Any]:
     if config.evaluation.num_problems == 0:
         raise InputError("evaluation.num_problems is 0: there is nothing to evaluate; set it to 1 or more")
     config = dataclasses.replace(config, student=dataclasses.replace(config.student, path=checkpoint_dir))
@@ -28,7 +53,7 @@ def evaluate(checkpoint_dir: str, config: Config) -> dict[str, Any]:
     facts = preflight.check_evaluation(config)
     with cluster():
         check_fits(preflight.check_generators, config)
-        return dataclasses.asdict(asyncio.run(_evaluate_alone(config, facts)))
+        return dataclasses.asdict(signals.run(_evaluate_alone(config, facts)))
 
 
 async def _evaluate_alone(config: Config, facts: Preflight) -> Evaluation:

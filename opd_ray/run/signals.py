@@ -1,4 +1,8 @@
-"""Signals that ask a run to end: SIGTERM of a job that is stopped or of a machine that goes away, Ctrl-C."""
+"""Signals that ask a run to end: SIGTERM of a job that is stopped or of a machine that goes away, Ctrl-C.
+
+Python hands them to the main thread. A run is there, too, unless an event loop runs there already (a notebook's, that
+of a coroutine that calls ``train``): then it has a thread of its own, and the main thread passes on what it gets.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +10,91 @@ import asyncio
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
+from opd_ray.rooms.threads import start
+
+_T = TypeVar("_T")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class _Elsewhere:
+    """How the thread that gets the signals reaches a run in another."""
+
+    def __init__(self) -> None:
+        self.cancel: Callable[[], object] = lambda: None
+        self.stop: Callable[[], object] = lambda: self.cancel()
+        """Asks it to end; by default what does not know how to is cancelled."""
+
+
+_elsewhere: ContextVar[_Elsewhere | None] = ContextVar("elsewhere", default=None)
+
+
+def run(main: Coroutine[Any, Any, _T]) -> _T:
+    """``asyncio.run``, also where this thread has a running event loop, which then stands still until ``main`` ends."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(main)
+    here = _Elsewhere()
+
+    async def alone() -> _T:
+        _elsewhere.set(here)
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        here.cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+        return await main
+
+    with _handled(lambda: here.stop()) if _on_main_thread() else contextlib.nullcontext():
+        done = start(asyncio.run, alone())
+        try:
+            return done.result()
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+        except KeyboardInterrupt:  # the second signal, whose handler is the one of before
+            here.cancel()
+            done.exception()
+            raise
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[asyncio.Event]:
     """An event that a signal to end sets; the second signal does what it always did."""
-    stopping = asyncio.Event()
-    if threading.current_thread() is not threading.main_thread():
+    stopping, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def stop() -> None:
+        loop.call_soon_threadsafe(stopping.set)
+
+    if not _on_main_thread():
+        if there := _elsewhere.get():
+            there.stop = stop
         yield stopping
         return
-    loop = asyncio.get_running_loop()
+    with _handled(stop):
+        yield stopping
+
+
+@contextlib.contextmanager
+def _handled(stop: Callable[[], object]) -> Iterator[None]:
+    """Calls ``stop`` at the first signal to end, on the main thread."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def restore() -> None:
         for number in _SIGNALS:
-            loop.remove_signal_handler(number)
             signal.signal(number, before[number])
 
-    def stop() -> None:
-        stopping.set()
+    def handle(*_: object) -> None:
         restore()
+        stop()
 
     for number in _SIGNALS:
-        loop.add_signal_handler(number, stop)
+        signal.signal(number, handle)
     try:
-        yield stopping
+        yield
     finally:
         restore()
+
+
+def _on_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

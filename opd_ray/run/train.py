@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from opd_ray.evaluation import Evaluation
 from opd_ray.placement.capacity import check_fits
 from opd_ray.placement.session import Session, cluster
 from opd_ray.report import write_report
-from opd_ray.run import preflight, resuming
+from opd_ray.run import preflight, resuming, signals
 from opd_ray.snapshots import Checkpoint, Lease, Shelf, Storage
 from opd_ray.snapshots.calls import FileCalls
 from opd_ray.watch.observers import Observer
@@ -23,7 +22,7 @@ from opd_ray.watch.observers import Observer
 
 def train(
     config: Config,
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     resume: bool = False,
     auto_resume: bool = False,
@@ -38,7 +37,10 @@ def train(
     session's runs; ``before`` is the student's evaluation where it is known already. Raises InputError before a model
     loads or a file is written, RunError for a failure while running and, once everything is written, where the
     guard stopped the run.
+
+    It may be called where an event loop is running, in a notebook: that waits.
     """
+    run_dir = Path(run_dir).absolute()
     resuming.check_run_dir(run_dir, config, resume)
     asked, config = config, resolve(config)
     facts = preflight.check_files(config)
@@ -57,7 +59,7 @@ def train(
                 print(f"dashboard: http://{dashboard}")
             print(f"run directory: {run_dir}\nmethod: {config.method}, seed {config.seed}", flush=True)
             driver = Driver(config, facts, run_dir, own, shelf, observers, start, before)
-            result, stopped = asyncio.run(driver.train(continued=resume or start is not None))
+            result, stopped = signals.run(driver.train(continued=resume or start is not None))
         except Terminated:
             if session is None:
                 with only_said(f"{run_dir}: report.html was not written"):

@@ -1,10 +1,11 @@
-"""Every recipe of opd_ray/recipes trains a few steps on real Ray: real actors and losses, small models, torch generation.
+"""Every recipe trains a few steps on real Ray: real actors and losses, small models, torch generation.
 
 The shipped teacher stands in for the student, so that some responses are right; a random model teaches.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -18,12 +19,12 @@ import yaml
 
 from embedded_preset import preset
 from opd_ray import config as configs
+from opd_ray import train
 from opd_ray.buffer.mixture import Mixture
 from opd_ray.config import Config
 from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.embedded.resolve import resolve
 from opd_ray.placement.session import Session
-from opd_ray.run.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
@@ -112,9 +113,14 @@ def overrides(name: str, world, config: Config) -> list[str]:
 def run(name: str, world, session: Session, run_dir: Path) -> Outcome:
     path = DIRECTORY / f"{name}.yaml"
     config = configs.load(path, overrides(name, world, configs.load(path)))
-    try:
+
+    async def cell() -> dict[str, Any]:
+        """As a notebook calls it: where an event loop is running."""
         # A teacher that writes has rooms of its own: its generators keep to one teacher.
-        summary = train(config, run_dir, session=None if config.buffer.uses_teacher_rollouts else session)
+        return train(config, run_dir, session=None if config.buffer.uses_teacher_rollouts else session)
+
+    try:
+        summary = asyncio.run(cell())
     except BaseException:
         session.close()  # the next recipe starts its rooms anew
         raise

@@ -226,7 +226,7 @@ def test_evaluate_prints_a_table_or_json(
 ) -> None:
     result = {"accuracy_greedy": 0.5, "num_problems": 8}
     asked = []
-    monkeypatch.setattr(evaluation, "evaluate", lambda checkpoint, config: asked.append(config) or result)
+    monkeypatch.setattr(evaluation, "_evaluate", lambda checkpoint, config: asked.append(config) or result)
     problems = f"data.evaluation={setting['data.evaluation']}"
     code, out, _ = call("evaluate", setting["student.path"], "--json", problems)
     assert code == 0
