@@ -18,8 +18,9 @@ EMBEDDED = "embedded"
 class DataConfig:
     """Prompts, golden solutions, held-out problems and the task that verifies answers."""
 
-    task: str = "math"
-    """Registered task: renders prompts and verifies answers (chain, math)."""
+    task: str = ""
+    """Asks the questions and verifies answers: math, chain, reasoning_gym or module:Class (a class of your own); by
+    default reasoning_gym where prompts or problems are its, else math."""
     prompts: str = EMBEDDED
     """JSONL or Parquet file with one training prompt per row (prompt, answer, optional id)."""
     golden: str | None = EMBEDDED
@@ -34,6 +35,11 @@ class DataConfig:
     """JSONL or Parquet file of held-out problems."""
     shuffle: bool = True
     """Visit prompts and golden rows in a new random order every epoch, not as they lie in their files."""
+
+    def __post_init__(self) -> None:
+        if not self.task:
+            made_up = any(each.startswith("reasoning_gym:") for each in (self.prompts, self.evaluation))
+            object.__setattr__(self, "task", "reasoning_gym" if made_up else "math")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from opd_ray.config import Config
-from opd_ray.data.files import read_prompts
 from opd_ray.data.golden import Golden, check_golden, is_privileged
-from opd_ray.data.prompts import Prompts, PromptStream, Renderer, Shuffled
+from opd_ray.data.prompts import Prompts, PromptStream, Shuffled
+from opd_ray.data.rendering import Renderer
+from opd_ray.data.rows import read_prompts
 from opd_ray.models.checkpoints import ModelFacts
 from opd_ray.tasks import get_task
 from opd_ray.tasks.judge import Judge

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from opd_ray.config import Config
-from opd_ray.data.files import read_golden
 from opd_ray.data.golden_problems import KINDS, Solution, describe, find_problems, judged_wrong
 from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts
+from opd_ray.data.rows import read_golden
 from opd_ray.errors import InputError
 from opd_ray.messages import MOST_VALUES, ROLLOUT_SCHEMA, RolloutMeta
 from opd_ray.models.checkpoints import ModelFacts

@@ -5,35 +5,19 @@ That is what makes resuming exact: a run that trained ``n`` prompts goes on with
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from opd_ray.config import Config
+from opd_ray.data.rendering import Renderer
 from opd_ray.errors import InputError
 from opd_ray.messages import PromptGroup
-from opd_ray.models.checkpoints import ModelFacts, load_tokenizer
-from opd_ray.tasks import Task
+from opd_ray.models.checkpoints import ModelFacts
 
 DEFAULT_TEACHER = "teacher"
 """The teacher of a row that names none."""
-
-
-class Renderer:
-    """Who makes token ids of rows: the task, and the tokenizer in ``path``, which is read when it is first needed."""
-
-    def __init__(self, task: Task, path: str) -> None:
-        self.task, self._path = task, path
-
-    @functools.cached_property
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self._path)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Another process reads the tokenizer for itself, should it need it."""
-        return {"task": self.task, "_path": self._path}
 
 
 class Prompts:
@@ -56,19 +40,17 @@ class Prompts:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Raises InputError with file and row for what the task cannot render."""
+        """Raises InputError with file and row for what cannot be rendered."""
         if index not in self._tokens:
-            row, task, tokenizer = self.rows[index], self.renderer.task, self.renderer.tokenizer
+            row = self.rows[index]
             try:
                 if self._solutions is None:
-                    tokens = task.format_prompt(row, tokenizer)
+                    tokens = self.renderer.prompt(row)
                 else:
-                    tokens = task.format_privileged_prompt(row, self._solutions[index], tokenizer)
-            except (ValueError, KeyError, TypeError) as error:
+                    tokens = self.renderer.privileged_prompt(row, self._solutions[index])
+            except Exception as error:  # tasks and chat templates are others' code
                 reason = " ".join(str(error).split())[:200]
-                raise InputError(
-                    f"{self.where} row {index + 1}: the task cannot render the prompt ({reason})"
-                ) from None
+                raise InputError(f"{self.where} row {index + 1}: its prompt cannot be rendered ({reason})") from None
             self._tokens[index] = np.asarray(tokens, np.int32)
         return self._tokens[index]
 

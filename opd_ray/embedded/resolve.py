@@ -6,8 +6,8 @@ import dataclasses
 
 from opd_ray import config as configs
 from opd_ray.config import Config
-from opd_ray.data.files import read_prompts
 from opd_ray.data.golden import is_privileged
+from opd_ray.data.rows import read_prompts
 from opd_ray.embedded import prepare as embedded
 from opd_ray.errors import InputError
 

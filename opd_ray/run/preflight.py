@@ -215,8 +215,10 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
             )
     if not evaluation_only and find_spec("deepspeed") is None:
         raise InputError("the learner needs DeepSpeed, which is not installed; pip install 'opd_ray[deepspeed]'")
-    if config.data.task == "math" and find_spec("math_verify") is None:
-        raise InputError("data.task=math needs math-verify, which is not installed; pip install 'opd_ray[math]'")
+    for task, package, extra in (("math", "math_verify", "math"), ("reasoning_gym", "reasoning_gym", "gym")):
+        if config.data.task == task and find_spec(package) is None:
+            name = package.replace("_", "-")
+            raise InputError(f"data.task={task} needs {name}, which is not installed; pip install 'opd_ray[{extra}]'")
 
 
 def _check_answers(config: Config, prompts: Prompts, judge: Judge) -> None:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from opd_ray.config import Config
-from opd_ray.data.prompts import Prompts, PromptStream, Renderer
+from opd_ray.data.prompts import Prompts, PromptStream
 from opd_ray.disk import whole
 from opd_ray.evaluation import chunked
 from opd_ray.messages import SamplingSettings
@@ -59,7 +59,7 @@ async def sample(config: Config, facts: Preflight, path: Path, count: int) -> No
         stop_token_ids=facts.eos_token_ids,
     )
     asked = facts.data.prompts
-    renderer = Renderer(asked.renderer.task, config.teacher.path)
+    renderer = asked.renderer.of_model(config.teacher.path)
     prompts = PromptStream(Prompts(asked.where, asked.rows[:count], renderer), seed=config.seed + 2)
     try:
         await pool.up(config.deadlines.start_s)

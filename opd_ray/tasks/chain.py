@@ -182,13 +182,13 @@ class ChainTask:
 
     verify_limit_s = None
 
-    def format_prompt(self, row: Mapping[str, Any], tokenizer) -> list[int]:
-        """Token ids of the prompt as it stands: one id per character, no chat template."""
-        return tokenizer.encode(row["prompt"], add_special_tokens=False)
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        """The problem as it stands."""
+        return row["prompt"]
 
-    def format_privileged_prompt(self, row: Mapping[str, Any], solution: str, tokenizer) -> list[int]:
-        """Token ids of the solution and then the prompt: ``5-0=5;5-6=6;6+6=5#5^5-0-6+6=``."""
-        return tokenizer.encode(solution + row["prompt"], add_special_tokens=False)
+    def privileged_prompt(self, row: Mapping[str, Any], solution: str) -> str:
+        """The solution and then the problem: ``5-0=5;5-6=6;6+6=5#5^5-0-6+6=``."""
+        return solution + row["prompt"]
 
     def verify(self, response: str, row: Mapping[str, Any]) -> bool:
         """Is exactly one character written after the last ``#``, and is it the right digit?"""

@@ -11,42 +11,16 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from opd_ray.tasks.words import InWords
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are characters
-# The wording is ours; its parts (problem, reference solution, own words) are OPSD's teacher prompt.
-_PRIVILEGED = """{prompt}
-
-Here is a correct reference solution to this problem:
-
-{solution}
-
-Now solve the problem yourself: understand why each step of the reference is right, then reason in your own \
-words, without mentioning or copying it, and end with the final answer."""
 
 
-class MathTask:
+class MathTask(InWords):
     """The `opd_ray.tasks.Task` for mathematical problems."""
-
-    verify_limit_s = 5.0
-
-    def format_prompt(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Token ids of one user turn in the tokenizer's chat template, up to where the answer starts.
-
-        A tokenizer without a template (a base model) gets the prompt as it stands, with the
-        special tokens it puts at the beginning of any text.
-        """
-        return _user_turn(row["prompt"], tokenizer)
-
-    def format_privileged_prompt(
-        self, row: Mapping[str, Any], solution: str, tokenizer: PreTrainedTokenizerBase
-    ) -> list[int]:
-        """The same turn with the problem, the reference solution, and the request to answer in own words."""
-        return _user_turn(_PRIVILEGED.format(prompt=row["prompt"], solution=solution), tokenizer)
 
     def verify(self, response: str, row: Mapping[str, Any]) -> bool:
         """Is the final answer of ``response`` equal to ``row["answer"]`` as mathematics?
@@ -69,17 +43,6 @@ class MathTask:
 
     def _parse(self, answer: str) -> list[Any]:
         return _math_verify().parse(_as_latex(answer), parsing_timeout=None) if answer else []
-
-
-def _user_turn(content: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if not tokenizer.chat_template:
-        return tokenizer.encode(content)
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        add_generation_prompt=True,
-        return_dict=False,
-    )
 
 
 def _as_latex(answer: str) -> str:

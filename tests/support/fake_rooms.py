@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -125,8 +124,8 @@ def golden_batch(number: int) -> tuple[list[RolloutMeta], pa.RecordBatch]:
     return [golden(row).meta for row in range(number)], batch
 
 
-class EchoTask:
-    def format_prompt(self, row: Any, tokenizer: Any) -> list[int]:
+class FakeRenderer:
+    def prompt(self, row: Any) -> list[int]:
         return [1, 2, 3]
 
 
@@ -144,7 +143,7 @@ ROWS = [{"id": str(i), "prompt": "p", "answer": "a"} for i in range(1000)]
 
 
 def stream(rows: Sequence[Any] = ROWS, order: Shuffled | None = None) -> PromptStream:
-    renderer: Any = SimpleNamespace(task=EchoTask(), tokenizer=None)
+    renderer: Any = FakeRenderer()
     return PromptStream(Prompts("rows", rows, renderer), order=order)
 
 

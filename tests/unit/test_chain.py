@@ -120,14 +120,8 @@ def test_a_row_without_an_answer_has_no_right_response():
 
 
 def test_a_privileged_prompt_is_the_solution_and_then_the_problem():
-    class Characters:
-        def encode(self, text, add_special_tokens):
-            assert not add_special_tokens
-            return [ord(character) for character in text]
-
     row = chain.to_row(EXAMPLE, with_solution=True)
-    tokens = ChainTask().format_privileged_prompt(row, row["response"], Characters())
-    assert "".join(map(chr, tokens)) == "5-0=5;5-6=6;6+6=5#5^5-0-6+6="
+    assert ChainTask().privileged_prompt(row, row["response"]) == "5-0=5;5-6=6;6+6=5#5^5-0-6+6="
 
 
 def test_unknown_task_suggests_the_near_one():

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opd_ray.data.files import read_golden, read_prompts
+from opd_ray.data.rows import read_golden, read_prompts
 from opd_ray.errors import InputError
 from tiny_checkpoints import write_jsonl
 
@@ -120,6 +120,6 @@ def test_parquet_nulls_and_missing_columns_are_missing_values(tmp_path: Path) ->
     pq.write_table(pa.table({"prompt": ["1", None], "answer": ["1", "2"]}), tmp_path / "nulls.parquet")
     with pytest.raises(InputError, match="row 2: has no 'prompt'"):
         read_prompts(str(tmp_path / "nulls.parquet"))
-    pq.write_table(pa.table({"question": ["1"]}), tmp_path / "other.parquet")
-    with pytest.raises(InputError, match="row 1: has no 'prompt'"):
+    pq.write_table(pa.table({"query": ["1"]}), tmp_path / "other.parquet")
+    with pytest.raises(InputError, match=r"row 1: has no 'prompt' \(it has: query\); .* data.columns={prompt: NAME}"):
         read_prompts(str(tmp_path / "other.parquet"))

@@ -35,13 +35,13 @@ class Counting(ChainTask):
     def __init__(self, asked: Counter[tuple[str, str]]) -> None:
         self.asked = asked
 
-    def format_prompt(self, row: Any, tokenizer: Any) -> list[int]:
+    def prompt(self, row: Any) -> str:
         self.asked["prompt", row["prompt"]] += 1
-        return super().format_prompt(row, tokenizer)
+        return super().prompt(row)
 
-    def format_privileged_prompt(self, row: Any, solution: str, tokenizer: Any) -> list[int]:
+    def privileged_prompt(self, row: Any, solution: str) -> str:
         self.asked["privileged", row["prompt"]] += 1
-        return super().format_privileged_prompt(row, solution, tokenizer)
+        return super().privileged_prompt(row, solution)
 
     def verify(self, response: str, row: Any) -> bool:
         self.asked["verdict", response] += 1
@@ -66,11 +66,9 @@ def test_from_preflight_to_the_last_attempt_everything_is_done_once(
     monkeypatch.setattr("opd_ray.watch.guard._MOST_NON_FINITE", 1)
     cast.learner_metrics[3] = [{"loss": math.nan}, {}]
     asked: Counter[tuple[str, str]] = Counter()
-    read, call = files._read, PreTrainedTokenizerBase.__call__
+    read, call = files.read, PreTrainedTokenizerBase.__call__
     monkeypatch.setattr(dataset, "get_task", lambda _: Counting(asked))
-    monkeypatch.setattr(
-        files, "_read", lambda path, columns: asked.update([("file", str(path))]) or read(path, columns)
-    )
+    monkeypatch.setattr(files, "read", lambda path, columns: asked.update([("file", str(path))]) or read(path, columns))
 
     def counted(tokenizer: Any, text: Any, **options: Any) -> Any:
         asked.update(("tokens", each) for each in text if isinstance(text, list))

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opd_ray.data.rendering import Renderer
 from opd_ray.embedded import models as embedded_models
 from opd_ray.embedded import prepare as embedded
 from opd_ray.embedded.models import EOS_ID, IGNORED, PAD_ID, VOCABULARY, copy_probe, measure
@@ -81,9 +82,9 @@ def test_tokenizer_round_trip(tokenizer, text):
     assert tokenizer.decode([*ids, EOS_ID, PAD_ID], skip_special_tokens=True) == text
 
 
-def test_task_formats_a_prompt_as_it_stands(tokenizer):
-    ids = chain.ChainTask().format_prompt({"prompt": "^5-0-6+6="}, tokenizer)
-    assert tokenizer.decode(ids) == "^5-0-6+6="
+def test_a_prompt_is_read_as_it_stands():
+    ids = Renderer(chain.ChainTask(), str(embedded.TEACHER_DIR)).prompt({"prompt": "^5-0-6+6="})
+    assert ids == [VOCABULARY[character] for character in "^5-0-6+6="]
 
 
 # --- batches ---

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from opd_ray.data.rendering import Renderer
 from opd_ray.generate.generator import GeneratorSettings, StudentGenerator
 from opd_ray.messages import PromptGroup, SamplingSettings
 from opd_ray.tasks import get_task
@@ -20,23 +20,22 @@ ROW = {"prompt": "1+1=", "answer": "2"}
 LETTERS = (*CHARACTERS, "<user>", *sorted(set("cdefghijklmnopqrstuvwxyzHNT:,.{} \n")))
 
 
-def tokenizer(path: Path, chat_template: str | None) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(make_checkpoint(path, tokens=LETTERS, chat_template=chat_template))
+def renderer(path: Path, chat_template: str | None) -> Renderer:
+    return Renderer(get_task("math"), str(make_checkpoint(path, tokens=LETTERS, chat_template=chat_template)))
 
 
 def test_a_privileged_prompt_holds_problem_and_solution_in_the_same_turn(tmp_path: Path) -> None:
-    chat = tokenizer(tmp_path, "<user>{{ messages[0]['content'] }}{% if add_generation_prompt %}={% endif %}")
-    task = get_task("math")
-    plain, shown = task.format_prompt(ROW, chat), task.format_privileged_prompt(ROW, "it is {2}", chat)
-    assert plain == chat.encode("<user>1+1==")
+    chat = renderer(tmp_path, "<user>{{ messages[0]['content'] }}{% if add_generation_prompt %}={% endif %}")
+    plain, shown = chat.prompt(ROW), chat.privileged_prompt(ROW, "it is {2}")
+    assert plain == chat.tokenizer.encode("<user>1+1==")
     assert (shown[0], shown[-1]) == (plain[0], plain[-1])
-    text = chat.decode(shown)
+    text = chat.tokenizer.decode(shown)
     assert text.index("1+1=") < text.index("reference solution") < text.index("it is {2}") < text.index("own words")
 
 
 def test_a_base_model_reads_it_as_plain_text(tmp_path: Path) -> None:
-    base = tokenizer(tmp_path, None)
-    shown = base.decode(get_task("math").format_privileged_prompt(ROW, "2", base))
+    base = renderer(tmp_path, None)
+    shown = base.tokenizer.decode(base.privileged_prompt(ROW, "2"))
     assert shown.startswith("1+1=")
     assert "<user>" not in shown
 

@@ -1,7 +1,5 @@
 """Orders over data: complete epochs, reproducible, addressable by position."""
 
-from types import SimpleNamespace
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,16 +29,16 @@ def test_without_shuffling_rows_come_as_they_lie_in_every_epoch():
     assert [order[position] for position in (7, 0, 1, 2, 3, 4)] == [1, 0, 1, 2, 0, 1]
 
 
-class Echo:
-    def format_prompt(self, row, tokenizer):
-        return [tokenizer[c] for c in row["prompt"]]
+class FakeRenderer:
+    def prompt(self, row):
+        return ["_ab".index(c) for c in row["prompt"]]
 
-    def format_privileged_prompt(self, row, solution, tokenizer):
-        return [tokenizer[c] for c in solution + row["prompt"]]
+    def privileged_prompt(self, row, solution):
+        return ["_ab".index(c) for c in solution + row["prompt"]]
 
 
 def prompts(rows, solutions=None):
-    return Prompts("rows", rows, SimpleNamespace(task=Echo(), tokenizer={"a": 1, "b": 2}), solutions)
+    return Prompts("rows", rows, FakeRenderer(), solutions)
 
 
 def stream(seed=0, responses=2):

@@ -11,10 +11,10 @@ from tokenizers import pre_tokenizers
 from transformers import Qwen2Tokenizer
 
 from opd_ray.config import Config, load
+from opd_ray.data.rendering import Renderer
 from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
-from opd_ray.models.checkpoints import load_tokenizer
 from opd_ray.run import resuming
 from opd_ray.tasks import get_task
 
@@ -74,12 +74,12 @@ def test_a_refusal_needs_no_torch(answers, case):
 
 _IDS = """
 import sys
-from opd_ray.models.checkpoints import load_tokenizer
+from opd_ray.data.rendering import Renderer
 from opd_ray.run import preflight
 from opd_ray.tasks import get_task
 preflight._hide_torch()
-tokenizer = load_tokenizer(sys.argv[1])
-print(type(tokenizer).__name__, get_task("math").format_prompt({"prompt": sys.argv[2]}, tokenizer))
+renderer = Renderer(get_task("math"), sys.argv[1])
+print(type(renderer.tokenizer).__name__, renderer.prompt({"prompt": sys.argv[2]}))
 """
 
 
@@ -94,10 +94,10 @@ def test_tokens_are_the_same_without_torch(tmp_path):
         chat_template="{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>{% endfor %}",
     ).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    tokenizer = load_tokenizer(str(tmp_path))
-    expected = get_task("math").format_prompt({"prompt": text}, tokenizer)
+    renderer = Renderer(get_task("math"), str(tmp_path))
+    expected = renderer.prompt({"prompt": text})
     done = subprocess.run([sys.executable, "-c", _IDS, str(tmp_path), text], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"{type(tokenizer).__name__} {expected}" and len(expected) > 20
+    assert done.stdout.strip() == f"{type(renderer.tokenizer).__name__} {expected}" and len(expected) > 20
     assert done.stderr == ""
 
 

@@ -1,0 +1,146 @@
+"""Prompts, golden solutions and problems as checked rows, from wherever they are.
+
+A row that cannot be used is refused here, with source and row, before a model loads; nothing is
+skipped silently. This module knows no tokenizer and no task; see :mod:`opd_ray.run.preflight` for lengths
+and :mod:`opd_ray.data.golden` for what else a golden solution must be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from opd_ray.data import sources
+from opd_ray.data.columns import GOLDEN_COLUMNS, PROMPT_COLUMNS, kind_of, renamed
+from opd_ray.data.files import TOKEN_COLUMNS
+from opd_ray.errors import InputError
+
+_OF_TASKS = ("gym", "entry")
+"""What a task's own source says besides: the verifier of the row gets it as it is."""
+
+
+class Rows(list[dict[str, Any]]):
+    """The rows of a source, in its order: row i here is row i + 1 there."""
+
+    has_ids: bool = True
+    """Did every row bring an id of its own? Where one did not, its id is its row number."""
+
+
+def read_prompts(source: str, need_answer: bool = True, columns: Mapping[str, str] | None = None) -> Rows:
+    """The rows of a source of prompts, each with the keys id, prompt and answer, and teacher if the row names one.
+
+    All of them are strings (numbers become strings). ``id`` defaults to the row number. Without
+    ``need_answer`` a row may lack its answer, which is then "". ``columns`` is data.columns. Turns before the prompt,
+    where there are any, are in ``before``, as {role, content}. Raises InputError naming source and row.
+    """
+    check = lambda where, row: _prompt(where, row, need_answer)  # noqa: E731
+    return _checked(source, PROMPT_COLUMNS, columns or {}, check)
+
+
+def read_golden(source: str, columns: Mapping[str, str] | None = None) -> Rows:
+    """The rows of a source of golden solutions, as text or as tokens.
+
+    A text row has a prompt and a non-empty response. A token row, as in a rollout log, has prompt_tokens and
+    response_tokens (integer arrays); its id is prompt_id, which may occur more than once, and its prompt is ""
+    unless given. Both may have answer (else ""), before, teacher, finish_reason, correct (bool) and text (string); keys
+    of absent values are absent. Raises InputError naming source and row.
+    """
+    return _checked(source, GOLDEN_COLUMNS, columns or {}, _golden)
+
+
+def _checked(
+    source: str,
+    wanted: Sequence[str],
+    columns: Mapping[str, str],
+    check: Callable[[str, Mapping[str, Any]], dict[str, Any]],
+) -> Rows:
+    rows, first_use = Rows(), {}
+    for number, raw in sources.read(source, [*wanted, *columns.values()]):
+        where = f"{source} row {number}"
+        if not isinstance(raw, dict):
+            raise InputError(f"{where}: expected an object with a 'prompt', got {kind_of(raw)}")
+        raw = renamed(where, raw, columns)
+        row = check(where, raw) | {name: raw[name] for name in _OF_TASKS if name in raw}
+        given = _id(where, raw, row)
+        rows.has_ids = rows.has_ids and given is not None
+        name = row["id"] = str(number) if given is None else given
+        if name in first_use and "response_tokens" not in row:
+            raise InputError(
+                f"{where}: id {name!r} is also that of row {first_use[name]}; "
+                "make ids unique, or leave them out to use row numbers"
+            )
+        first_use[name] = number
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{source}: has no rows; give a file with one problem per row")
+    return rows
+
+
+def _prompt(where: str, raw: dict[str, Any], need_answer: bool, need_prompt: bool = True) -> dict[str, Any]:
+    given = {name for name in ("prompt", "answer") if raw.get(name) is not None}
+    row = {"id": "", "prompt": _text(where, raw, "prompt") if need_prompt or "prompt" in given else ""}
+    row["answer"] = _text(where, raw, "answer", numbers=True) if need_answer or "answer" in given else ""
+    if "before" in raw:
+        row["before"] = raw["before"]
+    if raw.get("teacher") is not None:
+        row["teacher"] = _text(where, raw, "teacher")
+    return row
+
+
+def _golden(where: str, raw: dict[str, Any]) -> dict[str, Any]:
+    as_tokens = raw.get("response_tokens") is not None
+    row = _prompt(where, raw, need_answer=False, need_prompt=not as_tokens)
+    if as_tokens:
+        row |= {name: _tokens(where, raw, name) for name in TOKEN_COLUMNS}
+        row |= {"text": raw["text"]} if isinstance(raw.get("text"), str) else {}
+    elif "responses" in raw:
+        row["response"], *row["others"] = raw["responses"] or [""]
+    else:
+        row["response"] = _text(where, raw, "response")
+    if raw.get("finish_reason") is not None:
+        row["finish_reason"] = _text(where, raw, "finish_reason")
+    if (verdict := raw.get("correct")) is not None:
+        if not isinstance(verdict, bool):
+            raise InputError(f"{where}: 'correct' is {kind_of(verdict)}, expected true or false")
+        row["correct"] = verdict
+    return row
+
+
+def _id(where: str, raw: dict[str, Any], row: dict[str, Any]) -> str | None:
+    """The id that a row brings: its ``id``, or the ``prompt_id`` of a token row."""
+    key = "prompt_id" if raw.get("id") is None and "response_tokens" in row else "id"
+    if (given := raw.get(key)) is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
+        raise InputError(f"{where}: '{key}' is {kind_of(given)}, expected a non-empty string or an integer")
+    return str(given)
+
+
+def _tokens(where: str, raw: dict[str, Any], key: str) -> np.ndarray:
+    """``raw[key]`` as an int64 array; a JSON list of integers, or what a Parquet column gave."""
+    value = raw.get(key)
+    if isinstance(value, list) and all(type(token) is int for token in value):
+        value = np.asarray(value, np.int64)
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
+        got = "a list with nulls" if isinstance(value, np.ndarray) else "missing" if value is None else kind_of(value)
+        raise InputError(f"{where}: '{key}' is {got}, expected a list of token ids")
+    return value.astype(np.int64, copy=False)
+
+
+def _text(where: str, raw: dict[str, Any], key: str, *, numbers: bool = False) -> str:
+    """``raw[key]`` as a non-empty string; with ``numbers`` also a JSON number, as it is written."""
+    if key not in raw:
+        raise InputError(
+            f"{where}: has no '{key}' (it has: {', '.join(raw) or 'nothing'}); say which column it is, as "
+            f"data.columns={{{key}: NAME}}"
+        )
+    value = raw[key]
+    if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise InputError(f"{where}: '{key}' is {kind_of(value)}, expected a string")
+    if not value.strip():
+        raise InputError(f"{where}: '{key}' is empty")
+    return value
