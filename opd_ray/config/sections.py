@@ -57,8 +57,9 @@ class ScorerConfig:
     """GPUs that one vLLM scorer spans."""
     max_num_seqs: Annotated[int, ROOMS] = Field(64, ge=1)
     """Sequences that a vLLM scorer works on at once."""
-    kv_cache_bytes: Annotated[int, ROOMS] = Field(256 * 2**20, gt=0)
-    """Key-value cache of a vLLM scorer on a CPU."""
+    kv_cache_bytes: Annotated[int | None, ROOMS] = Field(None, gt=0)
+    """Key-value cache of a vLLM scorer on a CPU; by default for max_num_seqs of the longest sequences, at most 1 GiB or
+    what one of them takes."""
     gpu_memory_utilization: Annotated[float, ROOMS] = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that a vLLM scorer takes."""
     eos_token_ids: tuple[int, ...] | None = None
@@ -145,8 +146,9 @@ class RolloutConfig:
     in_flight: Literal["keep", "drain", "abort"] = "keep"
     """Unfinished responses at a weight update: keep on (prefix recomputed), drain (finish them first, new ones wait),
     or abort (begin them again)."""
-    kv_cache_bytes: Annotated[int, ROOMS] = Field(256 * 2**20, gt=0)
-    """Key-value cache of an engine on a CPU."""
+    kv_cache_bytes: Annotated[int | None, ROOMS] = Field(None, gt=0)
+    """Key-value cache of a vLLM generator on a CPU; by default for max_num_seqs of the longest sequences, at most 1 GiB
+    or what one of them takes."""
     gpu_memory_utilization: Annotated[float, ROOMS] = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that a vLLM generator takes."""
     cpus_per_generator: Annotated[float, ROOMS] = Field(0.5, ge=0)

@@ -11,8 +11,10 @@ import torch
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
+    from vllm.config import VllmConfig
 
 
+_MOST_CACHE_BYTES = 2**30
 TRANSFER_BACKEND = "opd_ray"
 """The weight transfer of vLLM's workers that opd_ray.weights.vllm_worker registers."""
 
@@ -61,10 +63,22 @@ def _prepare_process() -> None:
 
 
 def context_limit(path: str, max_context_tokens: int | None) -> int:
-    """``max_context_tokens``, or what the checkpoint allows."""
+    """``max_context_tokens``, or what the checkpoint allows where that is less."""
     from transformers import AutoConfig
 
-    return max_context_tokens or AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings
+    allowed = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
+    return min(filter(None, (max_context_tokens, allowed)))
+
+
+def _cache_bytes(config: VllmConfig) -> int:
+    """A key-value cache for as many of the longest sequences as the engine may run at once, or as fit into
+    _MOST_CACHE_BYTES: more is never used. At least for one."""
+    model, parallel, block = config.model_config, config.parallel_config, config.cache_config.block_size
+    heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    block_bytes = block * 2 * heads * model.get_head_size() * model.dtype.itemsize
+    sequence = -(-model.max_model_len // block)
+    one, all_ = (block_bytes * (each * sequence + 1) for each in (1, config.scheduler_config.max_num_seqs))
+    return max(one, min(all_, _MOST_CACHE_BYTES))  # vLLM keeps one block for itself
 
 
 def build(
@@ -73,37 +87,37 @@ def build(
     dtype: str = "float32",
     tensor_parallel_size: int = 1,
     max_num_seqs: int = 64,
-    kv_cache_bytes: int = 256 * 2**20,
+    kv_cache_bytes: int | None = None,
     gpu_memory_utilization: float = 0.85,
     **arguments: Any,
 ) -> LLMEngine:
     """An engine that speaks tokens and steps only when it is told to; ``arguments`` are vLLM's further ones.
 
-    ``kv_cache_bytes`` counts on CPUs, ``gpu_memory_utilization`` on GPUs. Importing vLLM binds the process's memory
-    and turns ``torch.set_num_threads`` into a no-op on CPUs, so each engine belongs in a process of its own.
+    ``kv_cache_bytes`` counts on CPUs, by default for what the engine may run at once; ``gpu_memory_utilization`` counts
+    on GPUs. Importing vLLM binds the process's memory and turns ``torch.set_num_threads`` into a no-op on CPUs, so each engine belongs in a process of its own.
     """
     _prepare_process()
     from vllm import EngineArgs, LLMEngine
 
     cuda = torch.cuda.is_available()
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=path,
-            skip_tokenizer_init=True,
-            dtype=dtype,
-            tensor_parallel_size=tensor_parallel_size,
-            # Named outright: inside a Ray actor vLLM would pick its Ray executor and ask for more actors.
-            distributed_executor_backend="uni" if tensor_parallel_size == 1 else "mp",
-            enforce_eager=not cuda,
-            # An asynchronous step would still be under way on the old weights during an update.
-            async_scheduling=False,
-            max_num_seqs=max_num_seqs,
-            kv_cache_memory_bytes=None if cuda else kv_cache_bytes,
-            gpu_memory_utilization=gpu_memory_utilization,
-            max_logprobs=-1,
-            worker_extension_cls="opd_ray.weights.vllm_worker.WorkerExtension",
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **arguments,
-        )
-    )
+    config = EngineArgs(
+        model=path,
+        skip_tokenizer_init=True,
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        # Named outright: inside a Ray actor vLLM would pick its Ray executor and ask for more actors.
+        distributed_executor_backend="uni" if tensor_parallel_size == 1 else "mp",
+        enforce_eager=not cuda,
+        # An asynchronous step would still be under way on the old weights during an update.
+        async_scheduling=False,
+        max_num_seqs=max_num_seqs,
+        gpu_memory_utilization=gpu_memory_utilization,
+        max_logprobs=-1,
+        worker_extension_cls="opd_ray.weights.vllm_worker.WorkerExtension",
+        use_tqdm_on_load=False,
+        **arguments,
+    ).create_engine_config()
+    if not cuda:
+        # vLLM's own default is nearly all of the machine's memory.
+        config.cache_config.kv_cache_memory_bytes = kv_cache_bytes or _cache_bytes(config)
+    return LLMEngine.from_vllm_config(config, disable_log_stats=True)

@@ -12,7 +12,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from opd_ray.config import Config, LearnerConfig, TeacherConfig
+from opd_ray.config import Config, LearnerConfig
 from opd_ray.errors import RunError
 from opd_ray.generate import make_generation_engine
 from opd_ray.generate.generator import Generator, GeneratorSettings, StudentGenerator, TeacherGenerator
@@ -84,12 +84,9 @@ def _generators(
 
 def _scorers(role: str, config: Config, max_context_tokens: int) -> Pool | Group:
     scorer = config.scorers[role]
-    # A golden solution in the prompt makes sequences longer than any that the student sees.
-    privileged = isinstance(scorer, TeacherConfig) and scorer.privileged
-    longest = config.student.max_context_tokens if privileged else max_context_tokens
     make = partial(
         Scorer,
-        make_engine=partial(make_scoring_engine, scorer, longest),
+        make_engine=partial(make_scoring_engine, scorer, max_context_tokens),
         scorer=scorer,
         member=scorer.follows_student,
     )

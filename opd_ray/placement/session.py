@@ -94,9 +94,10 @@ def unlike(rooms_for: Config, config: Config) -> Iterator[tuple[str, Any, Any]]:
 class Session:
     """Rooms for one run after another, all with the same actors and engines."""
 
-    def __init__(self, rooms_for: Config | None = None) -> None:
-        """``rooms_for`` asks for every room that any of the runs needs; by default the first run's own."""
-        self._rooms_for = rooms_for
+    def __init__(self, rooms_for: Config | None = None, max_context_tokens: int = 0) -> None:
+        """``rooms_for`` asks for every room that any of the runs needs, ``max_context_tokens`` is the longest that any
+        of them asks for; by default the first run's own."""
+        self._rooms_for, self._max_context_tokens = rooms_for, max_context_tokens
         self._rooms: Rooms | None = None
 
     def rooms(self, config: Config, max_context_tokens: int) -> Rooms:
@@ -110,7 +111,13 @@ class Session:
         if self._rooms is None:
             from opd_ray.placement import launch  # torch: whoever is refused before needs none
 
-            self._rooms = launch.start_rooms(self._rooms_for, max_context_tokens)
+            self._max_context_tokens = max(self._max_context_tokens, max_context_tokens)
+            self._rooms = launch.start_rooms(self._rooms_for, self._max_context_tokens)
+        if max_context_tokens > self._max_context_tokens:
+            raise RunError(
+                f"the rooms were started for sequences of at most {self._max_context_tokens} tokens, but this run has "
+                f"prompt + response of up to {max_context_tokens}; begin with the run that has the longest"
+            )
         return self._rooms
 
     def close(self) -> None:

@@ -38,7 +38,8 @@ class Preflight:
     eos_token_ids: tuple[int, ...]
     """Every token that ends a response, for the student or for a scorer; golden responses get the first."""
     max_context_tokens: int
-    """Longest prompt + response that the student and all scorers take."""
+    """Longest prompt + response that the run can have, golden and privileged ones included: what engines are made for,
+    which may be far less than what the checkpoints allow."""
     max_prompt_tokens: int
     """Longest prompt of the training and evaluation files, as the task renders it."""
     num_prompts: int
@@ -90,9 +91,7 @@ def check_evaluation(config: Config) -> Preflight:
         _check_readable(data.problems, judge)
     student = inspect("student.path", config.student.path)
     data.renderer.tokenizer = student.tokenizer
-    return _facts(
-        config, {"student": student}, student.eos_token_ids, data, _check_length(data.problems, [student], config)
-    )
+    return _facts(config, student.eos_token_ids, data, _check_length(data.problems, [student], config))
 
 
 @_without_torch
@@ -121,7 +120,7 @@ def check_files(config: Config) -> Preflight:
         privileged = [models[name] for name, teacher in config.teachers.items() if teacher.privileged]
         _check_length(data.shown, privileged, config, "with its golden solution, ")
     _check_disjoint(config, data)
-    return _facts(config, models, eos_token_ids, data, longest)
+    return _facts(config, eos_token_ids, data, longest)
 
 
 Capacity = Callable[[str | None], Mapping[str, float]]
@@ -154,17 +153,16 @@ def check_resources(config: Config, capacity: Capacity) -> None:
     _check_fits(asked, capacity)
 
 
-def _facts(
-    config: Config,
-    models: Mapping[str, ModelFacts],
-    eos_token_ids: tuple[int, ...],
-    data: Dataset,
-    max_prompt_tokens: int,
-) -> Preflight:
-    needed = max_prompt_tokens + config.rollout.longest_response
+def _facts(config: Config, eos_token_ids: tuple[int, ...], data: Dataset, max_prompt_tokens: int) -> Preflight:
+    longest = max_prompt_tokens + config.rollout.longest_response
+    if data.shown:
+        longest = max(longest, data.shown.longest()[0] + config.rollout.longest_response)
+    for each in data.golden.solutions if data.golden else ():
+        prompt = max(len(each.prompt_tokens), len(each.privileged_prompt_tokens))
+        longest = max(longest, prompt + len(each.response_tokens))
     return Preflight(
         eos_token_ids=eos_token_ids,
-        max_context_tokens=min((limit for _, limit in limits(models.values(), config)), default=needed),
+        max_context_tokens=longest,
         max_prompt_tokens=max_prompt_tokens,
         num_prompts=len(data.prompts or ()),
         num_problems=len(data.problems),

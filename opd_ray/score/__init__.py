@@ -9,8 +9,8 @@ from opd_ray.config import ScorerConfig
 from opd_ray.score.engine import ScoringEngine
 
 
-def make_scoring_engine(scorer: ScorerConfig, max_context_tokens: int | None) -> ScoringEngine:
-    """The configured engine on a scorer's checkpoint, which sets the longest sequence where that is None."""
+def make_scoring_engine(scorer: ScorerConfig, max_context_tokens: int) -> ScoringEngine:
+    """The configured engine on a scorer's checkpoint, for sequences of at most that many tokens."""
     if scorer.engine == "torch":
         from opd_ray.score.torch import TorchScoringEngine
 

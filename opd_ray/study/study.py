@@ -120,11 +120,11 @@ def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: C
         return
     with cluster():
         teacher = _teacher_data(directory, arms, rooms_for, say)
-        for arm in arms:  # what is wrong with the last arm is said before the first one runs
-            preflight.check_files(resolve(_config(arm, seeds[0], teacher)))
+        # What is wrong with the last arm is said before the first one runs.
+        facts = [preflight.check_files(resolve(_config(arm, seeds[0], teacher))) for arm in arms]
         for seed in dict.fromkeys(seed for seed, _ in todo):
             resolve(dataclasses.replace(rooms_for, seed=seed))  # builds its student, if it is an embedded one
-        session = Session(resolve(rooms_for))
+        session = Session(resolve(rooms_for), max(each.max_context_tokens for each in facts))
         began = time.monotonic()
         try:
             for done, (seed, arm) in enumerate(todo):

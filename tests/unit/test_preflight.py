@@ -61,7 +61,7 @@ def test_a_good_setting_gives_what_the_run_needs(setting: dict[str, str]) -> Non
     facts = preflight.check_files(configured(setting))
     assert facts == preflight.Preflight(
         eos_token_ids=(1,),
-        max_context_tokens=64,
+        max_context_tokens=25,
         max_prompt_tokens=5,
         num_prompts=2,
         num_problems=1,
@@ -70,11 +70,28 @@ def test_a_good_setting_gives_what_the_run_needs(setting: dict[str, str]) -> Non
     )
 
 
-def test_the_context_is_the_smallest_of_the_models_and_the_cap(setting: dict[str, str], tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "teacher", context=48)
-    assert preflight.check_files(configured(setting)).max_context_tokens == 48
-    capped = configured(setting, student__max_context_tokens="30")
-    assert preflight.check_files(capped).max_context_tokens == 30
+def test_engines_are_made_for_what_the_run_can_have_and_not_for_what_checkpoints_allow(
+    setting: dict[str, str], tmp_path: Path
+) -> None:
+    """The bug: a model that takes 8,192 tokens needed a cache for so many, and died of it at a budget of 200."""
+    make_checkpoint(tmp_path / "student", context=8192)
+    config = configured(setting, rollout__max_response_tokens="20")
+    assert preflight.check_files(config).max_context_tokens == 5 + 20
+
+
+def test_engines_are_made_for_golden_sequences_as_well(setting: dict[str, str]) -> None:
+    write_jsonl(Path(setting["data.golden"]), [{"prompt": "1+" * 12 + "1=", "answer": "13", "response": "1+1=2;" * 3}])
+    facts = preflight.check_files(configured(setting))
+    assert facts.max_context_tokens == 26 + 19 > facts.max_prompt_tokens + 20
+
+
+def test_engines_are_made_for_prompts_that_a_privileged_teacher_is_shown(setting: dict[str, str]) -> None:
+    rows = [{"id": each, "prompt": each, "answer": "2", "response": "1+1=2#2"} for each in ("1+1=", "12+1=")]
+    write_jsonl(Path(setting["data.prompts"]), rows)
+    write_jsonl(Path(setting["data.golden"]), rows)
+    facts = preflight.check_files(configured(setting, teacher__privileged="true"))
+    shown = max(len(facts.data.shown[i]) for i in range(facts.num_prompts))
+    assert facts.max_context_tokens == shown + 20 > facts.max_prompt_tokens + 20
 
 
 def test_an_evaluation_needs_only_the_student_and_the_problems(setting: dict[str, str]) -> None:
