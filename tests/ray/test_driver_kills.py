@@ -291,7 +291,7 @@ def test_a_real_run_goes_on_after_a_kill_on_another_number_of_ranks_and_another_
         tmp_path / "run",
         *world.overrides(),
         *("buffer.prompts_per_step=8", "rollout.max_response_tokens=24", "rollout.max_num_seqs=16"),
-        *("rollout.kv_cache_bytes=33554432", "metrics.rollout_log_every_steps=1"),
+        "metrics.rollout_log_every_steps=1",
         *("evaluation.num_problems=0", "evaluation.every_steps=0", "loss.reference.coef=0"),
         "guard.level=off",  # it would take alarm at random models, and the newest checkpoint without one is spared
         *("checkpoint.every_steps=2", "checkpoint.memory_every_steps=0", f"learner.steps={steps}"),

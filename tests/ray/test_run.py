@@ -34,7 +34,6 @@ OPTIONS = [
     "buffer.prompts_per_step=8",
     "rollout.max_response_tokens=48",
     "rollout.max_num_seqs=16",
-    "rollout.kv_cache_bytes=33554432",
     "evaluation.num_problems=32",
     "evaluation.every_steps=0",
     "metrics.rollout_log_every_steps=1",
