@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+_MOST_CACHE_BYTES = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -45,6 +46,14 @@ class ModelSize:
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Keys and values of one token in all layers: 2·L·K·d."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
+
+
+def cache_bytes(token_bytes: int, context_tokens: int, max_num_seqs: int, block_tokens: int = 128) -> int:
+    """A key-value cache on a CPU for as many sequences of ``context_tokens`` as an engine runs at once, as far as 1 GiB
+    goes, and for one in any case. vLLM deals it out in blocks, and keeps one for itself."""
+    blocks = -(-context_tokens // block_tokens)
+    one, all_ = (block_tokens * token_bytes * (number * blocks + 1) for number in (1, max_num_seqs))
+    return max(one, min(all_, _MOST_CACHE_BYTES))
 
 
 def size_of(config: Any, path: str | Path) -> ModelSize:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from opd_ray.models.size import cache_bytes
+
 if TYPE_CHECKING:
     from vllm import LLMEngine
     from vllm.config import VllmConfig
 
 
-_MOST_CACHE_BYTES = 2**30
 TRANSFER_BACKEND = "opd_ray"
 """The weight transfer of vLLM's workers that opd_ray.weights.vllm_worker registers."""
 
@@ -71,14 +72,12 @@ def context_limit(path: str, max_context_tokens: int | None) -> int:
 
 
 def _cache_bytes(config: VllmConfig) -> int:
-    """A key-value cache for as many of the longest sequences as the engine may run at once, or as fit into
-    _MOST_CACHE_BYTES: more is never used. At least for one."""
-    model, parallel, block = config.model_config, config.parallel_config, config.cache_config.block_size
+    """The key-value cache of an engine as it is configured; more would never be used."""
+    model, parallel = config.model_config, config.parallel_config
     heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
-    block_bytes = block * 2 * heads * model.get_head_size() * model.dtype.itemsize
-    sequence = -(-model.max_model_len // block)
-    one, all_ = (block_bytes * (each * sequence + 1) for each in (1, config.scheduler_config.max_num_seqs))
-    return max(one, min(all_, _MOST_CACHE_BYTES))  # vLLM keeps one block for itself
+    token_bytes = 2 * heads * model.get_head_size() * model.dtype.itemsize
+    most = config.scheduler_config.max_num_seqs
+    return cache_bytes(token_bytes, model.max_model_len, most, config.cache_config.block_size)
 
 
 def build(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from opd_ray.config import Config, LearnerConfig, RolloutConfig, ScorerConfig
-from opd_ray.models.size import DTYPE_BYTES, ModelSize
+from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
 from opd_ray.plan.flow import Step, store_bytes
 
 BASE_BYTES = {
@@ -71,7 +71,7 @@ def processes(config: Config, sizes: Mapping[str, ModelSize], step: Step, max_co
         generator("generate", config.rollout, config.rollout.dtype, student, step, max_context_tokens),
     ]
     for role, scorer in config.scorers.items():
-        found.append(scorer_process(role, scorer, sizes[role], step))
+        found.append(scorer_process(role, scorer, sizes[role], step, max_context_tokens))
     if config.buffer.uses_teacher_rollouts:
         rollout, teacher = config.rollout, sizes["teacher"]
         found.append(generator("teacher_generate", rollout, config.teacher.dtype, teacher, step, max_context_tokens))
@@ -176,12 +176,13 @@ def generator(
         host = {"process": float(BASE_BYTES["vllm" if rollout.engine == "vllm" else "torch"])}
         return Process(room, number, parts, gpus * tensor_parallel, host, share)
     if rollout.engine == "vllm":
-        cache = float(rollout.kv_cache_bytes)
+        token_bytes = model.kv_bytes_per_token(width)
+        cache = float(rollout.kv_cache_bytes or cache_bytes(token_bytes, max_context_tokens, rollout.max_num_seqs))
     base = float(BASE_BYTES["vllm" if rollout.engine == "vllm" else "torch"])
     return Process(room, number, {"process": base, "weights": weights, "key-value cache": cache, "logits": logits})
 
 
-def scorer_process(role: str, scorer: ScorerConfig, model: ModelSize, step: Step) -> Process:
+def scorer_process(role: str, scorer: ScorerConfig, model: ModelSize, step: Step, max_context_tokens: int) -> Process:
     """One scorer: weights b·P/TP and one forward pass without a graph, n tokens of b·(2·H + max(3·I, 5·A·d)) and the
     float32 copies of a norm, 8·H; logits 256 MiB at a time, their exponentials and the top-k's copy. vLLM's has a
     key-value cache in the place of the pass."""
@@ -197,7 +198,9 @@ def scorer_process(role: str, scorer: ScorerConfig, model: ModelSize, step: Step
         parts["activations"] = tokens * (width * (2 * model.hidden_size + widest) + 8.0 * model.hidden_size)
         parts["logits"] = 3.0 * min(4.0 * tokens * model.vocab_size, _SCORED_LOGITS_BYTES)
     elif not scorer.gpus_per_actor:
-        parts["key-value cache"] = float(scorer.kv_cache_bytes)
+        token_bytes = model.kv_bytes_per_token(width)
+        cache = scorer.kv_cache_bytes or cache_bytes(token_bytes, max_context_tokens + 1, scorer.max_num_seqs)
+        parts["key-value cache"] = float(cache)
     else:
         longest = min(scorer.max_num_seqs, step.num_rollouts) * step.sequence_tokens
         parts["key-value cache"] = longest * model.kv_bytes_per_token(width) / scorer.tensor_parallel_size

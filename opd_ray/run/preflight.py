@@ -27,6 +27,7 @@ from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts, limits
 from opd_ray.errors import InputError, RunError, near
 from opd_ray.models import checkpoints
 from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
+from opd_ray.models.size import DTYPE_BYTES, cache_bytes
 from opd_ray.models.size import ModelSize
 from opd_ray.tasks.judge import Judge
 
@@ -91,7 +92,9 @@ def check_evaluation(config: Config) -> Preflight:
         _check_readable(data.problems, judge)
     student = inspect("student.path", config.student.path)
     data.renderer.tokenizer = student.tokenizer
-    return _facts(config, student.eos_token_ids, data, _check_length(data.problems, [student], config))
+    return _facts(
+        config, {"student": student}, student.eos_token_ids, data, _check_length(data.problems, [student], config)
+    )
 
 
 @_without_torch
@@ -120,7 +123,7 @@ def check_files(config: Config) -> Preflight:
         privileged = [models[name] for name, teacher in config.teachers.items() if teacher.privileged]
         _check_length(data.shown, privileged, config, "with its golden solution, ")
     _check_disjoint(config, data)
-    return _facts(config, eos_token_ids, data, longest)
+    return _facts(config, models, eos_token_ids, data, longest)
 
 
 Capacity = Callable[[str | None], Mapping[str, float]]
@@ -153,13 +156,20 @@ def check_resources(config: Config, capacity: Capacity) -> None:
     _check_fits(asked, capacity)
 
 
-def _facts(config: Config, eos_token_ids: tuple[int, ...], data: Dataset, max_prompt_tokens: int) -> Preflight:
+def _facts(
+    config: Config,
+    models: Mapping[str, ModelFacts],
+    eos_token_ids: tuple[int, ...],
+    data: Dataset,
+    max_prompt_tokens: int,
+) -> Preflight:
     longest = max_prompt_tokens + config.rollout.longest_response
     if data.shown:
         longest = max(longest, data.shown.longest()[0] + config.rollout.longest_response)
     for each in data.golden.solutions if data.golden else ():
         prompt = max(len(each.prompt_tokens), len(each.privileged_prompt_tokens))
         longest = max(longest, prompt + len(each.response_tokens))
+    _check_caches(config, models, longest)
     return Preflight(
         eos_token_ids=eos_token_ids,
         max_context_tokens=longest,
@@ -170,6 +180,22 @@ def _facts(config: Config, eos_token_ids: tuple[int, ...], data: Dataset, max_pr
         data=data,
         sizes={role: model.size for role, model in models.items()},
     )
+
+
+def _check_caches(config: Config, models: Mapping[str, ModelFacts], longest: int) -> None:
+    """A key-value cache that cannot hold one sequence ends a vLLM engine while it starts."""
+    engines = {"rollout": (config.rollout, "student")} | {role: (it, role) for role, it in config.scorers.items()}
+    for section, (engine, role) in engines.items():
+        if engine.kv_cache_bytes is None or engine.engine != "vllm" or role not in models:
+            continue
+        # A scorer's sequences have the token that vLLM insists on sampling.
+        tokens = longest + (role != "student")
+        needed = cache_bytes(models[role].size.kv_bytes_per_token(DTYPE_BYTES[engine.dtype]), tokens, 1)
+        if engine.kv_cache_bytes < needed:
+            raise InputError(
+                f"{checkpoints.field_of(config, section)}.kv_cache_bytes={engine.kv_cache_bytes}, but a sequence of the "
+                f"longest prompt and response, {tokens} tokens, takes {needed}; leave it out, or give so much or more"
+            )
 
 
 def _generators(config: Config, number: int) -> _Asked:

@@ -79,6 +79,13 @@ def test_engines_are_made_for_what_the_run_can_have_and_not_for_what_checkpoints
     assert preflight.check_files(config).max_context_tokens == 5 + 20
 
 
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_a_cache_that_does_not_hold_one_sequence_is_refused(setting: dict[str, str]) -> None:
+    """vLLM would end while it starts, with advice about gpu_memory_utilization, which does nothing here."""
+    small = configured(setting, rollout__engine="vllm", rollout__kv_cache_bytes="1000")
+    assert "rollout.kv_cache_bytes=1000" in refused(lambda: preflight.check_files(small))
+
+
 def test_engines_are_made_for_golden_sequences_as_well(setting: dict[str, str]) -> None:
     write_jsonl(Path(setting["data.golden"]), [{"prompt": "1+" * 12 + "1=", "answer": "13", "response": "1+1=2;" * 3}])
     facts = preflight.check_files(configured(setting))
