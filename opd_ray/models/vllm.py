@@ -93,7 +93,8 @@ def build(
     """An engine that speaks tokens and steps only when it is told to; ``arguments`` are vLLM's further ones.
 
     ``kv_cache_bytes`` counts on CPUs, by default for what the engine may run at once; ``gpu_memory_utilization`` counts
-    on GPUs. Importing vLLM binds the process's memory and turns ``torch.set_num_threads`` into a no-op on CPUs, so each engine belongs in a process of its own.
+    on GPUs. Importing vLLM binds the process's memory and turns ``torch.set_num_threads`` into a no-op on CPUs, so each
+    engine belongs in a process of its own.
     """
     _prepare_process()
     from vllm import EngineArgs, LLMEngine

@@ -27,8 +27,7 @@ from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts, limits
 from opd_ray.errors import InputError, RunError, near
 from opd_ray.models import checkpoints
 from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
-from opd_ray.models.size import DTYPE_BYTES, cache_bytes
-from opd_ray.models.size import ModelSize
+from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
 from opd_ray.tasks.judge import Judge
 
 
@@ -193,8 +192,8 @@ def _check_caches(config: Config, models: Mapping[str, ModelFacts], longest: int
         needed = cache_bytes(models[role].size.kv_bytes_per_token(DTYPE_BYTES[engine.dtype]), tokens, 1)
         if engine.kv_cache_bytes < needed:
             raise InputError(
-                f"{checkpoints.field_of(config, section)}.kv_cache_bytes={engine.kv_cache_bytes}, but a sequence of the "
-                f"longest prompt and response, {tokens} tokens, takes {needed}; leave it out, or give so much or more"
+                f"{checkpoints.field_of(config, section)}.kv_cache_bytes={engine.kv_cache_bytes}, but a sequence of "
+                f"the longest prompt and response, {tokens} tokens, takes {needed}; leave it out, or give at least that"
             )
 
 

@@ -16,7 +16,7 @@ from opd_ray.config import Config
 from opd_ray.models.size import ModelSize, size_of
 from opd_ray.plan import flow, memory
 
-RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
+RECIPES = Path(__file__).parents[2] / "opd_ray" / "recipes"
 GB = 1e9
 SMALL = ModelSize(1000, 10, 8, 2, 2, 1, 4, 16, tied=False)
 """V 10, H 8, L 2, A 2, K 1, d 4, I 16."""

@@ -13,8 +13,8 @@ import yaml
 
 from opd_ray import config as configs
 from opd_ray.config import Config
-from opd_ray.data.rows import read_golden, read_prompts
 from opd_ray.data.golden import is_privileged
+from opd_ray.data.rows import read_golden, read_prompts
 from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
