@@ -26,8 +26,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from opd_ray.buffer.filling import Filling
@@ -38,14 +37,15 @@ from opd_ray.buffer.slots import Slots
 from opd_ray.config import Config
 from opd_ray.data.prompts import PromptStream
 from opd_ray.errors import PayloadLost, RunError, first_failure
-from opd_ray.evaluation import Evaluation, evaluate
+from opd_ray.evaluation.evaluate import Judges, evaluate
+from opd_ray.evaluation.scores import Evaluation
 from opd_ray.messages import Entry, StepOutcome
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.together import until_whole
 from opd_ray.status.state import Place, Whereabouts
 from opd_ray.watch.guard import Guard
 from opd_ray.watch.metrics import rollout_metrics, teacher_rollout_metrics
-from opd_ray.watch.observers import Observer, StepReport
+from opd_ray.watch.observers import EvaluationProgress, Observer, StepReport
 from opd_ray.weights.delivery import Delivery
 
 
@@ -67,7 +67,7 @@ class Pipeline:
         rooms: Rooms,
         buffer: ReplayBuffer,
         prompts: PromptStream,
-        problems: PromptStream,
+        problems: Mapping[str, PromptStream],
         stop_token_ids: tuple[int, ...],
         delivery: Delivery,
         guard: Guard,
@@ -76,7 +76,8 @@ class Pipeline:
         where: Whereabouts,
         say: Callable[..., None],
     ) -> None:
-        """``restored``: slots that are scored already, and their rollouts. ``say(kind, text)`` tells of losses."""
+        """``problems``: held-out ones, by set. ``restored``: slots that are scored already, and their rollouts.
+        ``say(kind, text)`` tells of losses."""
         self._config, self._rooms, self._buffer, self._guard = config, rooms, buffer, guard
         self._prompts, self._problems = prompts, problems
         self._stop_token_ids, self._delivery = stop_token_ids, delivery
@@ -122,24 +123,25 @@ class Pipeline:
         missing = [] if self._waits_for is None else self._buffer.missing(self._waits_for)
         return self._slots, missing, dict.fromkeys(missing, "not admitted") | self._filling.places
 
-    async def evaluate(self, num_problems: int) -> Evaluation:
-        """Held-out accuracy of the weights that the generators hold."""
-        make = partial(
-            evaluate,
-            self._rooms.generators,
-            self._problems,
-            min(num_problems, len(self._problems)),
-            self._config,
-            self._stop_token_ids,
-            teacher=self._rooms.scorers.get("teacher") if self._judges_evaluations() else None,
-            recorder=self._rooms.recorder,
-        )
-        return await until_whole("answers of an evaluation", make, self._lost)
+    async def evaluate(self, most: int | None = None) -> Evaluation | None:
+        """Held-out accuracy of the weights that the generators hold, on ``most`` problems of each set; None where
+        nothing is evaluated."""
+        teacher = self._rooms.scorers.get("teacher")
+        if self._config.teacher.privileged:  # one that is shown solutions is not asked without them
+            teacher = None
 
-    def _judges_evaluations(self) -> bool:
-        """May the teacher's view of sampled answers be compared with the student's? At another temperature the
-        student's is of another distribution, and one that is shown solutions is not asked without them."""
-        return self._config.evaluation.temperature == 1 and not self._config.teacher.privileged
+        def make() -> Awaitable[Evaluation | None]:
+            return evaluate(
+                self._rooms.generators,
+                self._problems,
+                self._config,
+                self._stop_token_ids,
+                most=most,
+                judges=Judges(teacher, self._rooms.recorder) if teacher else None,
+                tell=EvaluationProgress(),
+            )
+
+        return await until_whole("answers of an evaluation", make, self._lost)
 
     async def broadcast(self, version: int) -> None:
         """Sends the learner's weights to every generator, and to scorers that follow the student, at once."""

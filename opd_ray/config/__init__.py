@@ -6,7 +6,7 @@ is checked by :mod:`opd_ray.run.preflight`.
 """
 
 from opd_ray.config.binding import ROOMS, RUN
-from opd_ray.config.data import EMBEDDED, MetricsConfig
+from opd_ray.config.data import EMBEDDED, HELD_OUT, EvaluationSet, MetricsConfig, set_field
 from opd_ray.config.learner import LearnerConfig
 from opd_ray.config.loading import FieldDoc, describe, differences, from_dict, leaves, load, to_dict, to_yaml
 from opd_ray.config.method import AdvantageConfig, ImportanceConfig, LossConfig, ReferenceTermConfig, TermConfig

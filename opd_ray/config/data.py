@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from opd_ray.config.binding import NOTHING
@@ -12,6 +13,8 @@ from opd_ray.config.method import STRICT
 
 EMBEDDED = "embedded"
 """Value of a path that stands for the small models and data that the package makes itself."""
+HELD_OUT = "held_out"
+"""Name of the set that data.evaluation is, where there are no evaluation.sets."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -32,7 +35,7 @@ class DataConfig:
     """Golden rows without EOS, over length, repetitive (rep(o) of metrics.*) or judged wrong: end the run, or leave
     them out and say how many."""
     evaluation: Annotated[str, NOTHING] = EMBEDDED
-    """JSONL or Parquet file of held-out problems."""
+    """JSONL or Parquet file of held-out problems, where there are no evaluation.sets."""
     shuffle: bool = True
     """Visit prompts and golden rows in a new random order every epoch, not as they lie in their files."""
 
@@ -43,17 +46,52 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluationSet:
+    """A set of held-out problems, and how they are answered."""
+
+    path: str = EMBEDDED
+    """JSONL or Parquet file of its problems."""
+    samples: int = Field(1, ge=1)
+    """k: sampled answers to each problem, for avg@k and pass@k."""
+    temperature: float | None = Field(None, gt=0)
+    """Temperature of the sampled answers; by default evaluation.temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus of the sampled answers; 1 samples from the whole distribution."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Length budget of an answer; by default the run's longest, of rollout.max_response_tokens."""
+    greedy: bool = False
+    """Also answer each problem once at temperature 0."""
+    num_problems: int | None = Field(None, ge=1)
+    """Problems before and after, the first of the file; by default all of them."""
+
+
+def _named(sets: dict[str, EvaluationSet]) -> dict[str, EvaluationSet]:
+    """A name is part of file names and of metrics, on a port that knows letters, digits and underscores."""
+    for name in sets:
+        if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name == HELD_OUT:
+            raise ValueError(f"a set's name has letters, digits and _, and is not {HELD_OUT}; got '{name}'")
+    return sets
+
+
+def set_field(name: str) -> str:
+    """The field that has the file of a set's problems."""
+    return "data.evaluation" if name == HELD_OUT else f"evaluation.sets.{name}.path"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluationConfig:
     """Held-out accuracy of the student, before, during and after."""
 
+    sets: Annotated[dict[str, EvaluationSet], AfterValidator(_named)] = Field(default_factory=dict)
+    """Sets of problems by name, in place of data.evaluation."""
     num_problems: int = Field(512, ge=0)
-    """Problems before and after, the first of the file; 0 evaluates nothing."""
+    """Problems of data.evaluation before and after, the first of the file; 0 evaluates nothing, no sets either."""
     every_steps: int = Field(50, ge=0)
     """Evaluate during training every so many steps; 0 for never."""
     num_problems_during: int = Field(128, ge=1)
-    """Problems of an evaluation during training."""
+    """Problems of an evaluation during training, of each set at most."""
     temperature: float = Field(1.0, gt=0)
-    """Temperature of the sampled answers (the greedy ones have none)."""
+    """Temperature of the sampled answers (the greedy ones have none), where a set has no other."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from opd_ray.config.binding import Binds, binding
-from opd_ray.config.data import EMBEDDED
+from opd_ray.config.data import EMBEDDED, EvaluationSet, set_field
 from opd_ray.config.whole import Config
 from opd_ray.errors import InputError, near
 
@@ -84,9 +84,9 @@ def _check_nothing_embedded(config: Config, evaluation_only: bool) -> None:
         needed += [(f"{name}.path", model.path, f"give {name}.path=DIRECTORY") for name, model in models.items()]
         if config.buffer.prompts_per_step > 0:
             needed.append(("data.prompts", config.data.prompts, "give data.prompts=FILE"))
-    if config.evaluation.num_problems > 0:
-        mend = "give data.evaluation=FILE, or evaluation.num_problems=0 to evaluate nothing"
-        needed.append(("data.evaluation", config.data.evaluation, mend))
+    for name, each in config.evaluation_sets.items():
+        mend = f"give {set_field(name)}=FILE, or evaluation.num_problems=0 to evaluate nothing"
+        needed.append((set_field(name), each.path, mend))
     for field, value, mend in needed:
         if value == EMBEDDED:
             raise InputError(
@@ -137,6 +137,7 @@ class FieldDoc:
 def describe() -> Iterator[FieldDoc]:
     """Every field as ``section.field`` with its default and sentence."""
     yield from _describe(Config(), from_dict({}), "")
+    yield from _describe(EvaluationSet(), EvaluationSet(), "evaluation.sets.NAME.")
 
 
 def _describe(section: Any, embedded: Any, prefix: str) -> Iterator[FieldDoc]:

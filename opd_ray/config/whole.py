@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from opd_ray.config import schedule
 from opd_ray.config.binding import ROOMS, RUN
-from opd_ray.config.data import DataConfig, EvaluationConfig, MetricsConfig
+from opd_ray.config.data import EMBEDDED, HELD_OUT, DataConfig, EvaluationConfig, EvaluationSet, MetricsConfig
 from opd_ray.config.learner import LearnerConfig, WeightsConfig
 from opd_ray.config.method import ON_STUDENT_SAMPLES, STRICT, LossConfig
 from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, GuardConfig, RecoveryConfig
@@ -71,6 +72,8 @@ class Config:
         self._check_sources()
         self._check_sampling()
         self._check_scorers()
+        if self.evaluation.sets and self.data.evaluation != EMBEDDED:
+            raise ValueError("evaluation.sets have files of their own: make data.evaluation one of them")
         if self.weights.backend == "nccl" and not self._on_gpus:
             raise ValueError("weights.backend=nccl needs GPUs for the learner and for the generators")
 
@@ -241,6 +244,20 @@ class Config:
             reference_kl_coef=schedule.lowest(self.loss.reference.coef),
             mask_truncated_tails=self.loss.mask_truncated_tails,
         )
+
+    @property
+    def evaluation_sets(self) -> dict[str, EvaluationSet]:
+        """What is evaluated: sets by name, with nothing left to defaults but num_problems. Empty where nothing is."""
+        of_all, longest = self.evaluation, self.rollout.longest_response
+        if of_all.num_problems == 0:
+            return {}
+        held_out = EvaluationSet(path=self.data.evaluation, greedy=True, num_problems=of_all.num_problems)
+        return {
+            name: dataclasses.replace(
+                each, temperature=each.temperature or of_all.temperature, max_tokens=each.max_tokens or longest
+            )
+            for name, each in (of_all.sets or {HELD_OUT: held_out}).items()
+        }
 
     @property
     def student_top_k(self) -> int:

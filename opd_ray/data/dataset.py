@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from opd_ray.config import Config
+from opd_ray.config import Config, set_field
 from opd_ray.data.golden import Golden, check_golden, is_privileged
 from opd_ray.data.prompts import Prompts, PromptStream, Shuffled
 from opd_ray.data.rendering import Renderer
@@ -22,15 +22,18 @@ class Dataset:
         """Reads prompts and problems, for which no tokenizer is needed. Raises InputError."""
         self._config = config
         self.renderer = Renderer(get_task(config.data.task), config.student.path)
-        self.prompts = None if evaluation_only else self._read("prompts", need_answer=False)
-        self.problems = self._read("evaluation", need_answer=True)
+        self.prompts = None if evaluation_only else self._read("data.prompts", config.data.prompts, need_answer=False)
+        self.problems = {
+            name: self._read(set_field(name), each.path, need_answer=True)
+            for name, each in config.evaluation_sets.items()
+        }
+        """The held-out problems, by set."""
         self.golden: Golden | None = None
         self.shown: Prompts | None = None
         """The prompts with their golden solutions in them, where a privileged teacher is shown those."""
 
-    def _read(self, field: str, *, need_answer: bool) -> Prompts:
-        path = getattr(self._config.data, field)
-        return Prompts(f"data.{field} {path}", read_prompts(path, need_answer), self.renderer)
+    def _read(self, field: str, path: str, *, need_answer: bool) -> Prompts:
+        return Prompts(f"{field} {path}", read_prompts(path, need_answer), self.renderer)
 
     def read_golden(self, models: Mapping[str, ModelFacts], eos_token_ids: Sequence[int], judge: Judge) -> None:
         """Reads and checks the golden solutions, where the run needs any. Raises InputError."""
@@ -54,6 +57,6 @@ class Dataset:
             shown=self.shown,
         )
 
-    def problem_stream(self) -> PromptStream:
-        """The held-out problems in the order of their file."""
-        return PromptStream(self.problems)
+    def problem_streams(self) -> dict[str, PromptStream]:
+        """The held-out problems of each set, in the order of its file."""
+        return {name: PromptStream(problems) for name, problems in self.problems.items()}

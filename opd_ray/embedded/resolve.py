@@ -17,14 +17,16 @@ def resolve(config: Config) -> Config:
     plain = configs.to_dict(without_foreign_golden(config))
     student, data = plain["student"], plain["data"]
     golden, _, count = str(data["golden"]).partition(":")
-    if configs.EMBEDDED in (student["path"], data["prompts"], golden, data["evaluation"]):
-        for given in {data["prompts"], data["evaluation"]} - {configs.EMBEDDED}:
+    held_out = {each.path for each in config.evaluation_sets.values()}
+    if configs.EMBEDDED in (student["path"], data["prompts"], golden, *held_out):
+        for given in {data["prompts"], *held_out} - {configs.EMBEDDED}:
             read_prompts(given, need_answer=False)  # a mistyped name is told before a student is built
         built = embedded.prepare(config.seed)
+        sets = [(each, "path", "test.jsonl") for each in plain["evaluation"]["sets"].values()]
         for section, field, name in (
             (student, "path", "student"),
             (data, "prompts", "prompts.jsonl"),
-            (data, "evaluation", "test.jsonl"),
+            *(sets or [(data, "evaluation", "test.jsonl")]),
         ):
             if section[field] == configs.EMBEDDED:
                 section[field] = str(built / name)

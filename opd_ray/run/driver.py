@@ -21,7 +21,8 @@ from opd_ray.buffer.replay import ReplayBuffer
 from opd_ray.config import Config, schedule
 from opd_ray.disk import writing
 from opd_ray.errors import GroupLost, Terminated, Unwritable, first_failure, only_said
-from opd_ray.evaluation import Evaluation
+from opd_ray.evaluation import verdicts
+from opd_ray.evaluation.scores import Evaluation
 from opd_ray.messages import Entry, RolloutMeta
 from opd_ray.pipeline import GuardOrder, Pipeline
 from opd_ray.placement import launch
@@ -42,7 +43,15 @@ from opd_ray.status.state import Whereabouts
 from opd_ray.watch.events import Events
 from opd_ray.watch.guard import Guard
 from opd_ray.watch.metrics import MetricsWriter
-from opd_ray.watch.observers import Metrics, Observer, Progress, RolloutLog, StepReport, say_evaluation
+from opd_ray.watch.observers import (
+    Metrics,
+    Observer,
+    Progress,
+    RolloutLog,
+    StepReport,
+    VerdictLog,
+    say_evaluation,
+)
 from opd_ray.weights.delivery import Delivery
 
 _BUFFER_IS_OLD = "buffer_is_old"
@@ -247,7 +256,7 @@ class Driver:
             buffer=ReplayBuffer(config.buffer.prompts_per_step, golden),
             # A run that goes back samples other responses than those that led it astray.
             prompts=self._facts.data.prompt_stream(attempt=self._guard.state()["num_rollbacks"]),
-            problems=self._facts.data.problem_stream(),
+            problems=self._facts.data.problem_streams(),
             stop_token_ids=self._facts.eos_token_ids,
             delivery=self._delivery,
             guard=self._guard,
@@ -271,6 +280,7 @@ class Driver:
         watching = [
             Metrics(self._writer, self._rooms, self._status.metrics),
             RolloutLog(self._rooms.recorder, self._run_dir / "rollouts", self._config.metrics),
+            VerdictLog(self._run_dir),
             self._keeper,
             Progress(self._config.learner.steps, self._where.step, self._say),
         ]
@@ -347,18 +357,18 @@ class Driver:
         return {"summary": summary, "healthy": self._guard.healthy(), "config": configs.to_dict(self._config)}
 
     def _go_back_to(self, step: int, continued: bool) -> None:
-        """Metrics and rollout log go on after ``step``; what they have of later steps does not count."""
+        """Metrics, rollout log and verdicts go on after ``step``; what they have of later steps does not count."""
         if self._writer is not None:
             self._writer.close()
         self._writer = MetricsWriter(self._run_dir, step, continued=continued, steps=self._config.learner.steps)
         for path in (self._run_dir / "rollouts").glob("step-*.parquet"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
+        verdicts.forget(self._run_dir, step)
 
     async def _evaluate(self, pipeline: Pipeline) -> Evaluation | None:
-        if self._config.evaluation.num_problems == 0:
-            return None
         self._where.enter("evaluating")
-        evaluation = await pipeline.evaluate(self._config.evaluation.num_problems)
-        await in_thread(self._writer.write, self._where.step, evaluation.metrics())
+        if evaluation := await pipeline.evaluate():
+            await in_thread(self._writer.write, self._where.step, evaluation.metrics())
+            await in_thread(verdicts.write, verdicts.directory(self._run_dir, self._where.step), evaluation.verdicts)
         return evaluation

@@ -11,14 +11,15 @@ from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
-from opd_ray.evaluation import Evaluation
-from opd_ray.evaluation import evaluate as run_evaluation
+from opd_ray.evaluation.evaluate import evaluate as ask
+from opd_ray.evaluation.scores import Evaluation
 from opd_ray.models.checkpoints import locate
 from opd_ray.placement.capacity import check_fits
 from opd_ray.placement.session import cluster
 from opd_ray.run import preflight, signals
 from opd_ray.run.export import run_of, student_in
 from opd_ray.run.preflight import Preflight
+from opd_ray.watch.observers import EvaluationProgress
 
 
 def settings(checkpoint: str, config_file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -37,23 +38,28 @@ def evaluate(checkpoint: str | Path, config: Config | None = None) -> dict[str, 
     for their student; of a run, problems and settings are the run's unless ``config`` is given. Raises InputError
     before a model loads.
     """
+    return measured(checkpoint, config).saved()
+
+
+def measured(checkpoint: str | Path, config: Config | None = None) -> Evaluation:
+    """As ``evaluate``, with the verdicts that the scores are made of."""
     checkpoint = str(checkpoint)
     config = config or settings(checkpoint)
     with student_in(checkpoint) as student:
         locate(f"CHECKPOINT={student}", student)  # before embedded problems are made for it
-        return _evaluate(student, config)
+        return _measured(student, config)
 
 
-def _evaluate(checkpoint_dir: str, config: Config) -> dict[str, Any]:
-    if config.evaluation.num_problems == 0:
+def _measured(checkpoint_dir: str, config: Config) -> Evaluation:
+    if not config.evaluation_sets:
         raise InputError("evaluation.num_problems is 0: there is nothing to evaluate; set it to 1 or more")
     config = dataclasses.replace(config, student=dataclasses.replace(config.student, path=checkpoint_dir))
-    if config.data.evaluation == configs.EMBEDDED:
+    if configs.EMBEDDED in {each.path for each in config.evaluation_sets.values()}:
         config = resolve(config)
     facts = preflight.check_evaluation(config)
     with cluster():
         check_fits(preflight.check_generators, config)
-        return dataclasses.asdict(signals.run(_evaluate_alone(config, facts)))
+        return signals.run(_evaluate_alone(config, facts))
 
 
 async def _evaluate_alone(config: Config, facts: Preflight) -> Evaluation:
@@ -62,8 +68,7 @@ async def _evaluate_alone(config: Config, facts: Preflight) -> Evaluation:
     pool = launch.start_generators(config, facts.max_context_tokens, alone=True)
     try:
         await pool.up(config.deadlines.start_s)
-        problems = facts.data.problem_stream()
-        most = min(config.evaluation.num_problems, len(problems))
-        return await run_evaluation(pool, problems, most, config, facts.eos_token_ids)
+        problems = facts.data.problem_streams()
+        return await ask(pool, problems, config, facts.eos_token_ids, tell=EvaluationProgress())
     finally:
         pool.stop()

@@ -88,12 +88,12 @@ def check_evaluation(config: Config) -> Preflight:
     _check_packages(config, evaluation_only=True)
     data = Dataset(config, evaluation_only=True)
     with Judge(data.renderer.task) as judge:
-        _check_readable(data.problems, judge)
+        for problems in data.problems.values():
+            _check_readable(problems, judge)
     student = inspect("student.path", config.student.path)
     data.renderer.tokenizer = student.tokenizer
-    return _facts(
-        config, {"student": student}, student.eos_token_ids, data, _check_length(data.problems, [student], config)
-    )
+    longest = _check_problem_lengths(data, student, config)
+    return _facts(config, {"student": student}, student.eos_token_ids, data, longest)
 
 
 @_without_torch
@@ -103,7 +103,8 @@ def check_files(config: Config) -> Preflight:
     data = Dataset(config)
     with Judge(data.renderer.task) as judge:
         _check_answers(config, data.prompts, judge)
-        _check_readable(data.problems, judge)
+        for problems in data.problems.values():
+            _check_readable(problems, judge)
         _check_routes(data.prompts.where, enumerate(data.prompts.rows, start=1), config)
         models = inspect_run(config)
         student = models["student"]
@@ -111,7 +112,7 @@ def check_files(config: Config) -> Preflight:
         renamed = {role: checkpoints.check_agreement(student, facts) for role, facts in models.items()}
         eos_token_ids = stop_token_ids(config, models)
         longest = max(
-            _check_length(data.prompts, list(models.values()), config), _check_length(data.problems, [student], config)
+            _check_length(data.prompts, list(models.values()), config), _check_problem_lengths(data, student, config)
         )
         _check_markup(data.prompts, models, renamed)
         data.read_golden(models, eos_token_ids, judge)
@@ -162,7 +163,8 @@ def _facts(
     data: Dataset,
     max_prompt_tokens: int,
 ) -> Preflight:
-    longest = max_prompt_tokens + config.rollout.longest_response
+    budgets = [config.rollout.longest_response, *(each.max_tokens for each in config.evaluation_sets.values())]
+    longest = max_prompt_tokens + max(budgets)
     if data.shown:
         longest = max(longest, data.shown.longest()[0] + config.rollout.longest_response)
     for each in data.golden.solutions if data.golden else ():
@@ -174,7 +176,7 @@ def _facts(
         max_context_tokens=longest,
         max_prompt_tokens=max_prompt_tokens,
         num_prompts=len(data.prompts or ()),
-        num_problems=len(data.problems),
+        num_problems=sum(map(len, data.problems.values())),
         golden=data.golden.report if data.golden else {},
         data=data,
         sizes={role: model.size for role, model in models.items()},
@@ -309,13 +311,16 @@ def _check_markup(prompts: Prompts, models: Mapping[str, ModelFacts], renamed: M
 
 def _check_disjoint(config: Config, data: Dataset) -> None:
     """A held-out problem that is trained on measures memory."""
-    problems, solutions = data.problems, data.golden.solutions if data.golden else []
-    texts = [row["prompt"].strip() for row in problems.rows]
-    golden = str(config.data.golden)
-    _check_apart(problems, texts, config.data.prompts, {row["prompt"].strip() for row in data.prompts.rows})
-    _check_apart(problems, texts, golden, {solution.row["prompt"].strip() for solution in solutions})
-    if bare := {each.prompt_tokens.tobytes() for each in solutions if not each.row["prompt"]}:
-        _check_apart(problems, [problems[i].tobytes() for i in range(len(problems))], golden, bare)
+    solutions, golden = data.golden.solutions if data.golden else [], str(config.data.golden)
+    trained = {row["prompt"].strip() for row in data.prompts.rows}
+    solved = {solution.row["prompt"].strip() for solution in solutions}
+    bare = {each.prompt_tokens.tobytes() for each in solutions if not each.row["prompt"]}
+    for problems in data.problems.values():
+        texts = [row["prompt"].strip() for row in problems.rows]
+        _check_apart(problems, texts, config.data.prompts, trained)
+        _check_apart(problems, texts, golden, solved)
+        if bare:
+            _check_apart(problems, [problems[i].tobytes() for i in range(len(problems))], golden, bare)
 
 
 def _check_apart(problems: Prompts, keys: Sequence[Any], other: str, trained: Collection[Any]) -> None:
@@ -326,14 +331,34 @@ def _check_apart(problems: Prompts, keys: Sequence[Any], other: str, trained: Co
         )
 
 
-def _check_length(prompts: Prompts, models: Sequence[ModelFacts], config: Config, what: str = "") -> int:
-    """Tokens of the longest prompt; refuses it where it leaves these models no room for a response."""
-    (longest, number), response = prompts.longest(), config.rollout.longest_response
+def _check_length(
+    prompts: Prompts,
+    models: Sequence[ModelFacts],
+    config: Config,
+    what: str = "",
+    budget: tuple[str, int] | None = None,
+) -> int:
+    """Tokens of the longest prompt; refuses it where it leaves these models no room for a response.
+
+    ``budget``: the field that says how long a response may be, and what it says; by default that of rollouts.
+    """
+    longest, number = prompts.longest()
+    field, response = budget or ("rollout.max_response_tokens", config.rollout.longest_response)
     for model, limit in limits(models, config):
         if longest + response > limit:
             raise InputError(
-                f"{prompts.where} row {number}: {what}its {longest} prompt tokens + rollout.max_response_tokens="
-                f"{response} are {longest + response}, more than the context of {limit} of {model}; "
-                f"shorten the prompt or set rollout.max_response_tokens={max(limit - longest, 1)}"
+                f"{prompts.where} row {number}: {what}its {longest} prompt tokens + {field}={response} are "
+                f"{longest + response}, more than the context of {limit} of {model}; "
+                f"shorten the prompt or set {field}={max(limit - longest, 1)}"
             )
+    return longest
+
+
+def _check_problem_lengths(data: Dataset, student: ModelFacts, config: Config) -> int:
+    """Tokens of the longest held-out problem; 0 where there is none."""
+    longest = 0
+    for name, problems in data.problems.items():
+        own = config.evaluation.sets[name].max_tokens if name in config.evaluation.sets else None
+        budget = None if own is None else (f"evaluation.sets.{name}.max_tokens", own)
+        longest = max(longest, _check_length(problems, [student], config, budget=budget))
     return longest

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from opd_ray.config import Config
-from opd_ray.evaluation import Evaluation
+from opd_ray.evaluation.scores import Evaluation
 from opd_ray.watch.observers import StepReport
 
 SUMMARY = "summary.json"
@@ -74,7 +74,7 @@ class Summary:
     @property
     def evaluated_before(self) -> Evaluation | None:
         """The student's evaluation before the first step, where an earlier start of this run has made it."""
-        return Evaluation(**self._eval_before) if self._eval_before else None
+        return Evaluation.of(self._eval_before) if self._eval_before else None
 
     def go_back(self, state: Mapping[str, Any] | None) -> None:
         """The steps after a snapshot's ``state`` (None: all) are undone: their tokens no longer count as trained."""
@@ -82,7 +82,7 @@ class Summary:
 
     def begin(self, before: Evaluation | None) -> None:
         """Notes the evaluation before the first step."""
-        self._eval_before = asdict(before) if before else None
+        self._eval_before = before.saved() if before else None
 
     async def on_step(self, report: StepReport) -> None:
         for name, measured in self._measured.items():
@@ -129,7 +129,7 @@ class Summary:
             "learner_idle_share": 1 - (train.sum + sync.sum) / wall,
             "weight_sync_s": {"p50": sync.median(), "max": sync.max},
             "staleness": {"mean": mean.mean(), "max": oldest.max},
-            "eval_after": asdict(after) if after else None,
+            "eval_after": after.saved() if after else None,
             "versions": _versions(),
             "restarts": self.restarts.total(),
             "restarts_by_room": dict(self.restarts),

@@ -10,7 +10,7 @@ from opd_ray.config import Config
 from opd_ray.disk import whole
 from opd_ray.embedded.resolve import resolve, without_foreign_golden
 from opd_ray.errors import InputError, RunError, Terminated, only_said
-from opd_ray.evaluation import Evaluation
+from opd_ray.evaluation.scores import Evaluation
 from opd_ray.placement.capacity import check_fits
 from opd_ray.placement.session import Session, cluster
 from opd_ray.report import write_report

@@ -25,7 +25,7 @@ from yaml import YAMLError
 from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError, RunError, Terminated
-from opd_ray.evaluation import Evaluation
+from opd_ray.evaluation.scores import Evaluation
 from opd_ray.placement.session import Session, cluster, unlike
 from opd_ray.report.arms import clock
 from opd_ray.run import preflight
@@ -93,7 +93,7 @@ def shared_rooms(arms: Sequence[Arm], seed: int) -> Config:
         first = configured[widest]
         once = [  # each seed's student is evaluated once, for all arms
             (f"evaluation.{field}", getattr(first.evaluation, field), getattr(config.evaluation, field))
-            for field in ("num_problems", "temperature")
+            for field in ("num_problems", "temperature", "sets")
         ]
         for field, theirs, ours in [*unlike(first, config), *once]:
             if ours != theirs:
@@ -177,7 +177,7 @@ def _before(directory: Path, seed: int) -> Evaluation | None:
     for path in sorted(directory.glob(f"*/seed-{seed}/summary.json")):
         before = json.loads(path.read_text())["eval_before"]
         if before:
-            return Evaluation(**before)
+            return Evaluation.of(before)
     return None
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from opd_ray.config import Config
 from opd_ray.data.prompts import Prompts, PromptStream
 from opd_ray.disk import whole
-from opd_ray.evaluation import chunked
+from opd_ray.evaluation.evaluate import chunked
 from opd_ray.messages import SamplingSettings
 from opd_ray.placement import launch
 from opd_ray.rooms.together import together

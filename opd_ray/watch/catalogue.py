@@ -1,8 +1,8 @@
 """Every metric by name: its unit, what it means, and which alerts watch it.
 
 The report's charts, Grafana's panels and the table of metrics in cluster/grafana/README.md are made from it. ``*`` in a
-name stands for a room, a source of rollouts or a term of the loss; names are the same in TensorBoard, in metrics.jsonl
-and (as :func:`opd_ray.watch.metrics.port_name`) on the port.
+name stands for a room, a source of rollouts, a set of problems or a term of the loss; names are the same in
+TensorBoard, in metrics.jsonl and (as :func:`opd_ray.watch.metrics.port_name`) on the port.
 """
 
 from __future__ import annotations
@@ -89,8 +89,15 @@ _ALL = (
     Metric("throughput/tokens_per_s", "tokens/s", "response tokens of the student that were trained on"),
     Metric("throughput/step_s", "s", "the whole step", "OpdTrainingStalled, OpdWeightSyncSlow"),
     Metric("idle/*", "share", "share of the time without work", "OpdLearnerStarving"),
+    Metric("evaluation/*/accuracy_sampled", "share", "avg@k of a set: sampled answers that are right"),
+    Metric("evaluation/*/accuracy_sampled_se", "share", "standard error of a set's avg@k, over its problems"),
+    Metric("evaluation/*/accuracy_greedy", "share", "of a set, temperature 0"),
+    Metric("evaluation/*/pass_at_*", "share", "problems of a set that one of so many sampled answers solves"),
+    Metric("evaluation/*/truncation_rate", "share", "sampled answers to a set without EOS"),
+    Metric("evaluation/*/mean_length", "tokens", "of the sampled answers to a set"),
     Metric("evaluation/accuracy_greedy", "share", "held out, temperature 0"),
-    Metric("evaluation/accuracy_sampled", "share", "held out, sampled"),
+    Metric("evaluation/accuracy_sampled", "share", "held out, sampled; of several sets the mean"),
+    Metric("evaluation/accuracy_sampled_se", "share", "its standard error, over problems"),
     Metric("evaluation/truncation_rate", "share", "held-out sampled answers without EOS"),
     Metric("evaluation/repetition_rate", "share", "held-out sampled answers that repeat themselves"),
     Metric("evaluation/mean_length", "tokens", "held out, sampled"),

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from opd_ray.config import MetricsConfig
-from opd_ray.evaluation import Evaluation
+from opd_ray.config import HELD_OUT, MetricsConfig
+from opd_ray.evaluation import verdicts
+from opd_ray.evaluation.scores import Evaluation, Scores, SetScores
 from opd_ray.messages import Entry
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.pool import Pool
@@ -64,6 +65,18 @@ class RolloutLog:
             )
 
 
+class VerdictLog:
+    """The verdicts of evaluations on the way to evaluations/step-N."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+
+    async def on_step(self, report: StepReport) -> None:
+        if report.evaluation:
+            into = verdicts.directory(self._run_dir, report.step)
+            await in_thread(verdicts.write, into, report.evaluation.verdicts)
+
+
 class Progress:
     """One line on the console every few seconds; the guard's events at once."""
 
@@ -103,15 +116,46 @@ class Progress:
         )
 
 
+class EvaluationProgress:
+    """A line on the console every few seconds while held-out problems are answered."""
+
+    def __init__(self, every_s: float = 10.0) -> None:
+        self._began = self._printed = time.monotonic()
+        self._every_s = every_s
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._printed >= self._every_s:
+            self._printed = now
+            minutes, seconds = divmod(round((total - done) * (now - self._began) / done), 60)
+            print(f"evaluating: {done:,} of {total:,} answers, {minutes}:{seconds:02d} left", flush=True)
+
+
 def say_evaluation(when: str, evaluation: Evaluation | None) -> None:
+    """A line, and one more for each set that has a name."""
     if evaluation is None:
         return
-    print(
-        f"evaluation {when}: greedy {evaluation.accuracy_greedy:.3f}, sampled {evaluation.accuracy_sampled:.3f}, "
-        f"truncated {evaluation.truncation_rate:.3f}, repetitive {evaluation.repetition_rate:.3f}, "
-        f"length {evaluation.mean_length:.1f} ({evaluation.num_problems} problems)",
-        flush=True,
-    )
+    print(f"evaluation {when}: {_said(evaluation)}", flush=True)
+    for name, scores in evaluation.sets.items():
+        if name != HELD_OUT:
+            print(f"    {name}: {_said(scores)}", flush=True)
+
+
+def _said(scores: Scores) -> str:
+    error = f" ± {scores.accuracy_sampled_se:.3f}" if scores.accuracy_sampled_se is not None else ""
+    parts = [
+        *([f"greedy {scores.accuracy_greedy:.3f}"] if scores.accuracy_greedy is not None else []),
+        f"sampled {scores.accuracy_sampled:.3f}{error}",
+        *(_passed(scores) if isinstance(scores, SetScores) else []),
+        f"truncated {scores.truncation_rate:.3f}",
+        f"repetitive {scores.repetition_rate:.3f}",
+        f"length {scores.mean_length:.1f} ({scores.num_problems} problems)",
+    ]
+    return ", ".join(parts)
+
+
+def _passed(scores: SetScores) -> list[str]:
+    return [f"pass@{scores.samples} {scores.pass_at[str(scores.samples)]:.3f}"] if scores.samples > 1 else []
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ FACTS: Any = SimpleNamespace(
     golden={"rows": 5, "used": 5},
     data=SimpleNamespace(
         prompt_stream=lambda attempt: stream(),
-        problem_stream=stream,
+        problem_streams=lambda: defaultdict(stream),
         golden=SimpleNamespace(report={"rows": 5, "used": 5}, pairs={}, hand_over=lambda: golden_batch(5)),
     ),
 )

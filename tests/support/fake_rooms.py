@@ -220,7 +220,7 @@ async def make_pipeline(
             rooms=rooms,
             buffer=ReplayBuffer(config.buffer.prompts_per_step, GoldenSet(cast.golden(5), Shuffled(5, 0), pairs)),
             prompts=prompts,
-            problems=prompts,
+            problems=defaultdict(lambda: stream(rows)),
             stop_token_ids=(0,),
             delivery=delivery,
             guard=guard,

@@ -7,7 +7,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 from driven_run import cast_of, drive
-from opd_ray.evaluation import teacher_view
+from opd_ray.evaluation.evaluate import teacher_view
 from opd_ray.watch import metrics
 from opd_ray.watch.catalogue import METRICS, metric
 from opd_ray.watch.metrics import port_name
@@ -16,7 +16,12 @@ EVERYTHING = {
     "buffer": {"golden_per_prompt": 1, "teacher_per_prompt": 1, "teacher_filter": "none"},
     "loss": {"golden": {"coef": 0.1}, "teacher": {"coef": 0.1}, "reference": {"coef": 0.1}},
     "data": {"golden": "some"},
-    "evaluation": {"num_problems": 4, "every_steps": 3, "num_problems_during": 2},
+    "evaluation": {
+        "num_problems": 4,
+        "every_steps": 3,
+        "num_problems_during": 2,
+        "sets": {"hard": {"samples": 2, "greedy": True, "num_problems": 4}},
+    },
     "guard": {"level": "warn"},
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opd_ray import config as configs
-from opd_ray.config import Config
+from opd_ray.config import Config, EvaluationSet
 from opd_ray.errors import InputError
 from opd_ray.repetition import is_repetitive
 
@@ -63,6 +63,35 @@ def test_a_student_of_ones_own_meets_nothing_embedded_unasked(overrides: list[st
         configs.load(None, ["student.path=/models/s", *overrides])
 
 
+SETS = ["evaluation.sets.aime24.samples=32", "evaluation.sets.aime24.path=a.jsonl", "evaluation.sets.math500.path=m"]
+
+
+def test_sets_take_the_place_of_data_evaluation_and_what_they_leave_out_from_the_section() -> None:
+    config = configs.load(None, [*OWN[:-1], *SETS, "evaluation.temperature=0.6", "rollout.max_response_tokens=90"])
+    aime, math = config.evaluation_sets.values()
+    assert (aime.samples, aime.temperature, aime.max_tokens, aime.num_problems) == (32, 0.6, 90, None)
+    assert (math.path, math.samples, math.greedy) == ("m", 1, False)
+    assert configs.from_dict(configs.to_dict(config)) == config
+    (name, alone), *none = configs.load(None, OWN).evaluation_sets.items()
+    assert (name, alone.path, alone.greedy, alone.num_problems, none) == ("held_out", "e.jsonl", True, 512, [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([*OWN, *SETS], r"evaluation.sets have files of their own: make data.evaluation one of them"),
+        ([*OWN[:-1], "evaluation.sets.aime24.samples=4"], r"evaluation.sets.aime24.path is the embedded one"),
+        ([*OWN[:-1], "evaluation.sets.a-b.path=x"], r"a set's name has letters, digits and _.* got 'a-b'"),
+        ([*OWN[:-1], "evaluation.sets.held_out.path=x"], r"got 'held_out'"),
+        ([*OWN[:-1], "evaluation.sets.a.path=x", "evaluation.sets.a.samples=0"], r"evaluation.sets.a.samples: .* 1"),
+        ([*OWN[:-1], "evaluation.sets.a.sample=1"], r"unknown field 'evaluation.sets.a.sample'"),
+    ],
+)
+def test_a_set_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        configs.load(None, overrides)
+
+
 def test_a_configuration_survives_yaml(tmp_path: Path) -> None:
     config = configs.load(
         None, ["data.golden=null", "buffer.golden_per_prompt=0", "loss.golden.coef=[[0,0.0],[5,0.0]]", "seed=5"]
@@ -83,7 +112,7 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
     docs = {doc.name: doc for doc in configs.describe()}
     assert docs["learner.lr"].default == Config().learner.lr
     assert not [name for name, doc in docs.items() if not doc.doc.endswith(".")]
-    assert len(docs) == count_leaves(Config())
+    assert len(docs) == count_leaves(Config()) + len(dataclasses.fields(EvaluationSet))
     assert docs["loss.student.divergence"].default == "reverse_kl"
 
 

@@ -93,9 +93,8 @@ def test_what_another_process_has_looked_at_serves_here(tmp_path: Path) -> None:
     facts = preflight.check_files(config)
     sent = pickle.loads(pickle.dumps(facts))
     assert sent == facts
-    for stream in ("prompt_stream", "problem_stream"):
-        arguments = {"attempt": 1} if stream == "prompt_stream" else {}
-        ours, theirs = (getattr(each.data, stream)(**arguments) for each in (facts, sent))
+    streams = [(each.data.prompt_stream(attempt=1), each.data.problem_streams()["held_out"]) for each in (facts, sent)]
+    for ours, theirs in zip(*streams, strict=True):
         assert [ours[slot] for slot in range(len(ours))] == [theirs[slot] for slot in range(len(theirs))]
     (metas, batch), (other_metas, other_batch) = (each.data.golden.hand_over() for each in (facts, sent))
     assert repr(metas) == repr(other_metas) and batch.equals(other_batch)

@@ -3,9 +3,9 @@
 import asyncio
 import dataclasses
 import time
+from itertools import chain
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 import fake_ray
@@ -14,7 +14,7 @@ from fake_rooms import make_pipeline
 from held_actors import DEADLINE_S, Desk, Losses, desks, held
 from opd_ray.config import from_dict
 from opd_ray.errors import ActorError, GroupLost, MemberLost
-from opd_ray.evaluation import chunked
+from opd_ray.evaluation.evaluate import chunked
 from opd_ray.messages import PoolSize
 from opd_ray.placement import launch
 from opd_ray.rooms.group import Group
@@ -249,6 +249,8 @@ def test_an_evaluation_uses_every_generator():
 def test_chunks_keep_the_problems_order_and_are_no_wider_than_an_engine():
     for ready, most in [(0, 64), (1, 7), (64, 64), (300, 5)]:
         pool = SimpleNamespace(those=lambda *_, ready=ready: [None] * ready)
-        chunks = chunked(range(129), pool, most)
-        assert list(np.concatenate(chunks)) == list(range(129))
-        assert max(map(len, chunks)) <= most and len(chunks) >= min(ready, 43)
+        for samples in (1, 3):
+            groups = [SimpleNamespace(slot=slot, num_responses=samples) for slot in range(129)]
+            chunks = chunked(groups, pool, most)
+            assert [group.slot for group in chain.from_iterable(chunks)] == list(range(129))
+            assert max(map(len, chunks)) <= max(1, most // samples) and len(chunks) >= min(ready, 43)

@@ -138,6 +138,49 @@ def test_answers_that_the_task_cannot_read_are_refused(setting: dict[str, str]) 
         assert f"data.evaluation {problems} row 1 (id 'odd'): the task cannot read its answer" in message
 
 
+# ---- sets of held-out problems ----
+
+
+def with_sets(setting: dict[str, str], *names: str, **more: str) -> dict[str, str]:
+    """The setting with a set for each name, whose file lies beside the others."""
+    own = {name: value for name, value in setting.items() if name != "data.evaluation"}
+    root = Path(setting["data.prompts"]).parent
+    return own | {f"evaluation.sets.{name}.path": str(root / f"{name}.jsonl") for name in names} | more
+
+
+def test_every_set_is_looked_at_before_a_model_loads(setting: dict[str, str], tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "easy.jsonl", [{"prompt": "5=", "answer": "5"}, {"prompt": "6=", "answer": "6"}])
+    hard, both = tmp_path / "hard.jsonl", with_sets(setting, "easy", "hard")
+    for check in (preflight.check_files, preflight.check_evaluation):
+        hard.unlink(missing_ok=True)
+        assert refused(lambda check=check: check(configured(both))).startswith(f"{hard}: no such file")
+        write_jsonl(hard, [{"prompt": "7="}])
+        assert f"{hard} row 1: has no 'answer'" in refused(lambda check=check: check(configured(both)))
+        write_jsonl(hard, [{"prompt": "7=", "answer": "\\boxed{}"}])
+        unreadable = refused(lambda check=check: check(configured(both, data__task="math")))
+        assert f"evaluation.sets.hard.path {hard} row 1 (id '1'): the task cannot read its answer" in unreadable
+        write_jsonl(hard, [{"prompt": "7=", "answer": "7"}])
+        facts = check(configured(both))
+        assert (facts.num_problems, list(facts.data.problem_streams())) == (3, ["easy", "hard"])
+
+
+def test_a_set_s_own_budget_must_fit_beside_its_longest_problem(setting: dict[str, str], tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "hard.jsonl", [{"prompt": "5=", "answer": "5"}])
+    sets = with_sets(setting, "hard", **{"evaluation.sets.hard.max_tokens": "63"})
+    message = refused(lambda: preflight.check_evaluation(configured(sets)))
+    assert "its 2 prompt tokens + evaluation.sets.hard.max_tokens=63 are 65" in message
+    assert message.endswith("set evaluation.sets.hard.max_tokens=62")
+    sets["evaluation.sets.hard.max_tokens"] = "62"
+    assert preflight.check_evaluation(configured(sets)).max_context_tokens == 64
+
+
+def test_a_set_that_is_trained_on_is_refused(setting: dict[str, str], tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "easy.jsonl", [{"prompt": "5=", "answer": "5"}])
+    write_jsonl(tmp_path / "hard.jsonl", [{"prompt": "12+1=", "answer": "13"}])
+    message = refused(lambda: preflight.check_files(configured(with_sets(setting, "easy", "hard"))))
+    assert message.startswith("evaluation.sets.hard.path") and "1 of 1 held-out problems are also in" in message
+
+
 # ---- golden data beside the mixture ----
 
 
