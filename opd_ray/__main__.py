@@ -7,6 +7,7 @@ explained failures are one line on stderr (``--debug`` adds the traceback); anyt
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -169,23 +170,45 @@ def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, over
 @cli.command(cls=_ConfiguredCommand)
 @click.argument("checkpoint")
 @_config_option
+@click.option(
+    "--against",
+    metavar="OTHER",
+    help="Another checkpoint, or verdicts (a run's evaluations/step-N): print the difference, paired by problem.",
+)
+@click.option(
+    "--verdicts", "keep", type=click.Path(path_type=Path), metavar="DIR", help="Write each set's verdicts there."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @_debug_option
 @_overrides_argument
-def evaluate(checkpoint: str, config_file: Path | None, as_json: bool, overrides: tuple[str, ...]) -> None:
+def evaluate(
+    checkpoint: str,
+    config_file: Path | None,
+    against: str | None,
+    keep: Path | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+) -> None:
     """Accuracy, truncation, repetition and length of CHECKPOINT on held-out problems.
 
     CHECKPOINT is a model in Hugging Face format, or a run directory or one of its checkpoints/step-N, which stand for
     their student. Of a run, problems and settings are the run's, unless --config or overrides say otherwise.
     """
+    from opd_ray.evaluation import table, verdicts
     from opd_ray.run import evaluate as evaluation
 
-    config = evaluation.settings(checkpoint, config_file, overrides)
-    result = evaluation.evaluate(checkpoint, config)
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
+    config, differences = evaluation.settings(checkpoint, config_file, overrides), {}
+    if against is None:
+        (found,) = evaluation.measured([checkpoint], config)
     else:
-        _print_table(f"{checkpoint}, task {config.data.task}", result)
+        found, differences = evaluation.compared(checkpoint, against, config)
+    if keep is not None:
+        verdicts.write(keep, found.verdicts)
+    if not as_json:
+        table.show(f"{checkpoint}, task {config.data.task}", found, differences, against or "")
+        return
+    compared = {"against": {name: dataclasses.asdict(each) for name, each in differences.items()}} if against else {}
+    click.echo(json.dumps(found.saved() | compared, indent=2))
 
 
 @cli.command()

@@ -117,13 +117,17 @@ def compare(
     ours: Mapping[str, pa.Table], theirs: Mapping[str, pa.Table], where: str = "the other"
 ) -> dict[str, Difference]:
     """By set that both answered. Raises InputError where there is none, or where they were asked other problems."""
-    common = [name for name in ours if name in theirs]
-    if not common:
+    check_common(ours, theirs, where)
+    return {name: _paired(name, ours[name], theirs[name], where) for name in ours if name in theirs}
+
+
+def check_common(ours: Iterable[str], theirs: Iterable[str], where: str) -> None:
+    """Raises InputError where there is no set of the same name."""
+    if not set(ours) & set(theirs):
         raise InputError(
-            f"{where} has verdicts on {', '.join(theirs) or 'no set'}, but {', '.join(ours) or 'no set'} was answered "
-            "here: there is nothing to compare; evaluate both on the same sets"
+            f"{where} has verdicts on {', '.join(theirs) or 'no set'}, but here it is {', '.join(ours) or 'no set'} "
+            "that is answered: there is nothing to compare; evaluate both on the same sets"
         )
-    return {name: _paired(name, ours[name], theirs[name], where) for name in common}
 
 
 def _paired(name: str, ours: pa.Table, theirs: pa.Table, where: str) -> Difference:

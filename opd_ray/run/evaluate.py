@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
+from opd_ray.evaluation import verdicts
 from opd_ray.evaluation.evaluate import evaluate as ask
 from opd_ray.evaluation.scores import Evaluation
+from opd_ray.evaluation.verdicts import Difference
 from opd_ray.models.checkpoints import locate
 from opd_ray.placement.capacity import check_fits
 from opd_ray.placement.session import cluster
@@ -38,16 +42,29 @@ def evaluate(checkpoint: str | Path, config: Config | None = None) -> dict[str, 
     for their student; of a run, problems and settings are the run's unless ``config`` is given. Raises InputError
     before a model loads.
     """
-    return measured(checkpoint, config).saved()
+    (found,) = measured([str(checkpoint)], config or settings(str(checkpoint)))
+    return found.saved()
 
 
-def measured(checkpoint: str | Path, config: Config | None = None) -> Evaluation:
-    """As ``evaluate``, with the verdicts that the scores are made of."""
-    checkpoint = str(checkpoint)
-    config = config or settings(checkpoint)
-    with student_in(checkpoint) as student:
-        locate(f"CHECKPOINT={student}", student)  # before embedded problems are made for it
-        return _measured(student, config)
+def compared(checkpoint: str, against: str, config: Config) -> tuple[Evaluation, dict[str, Difference]]:
+    """The evaluation of a checkpoint, and by set its paired difference to another, which is evaluated in the same way,
+    or to the verdicts in a directory."""
+    if not verdicts.are_in(Path(against)):
+        found, other = measured([checkpoint, against], config)
+        return found, verdicts.compare(found.verdicts, other.verdicts, against)
+    kept = verdicts.read(Path(against))
+    verdicts.check_common(config.evaluation_sets, kept, against)
+    (found,) = measured([checkpoint], config)
+    return found, verdicts.compare(found.verdicts, kept, against)
+
+
+def measured(checkpoints: Sequence[str], config: Config) -> list[Evaluation]:
+    """As ``evaluate``, of each checkpoint, with the verdicts that the scores are made of."""
+    with contextlib.ExitStack() as stack:
+        students = [stack.enter_context(student_in(checkpoint)) for checkpoint in checkpoints]
+        for student in students:
+            locate(f"CHECKPOINT={student}", student)  # before embedded problems are made for it
+        return [_measured(student, config) for student in students]
 
 
 def _measured(checkpoint_dir: str, config: Config) -> Evaluation:
@@ -69,6 +86,6 @@ async def _evaluate_alone(config: Config, facts: Preflight) -> Evaluation:
     try:
         await pool.up(config.deadlines.start_s)
         problems = facts.data.problem_streams()
-        return await ask(pool, problems, config, facts.eos_token_ids, tell=EvaluationProgress())
+        return await ask(pool, problems, config, facts.eos_token_ids, tell=EvaluationProgress(to=sys.stderr))
     finally:
         pool.stop()

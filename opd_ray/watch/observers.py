@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from opd_ray.config import HELD_OUT, MetricsConfig
 from opd_ray.evaluation import verdicts
@@ -119,16 +119,17 @@ class Progress:
 class EvaluationProgress:
     """A line on the console every few seconds while held-out problems are answered."""
 
-    def __init__(self, every_s: float = 10.0) -> None:
+    def __init__(self, every_s: float = 10.0, to: TextIO | None = None) -> None:
+        """``to``: by default stdout."""
         self._began = self._printed = time.monotonic()
-        self._every_s = every_s
+        self._every_s, self._to = every_s, to
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self._printed >= self._every_s:
             self._printed = now
             minutes, seconds = divmod(round((total - done) * (now - self._began) / done), 60)
-            print(f"evaluating: {done:,} of {total:,} answers, {minutes}:{seconds:02d} left", flush=True)
+            print(f"evaluating: {done:,} of {total:,} answers, {minutes}:{seconds:02d} left", file=self._to, flush=True)
 
 
 def say_evaluation(when: str, evaluation: Evaluation | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import made_up_verdicts as made_up
 from opd_ray import __main__ as command_line
 from opd_ray import config as configs
 from opd_ray.errors import RunError
@@ -224,16 +225,41 @@ def test_auto_resume_begins_a_run_and_goes_on_with_one_that_is_there(
 def test_evaluate_prints_a_table_or_json(
     call: Callable[..., Outcome], setting: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = {"accuracy_greedy": 0.5, "num_problems": 8}
+    found = made_up.evaluation(held_out=made_up.rows({"p": [True], "q": [False]}, {"p": True, "q": True}))
     asked = []
-    monkeypatch.setattr(evaluation, "_evaluate", lambda checkpoint, config: asked.append(config) or result)
+    monkeypatch.setattr(evaluation, "_measured", lambda checkpoint, config: asked.append(config) or found)
     problems = f"data.evaluation={setting['data.evaluation']}"
     code, out, _ = call("evaluate", setting["student.path"], "--json", problems)
     assert code == 0
-    assert json.loads(out) == result
+    assert json.loads(out) == found.saved()
     assert (asked[0].data.task, asked[0].rollout.max_response_tokens) == ("math", 4096)
-    assert "accuracy greedy" in call("evaluate", setting["student.path"], problems)[1]
+    printed = call("evaluate", setting["student.path"], problems)[1]
+    assert "accuracy greedy" in printed and "avg@" not in printed
     assert_refused(call("evaluate", "/no/where", problems), "/no/where", "no such directory")
+
+
+def test_evaluate_compares_with_another_checkpoint_or_with_verdicts_that_were_kept(
+    call: Callable[..., Outcome], setting: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = made_up.evaluation(aime=made_up.rows({"p": [True, True], "q": [False, True]}))
+    other = made_up.evaluation(aime=made_up.rows({"p": [False, True], "q": [False, False]}))
+    asked = []
+    paths = {"teacher": other, "student": ours}
+    monkeypatch.setattr(evaluation, "_measured", lambda path, _: asked.append(path) or paths[Path(path).name])
+    student, teacher = setting["student.path"], setting["teacher.path"]
+    aime = f"evaluation.sets.aime.path={setting['data.evaluation']}"
+    printed = call("evaluate", student, "--against", teacher, aime)[1]
+    assert "avg@2 0.750 ± 0.250" in printed and "pass@2 1.000 ± 0.000" in printed and "+0.500 ± 0.000" in printed
+    assert f"to {teacher}, paired by problem" in printed
+    call("evaluate", teacher, "--verdicts", "kept", aime)
+    asked.clear()
+    code, out, _ = call("evaluate", student, "--against", "kept", "--json", aime)
+    assert (code, asked) == (0, [student]), "what was kept is not asked again"
+    assert json.loads(out)["against"] == {"aime": {"difference": 0.5, "difference_se": 0.0, "num_problems": 2}}
+    asked.clear()
+    assert_refused(call("evaluate", student, "--against", "kept", aime.replace("aime", "math")), "kept has verdicts on")
+    assert_refused(call("evaluate", student, "--against", "/no/where", aime), "/no/where", "no such directory")
+    assert asked == [], "before a model loads"
 
 
 def test_a_model_of_ones_own_is_not_evaluated_on_the_embedded_problems(

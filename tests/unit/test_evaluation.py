@@ -10,35 +10,18 @@ import random
 import statistics
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 import fake_ray
 from driven_run import cast_of, drive
 from fake_rooms import make_pipeline, stream
 from fake_workers import FakeGenerator
+from made_up_verdicts import drawn, evaluation, rows
 from opd_ray.config import HELD_OUT, from_dict
 from opd_ray.errors import InputError
 from opd_ray.evaluation import verdicts
 from opd_ray.evaluation.scores import Evaluation, pass_at, score
-from opd_ray.messages import PromptGroup
 from opd_ray.watch.observers import EvaluationProgress, say_evaluation
-from small_messages import meta
-
-
-def rows(right: dict[str, list[bool]], greedy: dict[str, bool] | None = None, text: str = "p") -> pa.Table:
-    """Verdicts: id of a problem to whether each of its answers is right."""
-    answers = []
-    for slot, (name, each) in enumerate(right.items()):
-        group = PromptGroup(slot, name, (1,), {"prompt": f"{text} {name}", "answer": "a"}, len(each), 0)
-        answers += [(group, i, meta(slot, correct=correct)) for i, correct in enumerate(each)]
-        answers += [(group, None, meta(slot, correct=greedy[name]))] if greedy else []
-    return verdicts.table(answers)
-
-
-def drawn(seed: int, problems: int = 30, samples: int = 4) -> dict[str, list[bool]]:
-    rng = random.Random(seed)
-    return {f"p{i}": [rng.random() < i / problems for _ in range(samples)] for i in range(problems)}
 
 
 @pytest.mark.parametrize(("samples", "right"), [(n, c) for n in (1, 2, 4, 5) for c in range(n + 1)])
@@ -96,7 +79,7 @@ def test_the_average_is_over_sets_and_not_over_problems():
 
 
 def test_what_is_saved_comes_back_also_from_before_there_were_sets():
-    found = Evaluation.over({"hard": score(rows(drawn(0)))}, {"hard": rows(drawn(0))})
+    found = evaluation(hard=rows(drawn(0)))
     saved = json.loads(json.dumps(found.saved()))
     assert Evaluation.of(saved) == found
     assert (saved["accuracy_greedy"], saved["sets"]["hard"]["pass_at"]["4"]) == (None, found.sets["hard"].pass_at["4"])
@@ -245,7 +228,7 @@ def test_those_that_both_answered_are_compared_whatever_the_number_of_samples():
 @pytest.mark.parametrize(
     ("theirs", "said"),
     [
-        ({"math": rows(drawn(0))}, "b has verdicts on math, but aime was answered here"),
+        ({"math": rows(drawn(0))}, "b has verdicts on math, but here it is aime that is answered"),
         ({}, "b has verdicts on no set"),
         ({"aime": rows(drawn(0), text="another")}, "its set aime has other problems than were answered here, as 'p0'"),
         ({"aime": rows({"q1": [True]})}, "its set aime has other problems than were answered here, as 'q1'"),
@@ -303,7 +286,7 @@ def test_progress_is_a_line_now_and_then(capsys, monkeypatch):
 
 
 def test_a_single_set_without_a_name_is_said_in_one_line(capsys):
-    say_evaluation("before", Evaluation.over({HELD_OUT: score(rows({"p": [True], "q": [False]}))}, {}))
+    say_evaluation("before", evaluation(held_out=rows({"p": [True], "q": [False]})))
     assert capsys.readouterr().out.splitlines() == [
         "evaluation before: sampled 0.500 ± 0.500, truncated 0.000, repetitive 0.000, length 8.0 (2 problems)"
     ]
