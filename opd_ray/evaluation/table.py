@@ -11,7 +11,6 @@ from opd_ray.config import HELD_OUT
 from opd_ray.evaluation.scores import Evaluation, SetScores
 from opd_ray.evaluation.verdicts import Difference
 
-
 _WIDTH = 160
 """Columns where the output is no terminal."""
 

@@ -239,25 +239,27 @@ def test_evaluate_prints_a_table_or_json(
 
 
 def test_evaluate_compares_with_another_checkpoint_or_with_verdicts_that_were_kept(
-    call: Callable[..., Outcome], setting: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    call: Callable[..., Outcome], setting: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = made_up.evaluation(aime=made_up.rows({"p": [True, True], "q": [False, True]}))
     other = made_up.evaluation(aime=made_up.rows({"p": [False, True], "q": [False, False]}))
     asked = []
     paths = {"teacher": other, "student": ours}
     monkeypatch.setattr(evaluation, "_measured", lambda path, _: asked.append(path) or paths[Path(path).name])
-    student, teacher = setting["student.path"], setting["teacher.path"]
+    student, teacher, kept = setting["student.path"], setting["teacher.path"], str(tmp_path / "kept")
     aime = f"evaluation.sets.aime.path={setting['data.evaluation']}"
     printed = call("evaluate", student, "--against", teacher, aime)[1]
     assert "avg@2 0.750 ± 0.250" in printed and "pass@2 1.000 ± 0.000" in printed and "+0.500 ± 0.000" in printed
     assert f"to {teacher}, paired by problem" in printed
-    call("evaluate", teacher, "--verdicts", "kept", aime)
+    call("evaluate", teacher, "--verdicts", kept, aime)
     asked.clear()
-    code, out, _ = call("evaluate", student, "--against", "kept", "--json", aime)
+    code, out, _ = call("evaluate", student, "--against", kept, "--json", aime)
     assert (code, asked) == (0, [student]), "what was kept is not asked again"
     assert json.loads(out)["against"] == {"aime": {"difference": 0.5, "difference_se": 0.0, "num_problems": 2}}
     asked.clear()
-    assert_refused(call("evaluate", student, "--against", "kept", aime.replace("aime", "math")), "kept has verdicts on")
+    assert_refused(
+        call("evaluate", student, "--against", kept, aime.replace("aime", "math")), f"{kept} has verdicts on"
+    )
     assert_refused(call("evaluate", student, "--against", "/no/where", aime), "/no/where", "no such directory")
     assert asked == [], "before a model loads"
 
