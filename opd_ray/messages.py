@@ -258,6 +258,11 @@ class WeightManifest:
     dtypes: tuple[str, ...]
     """torch dtype names without the prefix, as "float32"."""
     shapes: tuple[tuple[int, ...], ...]
+    base: str | None = None
+    """Checkpoint that low-rank adapters are sent of (A and B of each layer that has one); None where the parameters are
+    the model's own."""
+    scale: float = 1.0
+    """Of the adapters: a layer's weight is that of the base + scale · B A."""
 
 
 @dataclass(frozen=True)

@@ -11,5 +11,5 @@ from opd_ray.config.learner import LearnerConfig
 from opd_ray.config.loading import FieldDoc, describe, differences, from_dict, leaves, load, to_dict, to_yaml
 from opd_ray.config.method import AdvantageConfig, ImportanceConfig, LossConfig, ReferenceTermConfig, TermConfig
 from opd_ray.config.runtime import CheckpointConfig, ElasticConfig, GuardConfig, RecoveryConfig
-from opd_ray.config.sections import STUDENT, RolloutConfig, ScorerConfig, TeacherConfig
+from opd_ray.config.sections import STUDENT, LoraConfig, RolloutConfig, ScorerConfig, TeacherConfig
 from opd_ray.config.whole import Config

@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from opd_ray.config.binding import Binds, binding
 from opd_ray.config.data import EMBEDDED, EvaluationSet, set_field
+from opd_ray.config.sections import LoraConfig
 from opd_ray.config.whole import Config
 from opd_ray.errors import InputError, near
 
@@ -137,7 +138,8 @@ class FieldDoc:
 def describe() -> Iterator[FieldDoc]:
     """Every field as ``section.field`` with its default and sentence."""
     yield from _describe(Config(), from_dict({}), "")
-    yield from _describe(EvaluationSet(), EvaluationSet(), "evaluation.sets.NAME.")
+    for absent, prefix in ((LoraConfig(), "student.lora."), (EvaluationSet(), "evaluation.sets.NAME.")):
+        yield from _describe(absent, absent, prefix)
 
 
 def _describe(section: Any, embedded: Any, prefix: str) -> Iterator[FieldDoc]:
@@ -160,7 +162,8 @@ def _doc(cls: type, name: str) -> str:
 def _one_line(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     # A schedule is a number or points; pydantic names the form that it tried last.
-    where = ".".join(str(part) for part in first["loc"] if part != "float" and not str(part).startswith("tuple["))
+    forms = ("tuple[", "literal[")
+    where = ".".join(str(part) for part in first["loc"] if part != "float" and not str(part).startswith(forms))
     if first["type"] == "unexpected_keyword_argument":
         section, _, _ = where.rpartition(".")
         siblings = {".".join(field.name.split(".")[: len(first["loc"])]) for field in describe()}

@@ -20,6 +20,23 @@ STUDENT = "student"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoraConfig:
+    """Low-rank adapters: what is trained and sent in place of the student's weights, which stay frozen."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of each adapter."""
+    alpha: float = Field(32.0, gt=0)
+    """α: a layer works with W + (α / rank) · B A, of which A and B are trained."""
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Linear layers that get an adapter, by the ends of their names, as [q_proj, v_proj]; all-linear: every one but the
+    output layer."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class StudentConfig:
     """The model that is trained."""
 
@@ -27,6 +44,9 @@ class StudentConfig:
     """Hugging Face checkpoint directory; "embedded" builds a small one for the seed."""
     max_context_tokens: Annotated[int | None, RUN | ROOMS] = Field(None, gt=0)
     """Cap on prompt + response; by default what the checkpoint allows."""
+    lora: LoraConfig | None = None
+    """Adapters to train (lora.rank and so on, {} for their defaults); null trains every weight. The student without
+    them is then the reference where reference.path is the student's, in the learner: no reference actors start."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

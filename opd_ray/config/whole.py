@@ -16,6 +16,7 @@ from opd_ray.config.learner import LearnerConfig, WeightsConfig
 from opd_ray.config.method import ON_STUDENT_SAMPLES, STRICT, LossConfig
 from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, GuardConfig, RecoveryConfig
 from opd_ray.config.sections import (
+    STUDENT,
     BufferConfig,
     ReferenceConfig,
     RolloutConfig,
@@ -157,7 +158,7 @@ class Config:
             for source, term in terms
             if term.on_distributions and term.support != "teacher_top_k"
         }
-        if reference.used and reference.estimator == "full":
+        if reference.used and reference.estimator == "full" and not self.learner_is_reference:
             asked["loss.reference.estimator=full"] = {"reference": self.reference}
         for field, scorers in asked.items():
             for name, scorer in scorers.items():
@@ -210,7 +211,15 @@ class Config:
     def scorers(self) -> dict[str, ScorerConfig]:
         """Role to configuration of the scorer pools that a run starts: teachers by their names, and "reference"."""
         teachers = self.teachers if self.uses_teacher else {}
-        return {**teachers, **({"reference": self.reference} if self.uses_reference else {})}
+        starts_reference = self.uses_reference and not self.learner_is_reference
+        return {**teachers, **({"reference": self.reference} if starts_reference else {})}
+
+    @property
+    def learner_is_reference(self) -> bool:
+        """Is the reference the student without its adapters, which the learner holds anyway?"""
+        reference = self.reference
+        own = reference.path in (STUDENT, self.student.path) and not reference.follows_student
+        return own and self.student.lora is not None
 
     def needs_teacher(self, source: Source) -> bool:
         """Does the loss of this source compare with a teacher?"""

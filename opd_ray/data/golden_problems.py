@@ -53,7 +53,8 @@ def find_problems(
 ) -> Problems:
     """Of the solutions that have one. Wrong answers are not looked for here."""
     teachers = config.teachers if config.needs_teacher("golden") else {}
-    scored_by = ["student", *([REFERENCE] if config.needs_reference("golden") else []), *teachers]
+    reference = {REFERENCE} & models.keys() if config.needs_reference("golden") else set()
+    scored_by = ["student", *reference, *teachers]
     shown_to = [role for role in teachers if teachers[role].privileged]
     bare = limits([models[role] for role in scored_by if role not in shown_to], config)
     shown = limits([models[role] for role in shown_to], config) if shown_to else []

@@ -144,8 +144,9 @@ class TorchGenerationEngine:
     def update_weights(self, manifest: WeightManifest, unfinished: Unfinished) -> None:
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         check_fits(manifest, parameters, "a generator")
-        for name, tensor in self._transfer.receive(manifest):
-            parameters[name].copy_(tensor)
+        for name, tensor in self._transfer.receive_whole(manifest):
+            if name in parameters:  # a checkpoint of adapters' base may hold more than parameters
+                parameters[name].copy_(tensor)
         self.weight_version = manifest.version
         # Kept responses are prefilled again, ahead of those that have not begun.
         kept = self._running

@@ -10,7 +10,23 @@ from typing import Any
 
 import torch
 
+from opd_ray.config import LoraConfig
+from opd_ray.models.checkpoints import read_weights
+from opd_ray.weights.adapters import merged
+
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+
+
+ADAPTER = "adapter"
+"""Directory beside a student's files that holds what was trained of it, where that is adapters."""
+
+
+def with_adapters(
+    adapters: Mapping[str, torch.Tensor], lora: LoraConfig, source: Path, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Every weight in the files of ``source``, in ``dtype``, those of layers that have an adapter merged with it."""
+    weights = merged(read_weights(str(source)), adapters, lora.scale)
+    return {name: weight.to(dtype) for name, weight in weights}
 
 
 def write_student(

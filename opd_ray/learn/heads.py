@@ -64,15 +64,18 @@ class _SumOfPieces(torch.autograd.Function):
         sizes: tuple[int, ...],
         loss: LossOfRows,
     ) -> torch.Tensor:
-        layer = [tensor.detach().requires_grad_() for tensor in (weight, bias) if tensor is not None]
+        layer = [
+            tensor.detach().requires_grad_(tensor.requires_grad) for tensor in (weight, bias) if tensor is not None
+        ]
+        trained = [tensor for tensor in layer if tensor.requires_grad]  # none of them beside adapters
         of_hidden = torch.empty_like(hidden)
-        of_layer = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in layer]
+        of_layer = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in trained]
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for index, (rows, target) in enumerate(zip(hidden.split(sizes), of_hidden.split(sizes), strict=True)):
             states = rows.detach().requires_grad_()
             with torch.enable_grad():
                 value = loss(index, transform(torch.nn.functional.linear(states, *layer)))
-            of_states, *of_piece = torch.autograd.grad(value, [states, *layer])
+            of_states, *of_piece = torch.autograd.grad(value, [states, *trained])
             target.copy_(of_states)
             for gradient, part in zip(of_layer, of_piece, strict=True):
                 gradient.add_(part)
@@ -84,8 +87,9 @@ class _SumOfPieces(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_hidden, *of_layer = context.saved_tensors
-        scaled = [(part * gradient).to(context.dtype) for part in of_layer]
-        return of_hidden * gradient.to(of_hidden.dtype), *(scaled + [None])[:2], None, None, None
+        scaled = iter([(part * gradient).to(context.dtype) for part in of_layer])
+        of_both = [next(scaled) if needed else None for needed in context.needs_input_grad[1:3]]
+        return of_hidden * gradient.to(of_hidden.dtype), *of_both, None, None, None
 
 
 class ResponseModel(torch.nn.Module):

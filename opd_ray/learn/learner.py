@@ -8,6 +8,7 @@ generators. It is a plain class; :mod:`opd_ray.placement.launch` makes it an act
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import itertools
@@ -26,15 +27,18 @@ import numpy as np
 import ray
 import torch
 
-from opd_ray.config import Config
+from opd_ray.config import Config, LoraConfig
 from opd_ray.errors import RunError
-from opd_ray.learn.export import write_student
+from opd_ray.learn.adapters import Adapters, write_adapter
+from opd_ray.learn.export import ADAPTER, with_adapters, write_student
 from opd_ray.learn.heads import ResponseModel
 from opd_ray.learn.losses.diagnostics import finish
 from opd_ray.learn.microbatch import Payloads, collate, disable_dropout, fetch_payloads, lr_factor
 from opd_ray.learn.objective import MicroBatchLoss, Objective
+from opd_ray.learn.reference import OwnReference
 from opd_ray.learn.state import LearnerState
 from opd_ray.messages import StepOutcome, StepPlan, TransferGroup, WeightManifest
+from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.checkpoints import load_causal_lm, local_directory
 from opd_ray.models.heads import load_heads
 from opd_ray.rooms import logs
@@ -94,7 +98,7 @@ class Learner:
         """
         self._end()
         self._config = config
-        self._student_path = local_directory(student_path)
+        self._base, self._student_path = student_path, local_directory(student_path)
         self._zero_stage = config.learner.zero_stage
         if self._zero_stage == 0 and config.learner.dtype == "bfloat16":
             # DeepSpeed 0.19 without ZeRO accumulates bfloat16 gradients in bfloat16, and allocates AdamW's state
@@ -104,6 +108,9 @@ class Learner:
         torch.manual_seed(config.seed)
         self._model = self._load_student()
         self._num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        self._adapters = self._adapt(config.student.lora)
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._num_trained = sum(parameter.numel() for parameter in trained)
         self._module = ResponseModel(self._model)
         self._objective = Objective(
             config,
@@ -111,9 +118,12 @@ class Learner:
             stop_token_ids=self._stop_token_ids,
             heads=load_heads(config, str(self._student_path), self._device),
         )
+        self._reference = None
+        if config.uses_reference and config.learner_is_reference:
+            self._reference = OwnReference(self._module, self._adapters, self._objective)
         learner = config.learner
         optimizer = torch.optim.AdamW(
-            self._module.parameters(),
+            trained,
             lr=learner.lr,
             betas=learner.adam_betas,
             weight_decay=learner.weight_decay,
@@ -125,7 +135,8 @@ class Learner:
             lr_scheduler=lambda basic: torch.optim.lr_scheduler.LambdaLR(basic, functools.partial(lr_factor, learner)),
             config=self._engine_config(),
         )
-        self._state = LearnerState(self._engine, self._model, zero_stage=self._zero_stage, seed=config.seed)
+        own = self._adapters.weights() if self._adapters else self._model.named_parameters()
+        self._state = LearnerState(self._engine, dict(own), zero_stage=self._zero_stage, seed=config.seed)
 
     def train_step(self, plan: StepPlan, fetch: Callable[[list[Any]], list[Any]] = ray.get) -> StepOutcome:
         """One optimizer step; the same outcome on every rank.
@@ -166,7 +177,10 @@ class Learner:
 
     def manifest(self, version: int) -> WeightManifest:
         """What ``send_weights`` will send."""
-        return manifest_of(weights_of(self._model), version)
+        manifest = manifest_of(self._sent(), version)
+        if self._adapters is None:
+            return manifest
+        return dataclasses.replace(manifest, base=self._base, scale=self._adapters.lora.scale)
 
     def open_transport(self, group: TransferGroup) -> None:
         """Rank 0 forms the weight-transfer group; the other ranks take no part in it and return at once."""
@@ -214,19 +228,35 @@ class Learner:
     def export(self) -> tuple[int, dict[str, np.ndarray]]:
         """A Hugging Face checkpoint in the student's original dtype: its size in bytes, and each file as uint8.
 
-        Collective under ZeRO-3; all but rank 0 return (0, {}). See :func:`~opd_ray.learn.export.write_student`.
+        Collective under ZeRO-3; all but rank 0 return (0, {}). See :func:`~opd_ray.learn.export.write_student`. Of a
+        student with adapters, merged with them; and in "adapter/" they alone.
         """
         state = {}
-        names = {name for name, _ in self._model.named_parameters()}
         for name, weight in self._full_weights():
-            if self._rank == 0 and name in names:
-                state[name] = weight.detach().to("cpu", self._original_dtype, copy=True)
+            if self._rank == 0 and name in self._state.names:
+                dtype = weight.dtype if self._adapters else self._original_dtype
+                state[name] = weight.detach().to("cpu", dtype, copy=True)
         if self._rank != 0:
             return 0, {}
         with tempfile.TemporaryDirectory() as directory:
-            write_student(Path(directory), self._model, state, self._student_path, self._stop_token_ids)
-            files = {file.name: np.fromfile(file, dtype=np.uint8) for file in sorted(Path(directory).iterdir())}
+            root, source = Path(directory), self._student_path
+            if self._adapters:
+                write_adapter(root / ADAPTER, state, self._base, self._adapters.lora)
+                state = with_adapters(state, self._adapters.lora, source, self._original_dtype)
+            write_student(root, self._model, state, source, self._stop_token_ids)
+            found = sorted(path for path in root.rglob("*") if path.is_file())
+            files = {path.relative_to(root).as_posix(): np.fromfile(path, dtype=np.uint8) for path in found}
         return sum(map(len, files.values())), files
+
+    def _adapt(self, lora: LoraConfig | None) -> Adapters | None:
+        """Freezes the student and puts adapters on it, where the configuration has these trained in its place."""
+        if lora is None:
+            return None
+        return Adapters(self._model, adapted_layers(f"student.path={self._base}", self._student_path, lora), lora)
+
+    def _sent(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """What a broadcast sends, by name."""
+        return self._adapters.weights() if self._adapters else weights_of(self._model)
 
     def _load_student(self) -> torch.nn.Module:
         from transformers.utils import is_flash_attn_2_available
@@ -249,7 +279,7 @@ class Learner:
     def _engine_config(self) -> dict[str, Any]:
         """DeepSpeed's configuration; buckets no larger than the model, as it allocates them whole."""
         learner = self._config.learner
-        bucket = min(self._num_parameters, 200_000_000)
+        bucket = min(self._num_trained, 200_000_000)
         bfloat16 = learner.dtype == "bfloat16"
         return {
             "train_micro_batch_size_per_gpu": 1,  # not used: boundaries and denominators are ours
@@ -279,6 +309,8 @@ class Learner:
     def _backward(self, plan: StepPlan, index: int, payloads: Payloads) -> MicroBatchLoss:
         """Accumulates the gradient of one micro-batch."""
         batch = collate(plan.micro_batches[index], payloads, packing=self._config.learner.packing).to(self._device)
+        if self._reference is not None:
+            batch = self._reference.beside(batch)
         try:
             loss = self._objective.of(batch, plan.denominators, plan.coefficients)
         except RunError as error:
@@ -312,6 +344,7 @@ class Learner:
             return
         self._engine.destroy()
         self._engine = self._module = self._model = self._objective = self._state = None
+        self._adapters = self._reference = None
         gc.collect()
         if self._cuda:
             torch.cuda.empty_cache()
@@ -320,7 +353,7 @@ class Learner:
         """Each parameter whole, valid until the next is asked for; every rank must ask under ZeRO-3."""
         import deepspeed  # whose zero is no module that could be imported from
 
-        for name, parameter in weights_of(self._model):
+        for name, parameter in self._sent():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
                 yield name, parameter.data
 

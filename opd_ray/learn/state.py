@@ -1,13 +1,14 @@
 """The state of a learner, as whole parameters under their names: the same for every number of ranks and ZeRO stage.
 
-An array is float32 (the master weights where the model is bfloat16) and is called "weight/NAME", "exp_avg/NAME" or
-"exp_avg_sq/NAME"; a tied parameter has one name. Adam has no moments before its first step, and then neither has the
+Only what is trained is part of it: of a student with adapters, these alone. An array is float32 (the master weights
+where the model is bfloat16) and is called "weight/NAME", "exp_avg/NAME" or "exp_avg_sq/NAME"; a tied parameter has one
+name. Adam has no moments before its first step, and then neither has the
 state. The learning rate is not part of it: it follows from the configuration and the schedule's position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,19 @@ class LearnerState:
     Reading is collective; writing is not, as every rank takes its part out of whole parameters.
     """
 
-    def __init__(self, engine: Any, model: torch.nn.Module, *, zero_stage: int, seed: int) -> None:
+    def __init__(
+        self, engine: Any, parameters: Mapping[str, torch.nn.Parameter], *, zero_stage: int, seed: int
+    ) -> None:
+        """``parameters``: those that are trained, each under one name."""
         self._engine, self._stage, self._seed = engine, zero_stage, seed
-        self._parameters = dict(model.named_parameters())
+        self._parameters = dict(parameters)
         self._adam = engine.basic_optimizer
         self._rank, self._num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of the parameters."""
+        return self._parameters.keys()
 
     def facts(self) -> dict[str, Any]:
         """All that is not an array, for JSON."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +113,15 @@ def load_causal_lm(path: str | Path, **options: Any) -> Any:
             "the files do not belong to its config.json, or were not saved whole"
         )
     return model
+
+
+def read_weights(path: str) -> Iterator[tuple[str, Any]]:
+    """Every tensor in the safetensors files of a checkpoint, one after another, by its name there."""
+    from safetensors import safe_open
+
+    for file in sorted(local_directory(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
 
 
 def local_directory(path: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,9 @@ def load_heads(config: Config, student_path: str, device: torch.device) -> dict[
     if any(term.on_distributions and term.support == "full" for term in terms):
         scorers |= config.teachers
     if config.loss.reference.estimator == "full" and any(map(config.needs_reference, config.sources)):
-        scorers["reference"] = config.reference
+        # Where the learner is the reference, its states are of the learner's precision.
+        own = config.learner_is_reference
+        scorers["reference"] = replace(config.reference, dtype=config.learner.dtype) if own else config.reference
     return {
         role: load_head(student_path if scorer.path == STUDENT else scorer.path, getattr(torch, scorer.dtype), device)
         for role, scorer in scorers.items()

@@ -303,6 +303,7 @@ class Driver:
         """Writes summary.json; ``stopped_by``, where the run ends before its last step, is "guard" or "signal"."""
         result = self._summary.result(self._config, self._after)
         result |= {"golden": self._facts.golden, "stopped_at": stopped_at, "stopped_by": stopped_by}
+        result["weight_sync_bytes"] = self._delivery.num_bytes
         with writing(path := self._run_dir / SUMMARY):
             path.write_text(json.dumps(result, indent=2) + "\n")
         return result

@@ -10,6 +10,7 @@ from pathlib import Path
 from opd_ray import config as configs
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError, refusing
+from opd_ray.models.adapters import adapted_layers
 from opd_ray.run import preflight
 from opd_ray.snapshots import Shelf, Storage, read_arrays
 from opd_ray.snapshots.calls import FileCalls
@@ -40,7 +41,8 @@ def student_in(checkpoint: str) -> Iterator[str]:
 def export(run_dir: Path, step: int | None, output: Path | None = None) -> Path:
     """Writes the student after ``step`` (None: of the newest checkpoint) in Hugging Face format; returns where.
 
-    By default that is ``run_dir``/student-step-N. Raises InputError where there is no run, no such checkpoint, or
+    By default that is ``run_dir``/student-step-N. Of a run that trains adapters it is merged with them, which lie in
+    "adapter" beside it. Raises InputError where there is no run, no such checkpoint, or
     something in the way. Needs no Ray.
     """
     if not (run_dir / _CONFIG).is_file():
@@ -58,23 +60,33 @@ def export(run_dir: Path, step: int | None, output: Path | None = None) -> Path:
 
     import torch  # behind every refusal that needs none
 
-    from opd_ray.learn.export import write_student
+    from opd_ray.learn.adapters import write_adapter
+    from opd_ray.learn.export import ADAPTER, with_adapters, write_student
     from opd_ray.models.checkpoints import load_causal_lm, local_directory
+    from opd_ray.weights.adapters import adapter_names
 
-    source = local_directory(config.student.path)
+    lora, source = config.student.lora, local_directory(config.student.path)
     model = load_causal_lm(source, dtype="auto")
+    dtype = getattr(torch, config.learner.dtype) if lora else model.dtype
     parameters = {}
     for part in checkpoint.snapshot.learner_parts:
         for key, array in read_arrays(storage, checkpoint.files[part], "take another step").items():
             kind, _, name = key.partition("/")
             if kind == "weight":
-                parameters[name] = torch.tensor(array).to(model.dtype)
-    if missing := sorted({name for name, _ in model.named_parameters()} ^ parameters.keys()):
+                parameters[name] = torch.tensor(array).to(dtype)
+    if lora:
+        names = adapter_names(adapted_layers(models["student"].name, source, lora))
+    else:
+        names = [name for name, _ in model.named_parameters()]
+    if missing := sorted({*names} ^ parameters.keys()):
         raise InputError(
             f"export: {checkpoint.where} is not of the model in {source}: they differ in {len(missing)} parameters, as "
             f"{missing[0]}"
         )
     output.mkdir(parents=True)
+    if lora:
+        write_adapter(output / ADAPTER, parameters, config.student.path, lora)
+        parameters = with_adapters(parameters, lora, source, model.dtype)
     write_student(output, model, parameters, source, preflight.stop_token_ids(config, models))
     return output
 

@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from opd_ray.config import Config
@@ -26,6 +27,7 @@ from opd_ray.data.dataset import Dataset
 from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts, limits
 from opd_ray.errors import InputError, RunError, near
 from opd_ray.models import checkpoints
+from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
 from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
 from opd_ray.tasks.judge import Judge
@@ -108,6 +110,7 @@ def check_files(config: Config) -> Preflight:
         _check_routes(data.prompts.where, enumerate(data.prompts.rows, start=1), config)
         models = inspect_run(config)
         student = models["student"]
+        _check_adapters(config, student)
         data.renderer.tokenizer = student.tokenizer
         renamed = {role: checkpoints.check_agreement(student, facts) for role, facts in models.items()}
         eos_token_ids = stop_token_ids(config, models)
@@ -238,12 +241,20 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
                 f"{name}=vllm, but vLLM is not installed; run 'make setup' (CPU) or "
                 f"pip install 'opd_ray[gpu]' (CUDA), or set {name}=torch"
             )
+    if config.student.lora and not evaluation_only and find_spec("peft") is None:
+        raise InputError("student.lora needs peft, which is not installed; pip install 'opd_ray[lora]'")
     if not evaluation_only and find_spec("deepspeed") is None:
         raise InputError("the learner needs DeepSpeed, which is not installed; pip install 'opd_ray[deepspeed]'")
     for task, package, extra in (("math", "math_verify", "math"), ("reasoning_gym", "reasoning_gym", "gym")):
         if config.data.task == task and find_spec(package) is None:
             name = package.replace("_", "-")
             raise InputError(f"data.task={task} needs {name}, which is not installed; pip install 'opd_ray[{extra}]'")
+
+
+def _check_adapters(config: Config, student: ModelFacts) -> None:
+    """Refuses targets that are none of the student's layers; of a name on the hub the learner does so."""
+    if config.student.lora and (directory := Path(config.student.path)).is_dir():
+        adapted_layers(student.name, directory, config.student.lora)
 
 
 def _check_answers(config: Config, prompts: Prompts, judge: Judge) -> None:

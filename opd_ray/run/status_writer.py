@@ -128,6 +128,7 @@ class StatusWriter:
             "recovery/lost_payloads": float(pipeline.num_lost_payloads if pipeline else 0),
             "recovery/restores": float(self.num_restores),
             "recovery/reissued_calls": float(sum(pool.num_reissued for pool in self._rooms.pools)),
+            "weights/bytes": float(self._delivery.num_bytes),
             "weights/group_size": float(self._delivery.group_size),
             "weights/rebuilds": float(self._delivery.num_rebuilds),
             "weights/failed_broadcasts": float(self._delivery.num_failed),

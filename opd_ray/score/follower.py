@@ -52,7 +52,7 @@ class Follower:
     def update(self, manifest: WeightManifest) -> None:
         """Receives one broadcast. Raises WeightSyncError for another architecture's, or one older than what is held."""
         self._check(manifest)
-        received, own = self._transfer.receive(manifest), self._own()
+        received, own = self._transfer.receive_whole(manifest), self._own()
         keep = self._share_kept(manifest.version)
         if 0.0 < keep < 1.0:
             # All or nothing: a broadcast that breaks off is repeated, and an average must not take it in twice.

@@ -36,11 +36,16 @@ def _requests(config: Config, source: Source, stop_token_ids: tuple[int, ...]) -
                 stop_token_ids=stop_token_ids,
                 privileged=teacher.privileged,
             )
-    if config.needs_reference(source):
-        term = config.loss.reference
-        requests[REFERENCE] = ScoreRequest(
-            top_k=term.top_k if term.estimator == "top_k" else 0,
-            hidden=term.estimator == "full",
-            stop_token_ids=stop_token_ids,
-        )
+    if config.needs_reference(source) and REFERENCE in config.scorers:
+        requests[REFERENCE] = reference_request(config, stop_token_ids)
     return requests
+
+
+def reference_request(config: Config, stop_token_ids: tuple[int, ...]) -> ScoreRequest:
+    """What the KL to the reference needs of it."""
+    term = config.loss.reference
+    return ScoreRequest(
+        top_k=term.top_k if term.estimator == "top_k" else 0,
+        hidden=term.estimator == "full",
+        stop_token_ids=stop_token_ids,
+    )

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from opd_ray.messages import ScoreRequest
 from opd_ray.models.checkpoints import load_model
 from opd_ray.models.heads import checked_transform
 from opd_ray.models.inputs import lay_out
+from opd_ray.models.scores import token_scores
 from opd_ray.score.engine import Rollout, Scores
 
 _LOGITS_BYTES = 256 * 2**20
@@ -95,37 +95,10 @@ class TorchScoringEngine:
         for start in range(0, max(1, len(tokens)), size):
             chunk = slice(start, start + size)
             logits = self._transform(self._head(hidden[chunk]))
-            chunks.append(_token_scores(logits, *(ids[chunk] for ids in columns), request))
+            chunks.append(token_scores(logits, *(ids[chunk] for ids in columns), request))
         whole = {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
         # NumPy has no bfloat16; float16 keeps more of its digits, and the scorer checks the range.
         portable = torch.float16 if hidden.dtype == torch.bfloat16 else hidden.dtype
         whole["hidden"] = (hidden if request.hidden else hidden[:, :0]).to(portable).cpu().numpy()
         rows_of = [slice(end - length, end) for end, length in zip(np.cumsum(lengths), lengths, strict=True)]
         return [Scores(**{name: column[rows] for name, column in whole.items()}) for rows in rows_of]
-
-
-def _token_scores(logits: Tensor, tokens: Tensor, given: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
-    """Scores of N tokens and of N × k' given ones from the logits [N, vocabulary] that predict them, which it changes.
-
-    The largest of each row is 0, so that float32 resolves the small masses outside of a top-k.
-    """
-    log_normalizer = logits.logsumexp(1, keepdim=True)
-    stops = list(request.stop_token_ids)
-    stop_logprobs = logits.new_zeros(0)
-    if stops:
-        together = logits[:, stops].logsumexp(1)
-        logits[:, stops[0]] = together
-        logits[:, stops[1:]] = -torch.inf
-        tokens = torch.where(torch.isin(tokens, tokens.new_tensor(stops)), stops[0], tokens)
-        stop_logprobs = together - log_normalizer[:, 0]
-    vocab_size = logits.shape[1]
-    top = logits.topk(min(request.top_k, vocab_size - len(stops[1:])), dim=1)
-    beyond = given >= vocab_size  # padding of a larger output layer
-    given_logits = logits.gather(1, given.clamp(max=vocab_size - 1)).masked_fill(beyond, -torch.inf)
-    return {
-        "logprobs": (logits.gather(1, tokens[:, None]) - log_normalizer)[:, 0],
-        "topk_ids": top.indices.to(torch.int32),
-        "topk_logprobs": top.values - log_normalizer,
-        "given_logprobs": given_logits - log_normalizer,
-        "stop_logprobs": stop_logprobs,
-    }

@@ -122,6 +122,7 @@ _ALL = (
     Metric("recovery/lost_payloads", "number", "objects gone with a node, made again; running count"),
     Metric("recovery/restores", "number", "times that the run went back to a snapshot", "OpdRestoredAgain"),
     Metric("recovery/reissued_calls", "number", "calls given to another worker; running count"),
+    Metric("weights/bytes", "bytes", "sent to each receiver by one broadcast: of adapters, these alone"),
     Metric("weights/group_size", "number", "processes in the transfer group, the learner included"),
     Metric("weights/rebuilds", "number", "times that the transfer group was made anew"),
     Metric("weights/failed_broadcasts", "number", "broadcasts that ended without all members", "OpdWeightSyncFailed"),

@@ -1,6 +1,7 @@
 """The student's weights on their way from the learner to those that sample with them or follow them.
 
     transfer      one process's part in a broadcast: what is sent, in which order, and what is refused
+    adapters      what low-rank adapters, where these alone are sent, amount to
     wires         what the bytes travel by: gloo between CPU processes, NCCL between GPUs
     vllm_worker   a broadcast into a running vLLM engine
     delivery      the driver's side: who takes part, and what becomes of a broadcast that fails

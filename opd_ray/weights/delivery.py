@@ -23,6 +23,7 @@ from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import Member
 from opd_ray.rooms.together import together
+from opd_ray.weights.manifest import num_bytes
 
 _MARGIN_S = 5.0
 """How much later than the members of a group the driver gives up on it."""
@@ -63,6 +64,11 @@ class Delivery:
         self.group_size = 0
         self.num_rebuilds = self.num_failed = 0
         self._formed: list[Member] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Sent to each receiver by one broadcast."""
+        return num_bytes(self.manifest) if self.manifest else 0
 
     def forget(self) -> None:
         """The learner is a new one: there is no group, and nobody holds a version that counts."""

@@ -6,12 +6,14 @@ The learner calls ``weights_of`` once per broadcast and hands the same list to `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from opd_ray.errors import WeightSyncError
 from opd_ray.messages import WeightManifest
+from opd_ray.weights.adapters import adapted_shapes
 
 
 def weights_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
@@ -22,6 +24,12 @@ def weights_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     (seen as log-probs that were off by 1.3 nats).
     """
     return list(model.named_parameters(remove_duplicate=False))
+
+
+def num_bytes(manifest: WeightManifest) -> int:
+    """Of the parameters that a broadcast sends to each receiver."""
+    sizes = zip(manifest.dtypes, manifest.shapes, strict=True)
+    return sum(getattr(torch, dtype).itemsize * math.prod(shape) for dtype, shape in sizes)
 
 
 def manifest_of(weights: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightManifest:
@@ -41,9 +49,16 @@ def shape_of(parameter: torch.Tensor) -> torch.Size:
 
 
 def check_fits(manifest: WeightManifest, parameters: Mapping[str, torch.Tensor], whose: str) -> None:
-    """Refuses a broadcast that lacks one of a model's parameters or has it in another shape."""
-    sent = {name: shape for name, shape in zip(manifest.names, manifest.shapes, strict=True) if name in parameters}
-    if wrong := differing({name: parameter.shape for name, parameter in parameters.items()}, sent):
+    """Refuses a broadcast that lacks one of a model's parameters or has it in another shape; of adapters, one for
+    layers that the model has not."""
+    sent = dict(zip(manifest.names, manifest.shapes, strict=True))
+    own = {name: parameter.shape for name, parameter in parameters.items()}
+    if manifest.base is None:
+        sent = {name: shape for name, shape in sent.items() if name in own}
+    else:
+        sent = adapted_shapes(sent)
+        own = {name: shape for name, shape in own.items() if name in sent}
+    if wrong := differing(own, sent):
         raise WeightSyncError(
             f"weights: the broadcast of version {manifest.version} does not fit {whose}: {wrong}; it must have the "
             "student's architecture"

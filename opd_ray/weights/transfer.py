@@ -16,6 +16,8 @@ import torch
 
 from opd_ray.errors import WeightSyncError
 from opd_ray.messages import TransferGroup, WeightManifest
+from opd_ray.models.checkpoints import read_weights
+from opd_ray.weights.adapters import merged
 from opd_ray.weights.manifest import dtype_name
 from opd_ray.weights.wires import Wire, join
 
@@ -73,6 +75,13 @@ class WeightTransfer:
             buffer = torch.empty(bucket[-1].end, dtype=torch.uint8, device=device)
             self._broadcast(buffer, _span(bucket))
             yield from ((part.name, part.of(buffer)) for part in bucket)
+
+    def receive_whole(self, manifest: WeightManifest) -> Iterator[tuple[str, torch.Tensor]]:
+        """The student's weights after one ``send``: as they come, or those of its base with the adapters that come."""
+        received = self.receive(manifest)
+        if manifest.base is None:
+            return received
+        return merged(read_weights(manifest.base), dict(received), manifest.scale)
 
     def close(self) -> None:
         """Leaves the group. Closing twice is allowed."""
@@ -136,7 +145,8 @@ def plan_buckets(manifest: WeightManifest, bucket_bytes: int) -> list[list[Part]
 
 def _header(manifest: WeightManifest) -> torch.Tensor:
     # Lists: whoever was told by vLLM's own messages may have those where others have tuples.
-    layout = repr([list(manifest.names), list(manifest.dtypes), [list(shape) for shape in manifest.shapes]])
+    shapes = [list(shape) for shape in manifest.shapes]
+    layout = repr([list(manifest.names), list(manifest.dtypes), shapes, manifest.base, manifest.scale])
     return torch.tensor([manifest.version, zlib.crc32(layout.encode())])
 
 

@@ -6,6 +6,7 @@ vLLM imports this module in every worker, because ``WorkerExtension`` is named a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,8 +22,10 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from opd_ray.messages import TransferGroup, WeightManifest
+from opd_ray.models.checkpoints import local_directory
 from opd_ray.models.heads import outer_layers
 from opd_ray.models.vllm import TRANSFER_BACKEND
+from opd_ray.weights.adapters import merged
 from opd_ray.weights.transfer import WeightTransfer
 
 
@@ -51,8 +54,12 @@ class BroadcastEngine(WeightTransferEngine[TransferGroup, WeightManifest]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: WeightManifest) -> None:
-        received = self._transfer.receive(update_info)
-        self.model.load_weights((name, tensor.to(self.device)) for name, tensor in received)
+        received = ((name, tensor.to(self.device)) for name, tensor in self._transfer.receive(update_info))
+        if update_info.base is not None:
+            base = _checkpoint(self.vllm_config, self.model, update_info.base)
+            on_device = ((name, tensor.to(self.device)) for name, tensor in base)
+            received = merged(on_device, dict(received), update_info.scale)
+        self.model.load_weights(received)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -80,10 +87,7 @@ class WorkerExtension:
 
     def opd_load(self, path: str) -> None:
         """Takes another checkpoint of the same architecture into the model at hand."""
-        model_config, load_config = self.vllm_config.model_config, self.vllm_config.load_config
-        model_config.model = path
-        weights = get_model_loader(load_config).get_all_weights(model_config, self.get_model())
-        self.reload_weights(weights_iterator=_with_tied_head(weights, model_config.hf_text_config))
+        self.reload_weights(weights_iterator=_checkpoint(self.vllm_config, self.get_model(), path))
 
 
 def _give_up(model: torch.nn.Module, config: VllmConfig) -> None:
@@ -96,6 +100,14 @@ def _give_up(model: torch.nn.Module, config: VllmConfig) -> None:
             info.load_numel = 0  # for finalize: nothing came, put the former tensors back
     with set_current_vllm_config(config):
         finalize_layerwise_reload(model, config.model_config)
+
+
+def _checkpoint(config: VllmConfig, model: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight of a checkpoint of ``model``'s architecture."""
+    model_config = copy.copy(config.model_config)
+    model_config.model = str(local_directory(path))  # a name on the hub would be asked for at every update
+    weights = get_model_loader(config.load_config).get_all_weights(model_config, model)
+    return _with_tied_head(weights, model_config.hf_text_config)
 
 
 def _with_tied_head(weights: Iterable[tuple[str, Any]], config: Any) -> Iterator[tuple[str, Any]]:

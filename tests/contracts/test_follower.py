@@ -12,9 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from opd_ray.config import ScorerConfig
+from opd_ray.config import LoraConfig, ScorerConfig
 from opd_ray.errors import RunError, WeightSyncError
-from opd_ray.messages import ScoreRequest, TransferGroup
+from opd_ray.learn.adapters import Adapters
+from opd_ray.messages import ScoreRequest, TransferGroup, WeightManifest
+from opd_ray.models.adapters import adapted_layers
 from opd_ray.score.engine import Rollout
 from opd_ray.score.follower import Follower
 from opd_ray.score.torch import TorchScoringEngine
@@ -36,8 +38,13 @@ class Followed:
     transfer: WeightTransfer
 
     def broadcast(self, version: int) -> None:
-        weights = weights_of(self.student)
-        manifest = manifest_of(weights, version)
+        self._send(weights_of(self.student), manifest_of(weights_of(self.student), version))
+
+    def broadcast_adapters(self, adapters: Adapters, version: int, base: Path) -> None:
+        manifest = manifest_of(adapters.weights(), version)
+        self._send(adapters.weights(), replace(manifest, base=str(base), scale=adapters.lora.scale))
+
+    def _send(self, weights: list[tuple[str, torch.Tensor]], manifest: WeightManifest) -> None:
         with ThreadPoolExecutor(1) as thread:
             received = thread.submit(self.follower.update, manifest)
             self.transfer.send(manifest, weights)
@@ -122,6 +129,23 @@ def test_a_periodic_one_is_renewed_exactly_at_multiples(path: Path) -> None:
         student = followed.train(version)
         expected = student if version % 3 == 0 else expected
         assert_same(followed.held(), expected, atol=0)
+
+
+def test_what_follows_a_student_with_adapters_gets_the_base_with_them(path: Path) -> None:
+    """No more than A and B arrive; a renewed one has the merged weights, and an average moves towards them."""
+    lora = LoraConfig(rank=2, alpha=4)
+    for update, share in (("periodic", 1.0), ("average", 1 - DECAY)):
+        followed = follow(path, update, every_steps=1)
+        base = followed.held()
+        adapters = Adapters(followed.student, adapted_layers("here", path, lora), lora)
+        followed.broadcast_adapters(adapters, 0, path)
+        for _, weight in adapters.weights():
+            torch.nn.init.constant_(weight, 0.1)
+        followed.broadcast_adapters(adapters, 1, path)
+        moved = {
+            name: base[name] + share * 2 * 2 * 0.01 * (name.endswith("proj.weight")) for name in base
+        }  # scale · B A, both of 0.1 and rank 2
+        assert_same(followed.held(), moved, atol=1e-6)
 
 
 def test_a_fixed_member_of_the_group_stays_as_it_is(path: Path) -> None:

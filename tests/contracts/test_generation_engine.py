@@ -19,10 +19,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine_host import EngineHost
+from opd_ray.config import LoraConfig
 from opd_ray.errors import InputError, WeightSyncError
 from opd_ray.generate.engine import GenerationEngine
 from opd_ray.generate.torch import TorchGenerationEngine
+from opd_ray.learn.adapters import Adapters
 from opd_ray.messages import Finished, GenerationRequest, SamplingSettings, TransferGroup, WeightManifest
+from opd_ray.models.adapters import adapted_layers
 from opd_ray.weights.manifest import manifest_of, weights_of
 from opd_ray.weights.transfer import WeightTransfer
 from uniform_tokens import UniformTokens
@@ -77,7 +80,21 @@ class Subject:
             self.engine.update_weights(WeightManifest(version, (), (), ()), unfinished)
             return
         weights = weights_of(model)
-        manifest = manifest_of(weights, version)
+        self._send(weights, manifest_of(weights, version), unfinished, cut)
+
+    def update_adapters(self, adapters: Adapters, version: int, cut: int | None = None) -> None:
+        """Sends nothing but the adapters of the checkpoint that the engine began with."""
+        manifest = manifest_of(adapters.weights(), version)
+        manifest = replace(manifest, base=self.model.name_or_path, scale=adapters.lora.scale)
+        self._send(adapters.weights(), manifest, "keep", cut)
+
+    def _send(
+        self,
+        weights: list[tuple[str, torch.Tensor]],
+        manifest: WeightManifest,
+        unfinished: str = "keep",
+        cut: int | None = None,
+    ) -> None:
         with ThreadPoolExecutor(1) as thread:
             received = thread.submit(self.engine.update_weights, manifest, unfinished)
             if cut is None:
@@ -347,6 +364,39 @@ def test_new_weights_are_those_that_were_sent(subject: Subject) -> None:
     for request, finished in zip(requests, subject.run(requests), strict=True):
         assert set(finished.weight_versions) == {1}
         assert_same_distribution(model, request, finished)
+
+
+def adapted(model: PreTrainedModel, targets: str | tuple[str, ...]) -> tuple[PreTrainedModel, Adapters]:
+    """A copy with adapters that are far from 0."""
+    moved, lora = copy.deepcopy(model), LoraConfig(rank=3, alpha=6, targets=targets)
+    adapters = Adapters(moved, adapted_layers("here", Path(model.name_or_path), lora), lora)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, weight in adapters.weights():
+            weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+    return moved.eval(), adapters
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "up_proj")], ids=["all", "parts of fused layers"])
+def test_adapters_are_merged_with_the_base_whatever_the_engine_held(
+    subject: Subject, targets: str | tuple[str, ...]
+) -> None:
+    """Weights of another run, an update that broke off, the same update twice: nothing of them is left."""
+    model, adapters = adapted(subject.model, targets)
+    subject.connect(bucket_bytes=1)
+    subject.update(perturbed(subject.model), 1)
+    with pytest.raises(WeightSyncError, match="rank 1 of 2"):
+        subject.update_adapters(adapters, 2, cut=3)
+    subject.connect()
+    for version in (2, 3):
+        subject.update_adapters(adapters, version)
+        requests = requests_for(SAMPLED, seed=version)
+        for request, finished in zip(requests, subject.run(requests), strict=True):
+            assert set(finished.weight_versions) == {version}
+            assert_same_distribution(model, request, finished)
+    before = reference_logprobs(subject.model, request.prompt_tokens, finished.tokens)
+    assert np.abs(finished.logprobs - before).max() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("subject", ANY, indirect=True)

@@ -24,8 +24,10 @@ from opd_ray.config import Config
 from opd_ray.errors import RunError, WeightSyncError
 from opd_ray.learn.microbatch import fetch_payloads
 from opd_ray.messages import Entry, StepPlan, TransferGroup
+from opd_ray.models.checkpoints import read_weights
 from opd_ray.models.heads import load_head
 from opd_ray.rooms.node import free_port
+from opd_ray.weights.adapters import merged
 from opd_ray.weights.transfer import WeightTransfer
 from scored_rollouts import Scoring, scored_entries
 
@@ -371,6 +373,90 @@ def test_pieces_change_nothing_under_any_stage(
     learner = start(config_with(ranks, zero_stage=stage, micro_batch_tokens=40))
     learner.cut(4)
     assert_same_curve(learner.train(entries, range(NUM_STEPS)), expected_curve, 1e-4)
+
+
+LORA = {"rank": 4, "alpha": 8}
+
+
+@pytest.mark.parametrize("estimator", ["top_k", "full"])
+def test_adapters_train_alike_under_every_stage_and_the_base_is_the_reference(
+    start: Callable[..., Ranks], entries: list[Entry], tiny_model: dict[str, Path], estimator: str
+) -> None:
+    """The yardstick is trained by plain torch with the scores of a reference scorer, a model of its own; of these the
+    learner gets none that it could use."""
+    loss = {"reference": {"coef": 0.5, "estimator": estimator, "on_golden": True}}
+    config = config_with(loss=loss, lora=LORA, lr=2e-2)
+    scored = learner_ranks.scored_by_reference(scored_entries(*SIZES, seed=3), config, tiny_model["tied"])
+    expected = plain_training(config, tiny_model["tied"], scored)
+    assert expected[-1]["loss_reference"] > 0.01, "training does not leave the reference"
+    for stage, ranks in [(0, 1), (1, 2), (3, 1), (3, 2)] if estimator == "top_k" else [(3, 2)]:
+        config = config_with(ranks, loss, LORA, zero_stage=stage, micro_batch_tokens=20, lr=2e-2)
+        learner = start(config)
+        curve = learner.train(without_reference(entries), range(NUM_STEPS))
+        assert_same_curve(curve, expected, 1e-4)
+        for got, wanted in zip(curve, expected, strict=True):
+            assert got["reference_logprob"] == pytest.approx(wanted["reference_logprob"], abs=1e-5)
+
+
+def without_reference(entries: Sequence[Entry]) -> list[Entry]:
+    kept = [{role: ref for role, ref in entry.scores.items() if role != "reference"} for entry in entries]
+    return [dataclasses.replace(entry, scores=scores) for entry, scores in zip(entries, kept, strict=True)]
+
+
+@pytest.mark.parametrize(("saved_by", "restored_by"), [((0, 1), (0, 1)), ((3, 2), (1, 2))])
+def test_a_snapshot_holds_the_adapters_alone_and_continues_at_any_stage(
+    start: Callable[..., Ranks], entries: list[Entry], saved_by: tuple[int, int], restored_by: tuple[int, int]
+) -> None:
+    def learner(stage: int, ranks: int) -> Ranks:
+        return start(config_with(ranks, lora=LORA, zero_stage=stage, lr=2e-2))
+
+    writer = learner(*saved_by)
+    writer.train(entries, range(3))
+    facts, parts = snapshot = writer.snapshot()
+    arrays = {name for share in ray.get(parts) for name in share if not name.startswith("rng")}
+    assert len(arrays) == 3 * len(facts["shapes"]) == 3 * 28 and all("lora" in name for name in facts["shapes"])
+    expected = writer.train(entries, range(3, NUM_STEPS))
+    reader = learner(*restored_by)
+    reader.restore(snapshot)
+    curve = reader.train(entries, range(3, NUM_STEPS))
+    assert_same_curve(curve, expected, 1e-6 if saved_by == restored_by else 1e-4)
+    with pytest.raises(RunError, match=r"not this model's: model\.embed_tokens\.weight is missing"):
+        start(config_with(1)).restore(snapshot)
+
+
+@pytest.mark.parametrize(("stage", "ranks", "dtype"), [(0, 1, "float32"), (3, 2, "bfloat16")])
+def test_adapters_are_sent_alone_and_exported_merged_and_beside_it(
+    start: Callable[..., Ranks],
+    entries: list[Entry],
+    tiny_model: dict[str, Path],
+    tmp_path: Path,
+    stage: int,
+    ranks: int,
+    dtype: str,
+) -> None:
+    from peft import PeftModel
+
+    source = tiny_model["tied"]
+    learner = start(config_with(ranks, lora=LORA, zero_stage=stage, dtype=dtype, lr=2e-2))
+    learner.train(entries, range(3))
+    sent, manifest = learner.sent_weights(), learner.call("manifest", 3)[0]
+    assert len(sent) == 28 and (manifest.base, manifest.scale) == (str(source), 2.0)
+    assert {str(tensor.dtype) for tensor in sent.values()} == {f"torch.{dtype}"}
+    received = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
+    before = received(torch.arange(8)[None]).logits
+    received.load_state_dict(dict(merged(read_weights(str(source)), sent, 2.0)), strict=False)
+    after = received(torch.arange(8)[None]).logits
+    assert (after - before).abs().max() > 0.05, "training changed nothing"
+
+    (_, files), *_ = learner.call("export")
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content.tobytes())
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert torch.equal(exported(torch.arange(8)[None]).logits, after)
+    alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), tmp_path / "adapter")
+    assert (alone(torch.arange(8)[None]).logits - after).abs().max() < 1e-4
+    assert alone.peft_config["default"].base_model_name_or_path == str(source)
 
 
 def test_a_second_run_in_a_process_is_that_of_a_fresh_one(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import json
@@ -18,14 +19,28 @@ from ray.exceptions import ObjectLostError
 from transformers import AutoModelForCausalLM
 
 from opd_ray.buffer.plan import count, plan_step
-from opd_ray.config import Config, from_dict
+from opd_ray.config import Config, ScorerConfig, from_dict
+from opd_ray.learn.adapters import Adapters
 from opd_ray.learn.heads import ResponseModel
 from opd_ray.learn.learner import Learner
 from opd_ray.learn.losses.diagnostics import finish
 from opd_ray.learn.microbatch import collate, fetch_payloads, lr_factor
 from opd_ray.learn.objective import Objective
-from opd_ray.messages import SCORE_SCHEMA, Coefficients, Entry, StepOutcome, StepPlan, TransferGroup, WeightManifest
+from opd_ray.messages import (
+    REFERENCE,
+    SCORE_SCHEMA,
+    Coefficients,
+    Entry,
+    StepOutcome,
+    StepPlan,
+    TransferGroup,
+    WeightManifest,
+)
+from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.heads import load_heads
+from opd_ray.score.requests import reference_request
+from opd_ray.score.scorer import Scorer
+from opd_ray.score.torch import TorchScoringEngine
 from scored_rollouts import scored_entries
 
 SIZES = [(3, 9), (8, 2), (5, 14), (1, 1), (6, 6)], [(4, 12), (2, 5)]
@@ -186,12 +201,19 @@ def make_hosts(size: int) -> list[Any]:
     return group
 
 
-def config_with(num_ranks: int = 1, loss: dict[str, Any] | None = None, **learner: Any) -> Config:
+def config_with(
+    num_ranks: int = 1, loss: dict[str, Any] | None = None, lora: dict[str, Any] | None = None, **learner: Any
+) -> Config:
     defaults = {"steps": NUM_STEPS, "lr": 5e-3, "lr_schedule": "cosine", "warmup_steps": 2, "gradient_clip": 0.5}
     settings = defaults | {"num_ranks": num_ranks} | learner
     defaults_of_loss = {"reduction": "token", "reference": {"coef": 0.1}}
     return from_dict(
-        {"learner": settings, "loss": defaults_of_loss | (loss or {}), "rollout": {"responses_per_prompt": 2}}
+        {
+            "student": {"lora": lora},
+            "learner": settings,
+            "loss": defaults_of_loss | (loss or {}),
+            "rollout": {"responses_per_prompt": 2},
+        }
     )
 
 
@@ -202,8 +224,13 @@ def plain_training(
     entries = scored_entries(*SIZES, seed=3) if entries is None else entries
     plan = StepPlan(0, (tuple(entries),), count(entries), COEFFICIENTS)
     batch = collate(entries, fetch_payloads(plan, lambda refs: refs)[0], packing=False)
-    module = ResponseModel(AutoModelForCausalLM.from_pretrained(student_path, dtype="float32"))
-    optimizer = torch.optim.AdamW(module.parameters(), lr=config.learner.lr, weight_decay=0.0)
+    torch.manual_seed(config.seed)
+    model = AutoModelForCausalLM.from_pretrained(student_path, dtype="float32")
+    if lora := config.student.lora:
+        Adapters(model, adapted_layers("here", student_path, lora), lora)
+    module = ResponseModel(model)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learner.lr, weight_decay=0.0)
     objective = Objective(
         config,
         vocab_size=module.vocab_size,
@@ -217,12 +244,22 @@ def plain_training(
         loss = objective.of(batch, plan.denominators, plan.coefficients)
         module.consume(loss)
         module(batch.input_ids, None, batch.logit_index).backward()
-        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), config.learner.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.learner.gradient_clip)
         optimizer.step()
         values = finish(loss.metrics)
         tokens = {"trained_tokens": float(plan.denominators.tokens)}
         curve.append(values | {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]} | tokens)
     return curve
+
+
+def scored_by_reference(entries: Sequence[Entry], config: Config, path: Path) -> list[Entry]:
+    """The entries as a reference scorer on the checkpoint at ``path`` scores them."""
+    scorer = Scorer(make_engine=lambda: TorchScoringEngine(path=str(path)), scorer=ScorerConfig(), member=False)
+    request = reference_request(config, (1,))
+    payloads = {id(entry.rollouts): asyncio.run(scorer.score(entry.rollouts, request))[1] for entry in entries}
+    return [
+        dataclasses.replace(entry, scores=entry.scores | {REFERENCE: payloads[id(entry.rollouts)]}) for entry in entries
+    ]
 
 
 def assert_same_curve(

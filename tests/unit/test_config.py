@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from opd_ray import config as configs
-from opd_ray.config import Config, EvaluationSet
+from opd_ray.config import Config, EvaluationSet, LoraConfig
 from opd_ray.errors import InputError
 from opd_ray.repetition import is_repetitive
+from opd_ray.score.requests import score_requests
 
 
 def test_file_and_overrides_are_merged_over_the_defaults_in_that_order(tmp_path: Path) -> None:
@@ -112,7 +113,8 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
     docs = {doc.name: doc for doc in configs.describe()}
     assert docs["learner.lr"].default == Config().learner.lr
     assert not [name for name, doc in docs.items() if not doc.doc.endswith(".")]
-    assert len(docs) == count_leaves(Config()) + len(dataclasses.fields(EvaluationSet))
+    absent = [*dataclasses.fields(EvaluationSet), *dataclasses.fields(LoraConfig)]
+    assert len(docs) == count_leaves(Config()) + len(absent)
     assert docs["loss.student.divergence"].default == "reverse_kl"
 
 
@@ -122,6 +124,9 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
         (["learner.lrr=1"], "unknown field 'learner.lrr'; did you mean 'learner.lr'?"),
         (["leaner.lr=1"], "unknown field 'leaner'; did you mean 'learner'?"),
         (["sede=1"], "unknown field 'sede'; did you mean 'seed'?"),
+        (["student.lora.rnak=4"], "unknown field 'student.lora.rnak'; did you mean 'student.lora.rank'?"),
+        (["student.lora.rank=0"], "student.lora.rank: Input should be greater than or equal to 1, got 0"),
+        (["student.lora.targets=[]"], "student.lora.targets"),
         (["learner.lr=fast"], "learner.lr"),
         (["learner.lr=0"], "learner.lr"),
         (["learner.zero_stage=4"], "learner.zero_stage"),
@@ -256,6 +261,34 @@ def test_the_method_is_named_after_what_the_coefficients_amount_to(overrides: li
 def test_a_bare_off_in_yaml_is_the_guards_off() -> None:
     """The bug: YAML reads it as false, and false was refused."""
     assert configs.load(None, ["guard.level=off"]).guard.level == "off"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "scorers"),
+    [
+        (["student.lora={}"], ["teacher"]),
+        (["student.lora.rank=4", "student.path=/s", "reference.path=/s"], ["teacher"]),
+        (["student.lora={}", "loss.reference.estimator=full", "reference.engine=vllm"], ["teacher"]),
+        (["student.lora={}", "reference.path=/other"], ["teacher", "reference"]),
+        (["student.lora={}", "reference.update=average"], ["teacher", "reference"]),
+        ([], ["teacher", "reference"]),
+    ],
+)
+def test_with_adapters_the_base_is_the_reference_and_no_actors_start_for_it(
+    overrides: list[str], scorers: list[str]
+) -> None:
+    own = ["teacher.path=/t", "data.prompts=p", "data.golden=g", "data.evaluation=e"]
+    config = configs.load(None, [*overrides, *own])
+    assert list(config.scorers) == scorers and config.uses_reference
+    asked = score_requests(config, (1,))["student"]
+    assert list(asked) == scorers and config.learner_is_reference == ("reference" not in scorers)
+
+
+def test_adapters_are_of_the_run_and_their_scale_is_alpha_over_rank() -> None:
+    config = configs.load(None, ["student.lora.rank=8", "student.lora.targets=[q_proj, v_proj]"])
+    assert config.student.lora == LoraConfig(rank=8, alpha=32, targets=("q_proj", "v_proj"))
+    assert config.student.lora.scale == 4 and configs.from_dict(configs.to_dict(config)) == config
+    assert configs.binding.binding(Config, "student.lora.rank") == configs.RUN
 
 
 def test_setting_another_field_of_the_reference_leaves_it_the_student() -> None:

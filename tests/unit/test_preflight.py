@@ -12,7 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from opd_ray import config as configs
 from opd_ray.config import Config
@@ -50,6 +52,24 @@ CHANGES = (
     "rollout.max_response_tokens=[[0, 10], [9, 20]]",
     "data.golden_problems=skip",
 )
+
+
+def with_layer(setting: dict[str, str], name: str) -> None:
+    """Gives the student's files a weight of this layer."""
+    path = Path(setting["student.path"]) / "model.safetensors"
+    save_file({f"{name}.weight": np.zeros((2, 2), np.float32)}, path)
+
+
+def test_adapters_are_refused_before_a_model_loads(setting: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(**changes: str) -> str:
+        return refused(lambda: preflight.check_files(configured(setting, **changes)))
+
+    assert "finds no linear layers of a transformer's blocks" in said(student__lora="{}")
+    with_layer(setting, "model.layers.0.mlp.up_proj")
+    assert preflight.check_files(configured(setting, student__lora="{}"))
+    assert "ends with 'upproj'; did you mean 'up_proj'?" in said(student__lora__targets="[upproj]")
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "peft" else find_spec(name))
+    assert "student.lora needs peft, which is not installed; pip install 'opd_ray[lora]'" in said(student__lora="{}")
 
 
 @pytest.fixture
