@@ -48,9 +48,9 @@ class OwnReference:
 
     def _scores(self, hidden: torch.Tensor, tokens: torch.Tensor, head: ResponseHead) -> dict[str, torch.Tensor]:
         """What was asked for, of all tokens; the logits of a chunk of them exist at a time."""
-        rows, none = self._objective.chunk_rows, tokens.new_zeros(0, 0)
+        rows = self._objective.chunk_rows
         chunks = [
-            token_scores(head.logits(states), own, none.expand(len(own), 0), self._request)
+            token_scores(head.logits(states), own, own[:, None][:, :0], self._request)
             for states, own in zip(hidden.split(rows), tokens.split(rows), strict=True)
         ]
         asked = ["logprobs"]

@@ -6,20 +6,31 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from opd_ray.config import LoraConfig
+from objective_step import whole
+from opd_ray.config import LoraConfig, from_dict
 from opd_ray.errors import InputError, WeightSyncError
 from opd_ray.learn.adapters import Adapters, write_adapter
 from opd_ray.learn.export import with_adapters
+from opd_ray.learn.heads import ResponseModel
+from opd_ray.learn.microbatch import collate, fetch_payloads
+from opd_ray.learn.objective import Objective
+from opd_ray.learn.reference import OwnReference
 from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.checkpoints import read_weights
+from opd_ray.score.engine import Rollout
+from opd_ray.score.requests import reference_request
+from opd_ray.score.torch import TorchScoringEngine
 from opd_ray.weights.adapters import adapter_names, merged
 from opd_ray.weights.manifest import check_fits, manifest_of, num_bytes, weights_of
+from scored_rollouts import scored_entries
 
 LORA = LoraConfig(rank=4, alpha=8)
+COLUMNS = ("prompt_tokens", "response_tokens")
 TOKENS = torch.arange(12)[None]
 
 
@@ -148,3 +159,44 @@ def test_a_layer_that_is_not_linear_is_refused(tiny_model: dict[str, Path]) -> N
         Adapters(model, ["model.norm"], LORA)
     with pytest.raises(InputError, match=r"model\.layers\.9\.x of .* is a weight of no layer"):
         Adapters(model, ["model.layers.9.x"], LORA)
+
+
+@pytest.mark.parametrize("estimator", ["top_k", "full", "k3"])
+def test_the_base_scores_as_a_reference_scorer_does(tiny_model: dict[str, Path], estimator: str) -> None:
+    """Whatever the adapters have become, in chunks smaller than a rollout, with an EOS set of two."""
+    path, stops = tiny_model["untied"], (1, 2)
+    loss = {"reference": {"coef": 0.1, "estimator": estimator, "top_k": 5}}
+    config = from_dict({"student": {"lora": {"rank": 4}}, "loss": loss})
+    model, adapters = adapted(path)
+    module = ResponseModel(model)
+    objective = Objective(config, vocab_size=module.vocab_size, stop_token_ids=stops)
+    objective.chunk_rows = 3
+    entries = scored_entries([(3, 9), (8, 2)], [(4, 5)])
+    batch = collate(entries, fetch_payloads(whole(entries), lambda refs: refs)[0], packing=False)
+    student, golden = OwnReference(module, adapters, objective).beside(batch).segments
+    assert golden.tokens.reference is None  # the KL is not over its tokens
+
+    ordered = sorted(entries[:2], key=lambda entry: entry.meta.rollout_id)
+    rows = [(entry.rollouts, entry.row) for entry in ordered]
+    prompts, responses = ([batch[name][row].values.to_numpy() for batch, row in rows] for name in COLUMNS)
+    rollouts = [Rollout(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    scores = TorchScoringEngine(path=str(path), device="cpu").score(rollouts, reference_request(config, stops))
+    for name in ("logprobs", "topk_ids", "topk_logprobs", "stop_logprobs", "hidden"):
+        expected = np.concatenate([getattr(each, name) for each in scores])
+        found = getattr(student.tokens.reference, name)
+        if expected.size == 0:
+            assert found is None
+        else:
+            np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+def test_a_frozen_output_layer_takes_no_gradient_in_pieces_either(tiny_model: dict[str, Path]) -> None:
+    model, adapters = adapted(tiny_model["untied"])
+    module, gradients = ResponseModel(model), []
+    for sizes in ([6], [2, 3, 1]):
+        module.consume(lambda hidden, head, sizes=sizes: head.sum_losses(hidden, sizes, lambda _, logits: logits.sum()))
+        module.zero_grad()
+        module(TOKENS, None, torch.arange(6)).backward()
+        assert model.get_output_embeddings().weight.grad is None
+        gradients.append([weight.grad.clone() for _, weight in adapters.weights()])
+    torch.testing.assert_close(*gradients)

@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fake_shelves import Objects
 from opd_ray import config as configs
+from opd_ray.learn.adapters import Adapters
+from opd_ray.models.adapters import adapted_layers
 from opd_ray.run.export import export, run_of, student_in
 from opd_ray.snapshots import Shelf, Snapshot
 from tiny_checkpoints import configured, make_setting, refused
@@ -72,3 +74,31 @@ def test_a_run_directory_or_a_checkpoint_stands_for_its_student(run_dir: Path, t
 def test_what_is_no_checkpoint_of_the_run_is_refused(run_dir: Path, tmp_path: Path) -> None:
     assert "holds no checkpoint of step 3; complete ones: 2, 4" in refused(lambda: export(run_dir, 3))
     assert "is no run directory" in refused(lambda: export(tmp_path, None))
+
+
+def test_of_a_run_that_trains_adapters_the_merged_student_and_they_alone_are_written(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    config = configured(make_setting(tmp_path), student__lora__rank="2", student__lora__alpha="4")
+    student = Path(config.student.path)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student)).save_pretrained(student)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(configs.to_yaml(config))
+    objects, shelf_of = Objects(), str(run / "checkpoints")
+    base = AutoModelForCausalLM.from_pretrained(student)
+    adapters = Adapters(base, adapted_layers("here", student, config.student.lora), config.student.lora)
+    arrays = {f"weight/{name}": np.full(weight.shape, 0.1, np.float32) for name, weight in adapters.weights()}
+    for step, kept in ((1, arrays), (2, dict(list(arrays.items())[1:]))):
+        part = objects.put(kept)
+        asyncio.run(Shelf(shelf_of, objects).write(Snapshot(step, {}, (part,), state={"healthy": True}), keep=2))
+
+    written = export(run, 1)
+    begun, found = AutoModelForCausalLM.from_pretrained(student), AutoModelForCausalLM.from_pretrained(written)
+    for (name, before), after in zip(begun.named_parameters(), found.parameters(), strict=True):
+        # scale · B A of rank 2, all of it .1
+        torch.testing.assert_close(after - before, torch.full_like(before, 0.04 * name.endswith("proj.weight")))
+    alone = PeftModel.from_pretrained(begun, written / "adapter")
+    assert (alone(torch.arange(4)[None]).logits - found(torch.arange(4)[None]).logits).abs().max() < 1e-4
+    assert alone.peft_config["default"].base_model_name_or_path == str(student)
+    assert "they differ in 1 parameters" in refused(lambda: export(run, 2))
