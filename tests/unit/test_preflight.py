@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 
 from opd_ray import config as configs
 from opd_ray.config import Config
-from opd_ray.data.prompts import Prompts, Renderer
+from opd_ray.data.prompts import Prompts
+from opd_ray.data.rendering import Renderer
 from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.errors import InputError
 from opd_ray.models import checkpoints as models
