@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
@@ -29,6 +29,17 @@ class DataConfig:
     golden: str | None = EMBEDDED
     """JSONL or Parquet file of prompts with a complete response each, as text or tokens; null for none;
     embedded:N for another number of the embedded 128."""
+    columns: dict[Literal["id", "prompt", "answer", "response", "teacher", "messages"], str] = Field(
+        default_factory=dict
+    )
+    """Names of columns where they are other than ours, as {prompt: query}; problem, question, messages and OpenR1's
+    generations are known."""
+    system_prompt: str | None = None
+    """First turn of every conversation that has no system turn of its own."""
+    prompt_template: str = "{prompt}"
+    """The user's turn, with {prompt} where the problem stands."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What the chat template is given besides, as {enable_thinking: false}."""
     golden_filter: Literal["none", "correct"] = "none"
     """correct: the task's verifier has to agree with each golden response."""
     golden_problems: Literal["refuse", "skip"] = "refuse"
@@ -40,6 +51,8 @@ class DataConfig:
     """Visit prompts and golden rows in a new random order every epoch, not as they lie in their files."""
 
     def __post_init__(self) -> None:
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(f"prompt_template is {self.prompt_template!r}, without {{prompt}} for the problem")
         if not self.task:
             made_up = any(each.startswith("reasoning_gym:") for each in (self.prompts, self.evaluation))
             object.__setattr__(self, "task", "reasoning_gym" if made_up else "math")

@@ -30,7 +30,7 @@ GOLDEN_COLUMNS = (
 
 def renamed(where: str, raw: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The row with our names added: prompt and, where they are there, before, response and responses."""
-    row = {**raw, **{ours: raw[theirs] for ours, theirs in columns.items() if theirs in raw}}
+    row = {**raw, **{ours: raw[theirs] for ours, theirs in columns.items() if raw.get(theirs) is not None}}
     for name in _PROMPTS:
         if row.get("prompt") is None and row.get(name) is not None:
             row["prompt"] = row[name]

@@ -21,7 +21,7 @@ class Dataset:
     def __init__(self, config: Config, *, evaluation_only: bool = False) -> None:
         """Reads prompts and problems, for which no tokenizer is needed. Raises InputError."""
         self._config = config
-        self.renderer = Renderer(get_task(config.data.task), config.student.path)
+        self.renderer = Renderer(get_task(config.data.task), config.student.path, config.data)
         self.prompts = None if evaluation_only else self._read("data.prompts", config.data.prompts, need_answer=False)
         self.problems = {
             name: self._read(set_field(name), each.path, need_answer=True)
@@ -33,7 +33,7 @@ class Dataset:
         """The prompts with their golden solutions in them, where a privileged teacher is shown those."""
 
     def _read(self, field: str, path: str, *, need_answer: bool) -> Prompts:
-        return Prompts(f"{field} {path}", read_prompts(path, need_answer), self.renderer)
+        return Prompts(f"{field} {path}", read_prompts(path, need_answer, self._config.data.columns), self.renderer)
 
     def read_golden(self, models: Mapping[str, ModelFacts], eos_token_ids: Sequence[int], judge: Judge) -> None:
         """Reads and checks the golden solutions, where the run needs any. Raises InputError."""

@@ -2,7 +2,8 @@
 
 A row that cannot be trained on is refused or, where ``data.golden_problems=skip``, left out and counted (METHOD §3).
 
-    rows of text      prompt and response; the first token of the EOS set is appended
+    rows of text      prompt and response; the first token of the EOS set is appended. Of several responses the first
+                      that can be trained on is taken
     rows of tokens    a rollout log's prompt_tokens and response_tokens, as they are: the last one must be an EOS
 """
 
@@ -10,16 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from opd_ray.config import Config
-from opd_ray.data.golden_problems import KINDS, Solution, describe, find_problems, judged_wrong
+from opd_ray.data.golden_problems import KINDS, Problems, Solution, describe, find_problems, judged_wrong
 from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts
-from opd_ray.data.rows import read_golden
+from opd_ray.data.rows import question, read_golden
 from opd_ray.errors import InputError
 from opd_ray.messages import MOST_VALUES, ROLLOUT_SCHEMA, RolloutMeta
 from opd_ray.models.checkpoints import ModelFacts
@@ -70,21 +71,27 @@ def check_golden(
     they are to be skipped; if none is left; and if prompts that need a solution have none.
     """
     where = f"data.golden {config.data.golden}"
-    rows: Sequence[Mapping[str, Any]] = read_golden(str(config.data.golden))
+    rows: Sequence[Mapping[str, Any]] = read_golden(str(config.data.golden), config.data.columns)
     # Does it matter which prompt a solution belongs to?
     paired = is_privileged(config) or (config.loads_golden and config.buffer.golden_pairing == "prompt")
     if paired:
         rows = [_of_prompt(number, *each) for number, each in enumerate(_matched(prompts, rows), start=1)]
-    solutions = _tokenise(Prompts(where, rows, prompts.renderer), models["student"], eos_token_ids[0])
-    if is_privileged(config):
-        solutions = _with_privileged_prompts(where, solutions, prompts)
-    problems = find_problems(config, models, eos_token_ids, solutions)
-    if config.data.golden_filter == "correct":
-        problems |= judged_wrong(where, [each for each in solutions if each.number not in problems], judge)
+
+    def look(rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> tuple[list[Solution], Problems]:
+        golden = Prompts(where, rows, prompts.renderer, numbers=numbers)
+        solutions = _tokenise(golden, models["student"], eos_token_ids[0])
+        if is_privileged(config):
+            solutions = _with_privileged_prompts(where, solutions, prompts)
+        problems = find_problems(config, models, eos_token_ids, solutions)
+        if config.data.golden_filter == "correct":
+            problems |= judged_wrong(where, [each for each in solutions if each.number not in problems], judge)
+        return solutions, problems
+
+    solutions, problems = _first_good(rows, look)
     if problems and config.data.golden_problems == "refuse":
         advice = "mend or remove them, or leave them out with data.golden_problems=skip"
         raise InputError(f"{describe(where, len(rows), problems)}; {advice}")
-    used = [each for each in solutions if each.number not in problems]
+    used = [_alone(each) for each in solutions if each.number not in problems]
     if not used:
         raise InputError(f"{describe(where, len(rows), problems)}; none is left to train on")
     for name in _TOKENS:
@@ -99,6 +106,23 @@ def check_golden(
     return Golden(used, report, pairs)
 
 
+def _first_good(
+    rows: Sequence[Mapping[str, Any]],
+    look: Callable[[Sequence[Mapping[str, Any]], Sequence[int]], tuple[list[Solution], Problems]],
+) -> tuple[list[Solution], Problems]:
+    """Of rows with several responses the first without a problem, or the first one with its problem."""
+    solutions, problems = look(rows, range(1, len(rows) + 1))
+    left = [(each.number, each.row, each.row.get("others", ())) for each in solutions if each.number in problems]
+    while left := [(number, row, others) for number, row, others in left if others]:
+        found, still = look([row | {"response": others[0]} for _, row, others in left], [number for number, *_ in left])
+        for solution in found:
+            if solution.number not in still:
+                solutions[solution.number - 1] = solution
+                del problems[solution.number]
+        left = [(number, row, others[1:]) for number, row, others in left if number in still]
+    return solutions, problems
+
+
 def _matched(prompts: Prompts, rows: Any) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any] | None]]:
     """Each golden row with the first row of data.prompts that it answers."""
     if prompts.rows.has_ids and rows.has_ids:
@@ -107,12 +131,12 @@ def _matched(prompts: Prompts, rows: Any) -> Iterator[tuple[Mapping[str, Any], M
         return
     by_prompt: dict[Any, Mapping[str, Any]] = {}
     for row in prompts.rows:
-        by_prompt.setdefault(row["prompt"].strip(), row)
+        by_prompt.setdefault(question(row), row)
     if any(not row["prompt"] for row in rows):  # tokens alone can only be compared with tokens
         for index, row in enumerate(prompts.rows):
             by_prompt.setdefault(prompts[index].tobytes(), row)
     for row in rows:
-        yield row, by_prompt.get(row["prompt"].strip() or row["prompt_tokens"].astype(np.int32).tobytes())
+        yield row, by_prompt.get(question(row) or row["prompt_tokens"].astype(np.int32).tobytes())
 
 
 def _of_prompt(number: int, row: Mapping[str, Any], prompt: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -122,18 +146,28 @@ def _of_prompt(number: int, row: Mapping[str, Any], prompt: Mapping[str, Any] | 
     return {**prompt, **row, "id": prompt["id"], **{key: row[key] or prompt[key] for key in ("prompt", "answer")}}
 
 
+def _alone(solution: Solution) -> Solution:
+    """Without the responses that it might have had instead."""
+    row = {name: value for name, value in solution.row.items() if name != "others"}
+    return dataclasses.replace(solution, row=row)
+
+
 def _tokenise(golden: Prompts, student: ModelFacts, eos_token_id: int) -> list[Solution]:
     """Rows of text, whose prompts ``golden`` renders, and rows of tokens."""
-    responses = _encoded([row["response"] for row in golden.rows if "response" in row], student.tokenizer)
+    texts = [
+        golden.renderer.continuation(golden[index], row["response"]) if "response" in row else None
+        for index, row in enumerate(golden.rows)
+    ]
+    responses = _encoded([text for text in texts if text is not None], student.tokenizer)
     solutions = []
-    for index, row in enumerate(golden.rows):
-        if "response" in row:
+    for index, (number, row, text) in enumerate(zip(golden.numbers, golden.rows, texts, strict=True)):
+        if text is not None:
             response = np.asarray([*next(responses), eos_token_id], np.int32)
-            solutions.append(Solution(index + 1, row, golden[index], response, row["response"]))
+            solutions.append(Solution(number, row, golden[index], response, text))
         else:
-            text = _check_tokens(f"{golden.where} row {index + 1}", row, student)
+            text = _check_tokens(f"{golden.where} row {number}", row, student)
             tokens = (row[name].astype(np.int32) for name in ("prompt_tokens", "response_tokens"))
-            solutions.append(Solution(index + 1, row, *tokens, text))
+            solutions.append(Solution(number, row, *tokens, text))
     return solutions
 
 
@@ -184,8 +218,8 @@ def _pair(config: Config, prompts: Prompts, solutions: Sequence[Solution], left_
     index: dict[str, int] = {}
     for i, solution in enumerate(solutions):
         index.setdefault(solution.row["id"], i)
-    by_text = {row["prompt"].strip(): index[row["id"]] for row in reversed(rows) if row["id"] in index}
-    pairs = {row["id"]: index.get(row["id"], by_text.get(row["prompt"].strip())) for row in rows}
+    by_text = {question(row): index[row["id"]] for row in reversed(rows) if row["id"] in index}
+    pairs = {row["id"]: index.get(row["id"], by_text.get(question(row))) for row in rows}
     missing = [(number, row["id"]) for number, row in enumerate(rows, start=1) if pairs[row["id"]] is None]
     if not missing:
         return pairs

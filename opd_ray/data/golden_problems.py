@@ -18,6 +18,7 @@ from opd_ray.repetition import is_repetitive
 from opd_ray.tasks.judge import Judge
 
 KINDS = {
+    "unverified": "without a response that is marked as right and complete",
     "without_eos": "without EOS",
     "eos_inside": "with an EOS inside",
     "over_length": "over length",
@@ -59,10 +60,19 @@ def find_problems(
     bare = limits([models[role] for role in scored_by if role not in shown_to], config)
     shown = limits([models[role] for role in shown_to], config) if shown_to else []
     problems = {
-        each.number: _ending(each, sorted(eos_token_ids)) or _length(each, config, bare, shown) or _loop(each, config)
+        each.number: _unverified(each)
+        or _ending(each, sorted(eos_token_ids))
+        or _length(each, config, bare, shown)
+        or _loop(each, config)
         for each in solutions
     }
     return {number: problem for number, problem in problems.items() if problem}
+
+
+def _unverified(solution: Solution) -> Problem | None:
+    if solution.row.get("response") == "":  # what opd_ray.data.columns leaves where no mark is good
+        return "unverified", "none of its generations is marked as right and complete"
+    return None
 
 
 def _ending(solution: Solution, eos: list[int]) -> Problem | None:

@@ -5,7 +5,8 @@ That is what makes resuming exact: a run that trained ``n`` prompts goes on with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,11 @@ class Prompts:
         rows: Sequence[Mapping[str, Any]],
         renderer: Renderer,
         solutions: Sequence[str] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
+        """``numbers``: those of the rows in their source, where they are not 1, 2, ..."""
         self.where, self.rows, self.renderer, self._solutions = where, rows, renderer, solutions
+        self.numbers = numbers or range(1, len(rows) + 1)
         self._tokens: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -50,33 +54,56 @@ class Prompts:
                     tokens = self.renderer.privileged_prompt(row, self._solutions[index])
             except Exception as error:  # tasks and chat templates are others' code
                 reason = " ".join(str(error).split())[:200]
-                raise InputError(f"{self.where} row {index + 1}: its prompt cannot be rendered ({reason})") from None
+                where = f"{self.where} row {self.numbers[index]}"
+                raise InputError(f"{where}: its prompt cannot be rendered ({reason})") from None
             self._tokens[index] = np.asarray(tokens, np.int32)
         return self._tokens[index]
 
     def longest(self) -> tuple[int, int]:
-        """Tokens and row number (1-based) of the longest prompt.
+        """Tokens and number (1-based) of the row with the longest prompt.
 
-        From the longest text downwards, and not further than a prompt could still win: a text has at most one
-        token per byte, besides those of the template around it. So a few rows of a large file are tokenised.
+        From the most that a prompt can have downwards, and not further than one could still win: a few rows of a large
+        file are tokenised.
         """
-        sizes = [sum(len(text.encode()) for text in self._texts(i)) for i in range(len(self))]
-        order = sorted(range(len(self)), key=sizes.__getitem__, reverse=True)
-        shortest, tokenizer = order[-1], self.renderer.tokenizer
-        bare = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in self._texts(shortest))
-        around = len(self[shortest]) - bare
         longest, number = 0, 0
-        for index in order:
-            if sizes[index] + around <= longest:
+        for most, index in self._by_size():
+            if most <= longest:
                 break
             if len(self[index]) > longest:
-                longest, number = len(self[index]), index + 1
+                longest, number = len(self[index]), self.numbers[index]
         return longest, number
+
+    def longer_than(self, limit: int) -> list[int]:
+        """Indices of the prompts of more than ``limit`` tokens."""
+        return sorted(
+            index
+            for most, index in itertools.takewhile(lambda each: each[0] > limit, self._by_size())
+            if len(self[index]) > limit
+        )
+
+    def without(self, left_out: Collection[int]) -> Prompts:
+        """All but the prompts of these indices; rows keep their numbers."""
+        kept = [index for index in range(len(self)) if index not in left_out]
+        rest = Prompts(self.where, self.rows.only(kept), self.renderer, numbers=[self.numbers[i] for i in kept])
+        rest._tokens = {new: self._tokens[old] for new, old in enumerate(kept) if old in self._tokens}
+        return rest
+
+    def _by_size(self) -> list[tuple[int, int]]:
+        """The most tokens that each prompt can have, and its index, largest first: a text has at most one token per
+        byte, besides those of the template around each of its turns."""
+        sizes = [sum(len(text.encode()) for text in self._texts(i)) for i in range(len(self))]
+        shortest = min(range(len(self)), key=sizes.__getitem__)
+        tokenizer = self.renderer.tokenizer
+        bare = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in self._texts(shortest))
+        around = len(self[shortest]) - bare
+        turns = [1 + len(row.get("before", ())) for row in self.rows]
+        return sorted(((size + around * turns[i], i) for i, size in enumerate(sizes)), key=lambda each: -each[0])
 
     def _texts(self, index: int) -> tuple[str, ...]:
         """What the prompt is made of."""
         solution = () if self._solutions is None else (self._solutions[index],)
-        return (self.rows[index]["prompt"], *solution)
+        before = (turn["content"] for turn in self.rows[index].get("before", ()))
+        return (self.rows[index]["prompt"], *before, *solution)
 
 
 class Shuffled:

@@ -3,42 +3,75 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opd_ray.config.data import DataConfig
+from opd_ray.errors import InputError
 from opd_ray.models.checkpoints import load_tokenizer
 from opd_ray.tasks import Task
 
+_OPEN, _TAIL_TOKENS = "<think>", 8
+
 
 class Renderer:
-    """Who makes token ids of rows: the task, and the tokenizer in ``path``, which is read when it is first needed."""
+    """Who makes token ids of rows: the task, data.system_prompt, prompt_template and template_kwargs, and the tokenizer
+    in ``path``, which is read when it is first needed."""
 
-    def __init__(self, task: Task, path: str) -> None:
-        self.task, self._path = task, path
+    def __init__(self, task: Task, path: str, data: DataConfig | None = None) -> None:
+        """``data``: by default prompts are asked as they stand."""
+        self.task, self._path, self._data = task, path, data or DataConfig()
 
     def of_model(self, path: str) -> Renderer:
         """The same for another model's tokenizer."""
-        return Renderer(self.task, path)
+        return Renderer(self.task, path, self._data)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         return load_tokenizer(self._path)
 
+    def check(self, name: str) -> None:
+        """Refuses template_kwargs that the chat template of the model ``name`` does not look at."""
+        template = str(self.tokenizer.chat_template or "")
+        for key in self._data.template_kwargs:
+            if not re.search(rf"\b{re.escape(key)}\b", template):
+                has = "does not use it" if template else "is missing: it is a base model"
+                raise InputError(
+                    f"data.template_kwargs.{key}: the chat template of {name} {has}; leave it out or mend its name"
+                )
+
     def prompt(self, row: Mapping[str, Any]) -> list[int]:
         """Token ids of the prompt, special tokens and chat markup included, up to where the answer starts."""
-        return self._tokens(self.task.prompt(row))
+        return self._tokens(row, self.task.prompt(row))
 
     def privileged_prompt(self, row: Mapping[str, Any], solution: str) -> list[int]:
         """The same with the solution in it, for a teacher that is shown it."""
-        return self._tokens(self.task.privileged_prompt(row, solution))
+        return self._tokens(row, self.task.privileged_prompt(row, solution))
 
-    def _tokens(self, content: str) -> list[int]:
-        """A tokenizer without a chat template (a base model) gets the text as it stands, with the special tokens that
-        it puts at the beginning of any text."""
+    def continuation(self, prompt_tokens: Sequence[int], response: str) -> str:
+        """The response without a ``<think>`` that the chat template has opened at the end of the prompt already."""
+        bare = response.lstrip()
+        if not bare.startswith(_OPEN):
+            return response
+        end = self.tokenizer.decode(list(prompt_tokens[-_TAIL_TOKENS:]))
+        if not end.rstrip().endswith(_OPEN):
+            return response
+        bare = bare.removeprefix(_OPEN)
+        return bare if end.endswith(_OPEN) else bare.lstrip("\n")
+
+    def _tokens(self, row: Mapping[str, Any], content: str) -> list[int]:
+        """A tokenizer without a chat template (a base model) gets the texts as they stand, one after the other, with
+        the special tokens that it puts at the beginning of any text."""
+        content = self._data.prompt_template.replace("{prompt}", content)
+        turns = [*row.get("before", ()), {"role": "user", "content": content}]
+        if self._data.system_prompt and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": self._data.system_prompt})
         if not self.tokenizer.chat_template:
-            return self.tokenizer.encode(content)
-        turns = [{"role": "user", "content": content}]
-        return self.tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False)
+            return self.tokenizer.encode("\n\n".join(turn["content"] for turn in turns))
+        return self.tokenizer.apply_chat_template(
+            turns, tokenize=True, add_generation_prompt=True, return_dict=False, **self._data.template_kwargs
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process reads the tokenizer for itself, should it need it."""

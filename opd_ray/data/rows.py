@@ -27,6 +27,18 @@ class Rows(list[dict[str, Any]]):
     has_ids: bool = True
     """Did every row bring an id of its own? Where one did not, its id is its row number."""
 
+    def only(self, indices: Sequence[int]) -> Rows:
+        """Those rows alone."""
+        rows = Rows(self[index] for index in indices)
+        rows.has_ids = self.has_ids
+        return rows
+
+
+def question(row: Mapping[str, Any]) -> str:
+    """What makes two rows the same problem: what is asked, turn by turn, whatever the system is told."""
+    before = (turn["content"] for turn in row.get("before", ()) if turn["role"] != "system")
+    return "\n".join((*before, row["prompt"])).strip()
+
 
 def read_prompts(source: str, need_answer: bool = True, columns: Mapping[str, str] | None = None) -> Rows:
     """The rows of a source of prompts, each with the keys id, prompt and answer, and teacher if the row names one.

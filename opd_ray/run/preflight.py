@@ -25,6 +25,7 @@ from typing import Any
 from opd_ray.config import Config
 from opd_ray.data.dataset import Dataset
 from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts, limits
+from opd_ray.data.rows import question
 from opd_ray.errors import InputError, RunError, near
 from opd_ray.models import checkpoints
 from opd_ray.models.adapters import adapted_layers
@@ -94,6 +95,7 @@ def check_evaluation(config: Config) -> Preflight:
             _check_readable(problems, judge)
     student = inspect("student.path", config.student.path)
     data.renderer.tokenizer = student.tokenizer
+    data.renderer.check(student.name)
     longest = _check_problem_lengths(data, student, config)
     return _facts(config, {"student": student}, student.eos_token_ids, data, longest)
 
@@ -112,6 +114,7 @@ def check_files(config: Config) -> Preflight:
         student = models["student"]
         _check_adapters(config, student)
         data.renderer.tokenizer = student.tokenizer
+        data.renderer.check(student.name)
         renamed = {role: checkpoints.check_agreement(student, facts) for role, facts in models.items()}
         eos_token_ids = stop_token_ids(config, models)
         longest = max(
@@ -323,11 +326,11 @@ def _check_markup(prompts: Prompts, models: Mapping[str, ModelFacts], renamed: M
 def _check_disjoint(config: Config, data: Dataset) -> None:
     """A held-out problem that is trained on measures memory."""
     solutions, golden = data.golden.solutions if data.golden else [], str(config.data.golden)
-    trained = {row["prompt"].strip() for row in data.prompts.rows}
-    solved = {solution.row["prompt"].strip() for solution in solutions}
+    trained = {question(row) for row in data.prompts.rows}
+    solved = {question(solution.row) for solution in solutions}
     bare = {each.prompt_tokens.tobytes() for each in solutions if not each.row["prompt"]}
     for problems in data.problems.values():
-        texts = [row["prompt"].strip() for row in problems.rows]
+        texts = [question(row) for row in problems.rows]
         _check_apart(problems, texts, config.data.prompts, trained)
         _check_apart(problems, texts, golden, solved)
         if bare:

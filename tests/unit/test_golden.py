@@ -19,7 +19,7 @@ from tiny_checkpoints import CHARACTERS as TOKENS
 from tiny_checkpoints import configured, encode, make_checkpoint, make_setting, refused, write_jsonl, write_rollouts
 
 EOS = (1, 2)
-NO_PROBLEMS = {"without_eos": 0, "eos_inside": 0, "over_length": 0, "repetitive": 0, "wrong": 0}
+NO_PROBLEMS = {"unverified": 0, "without_eos": 0, "eos_inside": 0, "over_length": 0, "repetitive": 0, "wrong": 0}
 PAIRED = {"buffer__golden_pairing": "prompt"}
 
 

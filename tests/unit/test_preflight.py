@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from opd_ray import config as configs
 from opd_ray.config import Config
+from opd_ray.data.golden_problems import KINDS
 from opd_ray.data.prompts import Prompts
 from opd_ray.data.rendering import Renderer
 from opd_ray.embedded.prepare import TEACHER_DIR
@@ -86,7 +87,7 @@ def test_a_good_setting_gives_what_the_run_needs(setting: dict[str, str]) -> Non
         max_prompt_tokens=5,
         num_prompts=2,
         num_problems=1,
-        golden={"rows": 1, "used": 1, "without_eos": 0, "eos_inside": 0, "over_length": 0, "repetitive": 0, "wrong": 0},
+        golden={"rows": 1, "used": 1} | dict.fromkeys(KINDS, 0),
         data=facts.data,
     )
 
