@@ -117,6 +117,9 @@ class MetricsConfig:
     repetition_ratio: float | None = Field(None, gt=1)
     """τ of rep(o): repetitive when the tail shrinks by more than this factor; by default the paper's 10 at 10 000
     characters and less for shorter windows, of which zlib saves less."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where curves, events and the summary go besides the run directory; projects and keys are those of their own
+    environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI, ...)."""
     rollout_log_every_steps: int = Field(10, ge=0)
     """Write the rollouts of every n-th step to rollouts/*.parquet; 1 for all, 0 for none."""
     rollout_log_keep: int = Field(1000, ge=1)

@@ -52,6 +52,8 @@ from opd_ray.watch.observers import (
     VerdictLog,
     say_evaluation,
 )
+from opd_ray.watch.trackers import Tracked
+from opd_ray.watch.tracking import Tracking
 from opd_ray.weights.delivery import Delivery
 
 _BUFFER_IS_OLD = "buffer_is_old"
@@ -106,6 +108,7 @@ class Driver:
             live=lambda metrics: self._writer.port.live(metrics),
             say=self._say,
         )
+        self._tracking = Tracking(Tracked(run_dir, config), self._say)
         self._writer: MetricsWriter | None = None
         self._after: Evaluation | None = None
         self._begun = False
@@ -149,6 +152,7 @@ class Driver:
             leased.cancel()
             await self._status.close()
             await in_thread(self._writer.close)
+            await in_thread(self._tracking.close)
 
     async def _to_the_end(
         self, leased: asyncio.Task[None], stopping: asyncio.Event
@@ -306,6 +310,7 @@ class Driver:
         result["weight_sync_bytes"] = self._delivery.num_bytes
         with writing(path := self._run_dir / SUMMARY):
             path.write_text(json.dumps(result, indent=2) + "\n")
+        self._tracking.summarise(result)
         return result
 
     # ---- what goes wrong ----
@@ -361,7 +366,8 @@ class Driver:
         """Metrics, rollout log and verdicts go on after ``step``; what they have of later steps does not count."""
         if self._writer is not None:
             self._writer.close()
-        self._writer = MetricsWriter(self._run_dir, step, continued=continued, steps=self._config.learner.steps)
+        steps = self._config.learner.steps
+        self._writer = MetricsWriter(self._run_dir, self._tracking, step, continued=continued, steps=steps)
         for path in (self._run_dir / "rollouts").glob("step-*.parquet"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()

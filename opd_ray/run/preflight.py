@@ -32,6 +32,7 @@ from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
 from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
 from opd_ray.tasks.judge import Judge
+from opd_ray.watch.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,8 @@ def _check_fits(asked: Mapping[str, _Asked], capacity: Capacity) -> None:
 
 
 def _check_packages(config: Config, evaluation_only: bool = False) -> None:
+    if not evaluation_only:
+        check_trackers(config)
     engines = {"rollout.engine": config.rollout.engine}
     if not evaluation_only:
         engines |= {f"{role}.engine": scorer.engine for role, scorer in config.scorers.items()}

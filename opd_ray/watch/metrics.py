@@ -1,9 +1,10 @@
 """What is measured on rollouts, and where measurements go.
 
-One name, three places: ``rollouts/length`` in TensorBoard is ``ray_opd_rollouts_length`` on Ray's metrics
-port, and ``rollouts/length`` in metrics.jsonl; :mod:`opd_ray.watch.catalogue` says what each is. On the port every
-metric carries ``run``, the last two names of the run's directory, and there are four that only make sense while a run
-runs: those of ``run/``, whose ``run/guard_events`` counts on, for the port shows no more than one step in ten seconds.
+One name, three places: ``rollouts/length`` in TensorBoard (or another tracker) is ``ray_opd_rollouts_length`` on Ray's
+metrics port, and ``rollouts/length`` in metrics.jsonl; :mod:`opd_ray.watch.catalogue` says what each is. On the port
+every metric carries ``run``, the last two names of the run's directory, and there are four that only make sense while a
+run runs: those of ``run/``, whose ``run/guard_events`` counts on, for the port shows no more than one step in ten
+seconds.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from typing import TextIO
 
 import numpy as np
 from ray.util.metrics import Gauge
-from tensorboard.compat.proto.summary_pb2 import Summary
 
 from opd_ray.disk import writing
 from opd_ray.messages import RolloutMeta
+from opd_ray.watch.tracking import Tracking
 
 _BLOCK = 1 << 20
 """Bytes of metrics.jsonl that are looked at together."""
@@ -65,28 +66,31 @@ def _outcomes(of: str, metas: Sequence[RolloutMeta]) -> dict[str, float]:
 
 
 class MetricsWriter:
-    """Writes one step's metrics to TensorBoard, to Ray's metrics ``port`` and to metrics.jsonl."""
+    """Writes one step's metrics to metrics.jsonl, to Ray's metrics ``port`` and to the trackers."""
 
     def __init__(
-        self, run_dir: Path, first_step: int = 0, *, continued: bool = False, steps: int | None = None
+        self,
+        run_dir: Path,
+        tracking: Tracking,
+        first_step: int = 0,
+        *,
+        continued: bool = False,
+        steps: int | None = None,
     ) -> None:
-        """``continued``: the run went on from ``first_step``, and TensorBoard forgets what came after that before.
-        ``steps``: how many are planned."""
-        purge_step = first_step + 1 if continued else None
-        from torch.utils.tensorboard import SummaryWriter  # brings torch, which the command line can do without
-
-        self._board_at, self._lines_at = run_dir / "tensorboard", run_dir / "metrics.jsonl"
-        with writing(self._board_at):
-            self._board = SummaryWriter(str(self._board_at), purge_step=purge_step)
+        """``continued``: the run went on from ``first_step``, and trackers forget, where they can, what came after that
+        before. ``steps``: how many are planned."""
+        self._lines_at = run_dir / "metrics.jsonl"
         with writing(self._lines_at):
             self._lines = _open_lines(self._lines_at)
+        self._tracking = tracking
+        tracking.begin(first_step, continued=continued)
         self._lock, self._closed = threading.Lock(), False
         self.port = MetricsPort("/".join(run_dir.absolute().parts[-2:]), first_step, steps)
 
     def write(self, step: int, metrics: Mapping[str, float], said: Sequence[tuple[str, str]] = ()) -> None:
-        """``step`` counts finished optimizer steps; values that are not finite are left out, and ``said`` are tags and
-        sentences for TensorBoard's text page. Blocks as long as the disk does; writes nothing after ``close``, when the
-        run may have gone back behind ``step``. Raises Unwritable."""
+        """``step`` counts finished optimizer steps; values that are not finite are left out, and ``said`` are titles
+        and sentences for the trackers. Blocks as long as the disk does; writes nothing after ``close``, when the run
+        may have gone back behind ``step``. Raises Unwritable."""
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         with self._lock:
             if self._closed:
@@ -94,23 +98,17 @@ class MetricsWriter:
             self.port.write(step, finite)
             with writing(self._lines_at):
                 self._lines.write(json.dumps({"step": step, **finite}) + "\n")
-            with writing(self._board_at):  # a thread writes it: what fails is raised by a later call
-                # One record instead of one for each name: TensorBoard opens its file anew for each.
-                values = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
-                self._board.file_writer.add_summary(Summary(value=values), step)
-                for tag, text in said:
-                    self._board.add_text(tag, text, step)
+            self._tracking.log(step, finite, said)
 
     def close(self) -> None:
         """Raises nothing: what a full disk did not take is lost with the run, which has said so."""
         self.port.close()
         with self._lock:
             self._closed = True
-            for file in (self._board, self._lines):
-                try:
-                    file.close()
-                except OSError as error:
-                    print(f"{self._board_at.parent}: the last metrics were not written ({error})", flush=True)
+            try:
+                self._lines.close()
+            except OSError as error:
+                print(f"{self._lines_at}: the last metrics were not written ({error})", flush=True)
 
 
 def _open_lines(path: Path) -> TextIO:

@@ -22,7 +22,7 @@ from opd_ray.watch.metrics import MetricsWriter
 
 
 class Metrics:
-    """Every step to TensorBoard, Ray's metrics port and metrics.jsonl, with what the rooms did since the last."""
+    """Every step to metrics.jsonl, Ray's metrics port and the trackers, with what the rooms did since the last."""
 
     def __init__(self, writer: MetricsWriter, rooms: Rooms, more: Callable[[], dict[str, float]]) -> None:
         """``more``: what else there is to say after a step."""

@@ -42,6 +42,19 @@ def test_without_student_rollouts_there_is_nothing_to_say():
     assert rollout_metrics([], version=0, budget=30) == {}
 
 
+class FakeTracking:
+    """What trackers are told."""
+
+    def __init__(self):
+        self.logged = []
+
+    def begin(self, step, *, continued):
+        pass
+
+    def log(self, *call):
+        self.logged.append(call)
+
+
 class FakeGauge:
     """What was set, by name; ``again`` opens when a gauge is set for the ``enough``-th time."""
 
@@ -128,7 +141,7 @@ def test_every_name_is_one_that_ray_exports():
 def test_a_writer_names_its_run_and_leaves_out_what_is_not_finite(gauges, tmp_path):
     run_dir = tmp_path / "runs" / "a"
     run_dir.mkdir(parents=True)
-    writer = MetricsWriter(run_dir, steps=5)
+    writer = MetricsWriter(run_dir, FakeTracking(), steps=5)
     writer.write(1, {"learner/loss": 0.5, "learner/grad_norm": float("nan")})
     writer.close()
     assert json.loads((run_dir / "metrics.jsonl").read_text()) == {"step": 1, "learner/loss": 0.5}
@@ -140,7 +153,7 @@ def test_a_writer_names_its_run_and_leaves_out_what_is_not_finite(gauges, tmp_pa
 def test_a_line_that_a_killed_driver_did_not_finish_takes_no_other_with_it(tmp_path):
     """The bug: the first line of the resumed run was written behind the torn one, and both were lost."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a"')
-    writer = MetricsWriter(tmp_path, 1, continued=True)
+    writer = MetricsWriter(tmp_path, FakeTracking(), 1, continued=True)
     writer.write(2, {"a": 3.0})
     writer.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -149,11 +162,12 @@ def test_a_line_that_a_killed_driver_did_not_finish_takes_no_other_with_it(tmp_p
 
 def test_nothing_is_written_for_a_run_that_has_gone_back(tmp_path):
     """A write that nobody waits for any more may come after the end of what it belongs to."""
-    writer = MetricsWriter(tmp_path)
+    writer = MetricsWriter(tmp_path, tracking := FakeTracking())
     writer.write(1, {"a": 1.0})
     writer.close()
     writer.write(2, {"a": 2.0})
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == ['{"step": 1, "a": 1.0}']
+    assert tracking.logged == [(1, {"a": 1.0}, ())]
 
 
 def test_a_disk_that_hangs_does_not_hold_the_loop():
