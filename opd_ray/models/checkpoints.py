@@ -85,6 +85,8 @@ def inspect_run(config: Config) -> dict[str, ModelFacts]:
         if path != STUDENT:
             locate(f"{name}={path}", path)  # all of them before the seconds that the first tokenizer takes
     student = inspect("student.path", config.student.path)
+    if lora := config.student.lora:
+        student = dataclasses.replace(student, size=student.size.with_adapters(lora))
     found = {"student": student}
     for role, scorer in used.items():
         name = names[role]

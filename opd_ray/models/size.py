@@ -6,10 +6,12 @@ What a size amounts to in memory and on the wire is :mod:`opd_ray.plan`'s busine
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from opd_ray.config import LoraConfig
 
 _MOST_CACHE_BYTES = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -37,6 +39,26 @@ class ModelSize:
     """I"""
     tied: bool
     """Is the output layer the embedding?"""
+    adapters: int = 0
+    """Parameters of low-rank adapters, which are trained in the place of its own; 0 without any."""
+
+    @property
+    def trained(self) -> int:
+        """Parameters that a learner trains."""
+        return self.adapters or self.parameters
+
+    def with_adapters(self, lora: LoraConfig) -> ModelSize:
+        """rank · (in + out) parameters for each layer that gets one, by the names and shapes that Llama, Mistral and
+        Qwen give their layers; one of another name counts as H × H."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        both_sides = {
+            **dict.fromkeys(("q_proj", "o_proj"), self.hidden_size + queries),
+            **dict.fromkeys(("k_proj", "v_proj"), self.hidden_size + keys),
+            **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), self.hidden_size + self.intermediate_size),
+        }
+        ends = both_sides if lora.targets == "all-linear" else {each.rpartition(".")[2] for each in lora.targets}
+        total = sum(both_sides.get(name, 2 * self.hidden_size) for name in ends)
+        return replace(self, adapters=lora.rank * self.num_layers * total)
 
     @property
     def head_parameters(self) -> int:

@@ -95,9 +95,9 @@ def _score_bytes_per_token(
 
 def broadcast_bytes(config: Config, student: ModelSize) -> int:
     """Bytes that every receiver of one weight broadcast gets: each parameter under each of its names, in the learner's
-    precision (:func:`opd_ray.weights.manifest.weights_of`)."""
-    again = student.head_parameters if student.tied else 0
-    return (student.parameters + again) * DTYPE_BYTES[config.learner.dtype]
+    precision (:func:`opd_ray.weights.manifest.weights_of`), or those of adapters alone."""
+    again = student.head_parameters if student.tied and not student.adapters else 0
+    return (student.trained + again) * DTYPE_BYTES[config.learner.dtype]
 
 
 def num_receivers(config: Config) -> int:

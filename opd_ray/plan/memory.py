@@ -85,20 +85,21 @@ def learner(config: Config, student: ModelSize, sizes: Mapping[str, ModelSize], 
     Weights, gradients and Adam's two moments in float32, 4·P + 4·P + 8·P, without ZeRO. With it (Rajbhandari et al.,
     arXiv 1910.02054, figure 1; DeepSpeed 0.19, stage_1_and_2.py and stage3.py) weights b·P or, at stage 3, b·P/N and
     what is gathered; float32 master weights 4·P/N; moments 8·P/N; gradients summed in float32, 4·P at stage 1 (b·P of
-    the pass itself beside them where b is 2), else 4·P/N.
+    the pass itself beside them where b is 2), else 4·P/N. Of a student with adapters the weights are those of both, and
+    P is the adapters' in all else.
     """
-    settings, parameters = config.learner, student.parameters
+    settings, trained, parameters = config.learner, student.trained, student.parameters + student.adapters
     stage, width, ranks = zero_stage(settings), DTYPE_BYTES[settings.dtype], settings.num_ranks
-    share = parameters / ranks
+    share = trained / ranks
     if stage == 0:
-        stays = {"weights": 4.0 * parameters, "gradients": 4.0 * parameters, "optimizer": 8.0 * parameters}
+        stays = {"weights": 4.0 * parameters, "gradients": 4.0 * trained, "optimizer": 8.0 * trained}
     else:
-        weights = width * (share + min(parameters, _LIVE_PARAMETERS) if stage == 3 else parameters)
-        gradients = 4.0 * share if stage > 1 else 4.0 * parameters + (2.0 * parameters if width == 2 else 0.0)
+        weights = width * (parameters / ranks + min(parameters, _LIVE_PARAMETERS) if stage == 3 else parameters)
+        gradients = 4.0 * share if stage > 1 else 4.0 * trained + (2.0 * trained if width == 2 else 0.0)
         stays = {"weights": weights, "gradients": gradients, "optimizer": 12.0 * share}
-    bucket = float(min(parameters, _BUCKET_PARAMETERS) * width)
+    bucket = float(min(trained, _BUCKET_PARAMETERS) * width)
     buckets = (2 * bucket if stage else bucket) if ranks > 1 or stage else 0.0
-    stays["buckets"] = max(buckets, float(_BROADCAST_BUCKET_BYTES if parameters * width > 2**26 else 0))
+    stays["buckets"] = max(buckets, float(_BROADCAST_BUCKET_BYTES if trained * width > 2**26 else 0))
     if heads := _frozen_heads(config, sizes):
         stays["scorers' output layers"] = heads
     passing = {
@@ -214,8 +215,8 @@ def scorer_process(role: str, scorer: ScorerConfig, model: ModelSize, step: Step
 
 def snapshot_bytes(student: ModelSize) -> int:
     """The learner's state as a snapshot holds it: float32 weights and Adam's two moments, 12 bytes a parameter
-    (:mod:`opd_ray.learn.state`)."""
-    return 12 * student.parameters
+    that is trained (:mod:`opd_ray.learn.state`)."""
+    return 12 * student.trained
 
 
 def object_store(
@@ -234,12 +235,13 @@ def object_store(
 
 def _frozen_heads(config: Config, sizes: Mapping[str, ModelSize]) -> float:
     """The output layers that the learner holds for scorers that are compared on the whole vocabulary."""
-    return float(sum(sizes[role].head_parameters * DTYPE_BYTES[scorer.dtype] for role, scorer in _full(config)))
+    known = {"reference": sizes["student"], **sizes}  # the learner's own, where it starts no scorer
+    return float(sum(known[role].head_parameters * DTYPE_BYTES[scorer.dtype] for role, scorer in _full(config)))
 
 
 def _states_width(config: Config, sizes: Mapping[str, ModelSize]) -> int:
     """H of all scorers whose states come to the learner."""
-    return sum(sizes[role].hidden_size for role, _ in _full(config))
+    return sum(sizes[role].hidden_size for role, _ in _full(config) if role in sizes)
 
 
 def _full(config: Config) -> list[tuple[str, ScorerConfig]]:

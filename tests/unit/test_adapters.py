@@ -22,6 +22,9 @@ from opd_ray.learn.objective import Objective
 from opd_ray.learn.reference import OwnReference
 from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.checkpoints import read_weights
+from opd_ray.models.size import size_of
+from opd_ray.plan.flow import broadcast_bytes
+from opd_ray.plan.memory import snapshot_bytes
 from opd_ray.score.engine import Rollout
 from opd_ray.score.requests import reference_request
 from opd_ray.score.torch import TorchScoringEngine
@@ -126,6 +129,17 @@ def test_a_broadcast_of_adapters_is_small_and_must_fit(tiny_model: dict[str, Pat
     del parameters[key]
     with pytest.raises(WeightSyncError, match=f"{key} is unknown"):
         check_fits(manifest, parameters, "a generator")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"]])
+def test_the_plan_counts_the_parameters_that_there_are(tiny_model: dict[str, Path], targets: str | list[str]) -> None:
+    path, lora = tiny_model["tied"], LoraConfig(rank=4, targets=targets)
+    model, adapters = adapted(path, lora)
+    size = size_of(model.config, path).with_adapters(lora)
+    assert size.adapters == size.trained == sum(weight.numel() for _, weight in adapters.weights())
+    config = from_dict({"student": {"lora": {"rank": 4, "targets": targets}}})
+    assert broadcast_bytes(config, size) == num_bytes(manifest_of(adapters.weights(), 0))
+    assert snapshot_bytes(size) == 12 * size.adapters
 
 
 def test_an_adapter_of_a_layer_that_the_base_lacks_is_no_update() -> None:

@@ -111,6 +111,20 @@ def test_a_tied_output_layer_is_sent_under_both_of_its_names() -> None:
 # ---- memory ----
 
 
+def test_adapters_take_gradients_moments_and_snapshots_of_their_own_size_alone() -> None:
+    """And the whole vocabulary is compared with the base in the learner, which no scorer has a size for."""
+    config = made("student.lora.rank=4", "loss.reference.estimator=full", "learner.zero_stage=2", "learner.num_ranks=2")
+    size, step = replace(QWEN3_1B7, adapters=0), flow.Step({"student": 8}, 10, 90)
+    with_adapters = size.with_adapters(config.student.lora)
+    sizes = {"student": with_adapters, "teacher": SMALL}
+    whole, few = (memory.learner(config, each, sizes, step).parts for each in (size, with_adapters))
+    assert with_adapters.adapters < 0.005 * size.parameters
+    for name in ("gradients", "optimizer"):
+        assert few[name] < 0.005 * whole[name]
+    assert few["weights"] == pytest.approx(whole["weights"] + 4 * with_adapters.adapters)
+    assert few["scorers' output layers"] == 4 * size.head_parameters
+
+
 def test_a_snapshot_is_that_of_design() -> None:
     """DESIGN §6: 20.6 GB at 1.7 B, 91 GB at 7.6 B."""
     assert memory.snapshot_bytes(QWEN3_1B7) == pytest.approx(20.6 * GB, rel=0.005)
