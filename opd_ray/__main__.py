@@ -31,7 +31,9 @@ class _ConfiguredCommand(click.Command):
     """A command whose --help ends with every configuration field, its sentence and its default."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections = itertools.groupby(configs.describe(), key=lambda doc: doc.name.rpartition(".")[0])
+        sections = itertools.groupby(
+            [*configs.describe(), *configs.describe_absent()], key=lambda doc: doc.name.rpartition(".")[0]
+        )
         for section, docs in sections:
             with formatter.section(f"Fields of {section}" if section else "Fields at the top level"):
                 formatter.write_dl([(doc.name, f"{doc.doc} [{_default(doc)}]") for doc in docs], col_max=34)

@@ -8,7 +8,17 @@ is checked by :mod:`opd_ray.run.preflight`.
 from opd_ray.config.binding import ROOMS, RUN
 from opd_ray.config.data import EMBEDDED, HELD_OUT, EvaluationSet, MetricsConfig, set_field
 from opd_ray.config.learner import LearnerConfig
-from opd_ray.config.loading import FieldDoc, describe, differences, from_dict, leaves, load, to_dict, to_yaml
+from opd_ray.config.loading import (
+    FieldDoc,
+    describe,
+    describe_absent,
+    differences,
+    from_dict,
+    leaves,
+    load,
+    to_dict,
+    to_yaml,
+)
 from opd_ray.config.method import AdvantageConfig, ImportanceConfig, LossConfig, ReferenceTermConfig, TermConfig
 from opd_ray.config.runtime import CheckpointConfig, ElasticConfig, GuardConfig, RecoveryConfig
 from opd_ray.config.sections import STUDENT, LoraConfig, RolloutConfig, ScorerConfig, TeacherConfig

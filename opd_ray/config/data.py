@@ -96,7 +96,8 @@ class EvaluationConfig:
     """Held-out accuracy of the student, before, during and after."""
 
     sets: Annotated[dict[str, EvaluationSet], AfterValidator(_named)] = Field(default_factory=dict)
-    """Sets of problems by name, in place of data.evaluation."""
+    """Sets of problems by name, in place of data.evaluation: {NAME: {path, samples, temperature, top_p, max_tokens,
+    greedy, num_problems}, ...}, of which path is needed."""
     num_problems: int = Field(512, ge=0)
     """Problems of data.evaluation before and after, the first of the file; 0 evaluates nothing, no sets either."""
     every_steps: int = Field(50, ge=0)

@@ -138,6 +138,10 @@ class FieldDoc:
 def describe() -> Iterator[FieldDoc]:
     """Every field as ``section.field`` with its default and sentence."""
     yield from _describe(Config(), from_dict({}), "")
+
+
+def describe_absent() -> Iterator[FieldDoc]:
+    """The same of sections that no run has by itself: student.lora, and each of evaluation.sets under its name."""
     for absent, prefix in ((LoraConfig(), "student.lora."), (EvaluationSet(), "evaluation.sets.NAME.")):
         yield from _describe(absent, absent, prefix)
 

@@ -239,6 +239,20 @@ def test_the_paper_files_carry_what_the_paper_states(name):
 
 
 @pytest.mark.parametrize("name", PAPER)
+def test_the_paper_files_evaluate_on_its_six_sets(name):
+    sets = load(name).evaluation_sets
+    assert {set_name: each.samples for set_name, each in sets.items()} == {
+        "aime24": 32,
+        "aime25": 32,
+        "amc": 32,
+        "math500": 1,
+        "minerva": 1,
+        "olympiadbench": 1,
+    }
+    assert {(each.temperature, each.greedy, each.num_problems) for each in sets.values()} == {(0.6, False, None)}
+
+
+@pytest.mark.parametrize("name", PAPER)
 def test_the_paper_files_ask_for_four_gpus(name):
     config = load(name)
     resources = {"CPU": 64.0, "GPU": 4.0}
