@@ -140,9 +140,9 @@ def describe() -> Iterator[FieldDoc]:
     yield from _describe(Config(), from_dict({}), "")
 
 
-def describe_absent() -> Iterator[FieldDoc]:
-    """The same of sections that no run has by itself: student.lora, and each of evaluation.sets under its name."""
-    for absent, prefix in ((LoraConfig(), "student.lora."), (EvaluationSet(), "evaluation.sets.NAME.")):
+def describe_absent(name: str = "NAME") -> Iterator[FieldDoc]:
+    """The same of sections that no run has by itself: student.lora, and one of evaluation.sets under its ``name``."""
+    for absent, prefix in ((LoraConfig(), "student.lora."), (EvaluationSet(), f"evaluation.sets.{name}.")):
         yield from _describe(absent, absent, prefix)
 
 
@@ -170,7 +170,8 @@ def _one_line(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"] if part != "float" and not str(part).startswith(forms))
     if first["type"] == "unexpected_keyword_argument":
         section, _, _ = where.rpartition(".")
-        siblings = {".".join(field.name.split(".")[: len(first["loc"])]) for field in describe()}
+        every = (*describe(), *describe_absent(*first["loc"][2:3]))
+        siblings = {".".join(field.name.split(".")[: len(first["loc"])]) for field in every}
         known = [name for name in siblings if name.startswith(section)]
         return f"config: unknown field '{where}'{near(where, known)}"
     message = first["msg"].removeprefix("Value error, ")

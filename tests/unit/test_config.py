@@ -85,7 +85,10 @@ def test_sets_take_the_place_of_data_evaluation_and_what_they_leave_out_from_the
         ([*OWN[:-1], "evaluation.sets.a-b.path=x"], r"a set's name has letters, digits and _.* got 'a-b'"),
         ([*OWN[:-1], "evaluation.sets.held_out.path=x"], r"got 'held_out'"),
         ([*OWN[:-1], "evaluation.sets.a.path=x", "evaluation.sets.a.samples=0"], r"evaluation.sets.a.samples: .* 1"),
-        ([*OWN[:-1], "evaluation.sets.a.sample=1"], r"unknown field 'evaluation.sets.a.sample'"),
+        (
+            [*OWN[:-1], "evaluation.sets.a.sample=1"],
+            r"'evaluation.sets.a.sample'; did you mean '.*.a.samples'",
+        ),
     ],
 )
 def test_a_set_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:
