@@ -2,12 +2,16 @@
 # make study       which part of StableOPD does what: 14 arms on 5 seeds, one report (runs/study); ARGS="--seeds 1" for one
 # make test        unit, contract, Ray, page and (with a CUDA device) GPU tests, two files at a time
 # make test-fast   those without Ray, vLLM and DeepSpeed, under a minute, for the hand
-# make setup       only install, into .venv; DEVICE=gpu for a CUDA machine, PYTHON=... for another interpreter
+# make setup       only install, into .venv, for this machine's GPU or CPU; DEVICE=cpu or gpu, PYTHON=... for another
 # make lint        ruff; make clean removes caches and .venv, but no runs
 #
 # ARGS goes to the command: make demo ARGS="seed=3 learner.steps=50", make test ARGS="-k staleness".
 
-DEVICE ?= cpu
+# Each device has its environment, and .venv is a link to the one that was last asked for: what was set up with
+# DEVICE=gpu is what make test then runs in.
+LAST := $(patsubst .venv-%,%,$(notdir $(shell readlink .venv)))
+DEVICE ?= $(or $(if $(filter setup,$(MAKECMDGOALS)),,$(LAST)),$(shell .ci/device))
+override DEVICE := $(DEVICE)
 ARGS ?=
 TESTS_AT_ONCE ?= 2
 RUN := .venv/bin/python
@@ -16,16 +20,19 @@ RUN := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
 # Named after what decides the installation, so that an unchanged checkout never installs twice.
-STAMP := .venv/.ready-$(DEVICE)-$(firstword $(shell cat pyproject.toml .ci/setup .ci/cpu-overrides.txt | cksum))
+STAMP := .venv-$(DEVICE)/.ready-$(firstword $(shell cat pyproject.toml .ci/setup .ci/cpu-overrides.txt | cksum))
 
-.PHONY: help setup demo study test test-fast lint clean
+.PHONY: help link setup demo study test test-fast lint clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -7
 
 setup: $(STAMP)
 
-$(STAMP):
+link:
+	@.ci/link $(DEVICE)
+
+$(STAMP): | link
 	@.ci/setup $(DEVICE) $(STAMP)
 
 demo: $(STAMP)
@@ -45,5 +52,5 @@ lint: $(STAMP)
 	@$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-cpu .venv-gpu build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

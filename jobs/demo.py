@@ -38,7 +38,7 @@ from opd_ray import config as configs
 from opd_ray.errors import InputError
 
 _ROOT = Path(__file__).resolve().parent.parent
-_LEFT_OUT = [".git", ".venv", "runs", "__pycache__", "*.egg-info", ".pytest_cache", ".ruff_cache", ".hypothesis"]
+_LEFT_OUT = [".git", ".venv*", "runs", "__pycache__", "*.egg-info", ".pytest_cache", ".ruff_cache", ".hypothesis"]
 _HEAD_DEADLINE_S = 120.0
 _JOB_STOP_S = 30.0
 """How long a job that is stopped may take: it saves a checkpoint first."""
