@@ -170,6 +170,33 @@ def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, over
 
 
 @cli.command(cls=_ConfiguredCommand)
+@_config_option
+@click.option("--probe", is_flag=True, help="Measure two minutes of the run's steps, in its rooms.")
+@click.option(
+    "--price-per-gpu-hour",
+    "price",
+    type=click.FloatRange(min=0),
+    metavar="X",
+    help="What the hours that --probe predicts cost; of a node where no GPU is asked for.",
+)
+@_debug_option
+@_overrides_argument
+def plan(config_file: Path | None, probe: bool, price: float | None, overrides: tuple[str, ...]) -> None:
+    """Memory, bytes and tokens of a training run, against what there is; ends with 1 where it does not fit.
+
+    Of the cluster that RAY_ADDRESS names, or of this machine. With --probe also tokens per second, hours and money,
+    and the split of workers that balances.
+    """
+    if price is not None and not probe:
+        raise InputError("--price-per-gpu-hour needs --probe, which measures how long the run takes")
+    config = _load(config_file, overrides)
+    from opd_ray.run import plan as planning
+
+    if not planning.plan(config, measure=probe, price=price):
+        sys.exit(1)
+
+
+@cli.command(cls=_ConfiguredCommand)
 @click.argument("checkpoint")
 @_config_option
 @click.option(

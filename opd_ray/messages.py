@@ -292,6 +292,16 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """The most memory that a process had since it began."""
+
+    host_bytes: int
+    """Of its node, without the object store."""
+    gpu_bytes: int | None
+    """Of its GPU; None without one."""
+
+
+@dataclass(frozen=True)
 class PoolSize:
     """How many workers a pool has."""
 

@@ -23,6 +23,7 @@ from opd_ray.messages import (
     ROLLOUT_SCHEMA,
     Finished,
     GenerationRequest,
+    MemoryUse,
     PromptGroup,
     RolloutMeta,
     SamplingSettings,
@@ -32,6 +33,7 @@ from opd_ray.messages import (
 )
 from opd_ray.repetition import is_repetitive, tail_period
 from opd_ray.rooms import logs
+from opd_ray.rooms.memory import own_memory
 from opd_ray.rooms.node import this_actor, this_node
 from opd_ray.tasks import Task
 from opd_ray.tasks.judge import Judge
@@ -77,6 +79,9 @@ class Generator:
 
     async def node(self) -> str:
         return this_node()
+
+    async def memory(self) -> MemoryUse:
+        return own_memory()
 
     async def begin(self, settings: GeneratorSettings) -> None:
         """Another run: drops what is left of the one before."""

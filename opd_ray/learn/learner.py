@@ -37,11 +37,12 @@ from opd_ray.learn.microbatch import Payloads, collate, disable_dropout, fetch_p
 from opd_ray.learn.objective import MicroBatchLoss, Objective
 from opd_ray.learn.reference import OwnReference
 from opd_ray.learn.state import LearnerState
-from opd_ray.messages import StepOutcome, StepPlan, TransferGroup, WeightManifest
+from opd_ray.messages import MemoryUse, StepOutcome, StepPlan, TransferGroup, WeightManifest
 from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.checkpoints import load_causal_lm, local_directory
 from opd_ray.models.heads import load_heads
 from opd_ray.rooms import logs
+from opd_ray.rooms.memory import own_memory
 from opd_ray.rooms.node import free_port, node_ip, this_node
 from opd_ray.weights.manifest import manifest_of, weights_of
 from opd_ray.weights.transfer import WeightTransfer
@@ -72,6 +73,9 @@ class Learner:
 
     def node(self) -> str:
         return this_node()
+
+    def memory(self) -> MemoryUse:
+        return own_memory()
 
     def node_address(self) -> tuple[str, int]:
         """(IP address, free port) of this process's node, where rank 0 lets the others meet."""

@@ -120,6 +120,11 @@ class Session:
             )
         return self._rooms
 
+    @property
+    def up(self) -> Rooms | None:
+        """The rooms of the run before; None where none was started."""
+        return self._rooms
+
     def close(self) -> None:
         """Ends the actors."""
         if self._rooms is not None:

@@ -14,15 +14,16 @@ from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
 from opd_ray.plan.flow import Step, store_bytes
 
 BASE_BYTES = {
-    "learn": 600_000_000,
-    "torch": 420_000_000,
-    "vllm": 700_000_000,
-    "record": 250_000_000,
-    "driver": 500_000_000,
-    "ray": 700_000_000,
+    "learn": 440_000_000,
+    "torch": 360_000_000,
+    "vllm": 790_000_000,
+    "record": 115_000_000,
+    "driver": 400_000_000,
+    "ray": 630_000_000,
 }
 """A process with its libraries imported and no model: a learner rank, one with transformers, one with vLLM, the
-recorder, the driver, and Ray's own on a node. Anonymous pages and its share of mapped files, measured on Linux."""
+recorder, the driver, and Ray's own on the head's node. Anonymous pages and its share of mapped files, as measured with
+CPU builds of torch 2.13 and vLLM 0.32 on Linux; libraries for CUDA take more."""
 _CUDA_BYTES = 1_000_000_000
 """CUDA's context, workspaces of cuBLAS and NCCL's buffers: about this on Hopper, as PyTorch reports it; not measured
 here."""

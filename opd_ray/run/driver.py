@@ -23,12 +23,14 @@ from opd_ray.disk import writing
 from opd_ray.errors import GroupLost, Terminated, Unwritable, first_failure, only_said
 from opd_ray.evaluation import verdicts
 from opd_ray.evaluation.scores import Evaluation
-from opd_ray.messages import Entry, RolloutMeta
+from opd_ray.messages import Entry, MemoryUse, RolloutMeta
 from opd_ray.pipeline import GuardOrder, Pipeline
 from opd_ray.placement import launch
 from opd_ray.placement.restarts import Restarts
 from opd_ray.placement.session import Session
 from opd_ray.placement.supervisor import Supervisor
+from opd_ray.plan.forecast import Forecast
+from opd_ray.plan.outlook import outlook
 from opd_ray.rooms.threads import in_thread
 from opd_ray.rooms.together import together, until_whole
 from opd_ray.run.golden import GoldenRollouts
@@ -109,6 +111,8 @@ class Driver:
             say=self._say,
         )
         self._tracking = Tracking(Tracked(run_dir, config), self._say)
+        self._forecast = Forecast(config, outlook(config, facts), self._say)
+        self._memory: dict[str, MemoryUse] = {}
         self._writer: MetricsWriter | None = None
         self._after: Evaluation | None = None
         self._begun = False
@@ -198,6 +202,7 @@ class Driver:
         stopped = await self._steps(pipeline)
         self._after = await self._evaluate(pipeline)
         say_evaluation("after", self._after)
+        self._memory = await self._rooms.memory()
         self._where.enter("exporting")
         await self._export()
         result = self._finish(stopped.step, "guard") if stopped else self._finish()
@@ -287,7 +292,9 @@ class Driver:
             VerdictLog(self._run_dir),
             self._keeper,
             Progress(self._config.learner.steps, self._where.step, self._say),
+            self._forecast,
         ]
+        self._forecast.go_on()
         try:
             await pipeline.run([self._summary, *watching, *self._observers])
         except GuardOrder as end:
@@ -308,6 +315,7 @@ class Driver:
         result = self._summary.result(self._config, self._after)
         result |= {"golden": self._facts.golden, "stopped_at": stopped_at, "stopped_by": stopped_by}
         result["weight_sync_bytes"] = self._delivery.num_bytes
+        result |= {"plan": self._forecast.result(self._memory)}
         with writing(path := self._run_dir / SUMMARY):
             path.write_text(json.dumps(result, indent=2) + "\n")
         self._tracking.summarise(result)

@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from opd_ray.config import ScorerConfig
 from opd_ray.errors import EngineFailed, OpdError, RunError
-from opd_ray.messages import MOST_VALUES, ScoreRequest, TransferGroup, WeightManifest, score_schema
+from opd_ray.messages import MOST_VALUES, MemoryUse, ScoreRequest, TransferGroup, WeightManifest, score_schema
 from opd_ray.rooms import logs
+from opd_ray.rooms.memory import own_memory
 from opd_ray.rooms.node import this_node
 from opd_ray.score.engine import Rollout, Scores, ScoringEngine
 
@@ -78,6 +79,9 @@ class Scorer:
 
     async def node(self) -> str:
         return this_node()
+
+    async def memory(self) -> MemoryUse:
+        return own_memory()
 
     async def begin(self, scorer: ScorerConfig) -> None:
         """Another run: its checkpoint, unless that is at hand and unchanged, and its way to follow the student."""

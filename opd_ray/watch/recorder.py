@@ -14,9 +14,10 @@ from ray import ObjectRef
 from ray.exceptions import ObjectLostError
 
 from opd_ray.disk import whole, writing
-from opd_ray.messages import REFERENCE, ROLLOUT_SCHEMA, Entry, RolloutMeta
+from opd_ray.messages import REFERENCE, ROLLOUT_SCHEMA, Entry, MemoryUse, RolloutMeta
 from opd_ray.repetition import repeated_ngrams
 from opd_ray.rooms import logs
+from opd_ray.rooms.memory import own_memory
 from opd_ray.rooms.node import this_node
 
 _log = logs.get(__name__)
@@ -27,6 +28,9 @@ class Recorder:
 
     def node(self) -> str:
         return this_node()
+
+    def memory(self) -> MemoryUse:
+        return own_memory()
 
     def write(self, directory: str, step: int, entries: Sequence[Entry], keep: int) -> int:
         """Writes step-N.parquet into ``directory`` and deletes all but the newest ``keep``; returns its number of rows.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from opd_ray.config import Config
-from opd_ray.messages import StepOutcome, StepPlan, TransferGroup, WeightManifest
+from opd_ray.messages import MemoryUse, StepOutcome, StepPlan, TransferGroup, WeightManifest
 from opd_ray.rooms.node import free_port, node_ip, this_node
 
 VOCAB_SIZE = 32
@@ -86,6 +86,9 @@ class FakeLearner:
 
     def node(self) -> str:
         return this_node()
+
+    def memory(self) -> MemoryUse:
+        return MemoryUse(0, None)
 
     def node_address(self) -> tuple[str, int]:
         return node_ip(), free_port()

@@ -21,7 +21,16 @@ import pyarrow as pa
 
 from fake_ray import Actor
 from opd_ray.errors import RunError, WeightSyncError
-from opd_ray.messages import Entry, PromptGroup, SamplingSettings, StepOutcome, StepPlan, TransferGroup, WeightManifest
+from opd_ray.messages import (
+    Entry,
+    MemoryUse,
+    PromptGroup,
+    SamplingSettings,
+    StepOutcome,
+    StepPlan,
+    TransferGroup,
+    WeightManifest,
+)
 from small_messages import meta
 
 MANIFEST = WeightManifest(0, ("w",), ("float32",), ((1,),))
@@ -69,6 +78,9 @@ class Worker:
 
     def node(self) -> str:
         return self.actor.node
+
+    def memory(self) -> MemoryUse:
+        return MemoryUse(0, None)
 
     def begin(self, *args: Any) -> None:
         self.begun_with.append(args)
