@@ -23,11 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_ray import config as configs
+from opd_ray.config import Config
+from opd_ray.messages import SOURCES
+from opd_ray.plan.rates import Tokens, measured
 from opd_ray.run.train import train
-from opd_ray.watch.observers import StepReport
-
-_ROOMS_OF_SOURCE = {"student": ["generate"], "golden": [], "teacher": ["teacher_generate"]}
-"""Who makes the rollouts of a source."""
 
 
 class PeakMemory:
@@ -66,21 +65,6 @@ def _pss_bytes(process: psutil.Process) -> int:
         return 0
 
 
-class Tokens:
-    """Observer that counts the response tokens that each room had to do with, step by step."""
-
-    def __init__(self) -> None:
-        self.steps: list[Counter[str]] = []
-
-    async def on_step(self, report: StepReport) -> None:
-        """Adds a step: by room, and all that were trained on as "learn"."""
-        counts: Counter[str] = Counter()
-        for entry in report.entries:
-            rooms = [*_ROOMS_OF_SOURCE[entry.meta.source], *entry.scores, "learn"]
-            counts.update(dict.fromkeys(rooms, entry.meta.num_response_tokens))
-        self.steps.append(counts)
-
-
 @click.command()
 @click.option("--warmup", default=20, show_default=True, help="Steps that are not measured.")
 @click.option("--steps", default=100, show_default=True, help="Steps that are measured.")
@@ -103,31 +87,28 @@ def main(warmup: int, steps: int, config_file: Path | None, overrides: tuple[str
     with tempfile.TemporaryDirectory() as directory, PeakMemory() as memory:
         summary = train(config, Path(directory) / "bench", observers=(tokens,))
         lines = (Path(directory) / "bench" / "metrics.jsonl").read_text().splitlines()
-    measured = [row for row in map(json.loads, lines) if "throughput/step_s" in row][warmup:]
-    _show(measured, sum(tokens.steps[warmup:], Counter()), memory.peak_bytes)
+    rows = [row for row in map(json.loads, lines) if "throughput/step_s" in row][warmup:]
+    _show(config, rows, tokens.steps[warmup:], memory.peak_bytes)
     if summary["restarts"]:
         lost = ", ".join(f"{count} of {room}" for room, count in summary["restarts_by_room"].items())
         click.echo(f"workers were lost and replaced meanwhile ({lost}): measure again", err=True)
 
 
-def _show(measured: list[dict[str, Any]], tokens: Counter[str], peak_bytes: int) -> None:
-    wall = sum(row["throughput/step_s"] for row in measured)
+def _show(config: Config, rows: list[dict[str, Any]], tokens: list[Counter[str]], peak_bytes: int) -> None:
+    wall, total = sum(row["throughput/step_s"] for row in rows), sum(tokens, Counter())
     table = Table("room", "tokens/s of its own work", "idle share", title="rooms", title_justify="left")
-    for room in sorted(name.removeprefix("idle/") for name in measured[0] if name.startswith("idle/")):
-        busy = sum((1 - row[f"idle/{room}"]) * row["throughput/step_s"] for row in measured)
-        rate = f"{tokens[room] / busy:,.0f}" if tokens[room] else "-"
-        table.add_row(room, rate, f"{1 - busy / wall:.2f}")
+    for room in measured(rows, tokens, config):
+        rate = f"{room.tokens_per_s:,.0f}" if room.tokens else "-"
+        table.add_row(room.room, rate, f"{room.idle_share(wall / len(rows)):.2f}")
     console = Console()
     console.print(table)
-    sync = median(row["learner/weight_sync_s"] for row in measured)
-    rollouts = {
-        source: sum(row.get(f"mixture/{source}_rollouts", 0) for row in measured) for source in _ROOMS_OF_SOURCE
-    }
-    composition = " + ".join(f"{count / len(measured):.0f} {source}" for source, count in rollouts.items() if count)
+    sync = median(row["learner/weight_sync_s"] for row in rows)
+    rollouts = {source: sum(row.get(f"mixture/{source}_rollouts", 0) for row in rows) for source in SOURCES}
+    composition = " + ".join(f"{count / len(rows):.0f} {source}" for source, count in rollouts.items() if count)
     console.print(
-        f"loop: {tokens['generate'] / wall:,.0f} student tokens trained per second "
-        f"({tokens['learn'] / wall:,.0f} of all sources), {wall / len(measured) * 1000:.0f} ms a step "
-        f"of {composition} rollouts, over {len(measured)} steps"
+        f"loop: {total['generate'] / wall:,.0f} student tokens trained per second "
+        f"({total['learn'] / wall:,.0f} of all sources), {wall / len(rows) * 1000:.0f} ms a step "
+        f"of {composition} rollouts, over {len(rows)} steps"
     )
     console.print(f"weight sync: {sync * 1000:.0f} ms (median); peak memory {peak_bytes / 2**30:.1f} GiB (PSS)")
 

@@ -166,6 +166,10 @@ def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, over
         if run_dir is not None:
             find_start(asked, run_dir, resume=resume, hold=False)
     found = {name: value for name, value in vars(facts).items() if name not in ("data", "sizes")}
+    from opd_ray.plan.outlook import outlook
+    from opd_ray.plan.show import short
+
+    click.echo(short(outlook(config, facts)))
     _print_table("preflight: nothing to object to", found)
 
 

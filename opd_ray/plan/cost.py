@@ -1,11 +1,12 @@
-"""How long a run takes and what it costs, from what a probe measured. Pure."""
+"""How long a run takes, from what a probe measured. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from opd_ray.config import Config
-from opd_ray.plan.probe import Probe
+from opd_ray.plan.rates import RoomRate
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,23 @@ class Cost:
         return (self.start_s + self.steps_s + self.evaluations_s) / 3600
 
 
-def cost(config: Config, probe: Probe) -> Cost:
-    """Every problem of an evaluation is answered twice, greedy and sampled, at the rate of the generators' own work."""
-    generators = next(room for room in probe.rooms if room.room == "generate")
+def cost(
+    config: Config,
+    problems: Mapping[str, int],
+    generators: RoomRate,
+    *,
+    start_s: float,
+    step_s: float,
+    response_tokens: float,
+) -> Cost:
+    """Answers of evaluations are as long as rollouts, and written at the rate of the generators' own work.
+    ``problems``: how many each set of ``config.evaluation_sets`` has."""
+    steps, every = config.learner.steps, config.evaluation.every_steps
+    during = (steps - 1) // every if every else 0
+    answers = 0
+    for name, each in config.evaluation_sets.items():
+        whole = min(problems[name], each.num_problems or problems[name])
+        asked = 2 * whole + during * min(problems[name], config.evaluation.num_problems_during)
+        answers += asked * (each.samples + each.greedy)
     rate = generators.tokens_per_s * generators.workers
-    evaluation, steps = config.evaluation, config.learner.steps
-    during = (steps - 1) // evaluation.every_steps if evaluation.every_steps and evaluation.num_problems else 0
-    answers = 2 * (2 * evaluation.num_problems + during * evaluation.num_problems_during)
-    evaluations = answers * probe.step.response_tokens / rate if rate else 0.0
-    return Cost(probe.start_s, steps * probe.step_s, evaluations)
+    return Cost(start_s, steps * step_s, answers * response_tokens / rate if rate else 0.0)

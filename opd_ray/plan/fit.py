@@ -80,7 +80,7 @@ def problems(
         if (asked := gpu.bytes(has)) > has:
             rooms = " + ".join(f"{each.room} {gigabytes(each.bytes)}" for each in gpu.rooms)
             found.append(
-                f"GPU {number} would hold {gigabytes(asked)} ({rooms}) of {gigabytes(has)}: see its largest parts; lower "
+                f"GPU {number} would hold {gigabytes(asked)} ({rooms}) of {gigabytes(has)}: see the parts; lower "
                 "learner.micro_batch_tokens or a scorer's max_batch_tokens, take gradient_checkpointing, a "
                 "higher zero_stage, more ranks, or a GPU of its own"
             )

@@ -56,7 +56,7 @@ class RoomRate:
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step in which each of its workers has work."""
+        """Seconds of a step in which each worker has work."""
         return self.busy_s / self.workers
 
     def idle_share(self, step_s: float) -> float:

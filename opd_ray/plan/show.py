@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -11,8 +12,10 @@ from opd_ray.plan.cost import Cost
 from opd_ray.plan.fit import gigabytes, gpus, host_bytes
 from opd_ray.plan.memory import Process
 from opd_ray.plan.outlook import Outlook
-from opd_ray.plan.probe import Probe
 from opd_ray.plan.rates import Split
+
+if TYPE_CHECKING:
+    from opd_ray.plan.probe import Probe
 
 
 def short(outlook: Outlook) -> str:

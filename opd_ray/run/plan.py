@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import psutil
 import ray
@@ -14,7 +14,7 @@ from opd_ray.embedded.resolve import resolve
 from opd_ray.placement.nodes import Card, Node, cards, nodes, on_each, this_machine
 from opd_ray.placement.session import cluster
 from opd_ray.plan import fit, show
-from opd_ray.plan.cost import cost
+from opd_ray.plan.cost import Cost, cost
 from opd_ray.plan.outlook import Outlook, outlook
 from opd_ray.plan.probe import Probe, probe
 from opd_ray.plan.rates import Split, propose
@@ -28,7 +28,8 @@ def plan(config: Config, *, measure: bool, price: float | None) -> bool:
     """Prints the plan; False where it does not fit. ``measure`` runs a probe, on a Ray of its own where RAY_ADDRESS
     names no cluster; without, and without a cluster, no Ray is started, and this machine is what there is."""
     asked, config = config, resolve(config)
-    ahead = outlook(config, preflight.check_files(config))
+    facts = preflight.check_files(config)
+    ahead = outlook(config, facts)
     console = Console(soft_wrap=True)
     if measure or ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
         with cluster():
@@ -43,7 +44,10 @@ def plan(config: Config, *, measure: bool, price: float | None) -> bool:
     card_bytes = sorted((card.memory_bytes for card in gpus), reverse=True)
     show.places(console, ahead.processes, memory, store, card_bytes)
     if seen:
-        show.rates(console, seen, cost(config, seen), _better(config, seen, there), _money(ahead, there, price))
+        problems = {name: len(each) for name, each in facts.data.problems.items()}
+        show.rates(
+            console, seen, _cost(config, problems, seen), _better(config, seen, there), _money(ahead, there, price)
+        )
     return _verdict(console, ahead, memory, store, card_bytes)
 
 
@@ -51,6 +55,12 @@ def _cards_of(there: Sequence[Node]) -> list[Card]:
     """The GPUs of all nodes; a node that does not say which it has is left out."""
     answers = on_each([node for node in there if node.gpus], cards, deadline_s=_LOOK_S)
     return [card for answer in answers if isinstance(answer, list) for card in answer]
+
+
+def _cost(config: Config, problems: Mapping[str, int], seen: Probe) -> Cost:
+    generators = next(room for room in seen.rooms if room.room == "generate")
+    length = seen.step.response_tokens
+    return cost(config, problems, generators, start_s=seen.start_s, step_s=seen.step_s, response_tokens=length)
 
 
 def _better(config: Config, seen: Probe, there: Sequence[Node]) -> Split | None:

@@ -16,6 +16,7 @@ from unittest import mock
 import fake_ray
 from fake_rooms import Cast, golden_batch, stream
 from fake_workers import FakeGenerator, FakeLearner, FakeScorer
+from known_models import TINY
 from opd_ray.config import from_dict
 from opd_ray.placement.session import Session
 from opd_ray.run.driver import Driver
@@ -24,6 +25,9 @@ from opd_ray.snapshots import Lease, Shelf, Storage
 FACTS: Any = SimpleNamespace(
     eos_token_ids=(0,),
     max_context_tokens=64,
+    max_prompt_tokens=4,
+    num_prompts=10,
+    sizes=defaultdict(lambda: TINY),
     golden={"rows": 5, "used": 5},
     data=SimpleNamespace(
         prompt_stream=lambda attempt: stream(),

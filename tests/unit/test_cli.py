@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 import made_up_verdicts as made_up
 from opd_ray import __main__ as command_line
 from opd_ray import config as configs
 from opd_ray.errors import RunError
+from opd_ray.placement.nodes import Node
 from opd_ray.run import evaluate as evaluation
 from opd_ray.run import train as running
 from opd_ray.status import state
@@ -68,7 +70,7 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
     assert list(Path.cwd().iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", ["train", "preflight"])
+@pytest.mark.parametrize("verb", ["train", "preflight", "plan"])
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -175,7 +177,20 @@ def test_preflight_prints_what_it_found(call: Callable[..., Outcome], setting: d
     code, out, _ = call("preflight", *overrides(setting))
     assert code == 0
     assert "max context tokens" in out
+    assert "plan: at most 6,400 response tokens a step" in out, "64 prompts with 4 + 1 responses of 20 tokens"
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_plan_starts_nothing_and_says_what_fits_by_its_exit_code(
+    call: Callable[..., Outcome], setting: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "init", None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for free, code, verdict in ((64e9, 0, "it fits"), (1e9, 1, "does not fit: the processes need")):
+        monkeypatch.setattr("opd_ray.run.plan.this_machine", lambda free=free: Node("", "here", 2.0, 0.0, free, free))
+        found = call("plan", *overrides(setting))
+        assert (found[0], verdict in found[1]) == (code, True), found
+    assert_refused(call("plan", "--price-per-gpu-hour", "2", *overrides(setting)), "--price-per-gpu-hour needs --probe")
 
 
 def _trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[configs.Config, Path, bool, bool]]:
@@ -403,7 +418,7 @@ def test_an_unexpected_exception_keeps_its_traceback(
         command_line.main(["train", *overrides(setting)])
 
 
-@pytest.mark.parametrize("verb", ["train", "preflight", "evaluate"])
+@pytest.mark.parametrize("verb", ["train", "preflight", "plan", "evaluate"])
 def test_help_lists_every_field_with_its_sentence(call: Callable[..., Outcome], verb: str) -> None:
     code, out, _ = call(verb, "--help")
     assert code == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from known_models import QWEN3_1B7, QWEN25_1B5, QWEN25_7B, SMOLLM2_135M
+from known_models import QWEN3_1B7, QWEN25_1B5, QWEN25_7B, SMOLLM2_135M, TINY
 from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.models.size import ModelSize, size_of
@@ -18,15 +18,13 @@ from opd_ray.plan import flow, memory
 
 RECIPES = Path(__file__).parents[2] / "opd_ray" / "recipes"
 GB = 1e9
-SMALL = ModelSize(1000, 10, 8, 2, 2, 1, 4, 16, tied=False)
-"""V 10, H 8, L 2, A 2, K 1, d 4, I 16."""
 
 
 def made(*overrides: str) -> Config:
     return configs.load(None, list(overrides))
 
 
-def sizes_for(config: Config, student: ModelSize = SMALL, other: ModelSize = SMALL) -> dict[str, ModelSize]:
+def sizes_for(config: Config, student: ModelSize = TINY, other: ModelSize = TINY) -> dict[str, ModelSize]:
     return {"student": student, "teacher": other, "reference": student} | dict.fromkeys(config.scorers, other)
 
 
@@ -104,8 +102,8 @@ def test_the_largest_step_is_every_schedules_highest() -> None:
 
 
 def test_a_tied_output_layer_is_sent_under_both_of_its_names() -> None:
-    assert flow.broadcast_bytes(made(), replace(SMALL, tied=True)) == 4 * (1000 + 80)
-    assert flow.broadcast_bytes(made("learner.dtype=bfloat16"), SMALL) == 2 * 1000
+    assert flow.broadcast_bytes(made(), replace(TINY, tied=True)) == 4 * (1000 + 80)
+    assert flow.broadcast_bytes(made("learner.dtype=bfloat16"), TINY) == 2 * 1000
 
 
 # ---- memory ----
@@ -155,7 +153,7 @@ def test_the_papers_7b_on_four_h200_is_that_of_design() -> None:
 def test_what_a_rank_keeps_by_zero_stage(ranks: int, stage: int, dtype: str, expected: dict[str, float]) -> None:
     """1000 parameters: Rajbhandari et al., figure 1, with gradients summed in float32."""
     config = made(f"learner.num_ranks={ranks}", f"learner.zero_stage={stage}", f"learner.dtype={dtype}")
-    parts = memory.learner(config, SMALL, sizes_for(config), flow.Step({"student": 1}, 2, 2)).parts
+    parts = memory.learner(config, TINY, sizes_for(config), flow.Step({"student": 1}, 2, 2)).parts
     assert {name: parts[name] for name in expected} == expected
 
 
@@ -163,14 +161,14 @@ def test_activations_by_hand() -> None:
     """Two layers of 4·(6·8 + 5·8 + 4·16) bytes a token; checkpointed, two inputs of 4·8 and one layer."""
     step, layer = flow.Step({"student": 2}, 3, 2), 4 * (48 + 40 + 64)
     plain, again = made(), made("learner.gradient_checkpointing=true")
-    assert memory.activation_bytes(plain.learner, SMALL, step) == 10 * 2 * layer
-    assert memory.activation_bytes(again.learner, SMALL, step) == 10 * (2 * 32 + layer)
+    assert memory.activation_bytes(plain.learner, TINY, step) == 10 * 2 * layer
+    assert memory.activation_bytes(again.learner, TINY, step) == 10 * (2 * 32 + layer)
 
 
 def test_packed_rows_build_a_mask_that_grows_with_the_square_of_their_length() -> None:
     step = flow.Step({"student": 1000}, 8, 8)
     bytes_of = [
-        memory.activation_bytes(made(f"learner.packing={packed}").learner, SMALL, step) for packed in (True, False)
+        memory.activation_bytes(made(f"learner.packing={packed}").learner, TINY, step) for packed in (True, False)
     ]
     assert bytes_of[0] - bytes_of[1] == 4 * 4096**2
 
@@ -184,7 +182,7 @@ def test_a_rollout_longer_than_a_micro_batch_is_one_of_its_own() -> None:
 def test_the_phases_of_a_step_come_one_after_another() -> None:
     """A snapshot's copy is made when activations are gone: the larger counts, not their sum."""
     step = flow.Step({"student": 1}, 1, 1)
-    large = replace(SMALL, parameters=10**9)
+    large = replace(TINY, parameters=10**9)
     assert "snapshot's copy" in memory.learner(made(), large, sizes_for(made()), step).parts
     assert "activations" not in memory.learner(made(), large, sizes_for(made()), step).parts
     never = made("checkpoint.every_steps=0", "checkpoint.memory_every_steps=0")
