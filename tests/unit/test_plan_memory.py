@@ -114,7 +114,7 @@ def test_adapters_take_gradients_moments_and_snapshots_of_their_own_size_alone()
     config = made("student.lora.rank=4", "loss.reference.estimator=full", "learner.zero_stage=2", "learner.num_ranks=2")
     size, step = replace(QWEN3_1B7, adapters=0), flow.Step({"student": 8}, 10, 90)
     with_adapters = size.with_adapters(config.student.lora)
-    sizes = {"student": with_adapters, "teacher": SMALL}
+    sizes = {"student": with_adapters, "teacher": TINY}
     whole, few = (memory.learner(config, each, sizes, step).parts for each in (size, with_adapters))
     assert with_adapters.adapters < 0.005 * size.parameters
     for name in ("gradients", "optimizer"):
