@@ -11,7 +11,7 @@ next one begins, so that besides the model's own activations it holds, for N res
 
     4·N·(2·H_s + H_t)  bytes   states of the student, their gradient, and the states of full-vocabulary scorers
     12 · logits_mb     MiB     one piece: logits, log-probs of both models, their products, and gradients of these
-    8·V·H_s            bytes   the gradient of the output layer, and one piece's share of it
+    8·V·H_s            bytes   the gradient of the output layer, where it is trained, and one piece's share of it
     60·N               bytes   tokens, weights and masks
 
 (2 instead of 4 bytes where states are 16-bit), and never anything of size N·V.

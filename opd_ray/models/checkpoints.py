@@ -7,6 +7,7 @@ line that begins with the configuration field the checkpoint came from, as ``tea
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,9 +131,15 @@ def local_directory(path: str) -> Path:
     """Where the files of a checkpoint directory or of a Hub id lie on this node."""
     if Path(path).is_dir():
         return Path(path)
+    return _downloaded(path)
+
+
+@functools.cache
+def _downloaded(repo_id: str) -> Path:
+    """Asked for once in a process: adapters are merged with their base at every broadcast."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path))
+    return Path(snapshot_download(repo_id))
 
 
 def check_agreement(student: ModelFacts, scorer: ModelFacts) -> frozenset[int]:

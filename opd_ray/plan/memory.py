@@ -148,7 +148,7 @@ def loss_bytes(settings: LearnerConfig, student: ModelSize, states_width: int, s
     piece's share of it, 8·V·H; states 4·N·(2·H + H_t), 60·N for the rest."""
     tokens = micro_batch_tokens(settings, step)
     logits, most = 4.0 * tokens * student.vocab_size, settings.logits_mb * 2.0**20
-    head = 8.0 * student.head_parameters if logits > most else 0.0
+    head = 8.0 * student.head_parameters if logits > most and not student.adapters else 0.0
     states = 4.0 * tokens * (2 * student.hidden_size + states_width)
     return _LOGIT_COPIES * min(logits, most) + head + states + 60.0 * tokens
 

@@ -105,7 +105,7 @@ def _give_up(model: torch.nn.Module, config: VllmConfig) -> None:
 def _checkpoint(config: VllmConfig, model: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight of a checkpoint of ``model``'s architecture."""
     model_config = copy.copy(config.model_config)
-    model_config.model = str(local_directory(path))  # a name on the hub would be asked for at every update
+    model_config.model = str(local_directory(path))  # vLLM would ask the hub for its name at every update
     weights = get_model_loader(config.load_config).get_all_weights(model_config, model)
     return _with_tied_head(weights, model_config.hf_text_config)
 

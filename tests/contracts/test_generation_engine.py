@@ -24,6 +24,7 @@ from opd_ray.errors import InputError, WeightSyncError
 from opd_ray.generate.engine import GenerationEngine
 from opd_ray.generate.torch import TorchGenerationEngine
 from opd_ray.learn.adapters import Adapters
+from opd_ray.learn.export import with_adapters
 from opd_ray.messages import Finished, GenerationRequest, SamplingSettings, TransferGroup, WeightManifest
 from opd_ray.models.adapters import adapted_layers
 from opd_ray.weights.manifest import manifest_of, weights_of
@@ -382,8 +383,12 @@ def adapted(model: PreTrainedModel, targets: str | tuple[str, ...]) -> tuple[Pre
 def test_adapters_are_merged_with_the_base_whatever_the_engine_held(
     subject: Subject, targets: str | tuple[str, ...]
 ) -> None:
-    """Weights of another run, an update that broke off, the same update twice: nothing of them is left."""
+    """Weights of another run, an update that broke off, the same update twice: nothing of them is left, and what it
+    generates with is what is exported."""
     model, adapters = adapted(subject.model, targets)
+    weights, exported = {name: weight.detach() for name, weight in adapters.weights()}, copy.deepcopy(subject.model)
+    whole = with_adapters(weights, adapters.lora, Path(subject.model.name_or_path), torch.float32)
+    exported.load_state_dict(whole, strict=False)
     subject.connect(bucket_bytes=1)
     subject.update(perturbed(subject.model), 1)
     with pytest.raises(WeightSyncError, match="rank 1 of 2"):
@@ -395,6 +400,7 @@ def test_adapters_are_merged_with_the_base_whatever_the_engine_held(
         for request, finished in zip(requests, subject.run(requests), strict=True):
             assert set(finished.weight_versions) == {version}
             assert_same_distribution(model, request, finished)
+            assert_same_distribution(exported, request, finished)
     before = reference_logprobs(subject.model, request.prompt_tokens, finished.tokens)
     assert np.abs(finished.logprobs - before).max() > 100 * TOLERANCE
 

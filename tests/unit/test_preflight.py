@@ -56,24 +56,6 @@ CHANGES = (
 )
 
 
-def with_layer(setting: dict[str, str], name: str) -> None:
-    """Gives the student's files a weight of this layer."""
-    path = Path(setting["student.path"]) / "model.safetensors"
-    save_file({f"{name}.weight": np.zeros((2, 2), np.float32)}, path)
-
-
-def test_adapters_are_refused_before_a_model_loads(setting: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def said(**changes: str) -> str:
-        return refused(lambda: preflight.check_files(configured(setting, **changes)))
-
-    assert "finds no linear layers of a transformer's blocks" in said(student__lora="{}")
-    with_layer(setting, "model.layers.0.mlp.up_proj")
-    assert preflight.check_files(configured(setting, student__lora="{}"))
-    assert "ends with 'upproj'; did you mean 'up_proj'?" in said(student__lora__targets="[upproj]")
-    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "peft" else find_spec(name))
-    assert "student.lora needs peft, which is not installed; pip install 'opd_ray[lora]'" in said(student__lora="{}")
-
-
 @pytest.fixture
 def setting(tmp_path: Path) -> dict[str, str]:
     return make_setting(tmp_path)
@@ -376,6 +358,19 @@ def test_a_missing_engine_is_refused_with_how_to_install_it(
     message = refused(lambda: preflight.check_files(configured(setting, rollout__engine="vllm")))
     assert "vLLM is not installed" in message
     assert "make setup" in message
+
+
+def test_adapters_are_refused_before_a_model_loads(setting: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(**changes: str) -> str:
+        return refused(lambda: preflight.check_files(configured(setting, **changes)))
+
+    assert "finds no linear layers of a transformer's blocks" in said(student__lora="{}")
+    layer = {"model.layers.0.mlp.up_proj.weight": np.zeros((2, 2), np.float32)}
+    save_file(layer, Path(setting["student.path"]) / "model.safetensors")
+    assert preflight.check_files(configured(setting, student__lora="{}"))
+    assert "ends with 'upproj'; did you mean 'up_proj'?" in said(student__lora__targets="[upproj]")
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "peft" else find_spec(name))
+    assert "student.lora needs peft, which is not installed; pip install 'opd_ray[lora]'" in said(student__lora="{}")
 
 
 # ---- the run directory ----

@@ -44,6 +44,8 @@ REFUSED = [
       "student.path=TEACHER", "teacher.path=/nonexistent"], "teacher.path=/nonexistent"),
     (["train", "data.prompts=long.jsonl", "data.evaluation=good.jsonl", *_GOLDLESS,
       "student.path=TEACHER", "teacher.path=TEACHER"], "its 803 prompt tokens"),
+    (["train", "data.prompts=good.jsonl", "data.evaluation=good.jsonl", *_GOLDLESS,
+      "student.path=TEACHER", "teacher.path=TEACHER", "student.lora.targets=[q_porj]"], "did you mean 'q_proj'?"),
     (["evaluate", "/nonexistent", "data.evaluation=good.jsonl"], "CHECKPOINT=/nonexistent"),
     (["preflight", "--run-dir", "new", "--resume"], "no run to resume"),
 ]  # fmt: skip
