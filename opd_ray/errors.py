@@ -83,6 +83,18 @@ class EngineFailed(RunError):
     """An inference engine failed; it is not stepped again, and its worker is of no more use."""
 
 
+class ServerFailed(RunError):
+    """A server that scores gave no answer that is of use; another one may, or this one later."""
+
+
+class ServerRefused(ServerFailed):
+    """It says no to the request itself, and would again."""
+
+
+class KeyRefused(ServerFailed):
+    """It lets nobody in with this key, or without one."""
+
+
 class WeightSyncError(RunError):
     """A weight update did not reach every generation engine."""
 

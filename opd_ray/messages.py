@@ -302,6 +302,22 @@ class MemoryUse:
 
 
 @dataclass(frozen=True)
+class ServerState:
+    """One of the servers that score for a role, as one actor sees it."""
+
+    url: str
+    state: Literal["in use", "resting", "out"]
+    """Asked; not asked for a while, since it gave no answer; no longer asked, since its answers are another model's."""
+    since_s: float
+    """For how long."""
+    why: str = ""
+    """Why it is not in use, or what else is to be said of it; one line."""
+    distance: float = 0.0
+    """Mean distance of its log-probs from those of another server, or from its own at the start, when last compared;
+    nats."""
+
+
+@dataclass(frozen=True)
 class PoolSize:
     """How many workers a pool has."""
 

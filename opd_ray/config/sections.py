@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from opd_ray.config import schedule
@@ -49,16 +50,47 @@ class StudentConfig:
     them is then the reference where reference.path is the student's, in the learner: no reference actors start."""
 
 
+def _addresses(given: Any) -> Any:
+    """One URL or several as a tuple, without the /v1 that OpenAI's clients want behind them."""
+    listed = () if given is None else (given,) if isinstance(given, str) else tuple(given)
+    return tuple(_address(each) if isinstance(each, str) else each for each in listed)
+
+
+def _address(url: str) -> str:
+    """Raises ValueError for what is no address of a server."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        fits = False
+    if not fits or parts.query or parts.fragment:
+        raise ValueError(f"'{url}' is no address of a server; expected http://HOST:PORT")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(f"the URL of {parts.hostname} has a key in it, which would be written down; see url_key_env")
+    return url.rstrip("/").removesuffix("/v1")
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ScorerConfig:
     """A pool of scorers on one frozen model, in one role."""
 
     path: str = EMBEDDED
-    """Checkpoint directory; "embedded" is the shipped teacher."""
+    """Checkpoint directory; "embedded" is the shipped teacher. With url: of the tokenizer and the EOS ids alone, no
+    weights, by default the student's."""
+    url: Annotated[tuple[str, ...], BeforeValidator(_addresses), ROOMS] = ()
+    """Address of a vLLM server that scores in place of an engine of the run's own, or a list of them: replicas of one
+    model."""
+    url_model: Annotated[str | None, ROOMS] = None
+    """Name of the model at the servers, where they have several."""
+    url_key_env: Annotated[str | None, ROOMS] = None
+    """Environment variable of the process that starts the run with the servers' API key, which is never written."""
+    url_drift_nats: Annotated[float | None, ROOMS] = Field(None, gt=0)
+    """Mean distance of log-probs from those of another replica, or from its own at the start, beyond which a server
+    counts as another model; by default .005 with dtype float32 and .05 with any other."""
     engine: Annotated[Literal["torch", "vllm"], ROOMS] = "torch"
     """Inference engine: a plain transformers forward pass, or vLLM's prompt log-probs."""
     dtype: Annotated[Literal["float32", "bfloat16"], RUN | ROOMS] = "float32"
-    """Precision of the weights; log-probs are float32 in any case."""
+    """Precision of the weights, here or at the servers; log-probs are float32 in any case."""
     num_actors: Annotated[int, ROOMS] = Field(1, ge=1)
     """Scorer actors that the pool starts with."""
     min_actors: Annotated[int | None, ROOMS] = Field(None, ge=1)
@@ -76,7 +108,7 @@ class ScorerConfig:
     tensor_parallel_size: Annotated[int, ROOMS] = Field(1, ge=1)
     """GPUs that one vLLM scorer spans."""
     max_num_seqs: Annotated[int, ROOMS] = Field(64, ge=1)
-    """Sequences that a vLLM scorer works on at once."""
+    """Sequences that a vLLM scorer works on at once, or that an actor has under way at the servers of url."""
     kv_cache_bytes: Annotated[int | None, ROOMS] = Field(None, gt=0)
     """Key-value cache of a vLLM scorer on a CPU; by default for max_num_seqs of the longest sequences, at most 1 GiB or
     what one of them takes."""
@@ -97,18 +129,44 @@ class ScorerConfig:
         return self.gpus_per_actor * self.tensor_parallel_size
 
     @property
+    def drift_nats(self) -> float:
+        """Mean distance of log-probs that two servers of one model may have. In bfloat16 a batch of another shape moves
+        a token's by hundredths of a nat (logits of 16 to 32 are an eighth apart), in float32 by less than a
+        thousandth; another checkpoint of the same family is tenths of a nat away."""
+        return self.url_drift_nats or (0.005 if self.dtype == "float32" else 0.05)
+
+    @property
     def follows_student(self) -> bool:
         """Does it take in the student's weights while the run goes on?"""
         return self.update != "fixed"
 
     def __post_init__(self) -> None:
         check_size("actors", self.num_actors, self.min_actors, self.max_actors)
+        self._check_servers()
         if self.engine == "torch" and self.tensor_parallel_size > 1:
             raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size} needs engine=vllm, but it is torch")
         if self.follows_student and self.engine != "torch":
             raise ValueError(f"update={self.update} needs engine=torch, but it is {self.engine}")
         if self.follows_student and self.size != PoolSize.fixed(self.num_actors):
             raise ValueError(f"update={self.update} gives the pool a state: min_actors and max_actors don't apply")
+
+    def _check_servers(self) -> None:
+        """With url the model is elsewhere; without, nothing that is of servers may be given."""
+        if not self.url:
+            for name in ("url_model", "url_key_env", "url_drift_nats"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)} is of servers, but there is no url")
+            return
+        if len(set(self.url)) < len(self.url):
+            raise ValueError(f"url names a server twice: {', '.join(self.url)}")
+        for name, where_unset in (("engine", "torch"), ("gpus_per_actor", 0), ("tensor_parallel_size", 1)):
+            if getattr(self, name) != where_unset:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is of a model in this run, but with url the servers have it; "
+                    f"leave {name} out, or url"
+                )
+        if self.follows_student:
+            raise ValueError(f"update={self.update} changes the model in this run, but with url the servers have it")
 
     @property
     def size(self) -> PoolSize:

@@ -34,7 +34,9 @@ def resolve(config: Config) -> Config:
             data["golden"] = str(embedded.golden_file(config.seed, count))
     stand_ins = {configs.STUDENT: student["path"], configs.EMBEDDED: str(embedded.TEACHER_DIR)}
     for scorer in (plain["teacher"], plain["reference"], *plain["more_teachers"].values()):
-        scorer["path"] = stand_ins.get(scorer["path"], scorer["path"])
+        elsewhere = scorer["url"] and not config.buffer.uses_teacher_rollouts  # nothing but a tokenizer is needed here
+        known = stand_ins | {configs.EMBEDDED: student["path"]} if elsewhere else stand_ins
+        scorer["path"] = known.get(scorer["path"], scorer["path"])
     return configs.from_dict(plain)
 
 

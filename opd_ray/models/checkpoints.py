@@ -44,10 +44,13 @@ class ModelFacts:
     tokenizer: Any = field(repr=False, compare=False)
 
 
-def inspect(config_field: str, path: str) -> ModelFacts:
-    """Facts of the checkpoint directory or Hub id ``path``; InputError if it is missing, incomplete or unreadable."""
+def inspect(config_field: str, path: str, *, weights: bool = True) -> ModelFacts:
+    """Facts of the checkpoint directory or Hub id ``path``; InputError if it is missing, incomplete or unreadable.
+
+    Without ``weights``, tokenizer and configuration are enough.
+    """
     name = f"{config_field}={path}"
-    local_only = locate(name, path)
+    local_only = locate(name, path, weights=weights)
     from transformers import AutoConfig, GenerationConfig
 
     try:
@@ -82,9 +85,12 @@ def inspect_run(config: Config) -> dict[str, ModelFacts]:
     if config.buffer.uses_teacher_rollouts:
         used.setdefault("teacher", config.teacher)
     names = {role: f"{field_of(config, role)}.path" for role in used}
-    for name, path in {"student.path": config.student.path, **{names[role]: used[role].path for role in used}}.items():
-        if path != STUDENT:
-            locate(f"{name}={path}", path)  # all of them before the seconds that the first tokenizer takes
+    # The models of servers are elsewhere; but a teacher that writes rollouts is loaded here as well.
+    loaded = {role: not used[role].url or (role == "teacher" and config.buffer.uses_teacher_rollouts) for role in used}
+    locate(f"student.path={config.student.path}", config.student.path)
+    for role, scorer in used.items():
+        if scorer.path != STUDENT:  # all of them before the seconds that the first tokenizer takes
+            locate(f"{names[role]}={scorer.path}", scorer.path, weights=loaded[role])
     student = inspect("student.path", config.student.path)
     if lora := config.student.lora:
         student = dataclasses.replace(student, size=student.size.with_adapters(lora))
@@ -94,7 +100,7 @@ def inspect_run(config: Config) -> dict[str, ModelFacts]:
         if scorer.path in (config.student.path, STUDENT):
             found[role] = dataclasses.replace(student, name=f"{name}={config.student.path}")
         else:
-            found[role] = inspect(name, scorer.path)
+            found[role] = inspect(name, scorer.path, weights=loaded[role])
     return found
 
 
@@ -202,11 +208,11 @@ def _is_markup(tokenizer: Any, id_: int, token: str) -> bool:
     return id_ in tokenizer.all_special_ids or (added is not None and added.special) or bool(_MARKUP.fullmatch(token))
 
 
-def locate(name: str, path: str) -> bool:
+def locate(name: str, path: str, *, weights: bool = True) -> bool:
     """Checks that the checkpoint is there and complete; True when only local files can be had."""
     directory = Path(path)
     if directory.is_dir():
-        _check_directory(name, directory)
+        _check_directory(name, directory, weights)
         return True
     if directory.exists():
         raise InputError(f"{name}: is a file; give the directory that has config.json and the weights")
@@ -227,11 +233,16 @@ def locate(name: str, path: str) -> bool:
         ) from None
 
 
-def _check_directory(name: str, directory: Path) -> None:
+def _check_directory(name: str, directory: Path, weights: bool) -> None:
     if not (directory / "config.json").is_file():
         raise InputError(f"{name}: has no config.json; give a directory that save_pretrained wrote")
     if not any((directory / file).is_file() for file in _TOKENIZER_FILES):
         raise InputError(f"{name}: has no tokenizer (tokenizer.json); save the model's tokenizer beside its weights")
+    if weights:
+        _check_weights(name, directory)
+
+
+def _check_weights(name: str, directory: Path) -> None:
     if not [*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]:
         raise InputError(f"{name}: has no weights (*.safetensors or pytorch_model*.bin); is the download complete?")
     for index in directory.glob("*.index.json"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -24,10 +25,14 @@ from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import Member, Spawn
 from opd_ray.rooms.together import together
-from opd_ray.score import make_scoring_engine
+from opd_ray.score import make_remote_engine, make_scoring_engine
 from opd_ray.score.scorer import Scorer
+from opd_ray.score.server import key_in
 from opd_ray.tasks import get_task
 from opd_ray.watch.recorder import Recorder
+
+if TYPE_CHECKING:
+    from opd_ray.score.replicas import Baseline
 
 _CONCURRENT_CALLS = 1000
 """Calls that an async actor holds at once; what they wait for is the engine."""
@@ -37,13 +42,16 @@ _SHARE = 0.001
 """How much of a node_resource an actor takes: it says where, not how many."""
 
 
-def start_rooms(config: Config, max_context_tokens: int) -> Rooms:
-    """Creates every actor of a run; returns at once, while they load their models."""
+def start_rooms(
+    config: Config, max_context_tokens: int, servers: Mapping[str, Baseline] = MappingProxyType({})
+) -> Rooms:
+    """Creates every actor of a run; returns at once, while they load their models. ``servers``: by role that is scored
+    by servers, what they were when the run began."""
     writes = config.buffer.uses_teacher_rollouts
     return Rooms(
         generators=start_generators(config, max_context_tokens),
         learner=_learner(config),
-        scorers={role: _scorers(role, config, max_context_tokens) for role in config.scorers},
+        scorers={role: _scorers(role, config, max_context_tokens, servers.get(role)) for role in config.scorers},
         teacher_generators=_teacher_generators(config, max_context_tokens) if writes else None,
         recorder=_recorder(config),
     )
@@ -82,19 +90,18 @@ def _generators(
     return Pool(room, spawn, size, limit, needs_weights=needs_weights, calls_at_once=at_once)
 
 
-def _scorers(role: str, config: Config, max_context_tokens: int) -> Pool | Group:
-    scorer = config.scorers[role]
-    make = partial(
-        Scorer,
-        make_engine=partial(make_scoring_engine, scorer, max_context_tokens),
-        scorer=scorer,
-        member=scorer.follows_student,
-    )
+def _scorers(role: str, config: Config, max_context_tokens: int, servers: Baseline | None) -> Pool | Group:
+    scorer, limit = config.scorers[role], config.deadlines.score_s
+    engine = partial(make_scoring_engine, scorer, max_context_tokens)
+    if servers is not None:
+        # The key goes to the actor in memory: Ray writes the environment of actors into its logs and shows it.
+        engine = partial(make_remote_engine, scorer, servers, key_in(scorer.url_key_env), limit)
+    make = partial(Scorer, make_engine=engine, scorer=scorer, member=scorer.follows_student)
     resources = _resources(scorer.cpus_per_actor, scorer.gpus_in_all, scorer.node_resource)
     spawn = _spawning(role, f"{role}-scorer", make, resources, max_concurrency=_CONCURRENT_CALLS)
     if scorer.follows_student:
-        return Group(role, spawn, scorer.num_actors, config.deadlines.score_s)
-    return Pool(role, spawn, scorer.size, config.deadlines.score_s)
+        return Group(role, spawn, scorer.num_actors, limit)
+    return Pool(role, spawn, scorer.size, limit)
 
 
 def _learner(config: Config) -> Group:

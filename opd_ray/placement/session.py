@@ -10,8 +10,9 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import AuthenticationError
@@ -19,6 +20,9 @@ from ray.exceptions import AuthenticationError
 from opd_ray.config import ROOMS, Config, differences
 from opd_ray.errors import InputError, RunError
 from opd_ray.rooms import Rooms, logs
+
+if TYPE_CHECKING:
+    from opd_ray.score.replicas import Baseline
 
 _CONNECT_S = 10.0
 _OTHERWISE = "start a head with `ray start --head`, or unset RAY_ADDRESS for a Ray of the run's own"
@@ -100,8 +104,11 @@ class Session:
         self._rooms_for, self._max_context_tokens = rooms_for, max_context_tokens
         self._rooms: Rooms | None = None
 
-    def rooms(self, config: Config, max_context_tokens: int) -> Rooms:
-        """The rooms for a run: those of the run before, or new ones, whose actors are starting."""
+    def rooms(
+        self, config: Config, max_context_tokens: int, servers: Mapping[str, Baseline] = MappingProxyType({})
+    ) -> Rooms:
+        """The rooms for a run: those of the run before, or new ones, whose actors are starting. ``servers``: by role
+        that is scored by servers, what they are."""
         self._rooms_for = self._rooms_for or config
         for field, theirs, ours in unlike(self._rooms_for, config):
             raise RunError(
@@ -112,7 +119,7 @@ class Session:
             from opd_ray.placement import launch  # torch: whoever is refused before needs none
 
             self._max_context_tokens = max(self._max_context_tokens, max_context_tokens)
-            self._rooms = launch.start_rooms(self._rooms_for, self._max_context_tokens)
+            self._rooms = launch.start_rooms(self._rooms_for, self._max_context_tokens, servers)
         if max_context_tokens > self._max_context_tokens:
             raise RunError(
                 f"the rooms were started for sequences of at most {self._max_context_tokens} tokens, but this run has "

@@ -188,6 +188,8 @@ def scorer_process(role: str, scorer: ScorerConfig, model: ModelSize, step: Step
     """One scorer: weights b·P/TP and one forward pass without a graph, n tokens of b·(2·H + max(3·I, 5·A·d)) and the
     float32 copies of a norm, 8·H; logits 256 MiB at a time, their exponentials and the top-k's copy. vLLM's has a
     key-value cache in the place of the pass."""
+    if scorer.url:  # it has an HTTP client and what the rollouts and their scores take
+        return Process(role, scorer.num_actors, {"process": float(BASE_BYTES["record"])})
     width = DTYPE_BYTES[scorer.dtype]
     parts = {"weights": width * model.parameters / scorer.tensor_parallel_size}
     tokens = max(min(scorer.max_batch_tokens, step.num_rollouts * step.sequence_tokens), step.sequence_tokens)

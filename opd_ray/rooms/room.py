@@ -161,9 +161,15 @@ class Room:
 
     async def ping(self, member: Member, deadline_s: float) -> None:
         """Waits for a sign of life, which an actor gives while it is at work as well. Raises MemberLost."""
-        method = member.handle.node
-        ref = (method.options(concurrency_group=self._pings) if self._pings else method).remote()
-        await self._value(ref, member, "heartbeat", deadline_s)
+        await self.peek(member, "node", deadline_s)
+
+    async def peek(self, member: Member, method: str, deadline_s: float) -> Any:
+        """The answer to a question beside the room's calls: it is none of them, and no sign that they get on. Raises
+        MemberLost."""
+        bound = getattr(member.handle, method)
+        ref = (bound.options(concurrency_group=self._pings) if self._pings else bound).remote()
+        what = "heartbeat" if method == "node" else f"{method}()"
+        return await self._value(ref, member, what, deadline_s)
 
     async def _value(self, ref: ObjectRef, member: Member, what: str, deadline_s: float | None) -> Any:
         where = f"{self.room}: {member.name} on {member.node}, {what}"

@@ -55,6 +55,7 @@ from opd_ray.watch.observers import (
     VerdictLog,
     say_evaluation,
 )
+from opd_ray.watch.servers import ServerWatch
 from opd_ray.watch.trackers import Tracked
 from opd_ray.watch.tracking import Tracking
 from opd_ray.weights.delivery import Delivery
@@ -81,7 +82,7 @@ class Driver:
         it is known already."""
         self._config, self._facts, self._run_dir = config, facts, run_dir
         self._session, self._shelf, self._observers, self._before = session, shelf, observers, before
-        self._rooms = rooms = session.rooms(config, facts.max_context_tokens)
+        self._rooms = rooms = session.rooms(config, facts.max_context_tokens, facts.servers)
         self._golden = GoldenRollouts(config, facts.data.golden)
         self._guard = Guard(
             config.guard,
@@ -99,6 +100,7 @@ class Driver:
         self._delivery = Delivery(config, rooms, self._say)
         self._supervisor = Supervisor(config, rooms, self._delivery, restarts, self._say)
         self._keeper = Keeper(config.checkpoint, config.learner.steps, rooms, shelf, self._state, where, self._say)
+        self._servers = ServerWatch(config, rooms, self._say)
         self._status = StatusWriter(
             config,
             run_dir,
@@ -108,6 +110,7 @@ class Driver:
             restarts,
             self._delivery,
             self._keeper,
+            self._servers,
             live=lambda metrics: self._writer.port.live(metrics),
             say=self._say,
         )
@@ -132,6 +135,7 @@ class Driver:
         await in_thread(self._go_back_to, self._where.checkpoint_step or 0, continued)
         patience = self._config.deadlines.train_s
         reporting = asyncio.create_task(self._status.run(), name="status")
+        servers = asyncio.create_task(self._servers.run(), name="servers")
         leased = asyncio.create_task(self._shelf.lease.keep(), name="lease")
         try:
             with stop_signals() as stopping:
@@ -155,6 +159,7 @@ class Driver:
             raise
         finally:
             reporting.cancel()
+            servers.cancel()
             await self._keeper.close(patience)
             leased.cancel()
             await self._status.close()

@@ -20,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd_ray.config import Config
 from opd_ray.data.dataset import Dataset
@@ -33,6 +33,9 @@ from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
 from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
 from opd_ray.tasks.judge import Judge
 from opd_ray.watch.trackers import check_trackers
+
+if TYPE_CHECKING:
+    from opd_ray.score.replicas import Baseline
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Preflight:
     data: Dataset = field(repr=False, compare=False)
     sizes: Mapping[str, ModelSize] = field(default_factory=dict, repr=False, compare=False)
     """Of "student" and of every other model by its role."""
+    servers: Mapping[str, Baseline] = field(default_factory=dict, repr=False, compare=False)
+    """By role that is scored by servers: what they are when the run begins."""
 
 
 def _without_torch(check: Callable[[Config], Preflight]) -> Callable[[Config], Preflight]:
@@ -118,6 +123,8 @@ def check_files(config: Config) -> Preflight:
         data.renderer.check(student.name)
         renamed = {role: checkpoints.check_agreement(student, facts) for role, facts in models.items()}
         eos_token_ids = stop_token_ids(config, models)
+        servers = _look_at_servers(config, models, data.prompts, eos_token_ids)
+        models |= {role: facts for role, (facts, _) in servers.items()}
         longest = max(
             _check_length(data.prompts, list(models.values()), config), _check_problem_lengths(data, student, config)
         )
@@ -130,7 +137,8 @@ def check_files(config: Config) -> Preflight:
         privileged = [models[name] for name, teacher in config.teachers.items() if teacher.privileged]
         _check_length(data.shown, privileged, config, "with its golden solution, ")
     _check_disjoint(config, data)
-    return _facts(config, models, eos_token_ids, data, longest)
+    baselines = {role: baseline for role, (_, baseline) in servers.items()}
+    return _facts(config, models, eos_token_ids, data, longest, baselines)
 
 
 Capacity = Callable[[str | None], Mapping[str, float]]
@@ -169,6 +177,7 @@ def _facts(
     eos_token_ids: tuple[int, ...],
     data: Dataset,
     max_prompt_tokens: int,
+    servers: Mapping[str, Baseline] | None = None,
 ) -> Preflight:
     budgets = [config.rollout.longest_response, *(each.max_tokens for each in config.evaluation_sets.values())]
     longest = max_prompt_tokens + max(budgets)
@@ -187,6 +196,7 @@ def _facts(
         golden=data.golden.report if data.golden else {},
         data=data,
         sizes={role: model.size for role, model in models.items()},
+        servers=servers or {},
     )
 
 
@@ -204,6 +214,17 @@ def _check_caches(config: Config, models: Mapping[str, ModelFacts], longest: int
                 f"{checkpoints.field_of(config, section)}.kv_cache_bytes={engine.kv_cache_bytes}, but a sequence of "
                 f"the longest prompt and response, {tokens} tokens, takes {needed}; leave it out, or give at least that"
             )
+
+
+def _look_at_servers(
+    config: Config, models: Mapping[str, ModelFacts], prompts: Prompts, eos_token_ids: tuple[int, ...]
+) -> dict[str, tuple[ModelFacts, Baseline]]:
+    if not any(scorer.url for scorer in config.scorers.values()):
+        return {}
+    from opd_ray.run.servers import MOST_PROMPTS, look_at_servers  # an HTTP client, which no other run needs
+
+    first = [prompts[index] for index in range(min(len(prompts), MOST_PROMPTS))]
+    return look_at_servers(config, models, first, eos_token_ids)
 
 
 def _generators(config: Config, number: int) -> _Asked:
@@ -240,7 +261,7 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
         check_trackers(config)
     engines = {"rollout.engine": config.rollout.engine}
     if not evaluation_only:
-        engines |= {f"{role}.engine": scorer.engine for role, scorer in config.scorers.items()}
+        engines |= {f"{role}.engine": scorer.engine for role, scorer in config.scorers.items() if not scorer.url}
     for name, engine in engines.items():
         if engine == "vllm" and find_spec("vllm") is None:
             raise InputError(

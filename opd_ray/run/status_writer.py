@@ -21,6 +21,7 @@ from opd_ray.snapshots.keeper import Keeper
 from opd_ray.status import state
 from opd_ray.status.reasons import StallWatch
 from opd_ray.status.state import CallStatus, RoomStatus, Status, Whereabouts
+from opd_ray.watch.servers import ServerWatch
 from opd_ray.weights.delivery import Delivery
 
 
@@ -37,13 +38,15 @@ class StatusWriter:
         restarts: Restarts,
         delivery: Delivery,
         keeper: Keeper,
+        servers: ServerWatch,
         live: Callable[[dict[str, float]], None],
         say: Callable[..., None],
     ) -> None:
         """``live`` takes the metrics that also change while no step is done; ``say(kind, text)`` tells people."""
         self._config, self._rooms, self._where = config, rooms, where
         self._supervisor, self._restarts = supervisor, restarts
-        self._delivery, self._keeper, self._live, self._say = delivery, keeper, live, say
+        self._delivery, self._keeper, self._servers = delivery, keeper, servers
+        self._live, self._say = live, say
         self.num_restores = 0
         """How often the run went back to an earlier state because one was lost."""
         self._stalls = StallWatch()
@@ -133,6 +136,7 @@ class StatusWriter:
             "weights/rebuilds": float(self._delivery.num_rebuilds),
             "weights/failed_broadcasts": float(self._delivery.num_failed),
             **self._keeper.metrics,
+            **self._servers.metrics(),
         }
 
     def _room(self, room: Pool | Group) -> RoomStatus:
@@ -160,4 +164,5 @@ class StatusWriter:
             ),
             calls_done=room.calls_done,
             deadline_s=room.deadline_s,
+            note=self._servers.note(room.room),
         )

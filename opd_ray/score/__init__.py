@@ -5,8 +5,14 @@ The engine is made inside the actor, so that only an actor imports an inference 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from opd_ray.config import ScorerConfig
 from opd_ray.score.engine import ScoringEngine
+
+if TYPE_CHECKING:
+    from opd_ray.score.replicas import Baseline
+    from opd_ray.score.server import Key
 
 
 def make_scoring_engine(scorer: ScorerConfig, max_context_tokens: int) -> ScoringEngine:
@@ -30,4 +36,19 @@ def make_scoring_engine(scorer: ScorerConfig, max_context_tokens: int) -> Scorin
         max_context_tokens=max_context_tokens,
         kv_cache_bytes=scorer.kv_cache_bytes,
         gpu_memory_utilization=scorer.gpu_memory_utilization,
+    )
+
+
+def make_remote_engine(scorer: ScorerConfig, baseline: Baseline, key: Key | None, deadline_s: float) -> ScoringEngine:
+    """The engine on the servers of ``scorer.url``."""
+    from opd_ray.score.remote import RemoteScoringEngine
+    from opd_ray.score.server import Server
+
+    most = scorer.max_num_seqs
+    return RemoteScoringEngine(
+        servers=[Server(url, model=name, key=key, most_at_once=most) for url, name in baseline.models.items()],
+        baseline=baseline,
+        drift_nats=scorer.drift_nats,
+        most_at_once=most,
+        deadline_s=deadline_s,
     )

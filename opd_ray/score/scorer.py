@@ -12,7 +12,15 @@ import pyarrow as pa
 
 from opd_ray.config import ScorerConfig
 from opd_ray.errors import EngineFailed, OpdError, RunError
-from opd_ray.messages import MOST_VALUES, MemoryUse, ScoreRequest, TransferGroup, WeightManifest, score_schema
+from opd_ray.messages import (
+    MOST_VALUES,
+    MemoryUse,
+    ScoreRequest,
+    ServerState,
+    TransferGroup,
+    WeightManifest,
+    score_schema,
+)
 from opd_ray.rooms import logs
 from opd_ray.rooms.memory import own_memory
 from opd_ray.rooms.node import this_node
@@ -93,6 +101,10 @@ class Scorer:
         Raises RunError for a rollout without what ``request`` needs: topk_ids (given) or privileged_prompt_tokens.
         """
         return await self._worker.call(self._score, rollouts, request)
+
+    async def servers(self) -> tuple[ServerState, ...]:
+        """How the servers fare that an engine of theirs asks; answered beside its work."""
+        return self._engine.servers()
 
     async def connect(self, group: TransferGroup) -> None:
         """Joins the group that weights are broadcast in."""

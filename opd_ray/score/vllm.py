@@ -9,17 +9,16 @@ import numpy as np
 
 from opd_ray.messages import ScoreRequest
 from opd_ray.models.vllm import add, build, columns, context_limit, vocabulary_size
+from opd_ray.score.alternatives import chosen_ids, num_alternatives, scores_of
 from opd_ray.score.engine import Rollout, Scores
-
-_MORE_ALTERNATIVES = 16
-"""Alternatives asked for beyond the top-k when there are stop tokens to be found among them."""
 
 
 class VllmScoringEngine:
     """Sampled log-probs, alternatives and P(stop).
 
-    vLLM names probabilities only of a position's own token and of its alternatives: a stop token that is neither
-    among the k + 16 most probable ones nor sampled counts as probability 0.
+    On CUDA vLLM's V2 runner also gives the log-probs of chosen tokens, as an array: those of the student's top-k, an
+    exact P(stop), and, where no alternatives are asked for, none of the lists that vLLM otherwise makes of them.
+    Elsewhere a stop token that is not named counts as probability 0 (:mod:`opd_ray.score.alternatives`).
     """
 
     def __init__(self, *, path: str, max_context_tokens: int | None = None, **engine: Any) -> None:
@@ -33,54 +32,61 @@ class VllmScoringEngine:
             **engine,
         )
         self._vocab_size = vocabulary_size(self._engine)
+        self._chosen = self._engine.vllm_config.use_v2_model_runner
+        """Does it give the log-probs of chosen tokens?"""
         self._num_calls = 0
 
     def load(self, path: str) -> None:
         self._engine.collective_rpc("opd_load", args=(path,))
 
     def score(self, sequences: Sequence[Rollout], request: ScoreRequest) -> list[Scores]:
-        if request.given or request.hidden:
-            what = "hidden states" if request.hidden else "log-probs of chosen tokens"
-            raise ValueError(f"a vLLM scorer gives no {what}; use engine=torch")
-        stops = request.stop_token_ids
-        asked = request.top_k + (len(stops) - 1 + _MORE_ALTERNATIVES if stops else 0)
-        asked = min(asked, self._vocab_size)
+        if request.hidden:
+            raise ValueError("a vLLM scorer gives no hidden states; use engine=torch")
+        if request.given and not self._chosen:
+            raise ValueError(
+                "this vLLM scorer gives no log-probs of chosen tokens: that takes vLLM's V2 runner on CUDA "
+                "(gpus_per_actor; VLLM_USE_V2_MODEL_RUNNER unset); use engine=torch"
+            )
+        asked = num_alternatives(request, self._vocab_size, chosen=self._chosen)
         self._num_calls += 1
-        positions = {}
+        scores, positions = [], {}
         for index, sequence in enumerate(sequences):
-            tokens = [*sequence.prompt_tokens, *sequence.response_tokens]
+            scores.append(None)
+            if self._chosen and not len(sequence.response_tokens):  # vLLM refuses to score no tokens
+                scores[index] = self._scores(sequence, request, asked, None)
+                continue
             request_id = f"{self._num_calls}-{index}"
             positions[request_id] = index
-            add(self._engine, request_id, tokens, temperature=0.0, max_tokens=1, prompt_logprobs=asked)
-        scores: list[Any] = [None] * len(sequences)
+            tokens = [*sequence.prompt_tokens, *sequence.response_tokens]
+            wanted = self._wanted(sequence, request, asked)
+            add(self._engine, request_id, tokens, temperature=0.0, max_tokens=1, **wanted)
         while positions:
             for output in self._engine.step():
                 index = positions.pop(output.request_id)
-                found = columns(output.prompt_logprobs, len(sequences[index].response_tokens), asked)
-                scores[index] = _scores(*found, request, self._vocab_size)
+                scores[index] = self._scores(sequences[index], request, asked, output)
         return scores
 
+    def _wanted(self, sequence: Rollout, request: ScoreRequest, asked: int) -> dict[str, Any]:
+        """SamplingParams that ask for the log-probs of one sequence."""
+        if not self._chosen:
+            return {"prompt_logprobs": asked}
+        return {
+            "prompt_logprobs": asked or None,
+            "prompt_logprob_token_ids": chosen_ids(sequence, request, self._vocab_size),
+            # The row of the last prompt token predicts the first one of the response.
+            "prompt_logprob_start": len(sequence.prompt_tokens) - 1,
+        }
 
-def _scores(logprobs: np.ndarray, ids: np.ndarray, request: ScoreRequest, vocab_size: int) -> Scores:
-    """Scores of T tokens from [T, 1 + alternatives] log-probs and ids, each row's own token first."""
-    stops = request.stop_token_ids
-    own, top_k = logprobs[:, 0], min(request.top_k, vocab_size - len(stops[1:]))
-    stop_logprobs = np.zeros(0, np.float32)
-    if stops:
-        each = [np.where(ids == stop, logprobs, -np.inf).max(1, initial=-np.inf) for stop in stops]
-        stop_logprobs = np.logaddexp.reduce(each, axis=0).astype(np.float32)
-        own = np.where(np.isin(ids[:, 0], stops), stop_logprobs, own)
-        # All of them give way to one more column, which is then sorted in.
-        others = np.where(np.isin(ids, stops), -np.inf, logprobs)
-        logprobs = np.concatenate([others, stop_logprobs[:, None]], axis=1)
-        ids = np.concatenate([ids, np.full((len(ids), 1), stops[0], np.int32)], axis=1)
-    alternatives, alternative_ids = logprobs[:, 1:], ids[:, 1:]
-    best = np.argsort(-alternatives, axis=1, kind="stable")[:, :top_k]
-    return Scores(
-        logprobs=own.astype(np.float32),
-        topk_ids=np.take_along_axis(alternative_ids, best, 1),
-        topk_logprobs=np.take_along_axis(alternatives, best, 1).astype(np.float32),
-        given_logprobs=np.zeros((len(own), 0), np.float32),
-        stop_logprobs=stop_logprobs,
-        hidden=np.zeros((len(own), 0), np.float32),
-    )
+    def _scores(self, sequence: Rollout, request: ScoreRequest, asked: int, output: Any) -> Scores:
+        """From vLLM's RequestOutput; None for a response of no tokens."""
+        num_tokens, chosen = len(sequence.response_tokens), None
+        logprobs, ids = np.zeros((num_tokens, 1 + asked), np.float32), np.zeros((num_tokens, 1 + asked), np.int32)
+        if output is None:
+            chosen = np.zeros(chosen_ids(sequence, request, self._vocab_size).shape, np.float32)
+        elif self._chosen:
+            chosen = output.prompt_token_id_logprobs
+            if chosen is None:
+                raise RuntimeError(f"vLLM gave no log-probs of the chosen tokens of request {output.request_id}")
+        if output is not None and (asked or not self._chosen):
+            logprobs, ids = columns(output.prompt_logprobs, num_tokens, asked)
+        return scores_of(sequence, request, self._vocab_size, logprobs, ids, chosen)

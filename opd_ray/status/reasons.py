@@ -241,6 +241,8 @@ def _blame(culprit: _Culprit | None) -> str:
     notes = [f"of {room.num_calls} at {_count(room.ready, 'worker')}{waiting}"] if room.num_calls > 1 else []
     if call.method in _SLOW:
         notes.append(_SLOW[call.method])
+    if room.note:
+        notes.append(room.note)
     if room.deadline_s is not None:
         answered = call.silent_s is not None and call.silent_s < call.since_s
         notes.append(

@@ -85,6 +85,8 @@ class RoomStatus:
     """Calls answered since the room began."""
     deadline_s: float | None = None
     """How long a worker with calls may answer none."""
+    note: str | None = None
+    """What is wrong with the servers that its workers ask; None where nothing is, or where they ask none."""
 
 
 @dataclass(frozen=True)

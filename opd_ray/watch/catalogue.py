@@ -126,6 +126,8 @@ _ALL = (
     Metric("weights/group_size", "number", "processes in the transfer group, the learner included"),
     Metric("weights/rebuilds", "number", "times that the transfer group was made anew"),
     Metric("weights/failed_broadcasts", "number", "broadcasts that ended without all members", "OpdWeightSyncFailed"),
+    Metric("servers/*_in_use", "number", "servers of a teacher's url that are asked; the others rest or are out"),
+    Metric("servers/*_distance", "nats", "mean distance of log-probs that should be alike: of two servers, or in time"),
     Metric("checkpoint/failed_writes", "number", "running count; tried again", "OpdCheckpointFails"),
     Metric("checkpoint/step", "steps", "step of the newest complete checkpoint", "OpdCheckpointOld"),
     Metric("checkpoint/write_s", "s", "writing a checkpoint; the loop goes on meanwhile"),

@@ -29,6 +29,7 @@ FACTS: Any = SimpleNamespace(
     num_prompts=10,
     sizes=defaultdict(lambda: TINY),
     golden={"rows": 5, "used": 5},
+    servers={},
     data=SimpleNamespace(
         prompt_stream=lambda attempt: stream(),
         problem_streams=lambda: defaultdict(stream),

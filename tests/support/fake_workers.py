@@ -26,6 +26,7 @@ from opd_ray.messages import (
     MemoryUse,
     PromptGroup,
     SamplingSettings,
+    ServerState,
     StepOutcome,
     StepPlan,
     TransferGroup,
@@ -163,6 +164,8 @@ class FakeScorer(Receiver):
     """Scores of rollouts are their slots, and who says so."""
 
     takes_s = 0.0
+    states: tuple[ServerState, ...] = (ServerState("http://one:8000", "in use", 0.0),)
+    """Of servers that it asks, where it asks any."""
 
     async def score(self, rollouts: pa.RecordBatch, request: Any) -> tuple[int, Any]:
         await self.whole.wait()
@@ -171,6 +174,9 @@ class FakeScorer(Receiver):
         if self.takes_s:
             await asyncio.sleep(self.takes_s)
         return len(rollouts), pa.record_batch({"of": rollouts["slot"], "by": [role] * len(rollouts)})
+
+    def servers(self) -> tuple[ServerState, ...]:
+        return self.states
 
     def snapshot(self) -> tuple[dict[str, int], dict[str, np.ndarray]]:
         return {"version": self.version}, {"trained": np.array(self.weights, np.int64)}
