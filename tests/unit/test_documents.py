@@ -1,0 +1,65 @@
+"""Every YAML and every command in the documents is one that would be taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from documented_commands import ROOT, blocks, commands, problems
+
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "cluster/**/*.md", "opd_ray/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_a_document_tells_to_type_would_be_taken(document: str) -> None:
+    assert problems((ROOT / document).read_text(encoding="utf-8")) == []
+
+
+def test_the_documents_have_something_to_check() -> None:
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+    assert {"README.md", "CONTRIBUTING.md", "cluster/README.md", "opd_ray/recipes/README.md"} <= texts.keys()
+    assert len(commands(texts["README.md"])) > 15
+    assert len(commands(texts["cluster/README.md"])) > 5
+    assert blocks(texts["README.md"], "yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("```yaml\nlearner: {lrr: 1}\n```\n", "unknown field 'learner.lrr'"),
+        ("```yaml\nlearner: {zero_stage: 7}\n```\n", "learner.zero_stage"),
+        ("```\nopd-ray trian\n```\n", "no verb trian"),
+        ("```\nopd-ray train --confg x\n```\n", "No such option"),
+        ("```\nopd-ray train learner.lrr=1\n```\n", "unknown field 'learner.lrr'"),
+        ("```\nray job submit -- \\\n    python jobs/stableopd.py --run-dir x seed=-1\n```\n", "seed"),
+        ("or `python -m opd_ray status --jsn RUN`,", "No such option"),
+        ("`python jobs/stable.py`", "there is no jobs/stable.py"),
+        ("`PYTHONPATH=. python tests/support/a_million.py 4`", "there is no tests/support/a_million.py"),
+        ("`opd-ray export RUN --step last`", "'last' is not a valid integer"),
+        ("`python jobs/bench_loop.py --stepz 3`", "bench_loop.py has no --stepz"),
+        ("`opd-ray train --config opd_ray/recipes/gkdd.yaml`", "there is no opd_ray/recipes/gkdd.yaml"),
+        ("    python jobs/stableopd.py --config opd_ray/recipes/gkd.yaml learner.step=3\n", "learner.step"),
+        ("```\nmake demmo    # all of it\n```\n", "no target demmo"),
+        ('`make demo ARGS="learner.step=3"`', "learner.step"),
+        ("`make setup DEVIZE=gpu`", "knows no DEVIZE"),
+        ("with `guard.levl=stop`", "no field guard.levl"),
+        ("with `guard.level=stopp`", "guard.level"),
+        ("`buffer.max_stale`", "no field buffer.max_stale"),
+        ("`~/venv/bin/opd-ray stat RUN`", "no verb stat"),
+    ],
+)
+def test_what_would_be_refused_is_found(text: str, said: str) -> None:
+    found = problems(text)
+    assert len(found) == 1 and said in found[0]
+
+
+def test_what_is_fine_is_left_alone() -> None:
+    text = Path(ROOT / "README.md").read_text(encoding="utf-8")
+    assert problems("`metrics.jsonl`, `elastic.*`, `loss.<source>`, `opd-ray --help`, `make`, makes more, `loss`") == []
+    assert problems("`opd-ray report RUN [RUN ...]`") == []
+    assert "make more" not in commands(text)
