@@ -14,14 +14,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from opd_ray.data.prompts import Shuffled
+from opd_ray.data.orders import Order
 from opd_ray.messages import Entry
 
 
 class GoldenSet:
     """Golden rollouts in the order in which steps take them: each once per epoch, or those of given prompts."""
 
-    def __init__(self, entries: Sequence[Entry], order: Shuffled, by_prompt: Mapping[str, int] | None = None) -> None:
+    def __init__(self, entries: Sequence[Entry], order: Order, by_prompt: Mapping[str, int] | None = None) -> None:
         """``by_prompt`` maps a prompt's id to its solution's index, and makes steps take the solutions of
         their own prompts."""
         self._entries, self._order, self._by_prompt = entries, order, by_prompt

@@ -6,7 +6,17 @@ is checked by :mod:`opd_ray.run.preflight`.
 """
 
 from opd_ray.config.binding import ROOMS, RUN
-from opd_ray.config.data import EMBEDDED, HELD_OUT, EvaluationSet, MetricsConfig, set_field
+from opd_ray.config.data import (
+    EMBEDDED,
+    HELD_OUT,
+    DataConfig,
+    EvaluationSet,
+    MetricsConfig,
+    Sources,
+    listed,
+    set_field,
+    written,
+)
 from opd_ray.config.learner import LearnerConfig
 from opd_ray.config.loading import (
     FieldDoc,

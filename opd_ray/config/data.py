@@ -18,17 +18,43 @@ HELD_OUT = "held_out"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class SourceConfig:
+    """One of several sources of rows."""
+
+    source: str
+    """A file, org/name:split of the Hugging Face Hub, or reasoning_gym:NAME."""
+    weight: float | None = Field(None, gt=0)
+    """Share of an epoch that is drawn from it, relative to the others'; by default every row once."""
+
+
+Sources = str | tuple[str | SourceConfig, ...]
+
+
+def listed(sources: Sources) -> tuple[SourceConfig, ...]:
+    """Each of them."""
+    several = (sources,) if isinstance(sources, str) else sources
+    return tuple(SourceConfig(source=each) if isinstance(each, str) else each for each in several)
+
+
+def written(sources: Sources) -> str:
+    """How messages name them."""
+    return ", ".join(each.source for each in listed(sources))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
     """Prompts, golden solutions, held-out problems and the task that verifies answers."""
 
     task: str = ""
     """Asks the questions and verifies answers: math, chain, reasoning_gym or module:Class (a class of your own); by
     default reasoning_gym where prompts or problems are its, else math."""
-    prompts: str = EMBEDDED
-    """JSONL or Parquet file with one training prompt per row (prompt, answer, optional id)."""
-    golden: str | None = EMBEDDED
-    """JSONL or Parquet file of prompts with a complete response each, as text or tokens; null for none;
-    embedded:N for another number of the embedded 128."""
+    prompts: Sources = EMBEDDED
+    """Training prompts, one per row (prompt, answer, optional id): a JSONL or Parquet file, org/name[/config]:split
+    [@revision] of the Hugging Face Hub, reasoning_gym:NAME?size=2000&seed=1, or a list of such, with weights as
+    {source: ..., weight: 2}."""
+    golden: Sources | None = EMBEDDED
+    """Prompts with a complete response each, as text or tokens, from such sources; null for none; embedded:N for
+    another number of the embedded 128."""
     columns: dict[Literal["id", "prompt", "answer", "response", "teacher", "messages"], str] = Field(
         default_factory=dict
     )
@@ -40,30 +66,47 @@ class DataConfig:
     """The user's turn, with {prompt} where the problem stands."""
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """What the chat template is given besides, as {enable_thinking: false}."""
+    prompt_problems: Literal["refuse", "skip"] = "refuse"
+    """Prompts that leave no room for a response, are held-out problems or lack the golden solution that they need: end
+    the run, or leave them out and say how many."""
     golden_filter: Literal["none", "correct"] = "none"
     """correct: the task's verifier has to agree with each golden response."""
     golden_problems: Literal["refuse", "skip"] = "refuse"
-    """Golden rows without EOS, over length, repetitive (rep(o) of metrics.*) or judged wrong: end the run, or leave
-    them out and say how many."""
-    evaluation: Annotated[str, NOTHING] = EMBEDDED
-    """JSONL or Parquet file of held-out problems, where there are no evaluation.sets."""
+    """Golden rows without EOS, over length, repetitive (rep(o) of metrics.*), judged wrong or of held-out problems: end
+    the run, or leave them out and say how many."""
+    evaluation: Annotated[Sources, NOTHING] = EMBEDDED
+    """Held-out problems, from such sources, where there are no evaluation.sets."""
     shuffle: bool = True
     """Visit prompts and golden rows in a new random order every epoch, not as they lie in their files."""
 
     def __post_init__(self) -> None:
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template is {self.prompt_template!r}, without {{prompt}} for the problem")
+        for name in ("prompts", "golden", "evaluation"):
+            _check_sources(name, getattr(self, name))
         if not self.task:
-            made_up = any(each.startswith("reasoning_gym:") for each in (self.prompts, self.evaluation))
+            asked = (*listed(self.prompts), *listed(self.evaluation))
+            made_up = any(each.source.startswith("reasoning_gym:") for each in asked)
             object.__setattr__(self, "task", "reasoning_gym" if made_up else "math")
+
+
+def _check_sources(name: str, sources: Sources | None) -> None:
+    if sources is None:
+        return
+    weighted = [each.weight is not None for each in listed(sources)]
+    if not weighted:
+        raise ValueError(f"{name} is an empty list; give a source")
+    if any(weighted) and (name == "evaluation" or not all(weighted)):
+        otherwise = "all of its problems count" if name == "evaluation" else "give all of its sources one, or none"
+        raise ValueError(f"{name} has a source with a weight; {otherwise}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluationSet:
     """A set of held-out problems, and how they are answered."""
 
-    path: str = EMBEDDED
-    """JSONL or Parquet file of its problems."""
+    path: Sources = EMBEDDED
+    """Its problems, from sources like those of data.prompts."""
     samples: int = Field(1, ge=1)
     """k: sampled answers to each problem, for avg@k and pass@k."""
     temperature: float | None = Field(None, gt=0)

@@ -165,10 +165,11 @@ def _doc(cls: type, name: str) -> str:
 
 
 def _one_line(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    # A schedule is a number or points; pydantic names the form that it tried last.
-    forms = ("tuple[", "literal[")
-    where = ".".join(str(part) for part in first["loc"] if part != "float" and not str(part).startswith(forms))
+    # A schedule is a number or points, sources are one or a list: pydantic complains of each form, in the right one of
+    # what is deepest in it, and names the forms.
+    first = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
+    forms = ("float", "str", "SourceConfig", "tuple[", "literal[")
+    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(forms))
     if first["type"] == "unexpected_keyword_argument":
         section, _, _ = where.rpartition(".")
         every = (*describe(), *describe_absent(*first["loc"][2:3]))

@@ -11,7 +11,15 @@ from pydantic.dataclasses import dataclass
 
 from opd_ray.config import schedule
 from opd_ray.config.binding import ROOMS, RUN
-from opd_ray.config.data import EMBEDDED, HELD_OUT, DataConfig, EvaluationConfig, EvaluationSet, MetricsConfig
+from opd_ray.config.data import (
+    EMBEDDED,
+    HELD_OUT,
+    DataConfig,
+    EvaluationConfig,
+    EvaluationSet,
+    MetricsConfig,
+    listed,
+)
 from opd_ray.config.learner import LearnerConfig, WeightsConfig
 from opd_ray.config.method import ON_STUDENT_SAMPLES, STRICT, LossConfig
 from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, GuardConfig, RecoveryConfig
@@ -83,6 +91,11 @@ class Config:
         buffer, reference = self.buffer, self.loss.reference
         if self.buffer.uses_golden and self.data.golden is None:
             raise ValueError("buffer asks for golden rollouts but data.golden is null")
+        if self.data.golden and self.buffer.golden_pairing == "prompt" and listed(self.data.golden)[0].weight:
+            raise ValueError(
+                "data.golden has weights, but buffer.golden_pairing=prompt takes the solutions of the step's prompts; "
+                "leave the weights out, or set it to shuffled"
+            )
         if not self.sources:
             raise ValueError("there are no rollouts of any source: a step would train on nothing")
         for source, how in (

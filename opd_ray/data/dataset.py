@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
-from opd_ray.config import Config, set_field
+from opd_ray.config import Config, Sources, set_field, written
 from opd_ray.data.golden import Golden, check_golden, is_privileged
-from opd_ray.data.prompts import Prompts, PromptStream, Shuffled
+from opd_ray.data.prompts import Prompts, PromptStream
 from opd_ray.data.rendering import Renderer
 from opd_ray.data.rows import read_prompts
+from opd_ray.errors import InputError
 from opd_ray.models.checkpoints import ModelFacts
 from opd_ray.tasks import get_task
 from opd_ray.tasks.judge import Judge
@@ -28,30 +30,62 @@ class Dataset:
             for name, each in config.evaluation_sets.items()
         }
         """The held-out problems, by set."""
+        self._left_out = Counter(dict.fromkeys(("held_out", "over_length", "unsolved"), 0))
         self.golden: Golden | None = None
         self.shown: Prompts | None = None
         """The prompts with their golden solutions in them, where a privileged teacher is shown those."""
 
-    def _read(self, field: str, path: str, *, need_answer: bool) -> Prompts:
-        return Prompts(f"{field} {path}", read_prompts(path, need_answer, self._config.data.columns), self.renderer)
+    def _read(self, field: str, sources: Sources, *, need_answer: bool) -> Prompts:
+        rows = read_prompts(sources, need_answer, self._config.data.columns)
+        return Prompts(f"{field} {written(sources)}", rows, self.renderer)
 
     def read_golden(self, models: Mapping[str, ModelFacts], eos_token_ids: Sequence[int], judge: Judge) -> None:
         """Reads and checks the golden solutions, where the run needs any. Raises InputError."""
         config = self._config
         if not (config.loads_golden or is_privileged(config)):
             return
-        self.golden = golden = check_golden(config, models, eos_token_ids, self.prompts, judge)
+        held_out = list(self.problems.values())
+        self.golden = golden = check_golden(config, models, eos_token_ids, self.prompts, held_out, judge)
+        if golden.pairs is not None:
+            unsolved = [index for index, row in enumerate(self.prompts.rows) if row["id"] not in golden.pairs]
+            self.leave_out("unsolved", unsolved)
         if is_privileged(config) and config.buffer.prompts_per_step:
             rows = self.prompts.rows
             texts = [golden.solutions[golden.pairs[row["id"]]].text for row in rows]
-            self.shown = Prompts(self.prompts.where, rows, self.renderer, texts)
+            self.shown = Prompts(self.prompts.where, rows, self.renderer, texts, self.prompts.numbers)
+
+    def leave_out(self, kind: str, indices: Sequence[int]) -> None:
+        """Trains on the other prompts alone, and says so. Raises InputError where none is left."""
+        if len(indices) == len(self.prompts):
+            last = f"the last {len(indices)} of {self.report['rows']} are out as {kind.replace('_', ' ')}"
+            raise InputError(f"{self.prompts.where}: no prompt is left to train on; {last}")
+        self._left_out[kind] += len(indices)
+        self.prompts = self.prompts.without(indices)
+        self.prompts.order(self._config.seed, self._config.data.shuffle)  # refuses a source without rows
+        if self.shown:
+            self.shown = self.shown.without(indices)
+
+    @property
+    def report(self) -> dict[str, int]:
+        """Rows of the prompts' sources, used, and left out by kind of problem."""
+        used = len(self.prompts or ())
+        return {"rows": used + self._left_out.total(), "used": used, **self._left_out}
+
+    def left_out(self) -> Iterator[str]:
+        """A line for the prompts and for the golden rows, where some are not used."""
+        reports = {"prompts": self.report} | ({"golden": self.golden.report} if self.golden else {})
+        for name, report in reports.items():
+            left_out = {kind: count for kind, count in report.items() if count and kind not in ("rows", "used")}
+            if left_out:
+                kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in left_out.items())
+                yield f"{name}: {report['used']} of {report['rows']} rows are used; left out: {kinds}"
 
     def prompt_stream(self, attempt: int) -> PromptStream:
         """The training prompts; their responses are sampled with other seeds in every ``attempt``."""
         config = self._config
         return PromptStream(
             self.prompts,
-            order=Shuffled(len(self.prompts), config.seed, config.data.shuffle),
+            order=self.prompts.order(config.seed, config.data.shuffle),
             num_responses=config.rollout.responses_per_prompt,
             seed=config.seed + 1_000_003 * attempt,
             shown=self.shown,

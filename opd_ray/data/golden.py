@@ -17,8 +17,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from opd_ray.config import Config
-from opd_ray.data.golden_problems import KINDS, Problems, Solution, describe, find_problems, judged_wrong
+from opd_ray.config import Config, written
+from opd_ray.data.golden_problems import (
+    KINDS,
+    Problems,
+    Solution,
+    describe,
+    find_problems,
+    held_out_problems,
+    judged_wrong,
+)
+from opd_ray.data.orders import Mix
 from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts
 from opd_ray.data.rows import question, read_golden
 from opd_ray.errors import InputError
@@ -35,12 +44,16 @@ _TOKENS = ("prompt_tokens", "response_tokens", "privileged_prompt_tokens")
 class Golden:
     """The rows of data.golden that can be trained on."""
 
+    where: str
+    """data.golden and what it names."""
     solutions: list[Solution]
     """In the order of the file."""
     report: dict[str, int]
     """Rows of the file, used, and for each kind of problem the rows that were left out for it."""
-    pairs: dict[str, int]
-    """Prompt id to the index of its solution; empty where prompts do not need theirs."""
+    pairs: dict[str, int] | None
+    """Prompt id to the index of its solution, for the prompts that have one; None where they do not need theirs."""
+    mix: Mix | None
+    """Which solutions are of which source, where these have weights."""
 
     def hand_over(self) -> tuple[list[RolloutMeta], pa.RecordBatch]:
         """Metas and a batch of ROLLOUT_SCHEMA, a row per solution. The solutions are gone then: they may be gigabytes.
@@ -63,15 +76,20 @@ def is_privileged(config: Config) -> bool:
 
 
 def check_golden(
-    config: Config, models: Mapping[str, ModelFacts], eos_token_ids: Sequence[int], prompts: Prompts, judge: Judge
+    config: Config,
+    models: Mapping[str, ModelFacts],
+    eos_token_ids: Sequence[int],
+    prompts: Prompts,
+    held_out: Sequence[Prompts],
+    judge: Judge,
 ) -> Golden:
     """Reads data.golden and looks at each of its rows.
 
     ``models``: "student" and every scorer's role to its facts. Raises InputError for rows with problems, unless
     they are to be skipped; if none is left; and if prompts that need a solution have none.
     """
-    where = f"data.golden {config.data.golden}"
-    rows: Sequence[Mapping[str, Any]] = read_golden(str(config.data.golden), config.data.columns)
+    where = f"data.golden {written(config.data.golden)}"
+    rows = every = read_golden(config.data.golden, config.data.columns)
     # Does it matter which prompt a solution belongs to?
     paired = is_privileged(config) or (config.loads_golden and config.buffer.golden_pairing == "prompt")
     if paired:
@@ -88,6 +106,7 @@ def check_golden(
         return solutions, problems
 
     solutions, problems = _first_good(rows, look)
+    problems = held_out_problems(solutions, held_out) | problems
     if problems and config.data.golden_problems == "refuse":
         advice = "mend or remove them, or leave them out with data.golden_problems=skip"
         raise InputError(f"{describe(where, len(rows), problems)}; {advice}")
@@ -100,10 +119,10 @@ def check_golden(
             raise InputError(f"{where}: {len(used)} rows have {total} {name}, {most}; give fewer rows")
     counts = Counter(kind for kind, _ in problems.values())
     report = {"rows": len(rows), "used": len(used), **{kind: counts[kind] for kind in KINDS}}
-    pairs = {}
+    pairs = None
     if paired and config.buffer.prompts_per_step:
         pairs = _pair(config, prompts, used, left_out=len(problems))
-    return Golden(used, report, pairs)
+    return Golden(where, used, report, pairs, every.mix(where, (each.number for each in used)))
 
 
 def _first_good(
@@ -210,7 +229,8 @@ def _with_privileged_prompts(where: str, solutions: Sequence[Solution], prompts:
 
 
 def _pair(config: Config, prompts: Prompts, solutions: Sequence[Solution], left_out: int) -> dict[str, int]:
-    """Prompt id to the index of its solution (the first, if it has several); refuses prompts without one.
+    """Prompt id to the index of its solution (the first, if it has several); refuses prompts without one,
+    unless they are to be left out.
 
     Solutions have the ids of their prompts by now; prompts of the same text share a solution.
     """
@@ -219,18 +239,19 @@ def _pair(config: Config, prompts: Prompts, solutions: Sequence[Solution], left_
     for i, solution in enumerate(solutions):
         index.setdefault(solution.row["id"], i)
     by_text = {question(row): index[row["id"]] for row in reversed(rows) if row["id"] in index}
-    pairs = {row["id"]: index.get(row["id"], by_text.get(question(row))) for row in rows}
-    missing = [(number, row["id"]) for number, row in enumerate(rows, start=1) if pairs[row["id"]] is None]
-    if not missing:
+    found = {row["id"]: index.get(row["id"], by_text.get(question(row))) for row in rows}
+    pairs = {prompt_id: i for prompt_id, i in found.items() if i is not None}
+    missing = [(number, row["id"]) for number, row in zip(prompts.numbers, rows, strict=True) if row["id"] not in pairs]
+    if not missing or config.data.prompt_problems == "skip":
         return pairs
     number, prompt_id = missing[0]
     asked = "a privileged teacher is shown" if is_privileged(config) else "buffer.golden_pairing=prompt takes"
     skipped = f" ({left_out} of its rows were left out for their problems)" if left_out else ""
-    otherwise = "" if is_privileged(config) else " or set buffer.golden_pairing=shuffled"
+    otherwise = "" if is_privileged(config) else ", or set buffer.golden_pairing=shuffled"
     raise InputError(
         f"{prompts.where}: {len(missing)} of {len(prompts)} prompts have no golden solution in "
-        f"{config.data.golden}{skipped}, as row {number} (id {prompt_id!r}), but {asked} each prompt's own; "
-        f"add solutions (same id, or same prompt), remove the prompts{otherwise}"
+        f"{written(config.data.golden)}{skipped}, as row {number} (id {prompt_id!r}), but {asked} each prompt's own; "
+        f"add solutions (same id, or same prompt), leave out such prompts with data.prompt_problems=skip{otherwise}"
     )
 
 

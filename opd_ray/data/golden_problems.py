@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from opd_ray.config import Config
-from opd_ray.data.prompts import limits
+from opd_ray.data.prompts import Prompts, limits
+from opd_ray.data.rows import question
 from opd_ray.errors import InputError
 from opd_ray.messages import REFERENCE
 from opd_ray.models.checkpoints import ModelFacts
@@ -24,6 +25,7 @@ KINDS = {
     "over_length": "over length",
     "repetitive": "that repeat themselves",
     "wrong": "judged wrong",
+    "held_out": "of held-out problems",
 }
 """In the order in which they are looked for; a row counts once."""
 _SHOWN_ROWS = 5
@@ -109,6 +111,19 @@ def _loop(solution: Solution, config: Config) -> Problem | None:
     if is_repetitive(solution.text, window, ratio):
         return "repetitive", f"its last {window} characters compress by more than metrics.repetition_ratio={ratio:.3g}"
     return None
+
+
+def held_out_problems(solutions: Sequence[Solution], held_out: Sequence[Prompts]) -> Problems:
+    """Of the solutions of problems that evaluations ask: trained on, they would measure memory."""
+    asked = {question(row) for problems in held_out for row in problems.rows}
+    bare = any(not each.row["prompt"] for each in solutions)  # tokens alone can only be compared with tokens
+    tokens = {problems[i].tobytes() for problems in held_out for i in range(len(problems))} if bare else set()
+    found = (
+        each.number
+        for each in solutions
+        if (question(each.row) in asked if each.row["prompt"] else each.prompt_tokens.tobytes() in tokens)
+    )
+    return dict.fromkeys(found, ("held_out", "an evaluation asks it"))
 
 
 def judged_wrong(where: str, solutions: Sequence[Solution], judge: Judge) -> Problems:

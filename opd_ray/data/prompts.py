@@ -1,7 +1,4 @@
-"""Prompts as token ids, and endless, reproducible orders over them: prompt ``i`` of a run depends on the seed alone.
-
-That is what makes resuming exact: a run that trained ``n`` prompts goes on with prompt ``n``.
-"""
+"""Prompts as token ids, and the stream of them that a run is given."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from opd_ray.config import Config
+from opd_ray.data.orders import Order, order_of
 from opd_ray.data.rendering import Renderer
 from opd_ray.errors import InputError
 from opd_ray.messages import PromptGroup
@@ -83,10 +81,16 @@ class Prompts:
 
     def without(self, left_out: Collection[int]) -> Prompts:
         """All but the prompts of these indices; rows keep their numbers."""
-        kept = [index for index in range(len(self)) if index not in left_out]
-        rest = Prompts(self.where, self.rows.only(kept), self.renderer, numbers=[self.numbers[i] for i in kept])
+        gone = set(left_out)
+        kept = [index for index in range(len(self)) if index not in gone]
+        rows, solutions = self.rows.only(kept), self._solutions and [self._solutions[i] for i in kept]
+        rest = Prompts(self.where, rows, self.renderer, solutions, [self.numbers[i] for i in kept])
         rest._tokens = {new: self._tokens[old] for new, old in enumerate(kept) if old in self._tokens}
         return rest
+
+    def order(self, seed: int, shuffle: bool) -> Order:
+        """In which they are visited."""
+        return order_of(len(self), self.rows.mix(self.where, self.numbers), seed, shuffle)
 
     def _by_size(self) -> list[tuple[int, int]]:
         """The most tokens that each prompt can have, and its index, largest first: a text has at most one token per
@@ -106,21 +110,6 @@ class Prompts:
         return (self.rows[index]["prompt"], *before, *solution)
 
 
-class Shuffled:
-    """Position ``i`` to row index: every row once per epoch, a new order each epoch or always that of the rows."""
-
-    def __init__(self, num_rows: int, seed: int, shuffle: bool = True) -> None:
-        self._num_rows, self._seed, self._shuffle = num_rows, seed, shuffle
-        self._epoch, self._order = -1, np.arange(num_rows)
-
-    def __getitem__(self, position: int) -> int:
-        epoch, offset = divmod(position, self._num_rows)
-        if self._shuffle and epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self._seed, epoch]).permutation(self._num_rows)
-        return int(self._order[offset])
-
-
 class PromptStream:
     """Slot number to the prompt that is admitted in it."""
 
@@ -128,7 +117,7 @@ class PromptStream:
         self,
         prompts: Prompts,
         *,
-        order: Shuffled | None = None,
+        order: Order | None = None,
         num_responses: int = 1,
         seed: int = 0,
         shown: Prompts | None = None,

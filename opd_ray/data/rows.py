@@ -7,14 +7,17 @@ and :mod:`opd_ray.data.golden` for what else a golden solution must be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from opd_ray.data import sources
+from opd_ray.config import Sources, listed
 from opd_ray.data.columns import GOLDEN_COLUMNS, PROMPT_COLUMNS, kind_of, renamed
 from opd_ray.data.files import TOKEN_COLUMNS
+from opd_ray.data.orders import Mix
+from opd_ray.data.sources import read
 from opd_ray.errors import InputError
 
 _OF_TASKS = ("gym", "entry")
@@ -22,16 +25,32 @@ _OF_TASKS = ("gym", "entry")
 
 
 class Rows(list[dict[str, Any]]):
-    """The rows of a source, in its order: row i here is row i + 1 there."""
+    """The rows of sources, in their order: row i here is row i + 1 of the only one, or is counted through."""
 
     has_ids: bool = True
     """Did every row bring an id of its own? Where one did not, its id is its row number."""
+    sizes: Sequence[int] = ()
+    """Rows of each source."""
+    weights: Sequence[float] = ()
+    """Of each source, if they have any."""
 
     def only(self, indices: Sequence[int]) -> Rows:
         """Those rows alone."""
         rows = Rows(self[index] for index in indices)
-        rows.has_ids = self.has_ids
+        rows.has_ids, rows.sizes, rows.weights = self.has_ids, self.sizes, self.weights
         return rows
+
+    def mix(self, where: str, numbers: Iterable[int]) -> Mix | None:
+        """By source, the indices of what is left: of the rows of these numbers. None where sources have no weights.
+        Raises InputError where a source has none left."""
+        if not self.weights:
+            return None
+        source = np.searchsorted(np.cumsum(self.sizes), np.asarray(list(numbers)) - 1, side="right")
+        groups = tuple(np.flatnonzero(source == each) for each in range(len(self.sizes)))
+        if empty := [each for each, group in enumerate(groups, start=1) if not len(group)]:
+            what = f"source {empty[0]} of {len(groups)} has a weight, but no row of it is left"
+            raise InputError(f"{where}: {what}; remove it from the list")
+        return Mix(groups, tuple(self.weights))
 
 
 def question(row: Mapping[str, Any]) -> str:
@@ -40,57 +59,61 @@ def question(row: Mapping[str, Any]) -> str:
     return "\n".join((*before, row["prompt"])).strip()
 
 
-def read_prompts(source: str, need_answer: bool = True, columns: Mapping[str, str] | None = None) -> Rows:
-    """The rows of a source of prompts, each with the keys id, prompt and answer, and teacher if the row names one.
+def read_prompts(sources: Sources, need_answer: bool = True, columns: Mapping[str, str] | None = None) -> Rows:
+    """The rows of sources of prompts, each with the keys id, prompt and answer, and teacher if the row names one.
 
     All of them are strings (numbers become strings). ``id`` defaults to the row number. Without
     ``need_answer`` a row may lack its answer, which is then "". ``columns`` is data.columns. Turns before the prompt,
     where there are any, are in ``before``, as {role, content}. Raises InputError naming source and row.
     """
-    check = lambda where, row: _prompt(where, row, need_answer)  # noqa: E731
-    return _checked(source, PROMPT_COLUMNS, columns or {}, check)
+    return _checked(sources, PROMPT_COLUMNS, columns or {}, partial(_prompt, need_answer=need_answer))
 
 
-def read_golden(source: str, columns: Mapping[str, str] | None = None) -> Rows:
-    """The rows of a source of golden solutions, as text or as tokens.
+def read_golden(sources: Sources, columns: Mapping[str, str] | None = None) -> Rows:
+    """The rows of sources of golden solutions, as text or as tokens.
 
     A text row has a prompt and a non-empty response. A token row, as in a rollout log, has prompt_tokens and
     response_tokens (integer arrays); its id is prompt_id, which may occur more than once, and its prompt is ""
     unless given. Both may have answer (else ""), before, teacher, finish_reason, correct (bool) and text (string); keys
-    of absent values are absent. Raises InputError naming source and row.
+    of absent values are absent. Where there are several responses to choose from, ``response`` is the first (or "" if
+    none is good) and ``others`` are the rest. Raises InputError naming source and row.
     """
-    return _checked(source, GOLDEN_COLUMNS, columns or {}, _golden)
+    return _checked(sources, GOLDEN_COLUMNS, columns or {}, _golden)
 
 
 def _checked(
-    source: str,
+    sources: Sources,
     wanted: Sequence[str],
     columns: Mapping[str, str],
-    check: Callable[[str, Mapping[str, Any]], dict[str, Any]],
+    check: Callable[[str, dict[str, Any]], dict[str, Any]],
 ) -> Rows:
-    rows, first_use = Rows(), {}
-    for number, raw in sources.read(source, [*wanted, *columns.values()]):
-        where = f"{source} row {number}"
-        if not isinstance(raw, dict):
-            raise InputError(f"{where}: expected an object with a 'prompt', got {kind_of(raw)}")
-        raw = renamed(where, raw, columns)
-        row = check(where, raw) | {name: raw[name] for name in _OF_TASKS if name in raw}
-        given = _id(where, raw, row)
-        rows.has_ids = rows.has_ids and given is not None
-        name = row["id"] = str(number) if given is None else given
-        if name in first_use and "response_tokens" not in row:
-            raise InputError(
-                f"{where}: id {name!r} is also that of row {first_use[name]}; "
-                "make ids unique, or leave them out to use row numbers"
-            )
-        first_use[name] = number
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{source}: has no rows; give a file with one problem per row")
+    rows, first_use, several = Rows(), {}, listed(sources)
+    for place, source in enumerate(each.source for each in several):
+        before = len(rows)
+        for number, raw in read(source, [*wanted, *columns.values()]):
+            where = f"{source} row {number}"
+            if not isinstance(raw, dict):
+                raise InputError(f"{where}: expected an object with a 'prompt', got {kind_of(raw)}")
+            raw = renamed(where, raw, columns)
+            row = check(where, raw) | {name: raw[name] for name in _OF_TASKS if name in raw}
+            given = _id(where, raw, row)
+            rows.has_ids = rows.has_ids and given is not None
+            name = row["id"] = (f"{place + 1}-" * (len(several) > 1) + str(number)) if given is None else given
+            if name in first_use and "response_tokens" not in row:
+                raise InputError(
+                    f"{where}: id {name!r} is also that of {first_use[name]}; "
+                    "make ids unique, or leave them out to use row numbers"
+                )
+            first_use[name] = f"row {number}" + (f" of {source}" if len(several) > 1 else "")
+            rows.append(row)
+        if len(rows) == before:
+            raise InputError(f"{source}: has no rows; give a file with one problem per row")
+        rows.sizes = (*rows.sizes, len(rows) - before)
+    rows.weights = [each.weight for each in several if each.weight is not None]
     return rows
 
 
-def _prompt(where: str, raw: dict[str, Any], need_answer: bool, need_prompt: bool = True) -> dict[str, Any]:
+def _prompt(where: str, raw: dict[str, Any], *, need_answer: bool, need_prompt: bool = True) -> dict[str, Any]:
     given = {name for name in ("prompt", "answer") if raw.get(name) is not None}
     row = {"id": "", "prompt": _text(where, raw, "prompt") if need_prompt or "prompt" in given else ""}
     row["answer"] = _text(where, raw, "answer", numbers=True) if need_answer or "answer" in given else ""

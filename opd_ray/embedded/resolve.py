@@ -17,10 +17,11 @@ def resolve(config: Config) -> Config:
     plain = configs.to_dict(without_foreign_golden(config))
     student, data = plain["student"], plain["data"]
     golden, _, count = str(data["golden"]).partition(":")
-    held_out = {each.path for each in config.evaluation_sets.values()}
+    held_out = [each.path for each in config.evaluation_sets.values()]
     if configs.EMBEDDED in (student["path"], data["prompts"], golden, *held_out):
-        for given in {data["prompts"], *held_out} - {configs.EMBEDDED}:
-            read_prompts(given, need_answer=False)  # a mistyped name is told before a student is built
+        for given in (config.data.prompts, *held_out):
+            if given != configs.EMBEDDED:  # a mistyped name is told before a student is built
+                read_prompts(given, need_answer=False, columns=config.data.columns)
         built = embedded.prepare(config.seed)
         sets = [(each, "path", "test.jsonl") for each in plain["evaluation"]["sets"].values()]
         for section, field, name in (
@@ -47,7 +48,7 @@ def without_foreign_golden(config: Config) -> Config:
         return config
     if config.buffer.uses_golden or is_privileged(config):
         raise InputError(
-            f"data.prompts is {data.prompts}, but data.golden is the embedded one, of another task; "
+            f"data.prompts is {configs.written(data.prompts)}, but data.golden is the embedded one, of another task; "
             "give data.golden=FILE, or leave golden rollouts out: loss.golden.coef=0 buffer.golden_per_prompt=0"
         )
     return dataclasses.replace(config, data=dataclasses.replace(data, golden=None))

@@ -251,6 +251,8 @@ class Driver:
         self._begun = True
         self._delivery.manifest = (await self._rooms.learner.call_all("manifest", 0))[0]
         await self._golden.load()
+        for line in self._facts.data.left_out():
+            print(line, flush=True)
 
     def _pipeline(self, snapshot: Snapshot | None) -> Pipeline:
         """A pipeline that goes on from a snapshot, or from the beginning."""
@@ -321,7 +323,8 @@ class Driver:
     def _finish(self, stopped_at: int | None = None, stopped_by: str | None = None) -> dict[str, Any]:
         """Writes summary.json; ``stopped_by``, where the run ends before its last step, is "guard" or "signal"."""
         result = self._summary.result(self._config, self._after)
-        result |= {"golden": self._facts.golden, "stopped_at": stopped_at, "stopped_by": stopped_by}
+        result |= {"prompts": self._facts.prompts, "golden": self._facts.golden}
+        result |= {"stopped_at": stopped_at, "stopped_by": stopped_by}
         result["weight_sync_bytes"] = self._delivery.num_bytes
         result |= {"plan": self._forecast.result(self._memory)}
         with writing(path := self._run_dir / SUMMARY):

@@ -7,7 +7,7 @@ import ray
 from opd_ray.buffer.replay import GoldenSet
 from opd_ray.config import Config
 from opd_ray.data.golden import Golden
-from opd_ray.data.prompts import Shuffled
+from opd_ray.data.orders import order_of
 from opd_ray.messages import Entry
 from opd_ray.rooms.threads import in_thread
 
@@ -26,15 +26,10 @@ class GoldenRollouts:
         metas, batch = self._golden.hand_over()
         payload = await in_thread(ray.put, batch)
         self._entries = [Entry(meta, row, payload) for row, meta in enumerate(metas)]
-        report = self._golden.report
-        left_out = {kind: count for kind, count in report.items() if count and kind not in ("rows", "used")}
-        if left_out:
-            kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in left_out.items())
-            print(f"golden: {report['used']} of {report['rows']} rows are used; left out: {kinds}", flush=True)
 
     def from_the_first_on(self) -> GoldenSet:
         """In the order in which steps take them."""
         config, entries = self._config, self._entries or []
-        order = Shuffled(len(entries), config.seed + 1, config.data.shuffle)
+        order = order_of(len(entries), self._golden and self._golden.mix, config.seed + 1, config.data.shuffle)
         paired = config.buffer.golden_pairing == "prompt"
         return GoldenSet(entries, order, self._golden.pairs if paired and self._golden else None)

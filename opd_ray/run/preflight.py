@@ -14,19 +14,18 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from opd_ray.config import Config
+from opd_ray.data import checks
 from opd_ray.data.dataset import Dataset
-from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts, limits
-from opd_ray.data.rows import question
-from opd_ray.errors import InputError, RunError, near
+from opd_ray.errors import InputError, RunError
 from opd_ray.models import checkpoints
 from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
@@ -35,6 +34,7 @@ from opd_ray.tasks.judge import Judge
 from opd_ray.watch.trackers import check_trackers
 
 if TYPE_CHECKING:
+    from opd_ray.data.prompts import Prompts
     from opd_ray.score.replicas import Baseline
 
 
@@ -51,6 +51,8 @@ class Preflight:
     """Longest prompt of the training and evaluation files, as the task renders it."""
     num_prompts: int
     num_problems: int
+    prompts: Mapping[str, int]
+    """Rows of the prompts' sources, used, and left out by kind of problem."""
     golden: Mapping[str, int]
     """Rows of the golden file, used, and left out by kind of problem; empty where no golden data is read."""
     data: Dataset = field(repr=False, compare=False)
@@ -97,12 +99,11 @@ def check_evaluation(config: Config) -> Preflight:
     _check_packages(config, evaluation_only=True)
     data = Dataset(config, evaluation_only=True)
     with Judge(data.renderer.task) as judge:
-        for problems in data.problems.values():
-            _check_readable(problems, judge)
+        checks.check_texts(config, data, judge)
     student = inspect("student.path", config.student.path)
     data.renderer.tokenizer = student.tokenizer
     data.renderer.check(student.name)
-    longest = _check_problem_lengths(data, student, config)
+    longest = checks.check_problems(config, data, student)
     return _facts(config, {"student": student}, student.eos_token_ids, data, longest)
 
 
@@ -112,10 +113,7 @@ def check_files(config: Config) -> Preflight:
     _check_packages(config)
     data = Dataset(config)
     with Judge(data.renderer.task) as judge:
-        _check_answers(config, data.prompts, judge)
-        for problems in data.problems.values():
-            _check_readable(problems, judge)
-        _check_routes(data.prompts.where, enumerate(data.prompts.rows, start=1), config)
+        checks.check_texts(config, data, judge)
         models = inspect_run(config)
         student = models["student"]
         _check_adapters(config, student)
@@ -125,18 +123,10 @@ def check_files(config: Config) -> Preflight:
         eos_token_ids = stop_token_ids(config, models)
         servers = _look_at_servers(config, models, data.prompts, eos_token_ids)
         models |= {role: facts for role, (facts, _) in servers.items()}
-        longest = max(
-            _check_length(data.prompts, list(models.values()), config), _check_problem_lengths(data, student, config)
-        )
-        _check_markup(data.prompts, models, renamed)
+        longest = checks.check_prompts(config, data, models)
+        checks.check_markup(data.prompts, models, renamed)
         data.read_golden(models, eos_token_ids, judge)
-    if data.golden:
-        solutions = ((each.number, each.row) for each in data.golden.solutions)
-        _check_routes(f"data.golden {config.data.golden}", solutions, config)
-    if data.shown:
-        privileged = [models[name] for name, teacher in config.teachers.items() if teacher.privileged]
-        _check_length(data.shown, privileged, config, "with its golden solution, ")
-    _check_disjoint(config, data)
+    checks.check_golden(config, data, models)
     baselines = {role: baseline for role, (_, baseline) in servers.items()}
     return _facts(config, models, eos_token_ids, data, longest, baselines)
 
@@ -193,6 +183,7 @@ def _facts(
         max_prompt_tokens=max_prompt_tokens,
         num_prompts=len(data.prompts or ()),
         num_problems=sum(map(len, data.problems.values())),
+        prompts=data.report,
         golden=data.golden.report if data.golden else {},
         data=data,
         sizes={role: model.size for role, model in models.items()},
@@ -284,119 +275,9 @@ def _check_adapters(config: Config, student: ModelFacts) -> None:
         adapted_layers(student.name, directory, config.student.lora)
 
 
-def _check_answers(config: Config, prompts: Prompts, judge: Judge) -> None:
-    """What asks for the task's verdict on a response needs an answer in every row."""
-    asking = []
-    if config.loss.student.used and config.loss.advantage.reward_coef > 0:
-        asking.append(f"loss.advantage.reward_coef={config.loss.advantage.reward_coef:g}")
-    if config.buffer.uses_teacher_rollouts and config.buffer.teacher_filter == "correct":
-        asking.append("buffer.teacher_filter=correct")
-    if not asking:
-        return
-    if missing := [number for number, row in enumerate(prompts.rows, start=1) if not row["answer"]]:
-        raise InputError(
-            f"{prompts.where} row {missing[0]}: has no 'answer' ({len(missing)} of {len(prompts)} "
-            f"rows lack it), which {asking[0]} needs to judge responses; add the answers, or choose another setting"
-        )
-    _check_readable(prompts, judge)
-
-
-def _check_readable(prompts: Prompts, judge: Judge) -> None:
-    """Every response to a problem whose answer the task cannot read would be judged wrong."""
-    answers = list(dict.fromkeys(row["answer"] for row in prompts.rows))
-    read = dict(zip(answers, judge.ask("reads", [(answer,) for answer in answers]), strict=True))
-    if wrong := [(number, row) for number, row in enumerate(prompts.rows, start=1) if not read[row["answer"]]]:
-        number, row = wrong[0]
-        raise InputError(
-            f"{prompts.where} row {number} (id {row['id']!r}): the task cannot read its answer "
-            f"{row['answer'][:100]!r} ({len(wrong)} of {len(prompts)} rows); expected a number or an expression, plain "
-            "or LaTeX; mend them"
-        )
-
-
-def _check_routes(where: str, rows: Iterator[tuple[int, Mapping[str, Any]]], config: Config) -> None:
-    """Each row's teacher must be one of the run's."""
-    if not config.uses_teacher:
-        return
-    for number, row in rows:
-        if (name := row.get("teacher", DEFAULT_TEACHER)) not in config.teachers:
-            raise InputError(
-                f"{where} row {number}: asks for the teacher {name!r}, which the configuration does not have"
-                f"{near(name, config.teachers)} (teacher, or a name in more_teachers)"
-            )
-
-
 def stop_token_ids(config: Config, models: Mapping[str, ModelFacts]) -> tuple[int, ...]:
     """The EOS set of the student and of all that score it; the first id stands for all."""
     given = {role: scorer.eos_token_ids for role, scorer in config.scorers.items()}
     given |= {"teacher": config.teacher.eos_token_ids} if "teacher" in models else {}
     asked = {checkpoints.field_of(config, role): (models[role], ids) for role, ids in given.items()}
     return checkpoints.eos_set(models["student"], asked)
-
-
-def _check_markup(prompts: Prompts, models: Mapping[str, ModelFacts], renamed: Mapping[str, frozenset[int]]) -> None:
-    """The markup around a prompt, which is that of its first row, must mean the same to student and scorers."""
-    student = models["student"]
-    for role, ids in renamed.items():
-        if shared := sorted(ids.intersection(prompts[0].tolist())):
-            ours = student.tokenizer.convert_ids_to_tokens(shared[0])
-            theirs = models[role].tokenizer.convert_ids_to_tokens(shared[0])
-            raise InputError(
-                f"{prompts.where} row 1: its prompt holds token {shared[0]}, {ours!r} in {student.name} but {theirs!r} "
-                f"in {models[role].name}; give the student the tokenizer and chat template of its teacher"
-            )
-
-
-def _check_disjoint(config: Config, data: Dataset) -> None:
-    """A held-out problem that is trained on measures memory."""
-    solutions, golden = data.golden.solutions if data.golden else [], str(config.data.golden)
-    trained = {question(row) for row in data.prompts.rows}
-    solved = {question(solution.row) for solution in solutions}
-    bare = {each.prompt_tokens.tobytes() for each in solutions if not each.row["prompt"]}
-    for problems in data.problems.values():
-        texts = [question(row) for row in problems.rows]
-        _check_apart(problems, texts, config.data.prompts, trained)
-        _check_apart(problems, texts, golden, solved)
-        if bare:
-            _check_apart(problems, [problems[i].tobytes() for i in range(len(problems))], golden, bare)
-
-
-def _check_apart(problems: Prompts, keys: Sequence[Any], other: str, trained: Collection[Any]) -> None:
-    if shared := [number for number, key in enumerate(keys, start=1) if key in trained]:
-        raise InputError(
-            f"{problems.where} row {shared[0]}: {len(shared)} of {len(problems)} held-out problems are also "
-            f"in {other}; remove them from one of the two files"
-        )
-
-
-def _check_length(
-    prompts: Prompts,
-    models: Sequence[ModelFacts],
-    config: Config,
-    what: str = "",
-    budget: tuple[str, int] | None = None,
-) -> int:
-    """Tokens of the longest prompt; refuses it where it leaves these models no room for a response.
-
-    ``budget``: the field that says how long a response may be, and what it says; by default that of rollouts.
-    """
-    longest, number = prompts.longest()
-    field, response = budget or ("rollout.max_response_tokens", config.rollout.longest_response)
-    for model, limit in limits(models, config):
-        if longest + response > limit:
-            raise InputError(
-                f"{prompts.where} row {number}: {what}its {longest} prompt tokens + {field}={response} are "
-                f"{longest + response}, more than the context of {limit} of {model}; "
-                f"shorten the prompt or set {field}={max(limit - longest, 1)}"
-            )
-    return longest
-
-
-def _check_problem_lengths(data: Dataset, student: ModelFacts, config: Config) -> int:
-    """Tokens of the longest held-out problem; 0 where there is none."""
-    longest = 0
-    for name, problems in data.problems.items():
-        own = config.evaluation.sets[name].max_tokens if name in config.evaluation.sets else None
-        budget = None if own is None else (f"evaluation.sets.{name}.max_tokens", own)
-        longest = max(longest, _check_length(problems, [student], config, budget=budget))
-    return longest

@@ -28,12 +28,14 @@ FACTS: Any = SimpleNamespace(
     max_prompt_tokens=4,
     num_prompts=10,
     sizes=defaultdict(lambda: TINY),
+    prompts={"rows": 8, "used": 8},
     golden={"rows": 5, "used": 5},
     servers={},
     data=SimpleNamespace(
         prompt_stream=lambda attempt: stream(),
         problem_streams=lambda: defaultdict(stream),
-        golden=SimpleNamespace(report={"rows": 5, "used": 5}, pairs={}, hand_over=lambda: golden_batch(5)),
+        left_out=list,
+        golden=SimpleNamespace(report={"rows": 5, "used": 5}, pairs=None, mix=None, hand_over=lambda: golden_batch(5)),
     ),
 )
 

@@ -24,7 +24,8 @@ from fake_workers import (
 )
 from opd_ray.buffer.replay import GoldenSet, ReplayBuffer
 from opd_ray.config import Config, from_dict
-from opd_ray.data.prompts import Prompts, PromptStream, Shuffled
+from opd_ray.data.orders import Shuffled
+from opd_ray.data.prompts import Prompts, PromptStream
 from opd_ray.messages import Entry, PoolSize, RolloutMeta
 from opd_ray.pipeline import Pipeline
 from opd_ray.rooms import Rooms

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from opd_ray.buffer.replay import GoldenSet, ReplayBuffer
-from opd_ray.data.prompts import Shuffled
+from opd_ray.data.orders import Shuffled
 from small_messages import entry, golden
 
 

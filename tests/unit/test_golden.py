@@ -11,6 +11,7 @@ import pytest
 
 from opd_ray.config import Config
 from opd_ray.data.dataset import Dataset
+from opd_ray.data.golden_problems import KINDS
 from opd_ray.messages import ROLLOUT_SCHEMA, RolloutMeta
 from opd_ray.models.checkpoints import inspect_run
 from opd_ray.run import preflight
@@ -19,7 +20,7 @@ from tiny_checkpoints import CHARACTERS as TOKENS
 from tiny_checkpoints import configured, encode, make_checkpoint, make_setting, refused, write_jsonl, write_rollouts
 
 EOS = (1, 2)
-NO_PROBLEMS = {"unverified": 0, "without_eos": 0, "eos_inside": 0, "over_length": 0, "repetitive": 0, "wrong": 0}
+NO_PROBLEMS = dict.fromkeys(KINDS, 0)
 PAIRED = {"buffer__golden_pairing": "prompt"}
 
 

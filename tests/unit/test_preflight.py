@@ -69,6 +69,7 @@ def test_a_good_setting_gives_what_the_run_needs(setting: dict[str, str]) -> Non
         max_prompt_tokens=5,
         num_prompts=2,
         num_problems=1,
+        prompts={"rows": 2, "used": 2, "held_out": 0, "over_length": 0, "unsolved": 0},
         golden={"rows": 1, "used": 1} | dict.fromkeys(KINDS, 0),
         data=facts.data,
     )
@@ -267,7 +268,7 @@ def test_held_out_problems_in_golden_rollouts_are_refused(setting: dict[str, str
     rows = [{"prompt_tokens": encode("3+3="), "response_tokens": [*encode("6"), 1]}]
     golden = write_rollouts(tmp_path / "golden.parquet", rows)
     message = refused(lambda: preflight.check_files(configured(setting, data__golden=str(golden))))
-    assert f"1 of 1 held-out problems are also in {golden}" in message
+    assert f"{golden}: 1 of 1 rows cannot be trained on: 1 of held-out problems (row 1)" in message
 
 
 def test_held_out_problems_that_are_trained_on_are_refused(setting: dict[str, str], tmp_path: Path) -> None:

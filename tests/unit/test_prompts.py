@@ -1,9 +1,13 @@
 """Orders over data: complete epochs, reproducible, addressable by position."""
 
+from collections import Counter
+
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_ray.data.prompts import Prompts, PromptStream, Shuffled
+from opd_ray.data.orders import Mix, Mixed, Shuffled
+from opd_ray.data.prompts import Prompts, PromptStream
 
 
 @given(num_rows=st.integers(1, 50), seed=st.integers(0, 1000), epoch=st.integers(0, 5))
@@ -72,3 +76,32 @@ def test_solutions_fill_the_privileged_prompt():
     rows = [{"id": "1", "prompt": "a", "answer": "x"}]
     assert PromptStream(prompts(rows))[0].privileged_prompt_tokens == ()
     assert PromptStream(prompts(rows), shown=prompts(rows, ["bb"]))[0].privileged_prompt_tokens == (2, 2, 1)
+
+
+def test_weights_decide_how_much_of_an_epoch_is_whose_and_every_source_goes_through_its_rows():
+    mix = Mix((np.arange(0, 6), np.arange(6, 12)), (2.0, 1.0))
+    order = Mixed(mix, seed=3)
+    epochs = [[order[epoch * 12 + i] for i in range(12)] for epoch in range(3)]
+    assert [sum(row < 6 for row in epoch) for epoch in epochs] == [8, 8, 8]
+    assert Counter(row for epoch in epochs for row in epoch if row < 6) == dict.fromkeys(range(6), 4)
+    assert Counter(row for epoch in epochs for row in epoch if row >= 6) == dict.fromkeys(range(6, 12), 2)
+    assert epochs[0] != epochs[1]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    weights=st.lists(st.floats(0.01, 100), min_size=4, max_size=4),
+    positions=st.lists(st.integers(0, 99), min_size=1),
+)
+def test_a_weighted_position_means_the_same_row_in_whatever_order_it_is_asked(sizes, weights, positions):
+    ends = np.cumsum(sizes)
+    groups = tuple(np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True))
+    mix = Mix(groups, tuple(weights[: len(sizes)]))
+    expected = [Mixed(mix, seed=1)[i] for i in range(100)]
+    order = Mixed(mix, seed=1)
+    assert [order[i] for i in positions] == [expected[i] for i in positions]
+
+
+def test_unshuffled_sources_alternate_and_keep_their_order():
+    order = Mixed(Mix((np.arange(0, 4), np.arange(4, 8)), (3.0, 1.0)), seed=0, shuffle=False)
+    assert [order[i] for i in range(8)] == [0, 1, 4, 2, 3, 0, 5, 1]

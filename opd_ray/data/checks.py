@@ -1,0 +1,162 @@
+"""Do a run's prompts, golden solutions and held-out problems fit its task, its models and each other?
+
+What does not is refused or, where ``data.prompt_problems=skip``, left out and counted. A part of
+:mod:`opd_ray.run.preflight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from opd_ray.config import Config, written
+from opd_ray.data.dataset import Dataset
+from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts, limits
+from opd_ray.data.rows import question
+from opd_ray.errors import InputError, near
+from opd_ray.models.checkpoints import ModelFacts
+from opd_ray.tasks.judge import Judge
+
+
+def check_texts(config: Config, data: Dataset, judge: Judge) -> None:
+    """What can be told without a tokenizer: answers, teachers, and that no prompt is a held-out problem."""
+    if data.prompts:
+        _check_answers(config, data.prompts, judge)
+    for problems in data.problems.values():
+        _check_readable(problems, judge)
+    if data.prompts:
+        _check_apart(config, data)
+        _check_routes(data.prompts.where, zip(data.prompts.numbers, data.prompts.rows, strict=True), config)
+
+
+def check_prompts(config: Config, data: Dataset, models: Mapping[str, ModelFacts]) -> int:
+    """Tokens of the longest prompt or problem, each of which must leave room for a response."""
+    scorers = list(models.values())
+    if config.data.prompt_problems == "skip":
+        data.leave_out("over_length", _too_long(data.prompts, scorers, config))
+    return max(_check_length(data.prompts, scorers, config), check_problems(config, data, models["student"]))
+
+
+def check_problems(config: Config, data: Dataset, student: ModelFacts) -> int:
+    """Tokens of the longest held-out problem; 0 where there is none."""
+    longest = 0
+    for name, problems in data.problems.items():
+        own = config.evaluation.sets[name].max_tokens if name in config.evaluation.sets else None
+        budget = None if own is None else (f"evaluation.sets.{name}.max_tokens", own)
+        longest = max(longest, _check_length(problems, [student], config, budget=budget))
+    return longest
+
+
+def check_golden(config: Config, data: Dataset, models: Mapping[str, ModelFacts]) -> None:
+    """The teachers that golden rows ask for, and the length of prompts that have their solutions in them."""
+    if data.golden:
+        solutions = ((each.number, each.row) for each in data.golden.solutions)
+        _check_routes(data.golden.where, solutions, config)
+    if data.shown:
+        privileged = [models[name] for name, teacher in config.teachers.items() if teacher.privileged]
+        if config.data.prompt_problems == "skip":
+            data.leave_out("over_length", _too_long(data.shown, privileged, config))
+        _check_length(data.shown, privileged, config, "with its golden solution, ")
+
+
+def check_markup(prompts: Prompts, models: Mapping[str, ModelFacts], renamed: Mapping[str, frozenset[int]]) -> None:
+    """The markup around a prompt, which is that of its first row, must mean the same to student and scorers."""
+    student = models["student"]
+    for role, ids in renamed.items():
+        if shared := sorted(ids.intersection(prompts[0].tolist())):
+            ours = student.tokenizer.convert_ids_to_tokens(shared[0])
+            theirs = models[role].tokenizer.convert_ids_to_tokens(shared[0])
+            raise InputError(
+                f"{prompts.where} row {prompts.numbers[0]}: its prompt holds token {shared[0]}, {ours!r} in "
+                f"{student.name} but {theirs!r} in {models[role].name}; give the student the tokenizer and chat "
+                "template of its teacher"
+            )
+
+
+def _check_answers(config: Config, prompts: Prompts, judge: Judge) -> None:
+    """What asks for the task's verdict on a response needs an answer in every row."""
+    asking = []
+    if config.loss.student.used and config.loss.advantage.reward_coef > 0:
+        asking.append(f"loss.advantage.reward_coef={config.loss.advantage.reward_coef:g}")
+    if config.buffer.uses_teacher_rollouts and config.buffer.teacher_filter == "correct":
+        asking.append("buffer.teacher_filter=correct")
+    if not asking:
+        return
+    if missing := [number for number, row in zip(prompts.numbers, prompts.rows, strict=True) if not row["answer"]]:
+        raise InputError(
+            f"{prompts.where} row {missing[0]}: has no 'answer' ({len(missing)} of {len(prompts)} "
+            f"rows lack it), which {asking[0]} needs to judge responses; add the answers, or choose another setting"
+        )
+    _check_readable(prompts, judge)
+
+
+def _check_readable(prompts: Prompts, judge: Judge) -> None:
+    """Every response to a problem whose answer the task cannot read would be judged wrong."""
+    answers = list(dict.fromkeys(row["answer"] for row in prompts.rows))
+    read = dict(zip(answers, judge.ask("reads", [(answer,) for answer in answers]), strict=True))
+    if wrong := [(number, row) for number, row in enumerate(prompts.rows, start=1) if not read[row["answer"]]]:
+        number, row = wrong[0]
+        raise InputError(
+            f"{prompts.where} row {number} (id {row['id']!r}): the task cannot read its answer "
+            f"{row['answer'][:100]!r} ({len(wrong)} of {len(prompts)} rows); expected a number or an expression, plain "
+            "or LaTeX; mend them"
+        )
+
+
+def _check_routes(where: str, rows: Iterable[tuple[int, Mapping[str, Any]]], config: Config) -> None:
+    """Each row's teacher must be one of the run's."""
+    if not config.uses_teacher:
+        return
+    for number, row in rows:
+        if (name := row.get("teacher", DEFAULT_TEACHER)) not in config.teachers:
+            raise InputError(
+                f"{where} row {number}: asks for the teacher {name!r}, which the configuration does not have"
+                f"{near(name, config.teachers)} (teacher, or a name in more_teachers)"
+            )
+
+
+def _check_apart(config: Config, data: Dataset) -> None:
+    """A held-out problem that is trained on measures memory. Of golden solutions this is one problem among others."""
+    questions = [question(row) for row in data.prompts.rows]
+    if config.data.prompt_problems == "skip":
+        held_out = {question(row) for problems in data.problems.values() for row in problems.rows}
+        data.leave_out("held_out", [index for index, asked in enumerate(questions) if asked in held_out])
+        return
+    trained = set(questions)
+    for problems in data.problems.values():
+        if shared := [number for number, row in enumerate(problems.rows, start=1) if question(row) in trained]:
+            raise InputError(
+                f"{problems.where} row {shared[0]}: {len(shared)} of {len(problems)} held-out problems are also in "
+                f"{written(config.data.prompts)}; remove them from one of the two, or leave them out of the prompts "
+                "with data.prompt_problems=skip"
+            )
+
+
+def _too_long(prompts: Prompts, models: Sequence[ModelFacts], config: Config) -> list[int]:
+    """Indices of the prompts that leave one of these models no room for a response."""
+    bounds = [limit for _, limit in limits(models, config)]
+    return prompts.longer_than(min(bounds) - config.rollout.longest_response) if bounds else []
+
+
+def _check_length(
+    prompts: Prompts,
+    models: Sequence[ModelFacts],
+    config: Config,
+    what: str = "",
+    budget: tuple[str, int] | None = None,
+) -> int:
+    """Tokens of the longest prompt; refuses it where it leaves these models no room for a response.
+
+    ``budget``: the field that says how long a response may be, and what it says; by default that of rollouts.
+    """
+    longest, number = prompts.longest()
+    field, response = budget or ("rollout.max_response_tokens", config.rollout.longest_response)
+    skip = "" if budget else ", or leave out such prompts with data.prompt_problems=skip"
+    for model, limit in limits(models, config):
+        if longest + response > limit:
+            raise InputError(
+                f"{prompts.where} row {number}: {what}its {longest} prompt tokens + {field}={response} are "
+                f"{longest + response}, more than the context of {limit} of {model}; "
+                f"shorten the prompt or set {field}={max(limit - longest, 1)}{skip}"
+            )
+    return longest
