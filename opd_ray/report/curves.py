@@ -49,6 +49,7 @@ _GROUPS: dict[str, tuple[Chart, ...]] = {
         Chart("Tokens in truncated rollouts", {"rollouts/truncated_token_share": ""}),
         Chart("Greedy accuracy", {"evaluation/accuracy_greedy": ""}),
     ),
+    "Held-out sets": (Chart("", {"evaluation/*/accuracy_sampled": "", "evaluation/*/pass_at_*": ""}),),
     "What it is taught": (
         Chart(
             "Advantage",

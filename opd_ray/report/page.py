@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from opd_ray import __version__
 from opd_ray.report import arms as arm_table
-from opd_ray.report import crossing, curves, golden, rollouts
+from opd_ray.report import crossing, curves, golden, rollouts, sets
 from opd_ray.report.arms import MEASURES, Arm, steps_between
 from opd_ray.report.curves import ReferenceLine
 from opd_ray.report.runs import Run
@@ -67,6 +67,7 @@ def render(
         notes=notes,
         facts=_facts(ordered),
         table=_table(arms),
+        sets=sets.rows(arms),
         crossings=passed,
         signature=crossing.signature(passed),
         window=crossing.WINDOW,

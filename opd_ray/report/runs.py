@@ -175,7 +175,12 @@ def _add_first_evaluation(metrics: Metrics, summary: dict[str, Any]) -> None:
     before = summary.get("eval_before")
     if not isinstance(before, dict) or any(0 in metrics.get(EVALUATION + name, {}) for name in before):
         return
-    for name, value in {**before, **(before.get("teacher") or {})}.items():
+    found = {**before, **(before.get("teacher") or {})}
+    for name, scores in (before.get("sets") or {}).items():
+        passed = {f"pass_at_{k}": value for k, value in (scores.get("pass_at") or {}).items()}
+        of_set = {f"{name}/{key}": value for key, value in {**scores, **passed}.items()}
+        found |= {key: value for key, value in of_set.items() if EVALUATION + key in metrics}  # what has a curve
+    for name, value in found.items():
         if is_number(value):
             metrics[EVALUATION + name] = {0: float(value), **metrics.get(EVALUATION + name, {})}
 
