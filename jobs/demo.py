@@ -269,7 +269,8 @@ def print_outcome(run_dir: Path) -> None:
         for name in ("before", "after"):
             table.add_column(name, justify="right")
         for key, name, form in _OUTCOMES:
-            table.add_row(name, format(before[key], form), format(after[key], form))
+            if None not in (before[key], after[key]):  # sets may be answered without a greedy answer
+                table.add_row(name, format(before[key], form), format(after[key], form))
         console.print(table)
     console.print(
         f"{summary['steps']} steps in {summary['wall_s']:.0f} s, {summary['tokens_per_s']:,.0f} tokens/s, "
