@@ -216,6 +216,14 @@ def check_lightning(outcome: Outcome) -> None:
     assert all(-5 <= value <= 5 for value in outcome.values("learner/advantage_used"))
 
 
+def check_lora(outcome: Outcome) -> None:
+    assert outcome.values("learner/loss_reference")[1] > 0, "the student has moved away from its base"
+    assert all(row["reference_logprobs"] is None for row in outcome.of("student")), "no reference scorer was asked"
+    # The shipped teacher has three blocks of width 64 with 64 × 64 and 64 × 128 layers; float32.
+    both_sides = 3 * (4 * (64 + 64) + 3 * (64 + 128))
+    assert outcome.summary["weight_sync_bytes"] == 4 * outcome.config.student.lora.rank * both_sides
+
+
 def check_async_opd(outcome: Outcome) -> None:
     assert outcome.values("learner/loss_student")
     assert max(outcome.values("staleness/max")) <= 4

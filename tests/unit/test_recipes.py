@@ -33,6 +33,7 @@ METHODS = {
     "gkd": "gkd",
     "grpo": "grpo",
     "lightning": "opd",
+    "lora": "stableopd",
     "many_faces": "opd",
     "minillm": "opd+mixture",
     "mopd": "opd",
