@@ -233,7 +233,7 @@ class Config:
     def learner_is_reference(self) -> bool:
         """Is the reference the student without its adapters, which the learner holds anyway?"""
         reference = self.reference
-        own = reference.path in (STUDENT, self.student.path) and not reference.follows_student
+        own = reference.path in (STUDENT, self.student.path) and not (reference.follows_student or reference.url)
         return own and self.student.lora is not None
 
     def needs_teacher(self, source: Source) -> bool:

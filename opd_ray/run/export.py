@@ -56,6 +56,7 @@ def export(run_dir: Path, step: int | None, output: Path | None = None) -> Path:
     if output.exists():
         raise InputError(f"export: {output} is there already; give another --output, or delete it")
     config = resolve(asked)
+    preflight.check_peft(config)
     models = preflight.inspect_run(config)
 
     import torch  # behind every refusal that needs none

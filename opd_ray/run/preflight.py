@@ -250,6 +250,7 @@ def _check_fits(asked: Mapping[str, _Asked], capacity: Capacity) -> None:
 def _check_packages(config: Config, evaluation_only: bool = False) -> None:
     if not evaluation_only:
         check_trackers(config)
+        check_peft(config)
     engines = {"rollout.engine": config.rollout.engine}
     if not evaluation_only:
         engines |= {f"{role}.engine": scorer.engine for role, scorer in config.scorers.items() if not scorer.url}
@@ -259,14 +260,18 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
                 f"{name}=vllm, but vLLM is not installed; run 'make setup' (CPU) or "
                 f"pip install 'opd_ray[gpu]' (CUDA), or set {name}=torch"
             )
-    if config.student.lora and not evaluation_only and find_spec("peft") is None:
-        raise InputError("student.lora needs peft, which is not installed; pip install 'opd_ray[lora]'")
     if not evaluation_only and find_spec("deepspeed") is None:
         raise InputError("the learner needs DeepSpeed, which is not installed; pip install 'opd_ray[deepspeed]'")
     for task, package, extra in (("math", "math_verify", "math"), ("reasoning_gym", "reasoning_gym", "gym")):
         if config.data.task == task and find_spec(package) is None:
             name = package.replace("_", "-")
             raise InputError(f"data.task={task} needs {name}, which is not installed; pip install 'opd_ray[{extra}]'")
+
+
+def check_peft(config: Config) -> None:
+    """Refuses to train adapters, or to write them, without the package that makes them."""
+    if config.student.lora and find_spec("peft") is None:
+        raise InputError("student.lora needs peft, which is not installed; pip install 'opd_ray[lora]'")
 
 
 def _check_adapters(config: Config, student: ModelFacts) -> None:

@@ -275,6 +275,7 @@ def test_a_bare_off_in_yaml_is_the_guards_off() -> None:
         (["student.lora={}", "loss.reference.estimator=full", "reference.engine=vllm"], ["teacher"]),
         (["student.lora={}", "reference.path=/other"], ["teacher", "reference"]),
         (["student.lora={}", "reference.update=average"], ["teacher", "reference"]),
+        (["student.lora={}", "reference.url=http://host:1"], ["teacher", "reference"]),
         ([], ["teacher", "reference"]),
     ],
 )
