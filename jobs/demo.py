@@ -36,6 +36,7 @@ from rich.table import Table
 
 from opd_ray import config as configs
 from opd_ray.errors import InputError
+from opd_ray.run.card import before_and_after
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LEFT_OUT = [".git", ".venv*", "runs", "__pycache__", "*.egg-info", ".pytest_cache", ".ruff_cache", ".hypothesis"]
@@ -44,13 +45,6 @@ _JOB_STOP_S = 30.0
 """How long a job that is stopped may take: it saves a checkpoint first."""
 _POLL_S = 0.5
 _STEP_LINE = re.compile(r"step +(\d+)/(\d+) \| (.*)")
-_OUTCOMES = (
-    ("accuracy_greedy", "accuracy, greedy", ".3f"),
-    ("accuracy_sampled", "accuracy, sampled", ".3f"),
-    ("truncation_rate", "truncated answers", ".3f"),
-    ("repetition_rate", "repetitive answers", ".3f"),
-    ("mean_length", "tokens per answer", ".1f"),
-)
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -268,9 +262,8 @@ def print_outcome(run_dir: Path) -> None:
         table.add_column("")
         for name in ("before", "after"):
             table.add_column(name, justify="right")
-        for key, name, form in _OUTCOMES:
-            if None not in (before[key], after[key]):  # sets may be answered without a greedy answer
-                table.add_row(name, format(before[key], form), format(after[key], form))
+        for row in before_and_after(summary):
+            table.add_row(*row)
         console.print(table)
     console.print(
         f"{summary['steps']} steps in {summary['wall_s']:.0f} s, {summary['tokens_per_s']:,.0f} tokens/s, "

@@ -256,6 +256,18 @@ def export(run_dir: Path, step: int | None, output: Path | None) -> None:
     click.echo(f"student: {exporting.export(run_dir, step, output)}")
 
 
+@cli.command()
+@click.argument("checkpoint", metavar="RUN")
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("--private", is_flag=True, help="Make the repository a private one, where it is not there yet.")
+@_debug_option
+def push(checkpoint: str, repository: str, private: bool) -> None:
+    """Upload the student of RUN (or of one of its checkpoints/step-N) to the Hugging Face Hub, with its model card."""
+    from opd_ray.run import push as pushing
+
+    click.echo(f"pushed: {pushing.push(checkpoint, repository, private=private)}")
+
+
 @cli.command(name="report")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option(

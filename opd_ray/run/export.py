@@ -12,6 +12,7 @@ from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError, refusing
 from opd_ray.models.adapters import adapted_layers
 from opd_ray.run import preflight
+from opd_ray.run.card import write_card
 from opd_ray.snapshots import Shelf, Storage, read_arrays
 from opd_ray.snapshots.calls import FileCalls
 
@@ -89,6 +90,7 @@ def export(run_dir: Path, step: int | None, output: Path | None = None) -> Path:
         write_adapter(output / ADAPTER, parameters, config.student.path, lora)
         parameters = with_adapters(parameters, lora, source, model.dtype)
     write_student(output, model, parameters, source, preflight.stop_token_ids(config, models))
+    write_card(output, run_dir, checkpoint.step)
     return output
 
 

@@ -15,6 +15,7 @@ from opd_ray.placement.capacity import check_fits
 from opd_ray.placement.session import Session, cluster
 from opd_ray.report import write_report
 from opd_ray.run import preflight, resuming, signals
+from opd_ray.run.card import write_card
 from opd_ray.snapshots import Checkpoint, Lease, Shelf, Storage
 from opd_ray.snapshots.calls import FileCalls
 from opd_ray.watch.observers import Observer
@@ -60,6 +61,7 @@ def train(
             print(f"run directory: {run_dir}\nmethod: {config.method}, seed {config.seed}", flush=True)
             driver = Driver(config, facts, run_dir, own, shelf, observers, start, before)
             result, stopped = signals.run(driver.train(continued=resume or start is not None))
+            write_card(run_dir / "student", run_dir)
         except Terminated:
             if session is None:
                 with only_said(f"{run_dir}: report.html was not written"):
