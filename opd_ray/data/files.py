@@ -26,7 +26,9 @@ def read(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     ``columns`` that are there, nulls left out, and the names of its others with None; all that JSON objects have."""
     if not path.is_file():
         what = "is a directory, not a file" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: {what}; give a JSONL or Parquet file of prompts")
+        raise InputError(
+            f"{path}: {what}; give a JSONL or Parquet file of prompts, or org/name:split of the Hugging Face Hub"
+        )
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".ndjson", ".parquet"):
         raise InputError(f"{path}: the name ends in {suffix or 'no suffix'!r}, expected .jsonl or .parquet")

@@ -2,6 +2,7 @@
 
 problems.jsonl, problems.parquet              a file
 reasoning_gym:NAME?size=2000&seed=1           problems that the library makes up
+org/name[/config]:split[@revision]            a data set of the Hugging Face Hub
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_ray.data import files
+from opd_ray.data import files, hub
 from opd_ray.tasks import reasoning_gym
 
 
@@ -21,4 +22,6 @@ def read(source: str, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     """
     if source.startswith(f"{reasoning_gym.SOURCE}:"):
         return enumerate(reasoning_gym.rows(source), start=1)
+    if hub.is_hub(source) and not Path(source).exists():
+        return hub.read(source, columns)
     return files.read(Path(source), columns)
