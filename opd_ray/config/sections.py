@@ -136,6 +136,12 @@ class ScorerConfig:
         return self.url_drift_nats or (0.005 if self.dtype == "float32" else 0.05)
 
     @property
+    def may_choose_tokens(self) -> bool:
+        """Can it give log-probs of tokens that others choose, as the student's top-k? Servers are asked before the run
+        begins."""
+        return bool(self.url) or self.engine == "torch" or self.gpus_per_actor > 0
+
+    @property
     def follows_student(self) -> bool:
         """Does it take in the student's weights while the run goes on?"""
         return self.update != "fixed"

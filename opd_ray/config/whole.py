@@ -175,12 +175,12 @@ class Config:
             asked["loss.reference.estimator=full"] = {"reference": self.reference}
         for field, scorers in asked.items():
             for name, scorer in scorers.items():
-                if scorer.url and not field.endswith("=full"):
-                    continue  # some servers can, and are asked before the run begins
+                if scorer.may_choose_tokens and not field.endswith("=full"):
+                    continue
                 if scorer.engine != "torch" or scorer.url:
                     raise ValueError(
-                        f"{field} needs {name}.engine=torch: vLLM gives no hidden states and no log-probs of chosen "
-                        "tokens"
+                        f"{field} needs {name}.engine=torch: vLLM gives no hidden states, and log-probs of chosen "
+                        "tokens on GPUs alone (gpus_per_actor)"
                     )
                 if scorer.follows_student and field.endswith("=full"):
                     raise ValueError(

@@ -145,3 +145,25 @@ def test_vllm_on_the_device_agrees_with_the_torch_engine(tiny_model):
         responses.append(finished[0])
     assert responses[0].tokens.tolist() == responses[1].tokens.tolist()
     np.testing.assert_allclose(responses[0].logprobs, responses[1].logprobs, atol=1e-2)
+
+
+def test_vllm_on_the_device_scores_chosen_tokens_as_the_torch_engine_does(tiny_model):
+    """The V2 runner's prompt_logprob_token_ids: the student's top-k, and P(stop) without looking for it."""
+    pytest.importorskip("vllm", reason="needs vLLM's CUDA build")
+    from opd_ray.score.vllm import VllmScoringEngine
+
+    path = str(tiny_model["untied"])
+    random = np.random.default_rng(0)
+    rollouts = [
+        Rollout(
+            random.integers(2, 32, 5),
+            random.integers(1, 32, size),
+            random.permuted(np.tile(np.arange(32), (size, 1)), axis=1)[:, :6],
+        )
+        for size in (3, 40, 0)
+    ]
+    request = ScoreRequest(top_k=4, given=True, stop_token_ids=(1, 3))
+    ours = VllmScoringEngine(path=path, gpu_memory_utilization=0.3, max_context_tokens=96).score(rollouts, request)
+    for our, their in zip(ours, TorchScoringEngine(path=path, device="cuda").score(rollouts, request), strict=True):
+        for name in ("logprobs", "topk_logprobs", "given_logprobs", "stop_logprobs"):
+            np.testing.assert_allclose(getattr(our, name), getattr(their, name), atol=1e-2, err_msg=name)

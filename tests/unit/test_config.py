@@ -182,6 +182,8 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
             "rollout.top_p=1",
         ),
         (["loss.student.support=full", "teacher.engine=vllm"], "teacher.engine=torch"),
+        (["loss.student.support=full", "teacher.engine=vllm", "teacher.gpus_per_actor=1"], "teacher.engine=torch"),
+        (["loss.student.support=student_top_k", "teacher.engine=vllm"], "on GPUs alone (gpus_per_actor)"),
         (["loss.reference.estimator=full", "reference.engine=vllm"], "reference.engine=torch"),
         (["loss.reference.estimator=k3", "rollout.temperature=0.7"], "loss.reference.estimator=k3 estimates a mean"),
         (["loss.reference.estimator=k2", "rollout.top_p=0.9"], "or estimator=top_k or full"),
@@ -224,6 +226,11 @@ def test_impossible_values_are_refused_in_one_line(overrides: list[str], message
         configs.load(None, overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_vllm_on_a_gpu_scores_the_students_top_k() -> None:
+    student_top_k = ["loss.student.support=student_top_k", "teacher.engine=vllm", "teacher.gpus_per_actor=1"]
+    assert configs.load(None, student_top_k).teacher.may_choose_tokens
 
 
 @pytest.mark.parametrize(
