@@ -87,13 +87,12 @@ class Evaluation(Scores):
             for field in dataclasses.fields(Scores)
             if field.name not in ("num_problems", "accuracy_sampled_se", "teacher")
         }
-        errors = [scores.accuracy_sampled_se for scores in each]
         views = [scores.teacher for scores in each if scores.teacher is not None]
         names = dict.fromkeys(name for view in views for name in view)
         return cls(
             **values,
             num_problems=sum(scores.num_problems for scores in each),
-            accuracy_sampled_se=None if None in errors else math.hypot(*errors) / len(errors),
+            accuracy_sampled_se=error_over_sets([scores.accuracy_sampled_se for scores in each]),
             teacher={name: _mean([view.get(name) for view in views]) for name in names} if views else None,
             sets=dict(sets),
             verdicts=verdicts,
@@ -169,6 +168,16 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean over problems and its standard error; there is none for a single problem."""
     mean = float(np.mean(values))
     return mean, float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def error_over_sets(errors: Sequence[float | None]) -> float | None:
+    """Of the mean over sets."""
+    return None if None in errors else math.hypot(*errors) / len(errors)
+
+
+def with_error(value: float, error: float | None, form: str = ".3f") -> str:
+    """ "0.312 ± 0.061"; the value alone where there is no error."""
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

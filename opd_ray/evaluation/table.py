@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_ray.config import HELD_OUT
-from opd_ray.evaluation.scores import Evaluation, SetScores
-from opd_ray.evaluation.verdicts import Difference
+from opd_ray.evaluation.scores import Evaluation, SetScores, with_error
+from opd_ray.evaluation.verdicts import Difference, average
 
 _WIDTH = 160
 """Columns where the output is no terminal."""
@@ -43,7 +43,7 @@ def _sets(found: Evaluation, differences: Mapping[str, Difference]) -> Table:
     if differences:
         table.add_column("difference", justify="right")
     for name, scores in found.sets.items():
-        row = [
+        table.add_row(
             name,
             str(scores.num_problems),
             f"avg@{scores.samples} {with_error(scores.accuracy_sampled, scores.accuracy_sampled_se)}",
@@ -51,18 +51,19 @@ def _sets(found: Evaluation, differences: Mapping[str, Difference]) -> Table:
             "" if scores.accuracy_greedy is None else f"{scores.accuracy_greedy:.3f}",
             f"{scores.truncation_rate:.3f}",
             f"{scores.mean_length:.1f}",
-        ]
-        if (difference := differences.get(name)) is not None:
-            row.append(with_error(difference.difference, difference.difference_se, "+.3f"))
-        table.add_row(*row)
+            *([_difference(differences[name])] if name in differences else []),
+        )
+    if len(found.sets) > 1:
+        accuracy = with_error(found.accuracy_sampled, found.accuracy_sampled_se)
+        whole = [_difference(average(differences))] if found.sets.keys() == differences.keys() else []
+        table.add_row("average", str(found.num_problems), accuracy, "", "", "", "", *whole)
     return table
+
+
+def _difference(found: Difference) -> str:
+    return with_error(found.difference, found.difference_se, "+.3f")
 
 
 def _passed(scores: SetScores) -> str:
     k = str(scores.samples)
     return f"pass@{k} {with_error(scores.pass_at[k], scores.pass_at_se[k])}" if scores.samples > 1 else ""
-
-
-def with_error(value: float, error: float | None, form: str = ".3f") -> str:
-    """ "0.312 ± 0.061"; the value alone where there is no error."""
-    return f"{value:{form}}" + ("" if error is None else f" ± {error:.3f}")

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from opd_ray.disk import whole, writing
 from opd_ray.errors import InputError
-from opd_ray.evaluation.scores import mean_and_error, right_by_problem
+from opd_ray.evaluation.scores import error_over_sets, mean_and_error, right_by_problem
 from opd_ray.messages import PromptGroup, RolloutMeta
 
 SCHEMA = pa.schema(
@@ -119,6 +119,14 @@ def compare(
     """By set that both answered. Raises InputError where there is none, or where they were asked other problems."""
     check_common(ours, theirs, where)
     return {name: _paired(name, ours[name], theirs[name], where) for name in ours if name in theirs}
+
+
+def average(differences: Mapping[str, Difference]) -> Difference:
+    """Over sets, at least one."""
+    each = list(differences.values())
+    mean = float(np.mean([found.difference for found in each]))
+    error = error_over_sets([found.difference_se for found in each])
+    return Difference(mean, error, sum(found.num_problems for found in each))
 
 
 def check_common(ours: Iterable[str], theirs: Iterable[str], where: str) -> None:

@@ -6,14 +6,15 @@ The difference is paired: it is taken on each problem, of the verdicts that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from opd_ray.config import HELD_OUT
 from opd_ray.errors import InputError
 from opd_ray.evaluation import verdicts
-from opd_ray.report.arms import Arm, share
+from opd_ray.evaluation.scores import with_error
+from opd_ray.report.arms import Arm
 from opd_ray.report.runs import Run
 
 AVERAGE = "average"
@@ -55,7 +56,10 @@ def _of_run(arm: Arm, run: Run, alone: bool) -> list[Row]:
         _row(arm, run, name, _sets(before).get(name, {}), _sets(after).get(name, {}), differences.get(name))
         for name in names
     ]
-    return [*found, *([_row(arm, run, AVERAGE, before, after, None)] if len(found) > 1 else [])]
+    if len(found) > 1:
+        whole = verdicts.average(differences) if all(name in differences for name in names) else None
+        found.append(_row(arm, run, AVERAGE, before, after, whole))
+    return found
 
 
 def _sets(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,34 +98,26 @@ def _row(
         after=_accuracy(after),
         difference=_difference(before, after, difference),
         passed=" → ".join(_passed(each) for each in (before, after)) if samples and samples > 1 else "–",
-        truncated=_shown(after.get("truncation_rate"), share),
-        length=_shown(after.get("mean_length"), "{:.1f}".format),
+        truncated=_shown(after.get("truncation_rate")),
+        length=_shown(after.get("mean_length"), form=".1f"),
     )
 
 
 def _accuracy(evaluation: Mapping[str, Any]) -> str:
-    return _with_error(evaluation.get("accuracy_sampled"), evaluation.get("accuracy_sampled_se"))
+    return _shown(evaluation.get("accuracy_sampled"), evaluation.get("accuracy_sampled_se"))
 
 
 def _passed(evaluation: Mapping[str, Any]) -> str:
     k = str(evaluation.get("samples"))
-    return _with_error((evaluation.get("pass_at") or {}).get(k), (evaluation.get("pass_at_se") or {}).get(k))
+    return _shown((evaluation.get("pass_at") or {}).get(k), (evaluation.get("pass_at_se") or {}).get(k))
 
 
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any], found: verdicts.Difference | None) -> str:
-    if found is not None:
-        return _with_error(found.difference, found.difference_se, _signed)
     values = [each.get("accuracy_sampled") for each in (before, after)]
-    return "–" if None in values else _signed(values[1] - values[0])
+    if found is None and None not in values:
+        found = verdicts.Difference(values[1] - values[0], None, 0)
+    return "–" if found is None else with_error(found.difference, found.difference_se, "+.3f").replace("-", "−")
 
 
-def _with_error(value: float | None, error: float | None, show: Callable[[float], str] = "{:.3f}".format) -> str:
-    return "–" if value is None else show(value) + ("" if error is None else f" ± {error:.3f}")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def _shown(value: float | None, show: Callable[[float], str]) -> str:
-    return "–" if value is None else show(value)
+def _shown(value: float | None, error: float | None = None, form: str = ".3f") -> str:
+    return "–" if value is None else with_error(value, error, form)

@@ -11,7 +11,7 @@ from typing import Protocol, TextIO
 
 from opd_ray.config import HELD_OUT, MetricsConfig
 from opd_ray.evaluation import verdicts
-from opd_ray.evaluation.scores import Evaluation, Scores, SetScores
+from opd_ray.evaluation.scores import Evaluation, Scores, SetScores, with_error
 from opd_ray.messages import Entry
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.pool import Pool
@@ -143,10 +143,9 @@ def say_evaluation(when: str, evaluation: Evaluation | None) -> None:
 
 
 def _said(scores: Scores) -> str:
-    error = f" ± {scores.accuracy_sampled_se:.3f}" if scores.accuracy_sampled_se is not None else ""
     parts = [
         *([f"greedy {scores.accuracy_greedy:.3f}"] if scores.accuracy_greedy is not None else []),
-        f"sampled {scores.accuracy_sampled:.3f}{error}",
+        f"sampled {with_error(scores.accuracy_sampled, scores.accuracy_sampled_se)}",
         *(_passed(scores) if isinstance(scores, SetScores) else []),
         f"truncated {scores.truncation_rate:.3f}",
         f"repetitive {scores.repetition_rate:.3f}",

@@ -55,6 +55,9 @@ def test_the_table_has_each_set_before_and_after_with_standard_errors(tmp_path):
     found = evaluation(**AFTER)
     assert average[:2] == ("average", "mean over sets")
     assert average[3] == f"{found.accuracy_sampled:.3f} ± {found.accuracy_sampled_se:.3f}"
+    paired = verdicts.compare(AFTER, BEFORE)
+    error = math.hypot(*(each.difference_se for each in paired.values())) / 2
+    assert average[4] == f"{found.accuracy_sampled - evaluation(**BEFORE).accuracy_sampled:+.3f} ± {error:.3f}"
     page, data = report(run)
     assert aime[4] in page and 'id="sets"' in page
     charts = {panel["title"]: panel for panel in panels(data).values()}
