@@ -29,6 +29,14 @@ def test_a_source_gives_prompts_answers_and_solutions_by_its_seed() -> None:
     assert read_prompts("reasoning_gym:gcd?size=1") == read_prompts("reasoning_gym:gcd?size=1"), "no seed is seed 0"
 
 
+
+def test_sources_of_two_seeds_are_two_samples() -> None:
+    """The bug: the library draws problem i with seed + i, and of two neighbouring seeds all problems but one were the
+    same."""
+    one, other = ({row["prompt"] for row in read_prompts(f"reasoning_gym:gcd?size=50&seed={seed}")} for seed in (1, 2))
+    assert len(one & other) < 5
+
+
 def test_settings_reach_the_dataset() -> None:
     [row] = read_prompts("reasoning_gym:chain_sum?size=1&min_terms=7&max_terms=7&allow_negation=true")
     assert row["entry"]["metadata"]["num_terms"] == 7
