@@ -195,8 +195,9 @@ def _show(found: dict[str, Any], summary: dict[str, Any]) -> None:
     agreed, most = found["tokens_that_agree"]
     console.print(
         f"{summary['steps']} steps; {found['wall_s'] / 60:.1f} minutes, peak memory {found['peak_memory_gib']} GiB, "
-        f"{summary['weight_sync_bytes'] / 2**20:.1f} MiB a weight sync; the export in transformers and vLLM: {agreed} of {most} tokens agree"
+        f"{summary['weight_sync_bytes'] / 2**20:.1f} MiB a weight sync"
     )
+    console.print(f"the export in transformers and in vLLM: {agreed} of {most} tokens agree")
 
 
 def _error(share: float, number: int) -> float:
