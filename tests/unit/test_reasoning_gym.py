@@ -29,7 +29,6 @@ def test_a_source_gives_prompts_answers_and_solutions_by_its_seed() -> None:
     assert read_prompts("reasoning_gym:gcd?size=1") == read_prompts("reasoning_gym:gcd?size=1"), "no seed is seed 0"
 
 
-
 def test_sources_of_two_seeds_are_two_samples() -> None:
     """The bug: the library draws problem i with seed + i, and of two neighbouring seeds all problems but one were the
     same."""
