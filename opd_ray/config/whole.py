@@ -19,6 +19,7 @@ from opd_ray.config.data import (
     EvaluationSet,
     MetricsConfig,
     listed,
+    written,
 )
 from opd_ray.config.learner import LearnerConfig, WeightsConfig
 from opd_ray.config.method import ON_STUDENT_SAMPLES, STRICT, LossConfig
@@ -81,10 +82,21 @@ class Config:
         self._check_sources()
         self._check_sampling()
         self._check_scorers()
-        if self.evaluation.sets and self.data.evaluation != EMBEDDED:
-            raise ValueError("evaluation.sets have files of their own: make data.evaluation one of them")
+        self._check_sets()
         if self.weights.backend == "nccl" and not self._on_gpus:
             raise ValueError("weights.backend=nccl needs GPUs for the learner and for the generators")
+
+    def _check_sets(self) -> None:
+        """Sets of held-out problems beside data.*, which knows nothing of them."""
+        sets, task = self.evaluation.sets, self.data.task
+        if sets and self.data.evaluation != EMBEDDED:
+            raise ValueError("evaluation.sets have files of their own: make data.evaluation one of them")
+        made_up = [name for name, each in sets.items() if written(each.path).startswith("reasoning_gym:")]
+        if made_up and task in ("math", "chain"):
+            raise ValueError(
+                f"evaluation.sets.{made_up[0]} is of reasoning_gym, but data.task={task} judges otherwise: "
+                "set data.task=reasoning_gym"
+            )
 
     def _check_sources(self) -> None:
         """Every source that is mixed in has a loss, every loss a source."""
