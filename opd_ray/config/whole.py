@@ -21,6 +21,7 @@ from opd_ray.config.data import (
     listed,
     written,
 )
+from opd_ray.config.devices import may_share_a_device
 from opd_ray.config.learner import LearnerConfig, WeightsConfig
 from opd_ray.config.method import ON_STUDENT_SAMPLES, STRICT, LossConfig
 from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, GuardConfig, RecoveryConfig
@@ -85,6 +86,11 @@ class Config:
         self._check_sets()
         if self.weights.backend == "nccl" and not self._on_gpus:
             raise ValueError("weights.backend=nccl needs GPUs for the learner and for the generators")
+        if self.weights.backend == "nccl" and self._may_share_devices:
+            raise ValueError(
+                "weights.backend=nccl refuses two members on one GPU, which fractions of GPUs allow (learner, "
+                "generators, scorers that follow the student); give them whole ones, or set weights.backend=gloo"
+            )
 
     def _check_sets(self) -> None:
         """Sets of held-out problems beside data.*, which knows nothing of them."""
@@ -326,10 +332,22 @@ class Config:
 
     @property
     def weight_backend(self) -> str:
-        automatic = "nccl" if self._on_gpus else "gloo"
+        automatic = "nccl" if self._on_gpus and not self._may_share_devices else "gloo"
         return automatic if self.weights.backend == "auto" else self.weights.backend
 
     @property
     def _on_gpus(self) -> bool:
         """Have both ends of the broadcast GPUs?"""
         return self.learner.gpus_per_rank > 0 and self.rollout.gpus_per_generator > 0
+
+    @property
+    def _may_share_devices(self) -> bool:
+        """May two members of the broadcast be on one GPU?"""
+        followers = [each for each in self.scorers.values() if each.follows_student]
+        return may_share_a_device(
+            [
+                (1, self.learner.gpus_per_rank),  # rank 0 alone sends
+                (self.rollout.size.maximum, self.rollout.gpus_per_generator),
+                *((each.num_actors, each.gpus_per_actor) for each in followers),
+            ]
+        )

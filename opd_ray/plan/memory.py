@@ -174,7 +174,7 @@ def generator(
     gpus = rollout.gpus_per_generator
     if gpus:
         parts = {"CUDA": float(_CUDA_BYTES), "weights": weights, "key-value cache": cache, "logits": logits}
-        share = rollout.gpu_memory_utilization * min(1.0, gpus) if rollout.engine == "vllm" else None
+        share = rollout.memory_share if rollout.engine == "vllm" else None
         host = {"process": float(BASE_BYTES["vllm" if rollout.engine == "vllm" else "torch"])}
         return Process(room, number, parts, gpus * tensor_parallel, host, share)
     if rollout.engine == "vllm":
@@ -211,7 +211,7 @@ def scorer_process(role: str, scorer: ScorerConfig, model: ModelSize, step: Step
     base = float(BASE_BYTES[scorer.engine])
     if not scorer.gpus_per_actor:
         return Process(role, scorer.num_actors, {"process": base} | parts)
-    share = scorer.gpu_memory_utilization * min(1.0, scorer.gpus_per_actor) if scorer.engine == "vllm" else None
+    share = scorer.memory_share if scorer.engine == "vllm" else None
     parts = {"CUDA": float(_CUDA_BYTES)} | parts
     return Process(role, scorer.num_actors, parts, scorer.gpus_in_all, {"process": base}, share)
 

@@ -116,6 +116,7 @@ def check_files(config: Config) -> Preflight:
         checks.check_texts(config, data, judge)
         models = inspect_run(config)
         student = models["student"]
+        _check_dense(student)
         _check_adapters(config, student)
         data.renderer.tokenizer = student.tokenizer
         data.renderer.check(student.name)
@@ -272,6 +273,15 @@ def check_peft(config: Config) -> None:
     """Refuses to train adapters, or to write them, without the package that makes them."""
     if config.student.lora and find_spec("peft") is None:
         raise InputError("student.lora needs peft, which is not installed; pip install 'opd_ray[lora]'")
+
+
+def _check_dense(student: ModelFacts) -> None:
+    """No test has shown yet that a broadcast reaches every expert of a vLLM engine."""
+    if student.num_experts > 1:
+        raise InputError(
+            f"{student.name}: has {student.num_experts} experts a layer, but students must be dense so far; teachers "
+            "and the reference may have experts"
+        )
 
 
 def _check_adapters(config: Config, student: ModelFacts) -> None:
