@@ -129,7 +129,7 @@ def main(json_file: Path | None, layers: int, ranks: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         parameters = _make_model(Path(directory), layers)
         found = [
-            {"dtype": dtype, "load": kind} | answer
+            {"dtype": dtype, "kind": kind} | answer
             for dtype in ("bfloat16", "float32")
             for kind in ("whole", "split")
             for answer in _measure(directory, ranks, dtype, kind == "split")
@@ -138,7 +138,7 @@ def main(json_file: Path | None, layers: int, ranks: int) -> None:
     table = Table(*columns, "s")
     for each in found:
         sizes = [f"{each[when][kind] / _MIB:,.0f}" for when in ("load", "begin") for kind in ("resident", "private")]
-        table.add_row(each["dtype"], each["load"], str(each["rank"]), *sizes, f"{each['load_s']:.1f}")
+        table.add_row(each["dtype"], each["kind"], str(each["rank"]), *sizes, f"{each['load_s']:.1f}")
     console = Console(width=120)
     console.print(f"{parameters / 1e6:.0f} million parameters, {2 * parameters / _MIB:,.0f} MiB on disk; peaks in MiB")
     console.print(table)

@@ -41,7 +41,9 @@ class LearnerConfig:
     logits_mb: int = Field(512, ge=1)
     """Float32 logits of one model that are held at once, MiB; larger micro-batches pass the output layer in chunks."""
     packing: bool = False
-    """Concatenate rollouts into one row with block-diagonal attention instead of padding them."""
+    """Concatenate rollouts into one row, in which each attends to itself alone, instead of padding them."""
+    attention: Literal["auto", "sdpa", "flash"] = "auto"
+    """PyTorch's attention, or flash-attn's (bfloat16 on GPUs); auto takes flash-attn's where it is installed."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     cpus_per_rank: Annotated[float, ROOMS] = Field(0.5, ge=0)
@@ -54,6 +56,8 @@ class LearnerConfig:
     """Custom Ray resource of the nodes that may host ranks; by default any node."""
 
     def __post_init__(self) -> None:
+        if self.attention == "flash" and not (self.gpus_per_rank and self.dtype == "bfloat16"):
+            raise ValueError("attention=flash needs gpus_per_rank > 0 and dtype=bfloat16; auto takes it where it can")
         if may_share_a_device([(self.num_ranks, self.gpus_per_rank)]):
             raise ValueError(
                 f"gpus_per_rank={self.gpus_per_rank:g} may put two of {self.num_ranks} ranks on one GPU, which NCCL "

@@ -118,7 +118,7 @@ class Learner:
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._num_trained = sum(shape_of(parameter).numel() for parameter in trained)
         with gathering_in_passing(self._model):
-            self._module = ResponseModel(self._model)
+            self._module = ResponseModel(self._model, packing=config.learner.packing)
         self._objective = Objective(
             config,
             vocab_size=self._module.vocab_size,

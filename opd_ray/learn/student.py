@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from opd_ray.config import LearnerConfig
+from opd_ray.learn.attention import implementation
 from opd_ray.learn.microbatch import disable_dropout
 from opd_ray.models.checkpoints import load_causal_lm
 
@@ -20,13 +21,9 @@ def load_student(path: Path, learner: LearnerConfig, zero_stage: int, device: to
 
     Collective under ZeRO-3, where no rank ever holds more of it than its own part and one parameter.
     """
-    from transformers.utils import is_flash_attn_2_available
-
     dtype = getattr(torch, learner.dtype)
-    flash = device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
-    attention = "flash_attention_2" if flash else "sdpa"
     with _split_while_loading(dtype) if zero_stage == 3 else contextlib.nullcontext():
-        model = load_causal_lm(path, dtype="auto", attn_implementation=attention)
+        model = load_causal_lm(path, dtype="auto", attn_implementation=implementation(learner, device))
     # Not model.to(dtype), which would also cast rotary frequencies and so blur long positions.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)

@@ -130,16 +130,15 @@ def activation_bytes(settings: LearnerConfig, student: ModelSize, step: Step) ->
     the normalised and the weighted; queries, keys and values as attention reads them, its output and the copy that
     the projection reads; gate, its SiLU, up and their product. In 16 bits the norms keep 8·H bytes of float32 more.
     With gradient checkpointing (Chen et al., arXiv 1604.06174) each layer keeps its b·H alone, and one layer at a time
-    is made again. The float mask of packed rows is b·n², unless flash attention is told the rows' bounds.
+    is made again.
     """
     tokens, width = micro_batch_tokens(settings, step), DTYPE_BYTES[settings.dtype]
     attention = student.num_heads * student.head_dim
     layer = width * (6 * student.hidden_size + 5 * attention + 4 * student.intermediate_size)
     layer += 8 * student.hidden_size if width == 2 else 0
-    mask = width * tokens * tokens if settings.packing and not settings.gpus_per_rank else 0.0
     if settings.gradient_checkpointing:
-        return tokens * (student.num_layers * width * student.hidden_size + layer) + mask
-    return tokens * student.num_layers * layer + mask
+        return tokens * (student.num_layers * width * student.hidden_size + layer)
+    return tokens * student.num_layers * layer
 
 
 def loss_bytes(settings: LearnerConfig, student: ModelSize, states_width: int, step: Step) -> float:

@@ -263,6 +263,11 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
             )
     if not evaluation_only and find_spec("deepspeed") is None:
         raise InputError("the learner needs DeepSpeed, which is not installed; pip install 'opd_ray[deepspeed]'")
+    if not evaluation_only and config.learner.attention == "flash" and find_spec("flash_attn") is None:
+        raise InputError(
+            "learner.attention=flash needs flash-attn, which is not installed; pip install 'opd_ray[flash]', or leave "
+            "learner.attention out"
+        )
     for task, package, extra in (("math", "math_verify", "math"), ("reasoning_gym", "reasoning_gym", "gym")):
         if config.data.task == task and find_spec(package) is None:
             name = package.replace("_", "-")
