@@ -1,8 +1,9 @@
-"""What it means to ask Ray for less than one GPU: actors that together need no more than a device may share it."""
+"""What engines ask of their devices. Actors that together ask Ray for no more than one GPU may be put on the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def may_share_a_device(actors: Iterable[tuple[int, float]]) -> bool:
@@ -21,3 +22,9 @@ def check_spans_whole_gpus(field: str, gpus: float, tensor_parallel_size: int) -
     """Raises ValueError where the workers of one engine would be given one device."""
     if tensor_parallel_size > 1 and gpus % 1:
         raise ValueError(f"tensor_parallel_size={tensor_parallel_size} spans whole GPUs, but {field}={gpus:g}")
+
+
+def check_takes_engine_args(engine: str, engine_args: Mapping[str, Any]) -> None:
+    """Raises ValueError where nobody would read them."""
+    if engine_args and engine != "vllm":
+        raise ValueError(f"engine_args={dict(engine_args)} are vLLM's, but engine is {engine}")

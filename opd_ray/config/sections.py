@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from opd_ray.config import schedule
 from opd_ray.config.binding import NOTHING, ROOMS, RUN
 from opd_ray.config.data import EMBEDDED
-from opd_ray.config.devices import check_spans_whole_gpus, memory_share
+from opd_ray.config.devices import check_spans_whole_gpus, check_takes_engine_args, memory_share
 from opd_ray.config.method import STRICT
 from opd_ray.config.runtime import check_size
 from opd_ray.config.schedule import Schedule
@@ -115,6 +115,8 @@ class ScorerConfig:
     what one of them takes."""
     gpu_memory_utilization: Annotated[float, ROOMS] = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that a vLLM scorer takes; of a fraction of a GPU, that share of it."""
+    engine_args: Annotated[dict[str, Any], ROOMS] = Field(default_factory=dict)
+    """Further arguments of a vLLM scorer, by the names of vLLM's EngineArgs."""
     eos_token_ids: tuple[int, ...] | None = None
     """Tokens this model ends with, if not those of its checkpoint; P(stop) sums over its and the student's."""
     update: Literal["fixed", "periodic", "average"] = "fixed"
@@ -156,6 +158,7 @@ class ScorerConfig:
         check_size("actors", self.num_actors, self.min_actors, self.max_actors)
         self._check_servers()
         check_spans_whole_gpus("gpus_per_actor", self.gpus_per_actor, self.tensor_parallel_size)
+        check_takes_engine_args(self.engine, self.engine_args)
         if self.engine == "torch" and self.tensor_parallel_size > 1:
             raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size} needs engine=vllm, but it is torch")
         if self.follows_student and self.engine != "torch":
@@ -242,6 +245,8 @@ class RolloutConfig:
     or what one of them takes."""
     gpu_memory_utilization: Annotated[float, ROOMS] = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that a vLLM generator takes; of a fraction of a GPU, that share of it."""
+    engine_args: Annotated[dict[str, Any], ROOMS] = Field(default_factory=dict)
+    """Further arguments of a vLLM generator, by the names of vLLM's EngineArgs, as {enable_prefix_caching: false}."""
     cpus_per_generator: Annotated[float, ROOMS] = Field(0.5, ge=0)
     """Ray CPUs each generator reserves."""
     gpus_per_generator: Annotated[float, ROOMS] = Field(0.0, ge=0)
@@ -277,6 +282,7 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         check_size("generators", self.num_generators, self.min_generators, self.max_generators)
         check_spans_whole_gpus("gpus_per_generator", self.gpus_per_generator, self.tensor_parallel_size)
+        check_takes_engine_args(self.engine, self.engine_args)
         if schedule.lowest(self.max_response_tokens) < 1:
             raise ValueError("max_response_tokens must be 1 or more at every step")
 

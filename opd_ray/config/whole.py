@@ -62,6 +62,8 @@ class Config:
     weights: Annotated[WeightsConfig, ROOMS] = Field(default_factory=WeightsConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    env: Annotated[dict[str, str | int | float], ROOMS] = Field(default_factory=dict)
+    """Environment variables of every actor, as {NCCL_DEBUG: INFO}; Ray shows them to all: no place for secrets."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     recovery: RecoveryConfig = Field(default_factory=RecoveryConfig)
     elastic: ElasticConfig = Field(default_factory=ElasticConfig)

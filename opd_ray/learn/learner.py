@@ -44,7 +44,7 @@ from opd_ray.models.checkpoints import local_directory
 from opd_ray.models.heads import load_heads
 from opd_ray.rooms import logs
 from opd_ray.rooms.memory import own_memory
-from opd_ray.rooms.node import free_port, node_ip, this_node
+from opd_ray.rooms.node import free_port, interface_variables, node_ip, this_node
 from opd_ray.weights.gathering import whole_weights
 from opd_ray.weights.manifest import manifest_of, shape_of, weights_of
 from opd_ray.weights.transfer import WeightTransfer
@@ -85,6 +85,8 @@ class Learner:
 
     def setup(self, master_host: str, master_port: int) -> None:
         """Joins the other ranks; once in a process, blocks for all of them."""
+        for name, value in interface_variables().items():
+            os.environ.setdefault(name, value)
         os.environ |= {
             "MASTER_ADDR": master_host,
             "MASTER_PORT": str(master_port),

@@ -29,6 +29,7 @@ from opd_ray.errors import InputError, RunError
 from opd_ray.models import checkpoints
 from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
+from opd_ray.models.engine_args import check_engine_args
 from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
 from opd_ray.tasks.judge import Judge
 from opd_ray.watch.trackers import check_trackers
@@ -252,15 +253,16 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
     if not evaluation_only:
         check_trackers(config)
         check_peft(config)
-    engines = {"rollout.engine": config.rollout.engine}
+    engines = {"rollout": config.rollout}
     if not evaluation_only:
-        engines |= {f"{role}.engine": scorer.engine for role, scorer in config.scorers.items() if not scorer.url}
-    for name, engine in engines.items():
-        if engine == "vllm" and find_spec("vllm") is None:
+        engines |= {role: scorer for role, scorer in config.scorers.items() if not scorer.url}
+    for section, room in engines.items():
+        if room.engine == "vllm" and find_spec("vllm") is None:
             raise InputError(
-                f"{name}=vllm, but vLLM is not installed; run 'make setup' (CPU) or "
-                f"pip install 'opd_ray[gpu]' (CUDA), or set {name}=torch"
+                f"{section}.engine=vllm, but vLLM is not installed; run 'make setup' (CPU) or "
+                f"pip install 'opd_ray[gpu]' (CUDA), or set {section}.engine=torch"
             )
+        check_engine_args(f"{section}.engine_args", room.engine_args)
     if not evaluation_only and find_spec("deepspeed") is None:
         raise InputError("the learner needs DeepSpeed, which is not installed; pip install 'opd_ray[deepspeed]'")
     if not evaluation_only and config.learner.attention == "flash" and find_spec("flash_attn") is None:

@@ -36,6 +36,7 @@ def make_scoring_engine(scorer: ScorerConfig, max_context_tokens: int) -> Scorin
         max_context_tokens=max_context_tokens,
         kv_cache_bytes=scorer.kv_cache_bytes,
         gpu_memory_utilization=scorer.memory_share,
+        engine_args=scorer.engine_args,
     )
 
 
