@@ -11,7 +11,6 @@ from pydantic.dataclasses import dataclass
 from opd_ray.config import schedule
 from opd_ray.config.binding import NOTHING, ROOMS, RUN
 from opd_ray.config.data import EMBEDDED
-from opd_ray.config.devices import check_spans_whole_gpus, check_takes_engine_args, memory_share
 from opd_ray.config.method import STRICT
 from opd_ray.config.runtime import check_size
 from opd_ray.config.schedule import Schedule
@@ -87,7 +86,8 @@ class ScorerConfig:
     """Environment variable of the process that starts the run with the servers' API key, which is never written."""
     url_drift_nats: Annotated[float | None, ROOMS] = Field(None, gt=0)
     """Mean distance of log-probs from those of another replica, or from its own at the start, beyond which a server
-    counts as another model; by default .005 with dtype float32 and .05 with any other."""
+    counts as another model; by default ten times what its answers scatter by at the start, but .005 to .05, and .05
+    with any dtype but float32."""
     engine: Annotated[Literal["torch", "vllm"], ROOMS] = "torch"
     """Inference engine: a plain transformers forward pass, or vLLM's prompt log-probs."""
     dtype: Annotated[Literal["float32", "bfloat16"], RUN | ROOMS] = "float32"
@@ -114,9 +114,7 @@ class ScorerConfig:
     """Key-value cache of a vLLM scorer on a CPU; by default for max_num_seqs of the longest sequences, at most 1 GiB or
     what one of them takes."""
     gpu_memory_utilization: Annotated[float, ROOMS] = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory that a vLLM scorer takes; of a fraction of a GPU, that share of it."""
-    engine_args: Annotated[dict[str, Any], ROOMS] = Field(default_factory=dict)
-    """Further arguments of a vLLM scorer, by the names of vLLM's EngineArgs."""
+    """Share of a GPU's memory that a vLLM scorer takes."""
     eos_token_ids: tuple[int, ...] | None = None
     """Tokens this model ends with, if not those of its checkpoint; P(stop) sums over its and the student's."""
     update: Literal["fixed", "periodic", "average"] = "fixed"
@@ -131,17 +129,11 @@ class ScorerConfig:
         """Ray GPUs of one actor with all the GPUs that its engine spans."""
         return self.gpus_per_actor * self.tensor_parallel_size
 
-    @property
-    def memory_share(self) -> float:
-        """Of a whole card, that a vLLM scorer takes."""
-        return memory_share(self.gpu_memory_utilization, self.gpus_per_actor)
-
-    @property
-    def drift_nats(self) -> float:
-        """Mean distance of log-probs that two servers of one model may have. In bfloat16 a batch of another shape moves
-        a token's by hundredths of a nat (logits of 16 to 32 are an eighth apart), in float32 by less than a
-        thousandth; another checkpoint of the same family is tenths of a nat away."""
-        return self.url_drift_nats or (0.005 if self.dtype == "float32" else 0.05)
+    def drift_nats(self, scatter: float) -> float:
+        """Mean distance of log-probs that two servers of one model may have, where answers scatter by so much at the
+        start. In bfloat16 a batch of another shape moves a token's by hundredths of a nat (logits of 16 to 32 are an
+        eighth apart), in float32 by less than a thousandth; another checkpoint is tenths of a nat away."""
+        return min(0.05, max(0.005, scatter)) if self.dtype == "float32" else 0.05
 
     @property
     def may_choose_tokens(self) -> bool:
@@ -157,8 +149,6 @@ class ScorerConfig:
     def __post_init__(self) -> None:
         check_size("actors", self.num_actors, self.min_actors, self.max_actors)
         self._check_servers()
-        check_spans_whole_gpus("gpus_per_actor", self.gpus_per_actor, self.tensor_parallel_size)
-        check_takes_engine_args(self.engine, self.engine_args)
         if self.engine == "torch" and self.tensor_parallel_size > 1:
             raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size} needs engine=vllm, but it is torch")
         if self.follows_student and self.engine != "torch":
@@ -244,9 +234,7 @@ class RolloutConfig:
     """Key-value cache of a vLLM generator on a CPU; by default for max_num_seqs of the longest sequences, at most 1 GiB
     or what one of them takes."""
     gpu_memory_utilization: Annotated[float, ROOMS] = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory that a vLLM generator takes; of a fraction of a GPU, that share of it."""
-    engine_args: Annotated[dict[str, Any], ROOMS] = Field(default_factory=dict)
-    """Further arguments of a vLLM generator, by the names of vLLM's EngineArgs, as {enable_prefix_caching: false}."""
+    """Share of a GPU's memory that a vLLM generator takes."""
     cpus_per_generator: Annotated[float, ROOMS] = Field(0.5, ge=0)
     """Ray CPUs each generator reserves."""
     gpus_per_generator: Annotated[float, ROOMS] = Field(0.0, ge=0)
@@ -255,11 +243,6 @@ class RolloutConfig:
     """Generators on the teacher, where buffer.teacher_per_prompt asks for them; each as large as a student's."""
     teacher_temperature: Annotated[float, RUN] = Field(1.0, gt=0)
     """Sampling temperature of the teacher's rollouts."""
-
-    @property
-    def memory_share(self) -> float:
-        """Of a whole card, that a vLLM generator takes."""
-        return memory_share(self.gpu_memory_utilization, self.gpus_per_generator)
 
     @property
     def calls_at_once(self) -> int:
@@ -281,8 +264,6 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         check_size("generators", self.num_generators, self.min_generators, self.max_generators)
-        check_spans_whole_gpus("gpus_per_generator", self.gpus_per_generator, self.tensor_parallel_size)
-        check_takes_engine_args(self.engine, self.engine_args)
         if schedule.lowest(self.max_response_tokens) < 1:
             raise ValueError("max_response_tokens must be 1 or more at every step")
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 _REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HUB_TIMEOUT_S = 10.0
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""What configurations of transformers call the experts of a layer."""
 _MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
 
@@ -43,8 +41,6 @@ class ModelFacts:
     context_tokens: int | None
     """Longest sequence by its configuration; None where it sets no limit."""
     size: ModelSize = field(repr=False, compare=False)
-    num_experts: int
-    """Of a layer; 1 where the model is dense."""
     tokenizer: Any = field(repr=False, compare=False)
 
 
@@ -79,7 +75,6 @@ def inspect(config_field: str, path: str, *, weights: bool = True) -> ModelFacts
         eos_token_ids=eos,
         context_tokens=getattr(config, "max_position_embeddings", None),
         size=size_of(config, path),
-        num_experts=max(getattr(config, name, None) or 1 for name in _EXPERTS),
         tokenizer=tokenizer,
     )
 
@@ -205,6 +200,13 @@ def eos_set(student: ModelFacts, scorers: Mapping[str, tuple[ModelFacts, Sequenc
 
 def _other_eos(role: str) -> str:
     return f"set {role}.eos_token_ids to ids of the student's that end a response, as [1]"
+
+
+def ending_tokens(tokenizer: Any) -> list[int]:
+    """Ids that may end a text, its special tokens first."""
+    names = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items())
+    others = [id_ for id_, token in names if _is_markup(tokenizer, id_, token)]
+    return list(dict.fromkeys([*tokenizer.all_special_ids, *others]))
 
 
 def _is_markup(tokenizer: Any, id_: int, token: str) -> bool:

@@ -18,7 +18,6 @@ from opd_ray.plan.cost import Cost, cost
 from opd_ray.plan.outlook import Outlook, outlook
 from opd_ray.plan.probe import Probe, probe
 from opd_ray.plan.rates import Split, propose
-from opd_ray.plan.snapshots import with_room
 from opd_ray.run import preflight
 
 _LOOK_S = 60.0
@@ -30,6 +29,7 @@ def plan(config: Config, *, measure: bool, price: float | None) -> bool:
     names no cluster; without, and without a cluster, no Ray is started, and this machine is what there is."""
     asked, config = config, resolve(config)
     facts = preflight.check_files(config)
+    ahead = outlook(config, facts)
     console = Console(soft_wrap=True)
     if measure or ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
         with cluster():
@@ -38,10 +38,6 @@ def plan(config: Config, *, measure: bool, price: float | None) -> bool:
             seen = probe(asked) if measure else None
     else:
         there, gpus, seen = [this_machine()], cards(), None
-    config, said = with_room(config, facts, there)
-    ahead = outlook(config, facts)
-    if said:
-        console.print(said, highlight=False, markup=False)
     show.flow(console, ahead)
     show.memory(console, ahead, seen)
     memory, store = sum(node.memory_bytes for node in there), sum(node.store_bytes for node in there)

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,13 +29,13 @@ from opd_ray.errors import InputError, RunError
 from opd_ray.models import checkpoints
 from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
-from opd_ray.models.engine_args import check_engine_args
 from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
 from opd_ray.tasks.judge import Judge
 from opd_ray.watch.trackers import check_trackers
 
 if TYPE_CHECKING:
     from opd_ray.data.prompts import Prompts
+    from opd_ray.run.servers import Look
     from opd_ray.score.replicas import Baseline
 
 
@@ -117,20 +117,19 @@ def check_files(config: Config) -> Preflight:
         checks.check_texts(config, data, judge)
         models = inspect_run(config)
         student = models["student"]
-        _check_dense(student)
         _check_adapters(config, student)
         data.renderer.tokenizer = student.tokenizer
         data.renderer.check(student.name)
         renamed = {role: checkpoints.check_agreement(student, facts) for role, facts in models.items()}
+        servers = _look_at_servers(config, models, data.prompts)
+        models |= {role: look.facts for role, look in servers.items()}
         eos_token_ids = stop_token_ids(config, models)
-        servers = _look_at_servers(config, models, data.prompts, eos_token_ids)
-        models |= {role: facts for role, (facts, _) in servers.items()}
         longest = checks.check_prompts(config, data, models)
         checks.check_markup(data.prompts, models, renamed)
         data.read_golden(models, eos_token_ids, judge)
     checks.check_golden(config, data, models)
-    baselines = {role: baseline for role, (_, baseline) in servers.items()}
-    return _facts(config, models, eos_token_ids, data, longest, baselines)
+    facts = _facts(config, models, eos_token_ids, data, longest)
+    return replace(facts, servers=_baselines(config, servers, eos_token_ids)) if servers else facts
 
 
 Capacity = Callable[[str | None], Mapping[str, float]]
@@ -169,7 +168,6 @@ def _facts(
     eos_token_ids: tuple[int, ...],
     data: Dataset,
     max_prompt_tokens: int,
-    servers: Mapping[str, Baseline] | None = None,
 ) -> Preflight:
     budgets = [config.rollout.longest_response, *(each.max_tokens for each in config.evaluation_sets.values())]
     longest = max_prompt_tokens + max(budgets)
@@ -189,7 +187,6 @@ def _facts(
         golden=data.golden.report if data.golden else {},
         data=data,
         sizes={role: model.size for role, model in models.items()},
-        servers=servers or {},
     )
 
 
@@ -209,15 +206,18 @@ def _check_caches(config: Config, models: Mapping[str, ModelFacts], longest: int
             )
 
 
-def _look_at_servers(
-    config: Config, models: Mapping[str, ModelFacts], prompts: Prompts, eos_token_ids: tuple[int, ...]
-) -> dict[str, tuple[ModelFacts, Baseline]]:
+def _look_at_servers(config: Config, models: Mapping[str, ModelFacts], prompts: Prompts) -> dict[str, Look]:
     if not any(scorer.url for scorer in config.scorers.values()):
         return {}
-    from opd_ray.run.servers import MOST_PROMPTS, look_at_servers  # an HTTP client, which no other run needs
+    from opd_ray.run.servers import MOST_PROMPTS, looks  # an HTTP client, which no other run needs
 
-    first = [prompts[index] for index in range(min(len(prompts), MOST_PROMPTS))]
-    return look_at_servers(config, models, first, eos_token_ids)
+    return looks(config, models, [prompts[index] for index in range(min(len(prompts), MOST_PROMPTS))])
+
+
+def _baselines(config: Config, found: Mapping[str, Look], eos_token_ids: tuple[int, ...]) -> dict[str, Baseline]:
+    from opd_ray.run.servers import baselines
+
+    return baselines(config, found, eos_token_ids)
 
 
 def _generators(config: Config, number: int) -> _Asked:
@@ -253,23 +253,17 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
     if not evaluation_only:
         check_trackers(config)
         check_peft(config)
-    engines = {"rollout": config.rollout}
+    engines = {"rollout.engine": config.rollout.engine}
     if not evaluation_only:
-        engines |= {role: scorer for role, scorer in config.scorers.items() if not scorer.url}
-    for section, room in engines.items():
-        if room.engine == "vllm" and find_spec("vllm") is None:
+        engines |= {f"{role}.engine": scorer.engine for role, scorer in config.scorers.items() if not scorer.url}
+    for name, engine in engines.items():
+        if engine == "vllm" and find_spec("vllm") is None:
             raise InputError(
-                f"{section}.engine=vllm, but vLLM is not installed; run 'make setup' (CPU) or "
-                f"pip install 'opd_ray[gpu]' (CUDA), or set {section}.engine=torch"
+                f"{name}=vllm, but vLLM is not installed; run 'make setup' (CPU) or "
+                f"pip install 'opd_ray[gpu]' (CUDA), or set {name}=torch"
             )
-        check_engine_args(f"{section}.engine_args", room.engine_args)
     if not evaluation_only and find_spec("deepspeed") is None:
         raise InputError("the learner needs DeepSpeed, which is not installed; pip install 'opd_ray[deepspeed]'")
-    if not evaluation_only and config.learner.attention == "flash" and find_spec("flash_attn") is None:
-        raise InputError(
-            "learner.attention=flash needs flash-attn, which is not installed; pip install 'opd_ray[flash]', or leave "
-            "learner.attention out"
-        )
     for task, package, extra in (("math", "math_verify", "math"), ("reasoning_gym", "reasoning_gym", "gym")):
         if config.data.task == task and find_spec(package) is None:
             name = package.replace("_", "-")
@@ -280,15 +274,6 @@ def check_peft(config: Config) -> None:
     """Refuses to train adapters, or to write them, without the package that makes them."""
     if config.student.lora and find_spec("peft") is None:
         raise InputError("student.lora needs peft, which is not installed; pip install 'opd_ray[lora]'")
-
-
-def _check_dense(student: ModelFacts) -> None:
-    """No test has shown yet that a broadcast reaches every expert of a vLLM engine."""
-    if student.num_experts > 1:
-        raise InputError(
-            f"{student.name}: has {student.num_experts} experts a layer, but students must be dense so far; teachers "
-            "and the reference may have experts"
-        )
 
 
 def _check_adapters(config: Config, student: ModelFacts) -> None:

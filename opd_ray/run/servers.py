@@ -1,14 +1,17 @@
 """Looks at the servers that a run's teachers are (``teacher.url``), before a model loads.
 
-Are they there, do they let us in, do they serve one model whose tokens are the student's, do they give what the losses
-ask for, and do they agree with each other and with themselves? What they answer to the probe now is what the standing
-check goes by while the run goes on. Each refusal is an InputError of one line that begins with the URL's field.
+Are they there, do they let us in, do they serve one model whose tokens are the student's, with which tokens does it
+end, do they give what the losses ask for, and do they agree with each other and with themselves? What they answer to
+the probe now is what the standing check goes by while the run goes on. Each refusal is an InputError of one line that
+begins with the URL's field.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +19,11 @@ import numpy as np
 from opd_ray.config import Config, ScorerConfig
 from opd_ray.errors import InputError, KeyRefused, ServerFailed, ServerRefused, near
 from opd_ray.messages import ScoreRequest
-from opd_ray.models.checkpoints import ModelFacts, field_of
+from opd_ray.models.checkpoints import ModelFacts, ending_tokens, field_of
 from opd_ray.score.alternatives import num_alternatives
 from opd_ray.score.replicas import Baseline
 from opd_ray.score.requests import score_requests
-from opd_ray.score.server import Server, key_in
+from opd_ray.score.server import CONNECT_S, Server, key_in
 from opd_ray.score.standing import distance, probe_opinion
 
 MOST_PROMPTS = 16
@@ -29,6 +32,11 @@ _PROBE_TOKENS = 128
 """Of the first prompts, one behind the other: as much as a mean needs, and scored in a moment."""
 _SCORE_S = 60.0
 """The most that a server may take for the probe."""
+_AT_ONCE = 8
+_MOST_ENDINGS = 256
+"""Tokens that are tried as the end of a response."""
+_SCATTER = 10
+"""How many times the scatter of a server's own answers another answer may be away."""
 _TEXTS = (
     "The answer is 12 + 3.5 = 15.5, so x^2 \\leq \\frac{1}{2}.\n\n",
     "def f(n):\n\treturn [n for _ in range(10)]  # naïve\n",
@@ -37,53 +45,46 @@ _TEXTS = (
 """Read by both tokenizers, as are the first prompts."""
 
 
-def look_at_servers(
-    config: Config, models: Mapping[str, ModelFacts], prompts: Sequence[np.ndarray], eos_token_ids: tuple[int, ...]
-) -> dict[str, tuple[ModelFacts, Baseline]]:
-    """By role that has servers: its facts, with the context that they take, and what they answered.
+class Look:
+    """At the servers of one role. Raises InputError."""
 
-    ``prompts`` are token ids of prompts of the run. Raises InputError.
-    """
-    found = {}
-    for role, scorer in config.scorers.items():
-        if scorer.url:
-            requests = [asked[role] for asked in score_requests(config, eos_token_ids).values() if role in asked]
-            look = _Look(field_of(config, role), scorer, models["student"], models[role])
-            found[role] = look.facts(prompts, requests, eos_token_ids)
-    return found
-
-
-class _Look:
-    """At the servers of one role."""
-
-    def __init__(self, name: str, scorer: ScorerConfig, student: ModelFacts, facts: ModelFacts) -> None:
+    def __init__(
+        self, name: str, scorer: ScorerConfig, student: ModelFacts, facts: ModelFacts, prompts: Sequence[np.ndarray]
+    ) -> None:
+        """``facts`` of the tokenizer in the role's path; ``prompts`` are token ids of prompts of the run."""
         self._name, self._scorer, self._student, self._facts = name, scorer, student, facts
-        self._key = key_in(scorer.url_key_env)
+        self._prompts, self._key = prompts, key_in(scorer.url_key_env)
         if scorer.url_key_env and not self._key:
             raise InputError(
                 f"{name}.url_key_env={scorer.url_key_env}: there is no such environment variable here, or it is empty; "
                 "export it where the run is started"
             )
-
-    def facts(
-        self, prompts: Sequence[np.ndarray], requests: Sequence[ScoreRequest], eos_token_ids: tuple[int, ...]
-    ) -> tuple[ModelFacts, Baseline]:
-        cards = {url: self._card(url) for url in self._scorer.url}
-        servers = [Server(url, model=card["id"], key=self._key) for url, card in cards.items()]
+        self._cards = {url: self._card(url) for url in scorer.url}
+        self._servers = [Server(url, model=card["id"], key=self._key) for url, card in self._cards.items()]
         # A server insists on sampling one token, which needs room.
-        contexts = [(card["max_model_len"] - 1, url) for url, card in cards.items() if card.get("max_model_len")]
-        context, url = min(contexts, default=(None, None))
-        for server in servers:
-            self._check_tokens(server, prompts, eos_token_ids)
-        probe = _probe(prompts, context)
-        chosen = self._check_answers(servers, probe, requests)
-        answers = {server.url: self._asked(server, probe) for server in servers}
-        self._check_agreement(servers, probe, answers)
-        name = f"{self._name}.url={url}" if url else self._facts.name
-        models = {url: card["id"] for url, card in cards.items()}
-        return dataclasses.replace(self._facts, name=name, context_tokens=context), Baseline(
-            models, probe, answers, self._facts.vocab_size, chosen
-        )
+        contexts = [(card["max_model_len"] - 1, url) for url, card in self._cards.items() if card.get("max_model_len")]
+        self._context, self._narrowest = min(contexts, default=(None, None))
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """Of the served model: the context that every server takes, and the tokens that it ends with."""
+        name = f"{self._name}.url={self._narrowest}" if self._narrowest else self._facts.name
+        found = dataclasses.replace(self._facts, name=name, context_tokens=self._context)
+        own_path = self._facts.tokenizer is not self._student.tokenizer
+        if own_path or self._scorer.eos_token_ids is not None:
+            return found
+        return dataclasses.replace(found, eos_token_ids=self._endings() or found.eos_token_ids)
+
+    def baseline(self, requests: Sequence[ScoreRequest], eos_token_ids: Sequence[int]) -> Baseline:
+        """What they are, if they do. ``requests``: all that will be asked of them."""
+        for server in self._servers:
+            self._check_tokens(server, eos_token_ids)
+        probe = _probe(self._prompts, self._context)
+        chosen = self._check_answers(probe, requests)
+        answers = {server.url: self._asked(server, probe) for server in self._servers}
+        allowed = self._check_agreement(probe, answers)
+        models = {url: card["id"] for url, card in self._cards.items()}
+        return Baseline(models, probe, answers, self._facts.vocab_size, chosen, allowed)
 
     def _refusal(self, error: Exception, mend: str) -> InputError:
         return InputError(f"{self._name}.url={error}; {mend}")
@@ -94,11 +95,7 @@ class _Look:
         try:
             cards = Server(url, key=self._key).models()
         except KeyRefused as error:
-            mend = (
-                f"see the key in {variable}"
-                if variable
-                else f"name the variable with its key: {self._name}.url_key_env"
-            )
+            mend = f"see the key in {variable}" if variable else "name the variable with its key: url_key_env"
             raise self._refusal(error, mend) from None
         except ServerFailed as error:
             raise self._refusal(error, "start a vLLM server there, or give another URL") from None
@@ -111,15 +108,26 @@ class _Look:
         what = f"serves {', '.join(named) or 'no model'}" + (f", not {given}{near(given, named)}" if given else "")
         raise InputError(f"{self._name}.url={url}: {what}; name one of them in {self._name}.url_model")
 
-    def _check_tokens(self, server: Server, prompts: Sequence[np.ndarray], eos_token_ids: tuple[int, ...]) -> None:
+    def _endings(self) -> tuple[int, ...]:
+        """The tokens after which the servers' model stops: each that may end a text is tried, as the only one that may
+        come next. Without a path there is no other way to know; a teacher that ends with others than the student would
+        contradict every end (METHOD: sum P(stop) over both sets)."""
+        tokens, prompt = ending_tokens(self._student.tokenizer)[:_MOST_ENDINGS], self._prompts[0]
+        ends = partial(self._servers[0].ends_with, prompt, timeout_s=CONNECT_S)
+        try:
+            return tuple(token for token, last in zip(tokens, _at_once(ends, tokens), strict=True) if last)
+        except ServerFailed as error:
+            raise self._refusal(error, f"see its log, or give {self._name}.eos_token_ids") from None
+
+    def _check_tokens(self, server: Server, eos_token_ids: Sequence[int]) -> None:
         """The student's token ids must be the same text to the server, those that end a response included."""
         tokenizer = self._student.tokenizer
-        texts = [*_TEXTS, *(tokenizer.decode(prompt.tolist()) for prompt in prompts[:2])]
+        texts = [*_TEXTS, *(tokenizer.decode(prompt.tolist()) for prompt in self._prompts[:2])]
         try:
             for text in texts:
                 ours = tokenizer(text, add_special_tokens=False)["input_ids"]
-                if server.tokenize(text) != ours and server.detokenize(ours) != (text_of := tokenizer.decode(ours)):
-                    self._refuse_tokens(server, ours, text_of)
+                if server.tokenize(text) != ours and server.detokenize(ours) != tokenizer.decode(ours):
+                    self._refuse_tokens(server, ours, text)
             for eos in eos_token_ids:
                 if (theirs := server.detokenize([eos])) != (ours := tokenizer.decode([eos])):
                     raise InputError(
@@ -142,21 +150,18 @@ class _Look:
             "the student's tokenizer"
         )
 
-    def _check_answers(self, servers: Sequence[Server], probe: np.ndarray, requests: Sequence[ScoreRequest]) -> bool:
+    def _check_answers(self, probe: np.ndarray, requests: Sequence[ScoreRequest]) -> bool:
         """Do they give what the losses ask for? Returns whether they give log-probs of chosen tokens."""
-        needed = any(request.given for request in requests)
-        for server in servers:
-            if problem := self._cannot_choose(server, probe):
-                if needed:
-                    raise InputError(
-                        f"{self._name}.url={problem}; a support of student_top_k needs vLLM servers on CUDA that were "
-                        "started with --enable-scale-out, or a teacher with engine=torch"
-                    )
-                break
-        else:
+        problems = filter(None, (self._cannot_choose(server, probe) for server in self._servers))
+        if (problem := next(problems, None)) is None:
             return True
+        if any(request.given for request in requests):
+            raise InputError(
+                f"{self._name}.url={problem}; a support of student_top_k needs vLLM servers on CUDA that were started "
+                "with --enable-scale-out, or a teacher with engine=torch"
+            )
         most = max(num_alternatives(request, self._facts.vocab_size) for request in requests)
-        for server in servers:
+        for server in self._servers:
             try:
                 server.alternatives(probe, 1, most, _SCORE_S)
             except ServerRefused as error:
@@ -179,18 +184,54 @@ class _Look:
         except ServerFailed as error:
             raise self._refusal(error, "see its log") from None
 
-    def _check_agreement(self, servers: Sequence[Server], probe: np.ndarray, answers: Mapping[str, np.ndarray]) -> None:
-        """Of every server with itself, and with the first."""
-        allowed, first = self._scorer.drift_nats, servers[0]
-        for server in servers:
-            for other, theirs in ((server, self._asked(server, probe)), (first, answers[first.url])):
-                if (far := distance(answers[server.url], theirs)) > allowed:
-                    whom = "from itself, asked twice" if other is server else f"from {other.url}"
-                    raise InputError(
-                        f"{self._name}.url={server.url}: its log-probs of {len(probe)} tokens differ {whom}, by "
-                        f"{far:.3g} nats in the mean, and {allowed:g} are allowed; serve one model, or set "
-                        f"{self._name}.dtype to the servers' or {self._name}.url_drift_nats"
-                    )
+    def _check_agreement(self, probe: np.ndarray, answers: Mapping[str, np.ndarray]) -> float:
+        """Of every server with itself, and with the first; returns the distance that is allowed from now on.
+
+        Each is asked alone, and again in a crowd: a batch of another shape is what moves log-probs.
+        """
+        scatter = {}
+        for server in self._servers:
+            crowd = [probe[: max(2, len(probe) - shorter)] for shorter in range(_AT_ONCE)]
+            among_others = _at_once(partial(self._asked, server), crowd)
+            far = [distance(answers[server.url][: len(each)], each) for each in among_others]
+            scatter[server.url] = max(far)
+        allowed = self._scorer.url_drift_nats or self._scorer.drift_nats(_SCATTER * max(scatter.values()))
+        first = self._servers[0].url
+        for url, own in scatter.items():
+            if (far := own) > allowed:
+                whom = "from itself, asked again"
+            elif (far := distance(answers[url], answers[first])) > allowed:
+                whom = f"from {first}"
+            else:
+                continue
+            raise InputError(
+                f"{self._name}.url={url}: its log-probs of {len(probe)} tokens differ {whom}, by {far:.3g} nats in the "
+                f"mean, and {allowed:.3g} are allowed; serve one model, or set {self._name}.url_drift_nats"
+            )
+        return allowed
+
+
+def looks(config: Config, models: Mapping[str, ModelFacts], prompts: Sequence[np.ndarray]) -> dict[str, Look]:
+    """At the servers of every role that has some."""
+    return {
+        role: Look(field_of(config, role), scorer, models["student"], models[role], prompts)
+        for role, scorer in config.scorers.items()
+        if scorer.url
+    }
+
+
+def baselines(config: Config, found: Mapping[str, Look], eos_token_ids: tuple[int, ...]) -> dict[str, Baseline]:
+    """Of every role that has servers."""
+    asked = score_requests(config, eos_token_ids).values()
+    return {
+        role: look.baseline([each[role] for each in asked if role in each], eos_token_ids)
+        for role, look in found.items()
+    }
+
+
+def _at_once(ask: Callable[[Any], Any], what: Sequence[Any]) -> list[Any]:
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        return list(threads.map(ask, what))
 
 
 def _probe(prompts: Sequence[np.ndarray], context: int | None) -> np.ndarray:

@@ -35,8 +35,7 @@ def make_scoring_engine(scorer: ScorerConfig, max_context_tokens: int) -> Scorin
         max_num_seqs=scorer.max_num_seqs,
         max_context_tokens=max_context_tokens,
         kv_cache_bytes=scorer.kv_cache_bytes,
-        gpu_memory_utilization=scorer.memory_share,
-        engine_args=scorer.engine_args,
+        gpu_memory_utilization=scorer.gpu_memory_utilization,
     )
 
 
@@ -49,7 +48,6 @@ def make_remote_engine(scorer: ScorerConfig, baseline: Baseline, key: Key | None
     return RemoteScoringEngine(
         servers=[Server(url, model=name, key=key, most_at_once=most) for url, name in baseline.models.items()],
         baseline=baseline,
-        drift_nats=scorer.drift_nats,
         most_at_once=most,
         deadline_s=deadline_s,
     )

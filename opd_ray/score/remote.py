@@ -43,16 +43,14 @@ class _Answer:
 class RemoteScoringEngine:
     """Scores of servers; the actor that has it needs neither the model nor a GPU."""
 
-    def __init__(
-        self, *, servers: Sequence[Server], baseline: Baseline, drift_nats: float, most_at_once: int, deadline_s: float
-    ) -> None:
+    def __init__(self, *, servers: Sequence[Server], baseline: Baseline, most_at_once: int, deadline_s: float) -> None:
         """``most_at_once``: requests under way. Raises RunError from ``score`` when no server answers for most of
         ``deadline_s``, or when none is what it was."""
         self._baseline, self._patience_s = baseline, _PATIENCE * deadline_s
         replicas = [Replica(server, baseline.answers[server.url]) for server in servers]
         self._replicas = Replicas(replicas, request_s=deadline_s / _TRIES)
         self._threads = ThreadPoolExecutor(most_at_once, "request")
-        self._check = StandingCheck(self._replicas, baseline.probe, drift_nats, self._threads)
+        self._check = StandingCheck(self._replicas, baseline.probe, baseline.allowed, self._threads)
         self._turns = itertools.count()
 
     def load(self, path: str) -> None:

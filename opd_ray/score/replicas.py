@@ -1,8 +1,10 @@
 """The servers that score for one role: which of them is asked next, and which is no longer.
 
-in use    asked, the least busy first
-resting   gave no answer of use: left alone for a while, twice as long after each failure, then asked once
-out       its answers are another model's: not asked again in this run
+    in use    asked, the least busy first
+    resting   gave no answer of use: left alone for a while, twice as long after each failure, then asked once
+    out       its answers are another model's: not asked again in this run
+
+Each actor sees for itself.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ class Baseline:
     vocab_size: int
     chosen: bool
     """Do they give the log-probs of chosen tokens?"""
+    allowed: float
+    """The most that two answers of one model differ by in the mean, nats."""
 
 
 @dataclass(eq=False)

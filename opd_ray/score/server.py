@@ -25,6 +25,8 @@ _PASSES = (401, 403, 408, 425, 429)
 _KEYS = (401, 403)
 _CLAMPED = -9999.0
 """What vLLM writes for -inf, which JSON has not."""
+_LARGEST = 1e-3
+"""Log-prob that rounding may make of certainty."""
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for every request
 
@@ -78,6 +80,12 @@ class Server:
     def detokenize(self, tokens: Sequence[int]) -> str:
         body = {"model": self._model, "tokens": [int(token) for token in tokens]}
         return _at(self._ask("/detokenize", body, CONNECT_S), "prompt")
+
+    def ends_with(self, prompt: Sequence[int], token: int, timeout_s: float) -> bool:
+        """Does the model's answer end after this token? It is the only one that may come."""
+        body = {"prompt": [int(each) for each in prompt], "max_tokens": 2, "allowed_token_ids": [int(token)]}
+        answer = self._ask("/v1/completions", {"model": self._model, **body}, timeout_s)
+        return _at(answer, "choices", 0, "finish_reason") == "stop"
 
     def alternatives(
         self, tokens: Sequence[int], first: int, asked: int, timeout_s: float
@@ -136,8 +144,8 @@ class Server:
                 f"({type(error).__name__}: {error})"
             ) from None
         logprobs[logprobs <= _CLAMPED] = -np.inf
-        if np.isnan(logprobs).any():
-            raise ServerFailed(f"{self.url}: gave log-probs that are not numbers")
+        if not (logprobs <= _LARGEST).all():  # not a number, or a logit
+            raise ServerFailed(f"{self.url}: gave no log-probs; start it with --logprobs-mode raw_logprobs")
         return logprobs, ids
 
     def _ask(self, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:

@@ -1,8 +1,10 @@
 """The standing check of servers that score: does each still have the model that it had when the run began?
 
-probe            a fixed sequence that every server scored at the start; one whose answer departs from its own is out
-second opinion   a sequence that one server has just scored, from another: long, and of what the run is about; where
-                 the two differ, the probe or else a third server says which is to be believed
+    probe            a fixed sequence that every server scored at the start; one that departs from its own answer is out
+    second opinion   a sequence that one server has just scored, from another: long, and of what the run is about;
+                     where the two differ, the probe or else a third server says which is to be believed
+
+Both are asked for after every call.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class StandingCheck:
             self._replicas.put_out(
                 replica,
                 f"{replica.url} answers as another model: its log-probs of the probe are {far:.3g} nats in the mean "
-                f"from those at the start of the run, and {self._allowed:g} are allowed (url_drift_nats)",
+                f"from those at the start of the run, and {self._allowed:.3g} are allowed (url_drift_nats)",
             )
         return far <= self._allowed
 
@@ -103,12 +105,12 @@ class StandingCheck:
                 self._replicas.put_out(
                     replica,
                     f"{replica.url} answers as another model: its log-probs of a sequence are {far:.3g} nats in the "
-                    f"mean from those of two others, and {self._allowed:g} are allowed (url_drift_nats)",
+                    f"mean from those of two others, and {self._allowed:.3g} are allowed (url_drift_nats)",
                 )
                 return {replica}
         self._replicas.note(
             one,
-            f"{one.url} and {other.url} differ by {far:.3g} nats in the mean on a sequence, and {self._allowed:g} are "
-            "allowed (url_drift_nats), though both score the probe as they did; nobody says which is right",
+            f"{one.url} and {other.url} differ by {far:.3g} nats in the mean on a sequence, and {self._allowed:.3g} "
+            "are allowed (url_drift_nats), though both score the probe as they did; nobody says which is right",
         )
         return set()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from engine_host import EngineHost
+from tiny_checkpoints import CHARACTERS, make_checkpoint
+from vllm_servers import VllmServers
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +19,13 @@ def vllm_host() -> Iterator[EngineHost]:
     host = EngineHost()
     yield host
     host.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_servers(tiny_model: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServers]:
+    """Two vLLM servers of the untied model, with a tokenizer that they need and models do not, and a key."""
+    path = tmp_path_factory.mktemp("served") / "model"
+    make_checkpoint(path, tokens=[*CHARACTERS, *"cdefghijkl"])
+    shutil.copytree(tiny_model["untied"], path, dirs_exist_ok=True)
+    with VllmServers([path, path], max_model_len=97, key="s3cret") as servers:
+        yield servers

@@ -11,16 +11,21 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen3ForCausalLM
 
 from engine_host import EngineHost
-from opd_ray.errors import InputError
+from opd_ray.errors import InputError, RunError
 from opd_ray.messages import ScoreRequest
 from opd_ray.score.engine import Rollout, Scores, ScoringEngine
+from opd_ray.score.remote import RemoteScoringEngine
+from opd_ray.score.replicas import Baseline
+from opd_ray.score.server import Key, Server
+from opd_ray.score.standing import probe_opinion
 from opd_ray.score.torch import TorchScoringEngine
+from vllm_servers import VllmServers
 
 VOCAB_SIZE = 32
 MAX_CONTEXT_TOKENS = 96
 TOLERANCE = 1e-4
 TORCH = ["torch", "torch-one-row", "torch-three-tokens-a-chunk"]
-MODELS = [pytest.param("vllm", marks=pytest.mark.vllm), *TORCH]
+MODELS = [*(pytest.param(name, marks=pytest.mark.vllm) for name in ("vllm", "servers")), *TORCH]
 STOPS = (7, 3, 20)
 """An EOS set: sampled ones of each id are among the rollouts."""
 
@@ -28,6 +33,8 @@ STOPS = (7, 3, 20)
 @pytest.fixture(scope="module")
 def engine(request: pytest.FixtureRequest, tiny_model: dict[str, Path], vllm_host: EngineHost) -> ScoringEngine:
     path = str(tiny_model["untied"])
+    if request.param == "servers":
+        return engine_of(request.getfixturevalue("tiny_servers"))
     if request.param == "vllm":
         return vllm_host.build("opd_ray.score.vllm:VllmScoringEngine", path=path, kv_cache_bytes=16 * 2**20)
     sizes = {
@@ -36,6 +43,15 @@ def engine(request: pytest.FixtureRequest, tiny_model: dict[str, Path], vllm_hos
         "torch-three-tokens-a-chunk": {"logits_bytes": 3 * 4 * VOCAB_SIZE},
     }
     return TorchScoringEngine(path=path, device="cpu", **({"max_batch_tokens": 256} | sizes[request.param]))
+
+
+def engine_of(servers: VllmServers, deadline_s: float = 60.0) -> RemoteScoringEngine:
+    """An engine that asks these servers, whose start is now."""
+    there = [Server(url, model="tiny", key=Key("s3cret"), most_at_once=8) for url in servers.urls]
+    probe = np.arange(2, 30)
+    answers = {each.url: probe_opinion(probe)(each, 10.0) for each in there}
+    baseline = Baseline(dict.fromkeys(servers.urls, "tiny"), probe, answers, VOCAB_SIZE, chosen=False, allowed=0.005)
+    return RemoteScoringEngine(servers=there, baseline=baseline, most_at_once=8, deadline_s=deadline_s)
 
 
 def rollouts() -> list[Rollout]:
@@ -328,3 +344,23 @@ def test_a_sequence_scores_the_same_alone(engine: ScoringEngine) -> None:
     for rollout, among in zip(rollouts(), together, strict=True):
         (alone,) = engine.score([rollout], ScoreRequest(top_k=4))
         np.testing.assert_allclose(among.logprobs, alone.logprobs, atol=TOLERANCE)
+
+
+@pytest.mark.vllm
+def test_servers_that_were_swapped_are_out_and_servers_that_are_gone_end_the_wait(
+    tiny_servers: VllmServers, tiny_model: dict[str, Path], expected: list[np.ndarray]
+) -> None:
+    """Two of vLLM's own servers: one gets another model behind its URL, then both are killed."""
+    engine, (swapped, other) = engine_of(tiny_servers, deadline_s=4.0), tiny_servers.urls
+    tiny_servers.swap(0, tiny_model["tied"])
+    for rollout, full, scores in zip(rollouts(), expected, engine.score(rollouts(), ScoreRequest()), strict=True):
+        np.testing.assert_allclose(scores.logprobs, own(full, rollout), atol=TOLERANCE)
+    assert [(state.url, state.state) for state in engine.servers()] == [(swapped, "out"), (other, "in use")]
+    assert engine.servers()[0].distance > 0.1
+    tiny_servers.swap(0, tiny_model["untied"])
+    engine = engine_of(tiny_servers, deadline_s=4.0)
+    tiny_servers.stop(0)
+    assert len(engine.score(rollouts(), ScoreRequest())) == len(rollouts())
+    tiny_servers.stop(1)
+    with pytest.raises(RunError, match=f"no scores in time.*{swapped}.*cannot be reached.*{other}.*cannot be reached"):
+        engine.score(rollouts(), ScoreRequest())

@@ -23,9 +23,9 @@ Failure = Callable[[str], tuple[int, Any] | None]
 httpx.TransportError, or wait."""
 
 
-def table(model: int, noise: float = 0.0) -> np.ndarray:
+def table(model: int, noise: float = 0.0, vocab_size: int = VOCAB_SIZE) -> np.ndarray:
     """[vocabulary, vocabulary] log-probs of each token behind each other one; ``noise`` as of another batch shape."""
-    logits = np.random.default_rng(model).normal(size=(VOCAB_SIZE, VOCAB_SIZE)) * 2
+    logits = np.random.default_rng(model).normal(size=(vocab_size, vocab_size)) * 2
     logits += np.random.default_rng(99).normal(size=logits.shape) * noise
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
@@ -41,6 +41,8 @@ class FakeServer:
         self.max_model_len, self.max_logprobs, self.chooses = 64, 1000, False
         self.fail: Failure = lambda path: None
         self.adapters: list[str] = []
+        self.endings = (1,)
+        """Tokens that it ends with."""
         self.words: Sequence[str] = [f"<{number}>" if number < 3 else chr(94 + number) for number in range(VOCAB_SIZE)]
         self.asked: list[tuple[str, Any]] = []
         """Path and body of every request."""
@@ -52,7 +54,8 @@ class FakeServer:
     def scored(self) -> list[list[int]]:
         """Every sequence that it was asked to score."""
         scoring = ("/v1/completions", "/inference/v1/generate")
-        return [body.get("prompt") or body["token_ids"] for path, body in self.asked if path in scoring]
+        bodies = [body for path, body in self.asked if path in scoring and "allowed_token_ids" not in body]
+        return [body.get("prompt") or body["token_ids"] for body in bodies]
 
     def answer(self, path: str, body: Any, authorization: str | None) -> tuple[int, Any]:
         """Status and JSON."""
@@ -83,6 +86,8 @@ class FakeServer:
         return 200, {"prompt": "".join(self.words[token] for token in body["tokens"])}
 
     def _completions(self, body: Any) -> tuple[int, Any]:
+        if only := body.get("allowed_token_ids"):
+            return 200, {"choices": [{"finish_reason": "stop" if only[0] in self.endings else "length"}]}
         if problem := self._problem(body["prompt"], body["prompt_logprobs"]):
             return 400, {"error": {"message": problem}}
         return 200, {"choices": [{"prompt_logprobs": self._entries(body["prompt"], body["prompt_logprobs"])}]}

@@ -51,6 +51,12 @@ class Run:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [line for line in lines if "learner/loss" in line]
 
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """What it said of one kind, in order."""
+        path = self.directory / "events.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if line["kind"] == kind]
+
     def losses(self) -> list[float]:
         """Of the steps that count, in order: later lines of a step replace earlier ones."""
         by_step = {line["step"]: line["learner/loss"] for line in self.metrics()}

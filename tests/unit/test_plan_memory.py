@@ -101,8 +101,8 @@ def test_the_largest_step_is_every_schedules_highest() -> None:
     assert (step.student_tokens, step.trained_tokens) == (32 * 70, 96 * 70)
 
 
-def test_a_tied_output_layer_is_sent_once() -> None:
-    assert flow.broadcast_bytes(made(), replace(TINY, tied=True)) == 4 * 1000
+def test_a_tied_output_layer_is_sent_under_both_of_its_names() -> None:
+    assert flow.broadcast_bytes(made(), replace(TINY, tied=True)) == 4 * (1000 + 80)
     assert flow.broadcast_bytes(made("learner.dtype=bfloat16"), TINY) == 2 * 1000
 
 
@@ -165,11 +165,12 @@ def test_activations_by_hand() -> None:
     assert memory.activation_bytes(again.learner, TINY, step) == 10 * (2 * 32 + layer)
 
 
-def test_packed_rows_take_what_padded_ones_of_as_many_tokens_do() -> None:
-    """There is no mask of every position against every other (opd_ray.learn.attention)."""
+def test_packed_rows_build_a_mask_that_grows_with_the_square_of_their_length() -> None:
     step = flow.Step({"student": 1000}, 8, 8)
-    packed, padded = (made(f"learner.packing={packing}").learner for packing in (True, False))
-    assert memory.activation_bytes(packed, TINY, step) == memory.activation_bytes(padded, TINY, step)
+    bytes_of = [
+        memory.activation_bytes(made(f"learner.packing={packed}").learner, TINY, step) for packed in (True, False)
+    ]
+    assert bytes_of[0] - bytes_of[1] == 4 * 4096**2
 
 
 def test_a_rollout_longer_than_a_micro_batch_is_one_of_its_own() -> None:

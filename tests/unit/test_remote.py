@@ -38,12 +38,10 @@ def engine_on(here: Sequence[FakeServer], deadline_s: float = 20.0, key: Key | N
     there = [Server(each.url, model=each.name, key=key, transport=each.transport) for each in here]
     answers = {each.url: probe_opinion(PROBE)(each, 1.0) for each in there}
     models = {each.url: each.name for each in here}
-    baseline = Baseline(models, PROBE, answers, VOCAB_SIZE, all(each.chooses for each in here))
+    baseline = Baseline(models, PROBE, answers, VOCAB_SIZE, all(each.chooses for each in here), ALLOWED)
     for each in here:
         each.asked.clear()
-    return RemoteScoringEngine(
-        servers=there, baseline=baseline, drift_nats=ALLOWED, most_at_once=4, deadline_s=deadline_s
-    )
+    return RemoteScoringEngine(servers=there, baseline=baseline, most_at_once=4, deadline_s=deadline_s)
 
 
 def rollouts(number: int = 6, given: int = 0) -> list[Rollout]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import pickle
 from functools import partial
@@ -83,14 +84,6 @@ def test_what_cannot_be_is_refused_in_one_line(overrides: list[str], message: st
     assert message in str(caught.value) and "\n" not in str(caught.value) and "s3cret" not in str(caught.value)
 
 
-def test_the_difference_that_servers_may_have_follows_their_precision() -> None:
-    def allowed(*overrides: str) -> float:
-        return configs.load(None, [f"teacher.url={ONE}", *overrides]).teacher.drift_nats
-
-    assert allowed() < allowed("teacher.dtype=bfloat16") == 0.05
-    assert allowed("teacher.url_drift_nats=0.3") == 0.3
-
-
 def test_a_student_of_ones_own_needs_no_teacher_path_with_servers() -> None:
     mine = ["student.path=/models/s", "data.prompts=p", "data.evaluation=e", "data.golden=null", "loss.golden.coef=0"]
     mine += ["buffer.golden_per_prompt=0", "guard.max_golden_per_prompt=0"]
@@ -169,7 +162,10 @@ SWAPPED = ("<pad>", "<eos>", "<end>", *"1023456789+-=ab")
     ("change", "message"),
     [
         (unreachable, f"teacher.url={TWO}: cannot be reached ([Errno 111] Connection refused); start a vLLM server"),
-        (setting_(key="k"), f"teacher.url={TWO}: /v1/models answers 401 (Unauthorized); name the variable with its"),
+        (
+            setting_(key="k"),
+            f"teacher.url={TWO}: /v1/models answers 401 (Unauthorized); name the variable with its key",
+        ),
         (answering(503, {"detail": "loading"}), "/v1/models answers 503 (loading); start a vLLM server there"),
         (answering(200, b"<html>"), "its answer to /v1/models is no JSON"),
         (answering(200, {"hello": "there"}), "its /v1/models is no list of models; expected a vLLM server"),
@@ -182,6 +178,7 @@ SWAPPED = ("<pad>", "<eos>", "<end>", *"1023456789+-=ab")
         (setting_(words=SWAPPED), "token 4 is '0' there but '1' in student.path="),
         (setting_(words=RENAMED), "token 1, which ends a response, is '<end>' there but '<eos>' in student.path="),
         (setting_(table=table(3)), f"differ from {ONE}, by "),
+        (setting_(table=table(0) + 9), "gave no log-probs; start it with --logprobs-mode raw_logprobs"),
         (setting_(adapters=["a"], name="b"), None),
     ],
 )
@@ -196,14 +193,55 @@ def test_a_server_that_will_not_do_is_refused_in_one_line(
     assert said.startswith(f"teacher.url={TWO}") and message in said
 
 
-def test_a_server_that_differs_from_itself_is_refused(setting: dict[str, str], servers: dict[str, FakeServer]) -> None:
-    tables = (table(0, noise=each / 10) for each in range(100))
+def scattering(fake: FakeServer, by: float) -> None:
+    """Each of its answers is another."""
+    seeds = itertools.count()
 
     def fail(path: str) -> None:
-        servers[TWO].table = next(tables)
+        fake.table = table(0) + np.random.default_rng(next(seeds)).normal(size=fake.table.shape) * by
 
-    servers[TWO].fail = fail
-    assert "differ from itself, asked twice, by" in refused(lambda: look(setting))
+    fake.fail = fail
+
+
+@pytest.mark.parametrize(
+    ("by", "overrides", "least", "most"),
+    [
+        (0.0, {}, 0.005, 0.005),
+        (0.001, {}, 0.006, 0.03),  # as of bfloat16, though float32 was configured
+        (0.01, {}, 0.05, 0.05),
+        (0.0, {"teacher__dtype": "bfloat16"}, 0.05, 0.05),
+        (0.0, {"teacher__url_drift_nats": "0.3"}, 0.3, 0.3),
+    ],
+)
+def test_what_servers_may_differ_by_follows_from_their_scatter_and_precision(
+    setting: dict[str, str],
+    servers: dict[str, FakeServer],
+    by: float,
+    overrides: dict[str, str],
+    least: float,
+    most: float,
+) -> None:
+    for each in servers.values():
+        scattering(each, by)
+    assert least <= look(setting, **overrides).servers["teacher"].allowed <= most
+
+
+def test_a_server_that_differs_from_itself_is_refused(setting: dict[str, str], servers: dict[str, FakeServer]) -> None:
+    scattering(servers[TWO], 0.3)
+    message = refused(lambda: look(setting))
+    assert f"teacher.url={TWO}: its log-probs of 9 tokens differ from itself, asked again, by" in message
+
+
+def test_without_a_path_the_servers_say_what_ends_a_response(
+    setting: dict[str, str], servers: dict[str, FakeServer]
+) -> None:
+    """The bug that METHOD warns of: a teacher with another EOS contradicts every end that the student writes."""
+    for each in servers.values():
+        each.endings = (2,)
+    alone = setting | {"teacher.path": "embedded"}
+    assert look(alone).eos_token_ids == (1, 2)
+    assert look(alone, teacher__eos_token_ids="[1]").eos_token_ids == (1,)
+    assert look(setting).eos_token_ids == (1,)  # the path's tokenizer and configuration say so
 
 
 def test_several_models_at_a_server_need_a_name(setting: dict[str, str], servers: dict[str, FakeServer]) -> None:

@@ -1,0 +1,132 @@
+"""Real vLLM servers on this machine's CPU: forks of one process that has imported vLLM, each with an engine of its own.
+
+    with VllmServers([path, path]) as servers:
+        servers.urls; servers.swap(0, other_path); servers.stop(0)
+
+Importing vLLM takes longer than all the rest, and a server of its own imports it twice. Run as a script, this file is
+the process that forks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+
+from opd_ray.rooms.node import free_port
+
+_START_S = 120.0
+_SETTINGS = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+    "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, by which another model is loaded
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+}
+
+
+class VllmServers:
+    """One server for each path; they are up when the block begins."""
+
+    def __init__(self, paths: Sequence[Path], *, max_model_len: int, key: str | None = None) -> None:
+        self._paths, self._max_model_len, self._key = list(map(str, paths)), max_model_len, key
+        self.urls: list[str] = []
+
+    def __enter__(self) -> VllmServers:
+        if importlib.util.find_spec("vllm") is None:
+            pytest.skip("vLLM is not installed (the extras cpu and gpu bring it)")
+        ports = [free_port() for _ in self._paths]
+        self.urls = [f"http://127.0.0.1:{port}" for port in ports]
+        orders = [[path, str(port), *self._arguments()] for path, port in zip(self._paths, ports, strict=True)]
+        environment = os.environ | _SETTINGS | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(orders)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self._pids = [int(self._process.stdout.readline()) for _ in self._paths]
+        until = time.monotonic() + _START_S
+        for url in self.urls:
+            while not _is_up(url):
+                assert time.monotonic() < until, f"{url} did not come up within {_START_S:g} s"
+                time.sleep(0.1)  # of another process's start nobody tells us
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(timeout=30)
+        self._process.stdout.close()
+
+    def _arguments(self) -> list[str]:
+        given = {
+            "--served-model-name": "tiny",
+            "--dtype": "float32",
+            "--max-model-len": str(self._max_model_len),
+            "--max-num-seqs": "16",
+            "--max-logprobs": "-1",
+            "--kv-cache-memory-bytes": str(8 * 2**20),
+            "--distributed-executor-backend": "uni",  # a worker in a process of its own would import vLLM once more
+            "--worker-extension-cls": "opd_ray.weights.vllm_worker.WorkerExtension",
+        } | ({"--api-key": self._key} if self._key else {})
+        return [part for pair in given.items() for part in pair] + ["--enforce-eager", "--disable-log-stats"]
+
+    def swap(self, number: int, path: Path) -> None:
+        """Another model behind the same URL."""
+        body = {"method": "opd_load", "args": [str(path)]}
+        httpx.post(f"{self.urls[number]}/collective_rpc", json=body, timeout=60).raise_for_status()
+
+    def stop(self, number: int) -> None:
+        """As SIGKILL does; its engine goes with it."""
+        os.kill(self._pids[number], signal.SIGKILL)
+        while _is_up(self.urls[number]):
+            time.sleep(0.01)
+
+
+def _is_up(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _serve(orders: list[list[str]]) -> None:
+    import uvloop
+    import vllm.v1.engine.async_llm
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    import opd_ray.weights.vllm_worker  # noqa: F401
+
+    for path, port, *more in orders:
+        if pid := os.fork():
+            print(pid, flush=True)
+            continue
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        command = ["--model", path, "--host", "127.0.0.1", "--port", port, "--uvicorn-log-level", "error", *more]
+        arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(command)
+        validate_parsed_serve_args(arguments)
+        uvloop.run(run_server(arguments))
+        return
+    for _ in orders:
+        os.wait()
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))
