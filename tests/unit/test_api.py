@@ -17,6 +17,7 @@ from opd_ray.errors import InputError
 def test_what_is_offered_is_there_and_nothing_else() -> None:
     assert [callable(getattr(opd_ray, name)) for name in opd_ray.__all__] == [True] * 3
     assert all(getattr(opd_ray, name).__doc__ for name in opd_ray.__all__)
+    assert set(opd_ray.__all__) <= set(dir(opd_ray)), "what a notebook completes"
     with pytest.raises(ImportError, match="cannot import name 'trian'"):
         from opd_ray import trian  # noqa: F401
     assert (Path(opd_ray.__file__).parent / "py.typed").is_file()
