@@ -28,9 +28,8 @@ class Tracking:
 
     def begin(self, step: int, *, continued: bool) -> None:
         """As Tracker.begin; waits for it, so that of a run that is killed early the first steps are there."""
-        _wait(
-            [lane.put(lambda tracker: tracker.begin(step, continued=continued)) for lane in self._lanes], self._begin_s
-        )
+        begun = [lane.put(lambda tracker: tracker.begin(step, continued=continued)) for lane in self._lanes]
+        _wait(begun, self._begin_s)
 
     def log(self, step: int, metrics: Mapping[str, float], said: Sequence[tuple[str, str]]) -> None:
         for lane in self._lanes:
