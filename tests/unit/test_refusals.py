@@ -38,14 +38,20 @@ REFUSED = [
     (["train", "--run-dir", "new", "data.prompts=/nonexistent", *_GOLDLESS], "/nonexistent"),
     (["train", "data.prompts=bad.jsonl", "data.evaluation=good.jsonl", "student.path=/nonexistent",
       "teacher.path=/nonexistent", *_GOLDLESS], "bad.jsonl"),
-    (["train", "data.prompts=good.jsonl", "data.evaluation=good.jsonl", *_GOLDLESS,
+    (["train", "data.prompts=other.jsonl", "data.evaluation=good.jsonl", *_GOLDLESS,
       "student.path=/nonexistent", "teacher.path=TEACHER"], "student.path=/nonexistent"),
-    (["train", "data.prompts=good.jsonl", "data.evaluation=good.jsonl", *_GOLDLESS,
+    (["train", "data.prompts=other.jsonl", "data.evaluation=good.jsonl", *_GOLDLESS,
       "student.path=TEACHER", "teacher.path=/nonexistent"], "teacher.path=/nonexistent"),
     (["train", "data.prompts=long.jsonl", "data.evaluation=good.jsonl", *_GOLDLESS,
       "student.path=TEACHER", "teacher.path=TEACHER"], "its 803 prompt tokens"),
-    (["train", "data.prompts=good.jsonl", "data.evaluation=good.jsonl", *_GOLDLESS,
+    (["train", "data.prompts=other.jsonl", "data.evaluation=good.jsonl", *_GOLDLESS,
       "student.path=TEACHER", "teacher.path=TEACHER", "student.lora.targets=[q_porj]"], "did you mean 'q_proj'?"),
+    (["train", "data.prompts=org/no-such-data:train", "data.evaluation=good.jsonl", *_GOLDLESS,
+      "student.path=TEACHER", "teacher.path=TEACHER"], "org/no-such-data:train: the "),
+    (["train", "data.prompts=reasoning_gym:gdc", "data.evaluation=good.jsonl", *_GOLDLESS,
+      "student.path=TEACHER", "teacher.path=TEACHER"], "did you mean 'gcd'?"),
+    (["train", "data.prompts=other.jsonl", "data.evaluation=good.jsonl", "data.task=no_task:Mine", *_GOLDLESS,
+      "student.path=TEACHER", "teacher.path=TEACHER"], "there is no module 'no_task'"),
     (["evaluate", "/nonexistent", "data.evaluation=good.jsonl"], "CHECKPOINT=/nonexistent"),
     (["preflight", "--run-dir", "new", "--resume"], "no run to resume"),
 ]  # fmt: skip
@@ -57,6 +63,7 @@ def answers(tmp_path_factory):
     here = tmp_path_factory.mktemp("refused")
     (here / "bad.jsonl").write_text('{"prompt": \n')
     (here / "good.jsonl").write_text('{"prompt": "^1+1+1=", "answer": "3"}\n')
+    (here / "other.jsonl").write_text('{"prompt": "^1+1+2=", "answer": "4"}\n')
     (here / "long.jsonl").write_text(json.dumps({"prompt": f"^{'1+' * 400}1=", "answer": "3"}))
     cases = [[each.replace("TEACHER", str(TEACHER_DIR)) for each in arguments] for arguments, _ in REFUSED]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
