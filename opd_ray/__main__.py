@@ -201,6 +201,30 @@ def plan(config_file: Path | None, probe: bool, price: float | None, overrides: 
 
 
 @cli.command(cls=_ConfiguredCommand)
+@_config_option
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    metavar="DIR",
+    help="Where results would go; by default runs/.",
+)
+@_debug_option
+@_overrides_argument
+def doctor(config_file: Path | None, run_dir: Path, overrides: tuple[str, ...]) -> None:
+    """Is a cluster fit for a run? A line for each check: ok, or what to do; ends with 1 where there is something.
+
+    Drivers, packages, clocks and limits of every node; object store, broadcasts between nodes, disk; engines. Of the
+    cluster that RAY_ADDRESS names, or of this machine.
+    """
+    config = _load(config_file, overrides)
+    from opd_ray.run import doctor as examination
+
+    if not examination.doctor(config, run_dir):
+        sys.exit(1)
+
+
+@cli.command(cls=_ConfiguredCommand)
 @click.argument("checkpoint")
 @_config_option
 @click.option(

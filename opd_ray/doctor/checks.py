@@ -1,0 +1,221 @@
+"""The doctor's checks: each asks the nodes something, by a deadline of its own, and none stops the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+from ray.actor import ActorHandle
+
+from opd_ray.config import Config
+from opd_ray.doctor import findings
+from opd_ray.doctor.findings import Finding
+from opd_ray.doctor.inspector import EngineHolder, Inspector, NodeReport, Talker, report
+from opd_ray.errors import RunError
+from opd_ray.messages import TransferGroup
+from opd_ray.placement.nodes import Node, nodes, pinned
+from opd_ray.rooms.threads import within
+from opd_ray.snapshots import Storage
+
+_QUICK_S, _TALK_S, _STORE_S, _DISK_S, _ENGINE_S = 60.0, 180.0, 120.0, 120.0, 300.0
+_MEETING_S = 30.0
+"""Within which two processes form a group and send each other a message."""
+_MESSAGE_BYTES = 16 * 2**20
+_OBJECT_BYTES = 64 * 2**20
+_DISK_BYTES = 64 * 2**20
+_CLOCK_LOOKS = 5
+_FILE = ".opd-ray-doctor"
+
+
+class Doctor:
+    """Checks the connected cluster for one configuration."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        self._config, self._run_dir = config, run_dir
+        self._nodes: dict[str, Node] = {}
+        """By name; those that answer."""
+        self._inspectors: dict[str, ActorHandle] = {}
+        self._reports: dict[str, NodeReport] = {}
+
+    def findings(self) -> Iterator[Finding]:
+        """What each check finds, one after the other."""
+        yield from self._bounded("nodes", _QUICK_S, self._look)
+        if not self._nodes:
+            return
+        for name, limit_s, check in (
+            ("driver", _QUICK_S, lambda: [findings.drivers(self._reports)]),
+            ("packages", _QUICK_S, lambda: [findings.packages(self._reports, "this process", report())]),
+            ("clocks", _QUICK_S, self._clocks),
+            ("limits", _QUICK_S, self._limits),
+            ("object store", _STORE_S, self._store),
+            ("disk", _DISK_S, self._disk),
+            (f"{self._config.weight_backend} broadcast", _TALK_S, self._broadcast),
+            ("engine", _ENGINE_S, self._engine),
+            ("teacher", _ENGINE_S, self._teacher),
+        ):
+            yield from self._bounded(name, limit_s, check)
+
+    def _bounded(self, name: str, limit_s: float, check: Callable[[], list[Finding]]) -> list[Finding]:
+        try:
+            return within(limit_s, check)
+        except Exception as error:  # of whatever kind: the other checks go on
+            cause = " ".join(str(getattr(error, "cause", None) or error).split()) or type(error).__name__
+            return [Finding(name, cause[:400], "see the logs of its actors in the Ray dashboard")]
+
+    # ---- the checks ----
+
+    def _look(self) -> list[Finding]:
+        there = {f"{node.name}, node {node.id[:6]}": node for node in nodes()}
+        asked = {name: _start(Inspector, node) for name, node in there.items()}
+        answers = _answers({name: actor.report.remote() for name, actor in asked.items()}, _QUICK_S / 2)
+        found = []
+        for name, answer in answers.items():
+            if isinstance(answer, NodeReport):
+                self._nodes[name], self._inspectors[name], self._reports[name] = there[name], asked[name], answer
+            else:
+                found.append(Finding("nodes", f"{name}: {answer}", "see its raylet's log, or leave the node out"))
+        gpus = sum(node.gpus for node in self._nodes.values())
+        text = f"{len(self._nodes)} of {len(there)} answer, with {gpus:g} GPUs"
+        return found or [Finding("nodes", text)]
+
+    def _clocks(self) -> list[Finding]:
+        skews = {}
+        for name, inspector in self._inspectors.items():
+            looks = []
+            for _ in range(_CLOCK_LOOKS):
+                before = time.time()
+                there = ray.get(inspector.now.remote(), timeout=_QUICK_S)
+                after = time.time()
+                looks.append((there - (before + after) / 2, (after - before) / 2))
+            skews[name] = min(looks, key=lambda look: look[1])
+        return [findings.clocks(skews)]
+
+    def _limits(self) -> list[Finding]:
+        return findings.limits(self._reports, {name: node.store_bytes for name, node in self._nodes.items()})
+
+    def _store(self) -> list[Finding]:
+        """Every node's store into the next one's process; of a single node into its own."""
+        names = list(self._inspectors)
+        rates = {}
+        for giver, taker in zip(names, names[1:] + names[:1], strict=True):
+            put_s, [ref] = ray.get(self._inspectors[giver].put.remote(_OBJECT_BYTES), timeout=_STORE_S)
+            get_s = ray.get(self._inspectors[taker].get.remote([ref]), timeout=_STORE_S)
+            rates[giver, taker] = _OBJECT_BYTES / (put_s + get_s)
+        return [findings.store(rates)]
+
+    def _disk(self) -> list[Finding]:
+        """Where the run directory would be, and where checkpoints would go if that is elsewhere."""
+        above = next(each for each in (self._run_dir, *self._run_dir.parents) if each.is_dir())
+        found = [_written(above)]
+        elsewhere = self._config.checkpoint.directory
+        if elsewhere is not None:
+            storage = Storage(self._config.checkpoint.location(self._run_dir))
+            found.append(_written(Path(storage.location)) if storage.is_local else _timed(storage, None))
+        return found
+
+    def _broadcast(self) -> list[Finding]:
+        """Between every two nodes, as many pairs at once as there are nodes for; two processes of a single one."""
+        config, places = self._config, list(self._nodes.items())
+        gpus = config.weight_backend == "nccl"
+        places = [(name, node) for name, node in places if node.gpus or not gpus]
+        if len(places) == 1:
+            places *= 2
+        if gpus and sum(node.gpus for _, node in places) < 2:
+            return [Finding("nccl broadcast", "there is one GPU: nothing to send weights between")]
+        talkers = [_start(Talker, node, num_gpus=1 if gpus else 0) for _, node in places]
+        name, failed, seconds = f"{config.weight_backend} broadcast", [], []
+        for pairs in findings.tournament(range(len(talkers))):
+            met = [(one, other, self._meet(talkers[one], talkers[other])) for one, other in pairs]
+            for one, other, refs in met:
+                for answer in _answers(dict(enumerate(refs)), 2 * _MEETING_S).values():
+                    if isinstance(answer, float):
+                        seconds.append(answer)
+                    else:
+                        failed.append(f"{places[one][0]} and {places[other][0]}: {answer}")
+        for talker in talkers:
+            ray.kill(talker)
+        if failed:
+            mend = "open the ports between them, and set NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME to their interface"
+            return [Finding(name, f"{failed[0]} ({len(failed)} failures)", mend)]
+        rate = findings.gigabytes(_MESSAGE_BYTES / max(seconds))
+        return [Finding(name, f"{rate}/s at least, between {len(seconds) // 2} pairs of processes")]
+
+    def _meet(self, one: ActorHandle, other: ActorHandle) -> list[Any]:
+        host, port = ray.get(one.meeting_place.remote(), timeout=_QUICK_S)
+        backend = self._config.weight_backend
+        groups = (TransferGroup(backend, host, port, rank, 2, _MEETING_S, _MESSAGE_BYTES) for rank in range(2))
+        return [talker.talk.remote(group) for talker, group in zip((one, other), groups, strict=True)]
+
+    def _engine(self) -> list[Finding]:
+        rollout = self._config.rollout
+        differences = self._on_holders("generated", rollout.gpus_per_generator, lambda gpus: dataclasses.replace(
+            rollout, tensor_parallel_size=1, max_num_seqs=4, gpus_per_generator=gpus, kv_cache_bytes=None
+        ))  # fmt: skip
+        return [findings.engine(differences, rollout.engine, rollout.dtype)]
+
+    def _teacher(self) -> list[Finding]:
+        teacher = self._config.teacher
+        differences = self._on_holders("scored_twice", teacher.gpus_per_actor, lambda gpus: dataclasses.replace(
+            teacher, tensor_parallel_size=1, max_num_seqs=4, gpus_per_actor=gpus, kv_cache_bytes=None
+        ))  # fmt: skip
+        return [findings.teacher(differences, teacher.engine, teacher.dtype)]
+
+    def _on_holders(self, method: str, gpus: float, settings: Callable[[float], Any]) -> dict[str, float]:
+        """The answer of every node, from a process of its own: an engine binds the memory that it finds. Raises
+        RunError with the first failure."""
+        places = {name: node for name, node in self._nodes.items() if node.gpus >= gpus}
+        holders = {name: _start(EngineHolder, node, num_gpus=min(1.0, gpus)) for name, node in places.items()}
+        refs = {name: getattr(holder, method).remote(settings(min(1.0, gpus))) for name, holder in holders.items()}
+        answers = _answers(refs, _ENGINE_S - 10)
+        for holder in holders.values():
+            ray.kill(holder)
+        for name, answer in answers.items():
+            if not isinstance(answer, float):
+                raise RunError(f"{name}: {answer}")
+        if not answers:
+            raise RunError(f"no node has the {gpus:g} GPUs that it asks for")
+        return answers
+
+
+def _start(kind: type, node: Node, num_gpus: float = 0.0) -> ActorHandle:
+    variables = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    options = {"num_cpus": 0, "num_gpus": num_gpus, "runtime_env": {"env_vars": variables}}
+    return ray.remote(kind).options(scheduling_strategy=pinned(node), **options).remote()
+
+
+def _answers(refs: Mapping[Any, Any], limit_s: float) -> dict[Any, Any]:
+    """What each ref came to: a value, or an exception."""
+    ray.wait(list(refs.values()), num_returns=len(refs), timeout=limit_s)
+    answers: dict[Any, Any] = {}
+    for name, ref in refs.items():
+        try:
+            answers[name] = ray.get(ref, timeout=0)
+        except ray.exceptions.GetTimeoutError:
+            answers[name] = TimeoutError(f"no answer within {limit_s:g} s")
+        except ray.exceptions.RayError as error:
+            answers[name] = getattr(error, "cause", None) or error
+    return answers
+
+
+def _written(directory: Path) -> Finding:
+    """Of a directory of this machine, which is left as it was."""
+    with tempfile.TemporaryDirectory(prefix=_FILE, dir=directory) as inside:
+        return _timed(Storage(inside), directory)
+
+
+def _timed(storage: Storage, directory: Path | None) -> Finding:
+    chunk = np.random.default_rng(0).bytes(2**20)
+    began = time.perf_counter()
+    storage.write(_FILE, (chunk for _ in range(_DISK_BYTES // len(chunk))))
+    rate = _DISK_BYTES / (time.perf_counter() - began)
+    storage.delete(_FILE)
+    if directory is None:
+        return findings.disk(storage.url(), rate, None)
+    return findings.disk(str(directory), rate, psutil.disk_usage(str(directory)).free)
