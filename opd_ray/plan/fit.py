@@ -20,9 +20,7 @@ class Gpu:
 
     def bytes(self, card_bytes: float | None) -> float:
         """What they need together; an engine that takes a share of the card takes that, if the card is known."""
-        return sum(
-            max(each.bytes, (each.takes_share or 0.0) * card_bytes) if card_bytes else each.bytes for each in self.rooms
-        )
+        return sum(max(each.bytes, (each.takes_share or 0.0) * (card_bytes or 0.0)) for each in self.rooms)
 
 
 def gpus(processes: Sequence[Process]) -> list[Gpu]:
@@ -77,6 +75,13 @@ def problems(
     if card_bytes and len(placed) > len(card_bytes):
         found.append(f"the rooms fill {len(placed)} GPUs, the nodes have {len(card_bytes)}")
     for number, (gpu, has) in enumerate(zip(placed, card_bytes, strict=False), start=1):
+        for each in gpu.rooms:
+            if each.takes_share is not None and each.bytes > each.takes_share * has:
+                found.append(
+                    f"{each.room} takes {gigabytes(each.takes_share * has)} of GPU {number}, but needs "
+                    f"{gigabytes(each.bytes)} with one whole response: raise its gpu_memory_utilization or "
+                    "tensor_parallel_size, or take a smaller model"
+                )
         if (asked := gpu.bytes(has)) > has:
             rooms = " + ".join(f"{each.room} {gigabytes(each.bytes)}" for each in gpu.rooms)
             found.append(

@@ -163,14 +163,14 @@ def generator(
     room: str, rollout: RolloutConfig, dtype: str, model: ModelSize, step: Step, max_context_tokens: int
 ) -> Process:
     """One engine: weights b·P/TP, the key-value cache, and the logits of the responses it runs. On a GPU vLLM takes
-    ``gpu_memory_utilization`` of the card, and what the weights leave of that is cache: here the cache has what
-    ``max_num_seqs`` responses of full length would fill, at most."""
+    ``gpu_memory_utilization`` of the card, and what the rest leaves of that is cache: here the cache that one response
+    of full length needs."""
     number = rollout.num_generators if room == "generate" else rollout.teacher_generators
     width, tensor_parallel = DTYPE_BYTES[dtype], rollout.tensor_parallel_size
     weights = width * model.parameters / tensor_parallel
     logits = 3.0 * 4 * rollout.max_num_seqs * model.vocab_size
-    cache = float(rollout.max_num_seqs * min(step.sequence_tokens, max_context_tokens))
-    cache *= model.kv_bytes_per_token(width) / tensor_parallel
+    one = max_context_tokens * model.kv_bytes_per_token(width) / tensor_parallel
+    cache = one if rollout.engine == "vllm" else one * rollout.max_num_seqs
     gpus = rollout.gpus_per_generator
     if gpus:
         parts = {"CUDA": float(_CUDA_BYTES), "weights": weights, "key-value cache": cache, "logits": logits}
@@ -206,8 +206,7 @@ def scorer_process(role: str, scorer: ScorerConfig, model: ModelSize, step: Step
         cache = scorer.kv_cache_bytes or cache_bytes(token_bytes, max_context_tokens + 1, scorer.max_num_seqs)
         parts["key-value cache"] = float(cache)
     else:
-        longest = min(scorer.max_num_seqs, step.num_rollouts) * step.sequence_tokens
-        parts["key-value cache"] = longest * model.kv_bytes_per_token(width) / scorer.tensor_parallel_size
+        parts["key-value cache"] = max_context_tokens * model.kv_bytes_per_token(width) / scorer.tensor_parallel_size
     base = float(BASE_BYTES[scorer.engine])
     if not scorer.gpus_per_actor:
         return Process(role, scorer.num_actors, {"process": base} | parts)

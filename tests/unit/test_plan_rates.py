@@ -138,6 +138,12 @@ def test_each_thing_that_does_not_fit_is_said_with_what_to_do() -> None:
     assert verdict(rooms, card_bytes=[100e9, 100e9]) == []
 
 
+def test_an_engine_must_fit_into_its_share_of_a_card() -> None:
+    rooms = [process("generate", 20e9, 0.5, share=0.4)]
+    assert verdict(rooms, card_bytes=[60e9]) == []
+    assert "generate takes 16.0 GB of GPU 1, but needs 20.0 GB" in verdict(rooms, card_bytes=[40e9])[0]
+
+
 # ---- the forecast of a run ----
 
 
