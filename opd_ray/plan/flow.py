@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from opd_ray.config import Config, schedule
-from opd_ray.messages import ScoreRequest, Source
+from opd_ray.messages import RolloutMeta, ScoreRequest, Source
 from opd_ray.models.size import DTYPE_BYTES, ModelSize
 from opd_ray.score.requests import roles_of, score_requests
 
@@ -34,6 +35,11 @@ class Step:
         return self.prompt_tokens + self.response_tokens
 
     @property
+    def tokens(self) -> float:
+        """Of all rollouts, prompts included."""
+        return self.num_rollouts * self.sequence_tokens
+
+    @property
     def student_tokens(self) -> float:
         """Response tokens that the student samples."""
         return self.rollouts.get("student", 0) * self.response_tokens
@@ -42,6 +48,16 @@ class Step:
     def trained_tokens(self) -> float:
         """Response tokens of all sources."""
         return self.num_rollouts * self.response_tokens
+
+
+def step_of(metas: Sequence[RolloutMeta]) -> Step:
+    """One that took place, with the mean lengths of its rollouts."""
+    number = max(1, len(metas))
+    return Step(
+        Counter(meta.source for meta in metas),
+        sum(meta.num_prompt_tokens for meta in metas) / number,
+        sum(meta.num_response_tokens for meta in metas) / number,
+    )
 
 
 def largest_step(config: Config, max_prompt_tokens: int) -> Step:

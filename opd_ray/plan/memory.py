@@ -16,7 +16,7 @@ from opd_ray.plan.flow import Step, store_bytes
 BASE_BYTES = {
     "learn": 440_000_000,
     "torch": 360_000_000,
-    "vllm": 790_000_000,
+    "vllm": 740_000_000,
     "record": 115_000_000,
     "driver": 400_000_000,
     "ray": 630_000_000,
@@ -33,8 +33,6 @@ _LIVE_PARAMETERS = 1_000_000_000
 """stage3_max_live_parameters of DeepSpeed: as many stay gathered under ZeRO-3."""
 _SCORED_LOGITS_BYTES = 256 * 2**20
 """Logits that the torch scorer holds at once."""
-_LOGIT_COPIES = 12
-"""Of one piece's logits in the loss: logits, log-probs of both models, products, gradients (learn/objective.py)."""
 _BROADCAST_BUCKET_BYTES = 64 * 2**20
 
 
@@ -105,7 +103,7 @@ def learner(config: Config, student: ModelSize, sizes: Mapping[str, ModelSize], 
         stays["scorers' output layers"] = heads
     passing = {
         "activations": activation_bytes(settings, student, step),
-        "logits": loss_bytes(settings, student, _states_width(config, sizes), step),
+        "logits": loss_bytes(config, sizes, step),
     }
     keeps = config.checkpoint.memory_every_steps > 0 or config.checkpoint.every_steps > 0
     copy = snapshot_bytes(student) / ranks if keeps else 0.0
@@ -126,36 +124,50 @@ def zero_stage(settings: LearnerConfig) -> int:
 def activation_bytes(settings: LearnerConfig, student: ModelSize, step: Step) -> float:
     """What a micro-batch of n tokens keeps of the forward pass for the backward one.
 
-    A layer of transformers' Llama, Mistral or Qwen keeps, a token, b·(6·H + 5·A·d + 4·I): two norms with what goes in,
-    the normalised and the weighted; queries, keys and values as attention reads them, its output and the copy that
-    the projection reads; gate, its SiLU, up and their product. In 16 bits the norms keep 8·H bytes of float32 more.
-    With gradient checkpointing (Chen et al., arXiv 1604.06174) each layer keeps its b·H alone, and one layer at a time
-    is made again. The float mask of packed rows is b·n², unless flash attention is told the rows' bounds.
+    A layer of transformers' Llama, Mistral or Qwen keeps, a token, b·(6·H + (6·A + K)·d + 4·I): two norms with what
+    goes in, the normalised and the weighted; queries and keys, the three as attention reads them, its output and the
+    copy that the projection reads; gate, its SiLU, up and their product. In 16 bits the norms keep 8·H bytes of float32
+    more. The backward pass works on as much again as one layer keeps. With gradient checkpointing (Chen et al., arXiv
+    1604.06174) each layer keeps its b·H alone; one layer at a time is made again, while the one before is still there.
+    Checked against peaks of a Llama and a Qwen3 of 2 and 6 layers: within 5 %. The float mask of packed rows is b·n²,
+    unless flash attention is told the rows' bounds.
     """
     tokens, width = micro_batch_tokens(settings, step), DTYPE_BYTES[settings.dtype]
-    attention = student.num_heads * student.head_dim
-    layer = width * (6 * student.hidden_size + 5 * attention + 4 * student.intermediate_size)
+    heads = (6 * student.num_heads + student.num_kv_heads) * student.head_dim
+    layer = width * (6 * student.hidden_size + heads + 4 * student.intermediate_size)
     layer += 8 * student.hidden_size if width == 2 else 0
     mask = width * tokens * tokens if settings.packing and not settings.gpus_per_rank else 0.0
     if settings.gradient_checkpointing:
-        return tokens * (student.num_layers * width * student.hidden_size + layer) + mask
-    return tokens * student.num_layers * layer + mask
+        return tokens * (student.num_layers * width * student.hidden_size + 3 * layer) + mask
+    return tokens * (student.num_layers + 1) * layer + mask
 
 
-def loss_bytes(settings: LearnerConfig, student: ModelSize, states_width: int, step: Step) -> float:
-    """Of the loss of a micro-batch with N response tokens (the docstring of learn/objective.py): twelve float32 copies
-    of the logits that are there at once, and where these are made in pieces the gradient of the output layer and one
-    piece's share of it, 8·V·H; states 4·N·(2·H + H_t), 60·N for the rest."""
-    tokens = micro_batch_tokens(settings, step)
+def loss_bytes(config: Config, sizes: Mapping[str, ModelSize], step: Step) -> float:
+    """Of the loss of a micro-batch with N response tokens: float32 copies of the logits that are there at once, and
+    where these are made in pieces the gradient of the output layer and one piece's share of it, 8·V·H; states
+    4·N·(2·H + H_t), 60·N for the rest (the docstring of learn/objective.py, whose twelve copies are a bound)."""
+    settings, student = config.learner, sizes["student"]
+    tokens = micro_batch_tokens(settings, step) * step.response_tokens / step.sequence_tokens
     logits, most = 4.0 * tokens * student.vocab_size, settings.logits_mb * 2.0**20
     head = 8.0 * student.head_parameters if logits > most and not student.adapters else 0.0
-    states = 4.0 * tokens * (2 * student.hidden_size + states_width)
-    return _LOGIT_COPIES * min(logits, most) + head + states + 60.0 * tokens
+    states = 4.0 * tokens * (2 * student.hidden_size + _states_width(config, sizes))
+    return _logit_copies(config) * min(logits, most) + head + states + 60.0 * tokens
+
+
+def _logit_copies(config: Config) -> int:
+    """Of float32 logits at the peak of a backward pass, as measured on 49,152 of them: 3 (logits, log-probs, gradient)
+    of a loss on the sampled token or a top-k, 6 of a KL on the whole vocabulary, 9 of its JSD; one more with a KL to
+    the reference on its top-k, 3 more on the whole vocabulary."""
+    on_all = [term for term in config.loss.terms.values() if term.used and term.on_distributions]
+    copies = max([3, *(9 if term.divergence == "jsd" else 6 for term in on_all if term.support == "full")])
+    if not config.uses_reference:
+        return copies
+    return copies + (3 if config.loss.reference.estimator == "full" else 1)
 
 
 def micro_batch_tokens(settings: LearnerConfig, step: Step) -> float:
     """Tokens of the largest forward pass of a rank: what is configured, what a step has for it, or one rollout."""
-    there = step.num_rollouts * step.sequence_tokens / settings.num_ranks
+    there = step.tokens / settings.num_ranks
     return max(min(settings.micro_batch_tokens, there), step.sequence_tokens)
 
 
@@ -192,7 +204,7 @@ def scorer_process(role: str, scorer: ScorerConfig, model: ModelSize, step: Step
         return Process(role, scorer.num_actors, {"process": float(BASE_BYTES["record"])})
     width = DTYPE_BYTES[scorer.dtype]
     parts = {"weights": width * model.parameters / scorer.tensor_parallel_size}
-    tokens = max(min(scorer.max_batch_tokens, step.num_rollouts * step.sequence_tokens), step.sequence_tokens)
+    tokens = max(min(scorer.max_batch_tokens, step.tokens), step.sequence_tokens)
     if scorer.follows_student:  # it takes a broadcast in as a whole, and keeps averages in float32
         parts["the student's weights"] = float(width * model.parameters)
         if scorer.update == "average" and width == 2:

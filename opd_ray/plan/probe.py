@@ -19,7 +19,7 @@ from opd_ray.config import Config
 from opd_ray.errors import RunError
 from opd_ray.messages import MemoryUse, Source
 from opd_ray.placement.session import Session
-from opd_ray.plan.flow import Step
+from opd_ray.plan.flow import Step, step_of
 from opd_ray.plan.rates import RoomRate, Tokens, measured
 from opd_ray.watch.observers import StepReport
 
@@ -44,8 +44,10 @@ class _Clock:
         self.start_s = 0.0
         """Until the first step was done."""
         self.num_steps = 0
+        self.largest = Step({}, 0.0, 0.0)
 
     async def on_step(self, report: StepReport) -> None:
+        self.largest = max(self.largest, step_of([each.meta for each in report.entries]), key=lambda step: step.tokens)
         self.num_steps += 1
         now = time.monotonic()
         if self.num_steps == 1:
@@ -63,7 +65,9 @@ class Probe:
     num_steps: int
     step_s: float
     step: Step
-    """With the lengths that rollouts had."""
+    """With the lengths that responses had."""
+    largest: Step
+    """Of all that came."""
     rooms: tuple[RoomRate, ...]
     memory: Mapping[str, MemoryUse]
     """Of one process of each room, at the most."""
@@ -97,11 +101,11 @@ def probe(config: Config) -> Probe:
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "throughput/step_s" in row]
     first = min(left_out, len(rows) // 2)
-    return _mean(config, rows[first:], tokens.steps[first:], memory, clock.start_s)
+    return _mean(config, rows[first:], tokens.steps[first:], memory, clock)
 
 
 def _mean(
-    config: Config, rows: list[dict[str, Any]], tokens: list[Any], memory: Mapping[str, MemoryUse], start_s: float
+    config: Config, rows: list[dict[str, Any]], tokens: list[Any], memory: Mapping[str, MemoryUse], clock: _Clock
 ) -> Probe:
     number = len(rows)
     rooms = tuple(measured(rows, tokens, config))
@@ -116,5 +120,6 @@ def _mean(
         step=Step(rollouts, 0.0, length),
         rooms=rooms,
         memory=memory,
-        start_s=start_s,
+        largest=clock.largest,
+        start_s=clock.start_s,
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from opd_ray.messages import MemoryUse
 from opd_ray.plan.cost import Cost
 from opd_ray.plan.fit import gigabytes, gpus, host_bytes
 from opd_ray.plan.memory import Process
@@ -59,17 +60,18 @@ def flow(console: Console, outlook: Outlook) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def memory(console: Console, outlook: Outlook, probe: Probe | None) -> None:
-    """Every room's processes, by part; beside them what the probe's processes have needed."""
-    table = Table("room", "processes", "each", "of which", title="memory", title_justify="left")
-    if probe:
-        table.add_column("measured")
+def memory(console: Console, outlook: Outlook, seen: Mapping[str, tuple[Process, MemoryUse]]) -> None:
+    """Every room's processes, by part; beside them what is planned for the lengths that a probe saw, and what its
+    processes have needed, both by room."""
+    table = Table("room", "processes", "each, at most", "of which", title="memory", title_justify="left")
+    if seen:
+        table.add_column("at the lengths seen, and measured")
     for each in outlook.processes:
         size = gigabytes(each.bytes) + (f" (+ {gigabytes(each.host_bytes)} of its node)" if each.gpus else "")
         if each.takes_share is not None:
             size += f", takes {each.takes_share:.2f} of the GPU"
         row = [each.room, str(each.number), size, _parts(each)]
-        table.add_row(*row, *([_measured(each, probe)] if probe else []))
+        table.add_row(*row, *([_measured(*seen[each.room]) if each.room in seen else "-"] if seen else []))
     console.print(table)
     held = ", ".join(f"{name} {gigabytes(number)}" for name, number in outlook.store_bytes.items())
     console.print(f"held in the object store: {held}", highlight=False, markup=False)
@@ -80,16 +82,13 @@ def _parts(process: Process) -> str:
     return ", ".join(f"{name} {gigabytes(number)}" for name, number in parts if number >= 0.01 * process.bytes)
 
 
-def _measured(process: Process, probe: Probe) -> str:
-    use = probe.memory.get(process.room)
-    if use is None:
-        return "-"
-    got = use.gpu_bytes if process.gpus else use.host_bytes
+def _measured(planned: Process, use: MemoryUse) -> str:
+    got = use.gpu_bytes if planned.gpus else use.host_bytes
     if got is None:
         return "-"
-    if process.takes_share is not None:
+    if planned.takes_share is not None:
         return gigabytes(got)
-    return f"{gigabytes(got)} ({(process.bytes / got - 1):+.0%} planned)"
+    return f"{gigabytes(planned.bytes)}, {gigabytes(got)} ({planned.bytes / got - 1:+.0%})"
 
 
 def places(

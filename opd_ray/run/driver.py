@@ -30,7 +30,6 @@ from opd_ray.placement.restarts import Restarts
 from opd_ray.placement.session import Session
 from opd_ray.placement.supervisor import Supervisor
 from opd_ray.plan.forecast import Forecast
-from opd_ray.plan.outlook import outlook
 from opd_ray.plan.show import short
 from opd_ray.rooms.threads import in_thread
 from opd_ray.rooms.together import together, until_whole
@@ -115,8 +114,7 @@ class Driver:
             say=self._say,
         )
         self._tracking = Tracking(Tracked(run_dir, config), self._say)
-        self._outlook = outlook(config, facts)
-        self._forecast = Forecast(config, self._outlook, self._say)
+        self._forecast = Forecast(config, facts, self._say)
         self._memory: dict[str, MemoryUse] = {}
         self._writer: MetricsWriter | None = None
         self._after: Evaluation | None = None
@@ -130,7 +128,7 @@ class Driver:
         ``continued`` says that an earlier start of it may have left files behind. Raises RunError for what recovery
         cannot mend, Terminated when a signal ended the run.
         """
-        print(short(self._outlook), flush=True)
+        print(short(self._forecast.outlook), flush=True)
         (self._run_dir / SUMMARY).unlink(missing_ok=True)  # of an earlier start, which was stopped
         await in_thread(self._go_back_to, self._where.checkpoint_step or 0, continued)
         patience = self._config.deadlines.train_s

@@ -15,7 +15,7 @@ from opd_ray.placement.nodes import Card, Node, cards, nodes, on_each, this_mach
 from opd_ray.placement.session import cluster
 from opd_ray.plan import fit, show
 from opd_ray.plan.cost import Cost, cost
-from opd_ray.plan.outlook import Outlook, outlook
+from opd_ray.plan.outlook import Outlook, outlook, processes_at
 from opd_ray.plan.probe import Probe, probe
 from opd_ray.plan.rates import Split, propose
 from opd_ray.run import preflight
@@ -39,7 +39,8 @@ def plan(config: Config, *, measure: bool, price: float | None) -> bool:
     else:
         there, gpus, seen = [this_machine()], cards(), None
     show.flow(console, ahead)
-    show.memory(console, ahead, seen)
+    planned = {each.room: each for each in processes_at(config, facts, seen.largest)} if seen else {}
+    show.memory(console, ahead, {room: (planned[room], use) for room, use in seen.memory.items()} if seen else {})
     memory, store = sum(node.memory_bytes for node in there), sum(node.store_bytes for node in there)
     card_bytes = sorted((card.memory_bytes for card in gpus), reverse=True)
     show.places(console, ahead.processes, memory, store, card_bytes)

@@ -158,11 +158,35 @@ def test_what_a_rank_keeps_by_zero_stage(ranks: int, stage: int, dtype: str, exp
 
 
 def test_activations_by_hand() -> None:
-    """Two layers of 4·(6·8 + 5·8 + 4·16) bytes a token; checkpointed, two inputs of 4·8 and one layer."""
-    step, layer = flow.Step({"student": 2}, 3, 2), 4 * (48 + 40 + 64)
+    """Two layers of 4·(6·8 + 13·4 + 4·16) bytes a token and one that works; checkpointed, two inputs of 4·8 and three
+    layers."""
+    step, layer = flow.Step({"student": 2}, 3, 2), 4 * (48 + 52 + 64)
     plain, again = made(), made("learner.gradient_checkpointing=true")
-    assert memory.activation_bytes(plain.learner, TINY, step) == 10 * 2 * layer
-    assert memory.activation_bytes(again.learner, TINY, step) == 10 * (2 * 32 + layer)
+    assert memory.activation_bytes(plain.learner, TINY, step) == 10 * 3 * layer
+    assert memory.activation_bytes(again.learner, TINY, step) == 10 * (2 * 32 + 3 * layer)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "copies"),
+    [
+        ((), 4),
+        (("loss.reference.coef=0",), 3),
+        (("loss.reference.coef=0", "loss.student.support=full"), 6),
+        (("loss.reference.coef=0", "loss.student.support=full", "loss.student.divergence=jsd"), 9),
+        (("loss.reference.estimator=full",), 6),
+    ],
+)
+def test_the_loss_holds_so_many_copies_of_its_logits(overrides: tuple[str, ...], copies: int) -> None:
+    """As measured: peaks of one backward pass over 512 x 49,152 logits. Half of 40 tokens are responses."""
+    config, step = made(*overrides), flow.Step({"student": 10}, 2, 2)
+    states = 20 * 4 * (2 * 8 + (8 if "full" in " ".join(overrides) else 0))
+    assert memory.loss_bytes(config, sizes_for(config), step) == copies * 4 * 20 * 10 + states + 60 * 20
+
+
+def test_a_loss_in_pieces_holds_one_piece_and_the_output_layers_gradient() -> None:
+    config, large = made("learner.logits_mb=1", "loss.reference.coef=0"), replace(TINY, vocab_size=2**20)
+    found = memory.loss_bytes(config, sizes_for(config, large), flow.Step({"student": 1}, 1, 3))
+    assert found == 3 * 2**20 + 8 * 8 * 2**20 + 3 * 4 * 16 + 60 * 3
 
 
 def test_packed_rows_build_a_mask_that_grows_with_the_square_of_their_length() -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
 import pytest
 
+from known_models import TINY
 from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.errors import MemberLost
 from opd_ray.messages import MemoryUse
 from opd_ray.plan import fit, forecast
 from opd_ray.plan.cost import cost
+from opd_ray.plan.flow import Step
 from opd_ray.plan.forecast import Forecast
 from opd_ray.plan.memory import Process
+from opd_ray.plan.memory import processes as memory_of
 from opd_ray.plan.rates import RoomRate, measured, propose, step_s
 from opd_ray.rooms import Rooms, memory
 from opd_ray.rooms.memory import own_memory
@@ -147,8 +150,14 @@ def test_an_engine_must_fit_into_its_share_of_a_card() -> None:
 # ---- the forecast of a run ----
 
 
+FACTS = SimpleNamespace(
+    sizes=defaultdict(lambda: TINY), max_prompt_tokens=4, max_context_tokens=64, num_prompts=9, eos_token_ids=(1,)
+)
+
+
 def report(step: int, tokens: int, evaluation: object = None) -> StepReport:
-    entry = SimpleNamespace(meta=SimpleNamespace(source="student", num_response_tokens=tokens))
+    meta = SimpleNamespace(source="student", num_prompt_tokens=10, num_response_tokens=tokens)
+    entry = SimpleNamespace(meta=meta)
     return StepReport(step, [entry], {}, evaluation)
 
 
@@ -157,27 +166,30 @@ def test_the_first_steps_tell_the_rate_of_the_others(monkeypatch: pytest.MonkeyP
     now, said = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     config = made("learner.steps=40", "buffer.max_staleness=3")
-    ahead = SimpleNamespace(predicted_memory=lambda: {"learn": {"host_bytes": 7.0}})
-    watch = Forecast(config, ahead, lambda kind, text: said.append((kind, text)))
+    watch = Forecast(config, FACTS, lambda kind, text: said.append((kind, text)))
 
     async def steps() -> None:
         for step in range(1, 41):
             slow = 60.0 if step == 12 else 5.0 if step <= 8 else 0.5 if step <= 19 else 1.0
             now[0] += slow
-            await watch.on_step(report(step, 100, object() if step == 12 else None))
+            tokens = 400 if step == 12 else 100
+            await watch.on_step(report(step, tokens, object() if step == 12 else None))
 
     now[0] += 100.0
     watch.go_on()  # a restore
     asyncio.run(steps())
     assert said == [("forecast", "forecast: 200 tokens/s, 0:10 min of steps left")]
     found = watch.result({"learn": MemoryUse(8, None), "generate": MemoryUse(9, 10)})
-    assert found["predicted"] == {"tokens_per_s": 200.0, "memory": {"learn": {"host_bytes": 7.0}}}
+    came = memory_of(config, FACTS.sizes, Step({"student": 1}, 10, 400), 64)
+    assert found["predicted"]["tokens_per_s"] == 200.0
+    assert found["predicted"]["memory"]["learn"] == {"host_bytes": came[0].bytes}, "of the largest step that came"
+    assert found["predicted"]["memory_at_most"]["learn"] != found["predicted"]["memory"]["learn"]
     assert found["measured"]["tokens_per_s"] == pytest.approx(31 * 100 / (10 * 0.5 + 21 * 1.0))
     assert found["measured"]["memory"] == {"learn": {"host_bytes": 8}, "generate": {"host_bytes": 9, "gpu_bytes": 10}}
 
 
 def test_a_run_of_a_few_steps_foretells_nothing() -> None:
-    watch = Forecast(made("learner.steps=3"), SimpleNamespace(predicted_memory=dict), forecast)
+    watch = Forecast(made("learner.steps=3"), FACTS, forecast)
     asyncio.run(watch.on_step(report(1, 5)))
     assert watch.result({})["predicted"]["tokens_per_s"] is watch.result({})["measured"]["tokens_per_s"] is None
 
