@@ -190,7 +190,7 @@ def _show(found: dict[str, Any], summary: dict[str, Any]) -> None:
     plan = Table("", "plan", "measured", title="memory of a process, GiB", title_justify="left")
     predicted, measured = (summary["plan"][which]["memory"] for which in ("predicted", "measured"))
     for room in predicted.keys() & measured.keys():
-        plan.add_row(room, *(f"{each[room] / 2**30:.2f}" for each in (predicted, measured)))
+        plan.add_row(room, *(f"{each[room]['host_bytes'] / 2**30:.2f}" for each in (predicted, measured)))
     console.print(plan)
     agreed, most = found["tokens_that_agree"]
     console.print(
