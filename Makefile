@@ -20,7 +20,7 @@ RUN := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
 # Named after what decides the installation, so that an unchanged checkout never installs twice.
-STAMP := .venv-$(DEVICE)/.ready-$(firstword $(shell cat pyproject.toml .ci/setup .ci/cpu-overrides.txt | cksum))
+STAMP := .venv-$(DEVICE)/.ready-$(firstword $(shell cat pyproject.toml .ci/setup .ci/*.txt | cksum))
 
 .PHONY: help link setup demo study test test-fast lint clean
 

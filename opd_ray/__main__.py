@@ -161,8 +161,11 @@ def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, over
     facts = checks.check_files(config)
     with cluster():
         from opd_ray.placement.capacity import check_fits
+        from opd_ray.placement.nodes import nodes
+        from opd_ray.plan.snapshots import with_room
 
         check_fits(checks.check_resources, config)
+        config, said = with_room(config, facts, nodes())
         if run_dir is not None:
             find_start(asked, run_dir, resume=resume, hold=False)
     found = {name: value for name, value in vars(facts).items() if name not in ("data", "sizes")}
@@ -170,6 +173,8 @@ def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, over
     from opd_ray.plan.show import short
 
     click.echo(short(outlook(config, facts)))
+    if said:
+        click.echo(said)
     _print_table("preflight: nothing to object to", found)
 
 

@@ -258,6 +258,8 @@ class WeightManifest:
     dtypes: tuple[str, ...]
     """torch dtype names without the prefix, as "float32"."""
     shapes: tuple[tuple[int, ...], ...]
+    tied: tuple[tuple[str, str], ...] = ()
+    """(another name, the one of ``names`` whose tensor it stands for): receivers get it, the wire carries it once."""
     base: str | None = None
     """Checkpoint that low-rank adapters are sent of (A and B of each layer that has one); None where the parameters are
     the model's own."""

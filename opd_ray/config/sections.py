@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from opd_ray.config import schedule
 from opd_ray.config.binding import NOTHING, ROOMS, RUN
 from opd_ray.config.data import EMBEDDED
+from opd_ray.config.devices import check_spans_whole_gpus, check_takes_engine_args, memory_share
 from opd_ray.config.method import STRICT
 from opd_ray.config.runtime import check_size
 from opd_ray.config.schedule import Schedule
@@ -114,7 +115,9 @@ class ScorerConfig:
     """Key-value cache of a vLLM scorer on a CPU; by default for max_num_seqs of the longest sequences, at most 1 GiB or
     what one of them takes."""
     gpu_memory_utilization: Annotated[float, ROOMS] = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory that a vLLM scorer takes."""
+    """Share of a GPU's memory that a vLLM scorer takes; of a fraction of a GPU, that share of it."""
+    engine_args: Annotated[dict[str, Any], ROOMS] = Field(default_factory=dict)
+    """Further arguments of a vLLM scorer, by the names of vLLM's EngineArgs."""
     eos_token_ids: tuple[int, ...] | None = None
     """Tokens this model ends with, if not those of its checkpoint; P(stop) sums over its and the student's."""
     update: Literal["fixed", "periodic", "average"] = "fixed"
@@ -128,6 +131,11 @@ class ScorerConfig:
     def gpus_in_all(self) -> float:
         """Ray GPUs of one actor with all the GPUs that its engine spans."""
         return self.gpus_per_actor * self.tensor_parallel_size
+
+    @property
+    def memory_share(self) -> float:
+        """Of a whole card, that a vLLM scorer takes."""
+        return memory_share(self.gpu_memory_utilization, self.gpus_per_actor)
 
     def drift_nats(self, scatter: float) -> float:
         """Mean distance of log-probs that two servers of one model may have, where answers scatter by so much at the
@@ -149,6 +157,8 @@ class ScorerConfig:
     def __post_init__(self) -> None:
         check_size("actors", self.num_actors, self.min_actors, self.max_actors)
         self._check_servers()
+        check_spans_whole_gpus("gpus_per_actor", self.gpus_per_actor, self.tensor_parallel_size)
+        check_takes_engine_args(self.engine, self.engine_args)
         if self.engine == "torch" and self.tensor_parallel_size > 1:
             raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size} needs engine=vllm, but it is torch")
         if self.follows_student and self.engine != "torch":
@@ -234,7 +244,9 @@ class RolloutConfig:
     """Key-value cache of a vLLM generator on a CPU; by default for max_num_seqs of the longest sequences, at most 1 GiB
     or what one of them takes."""
     gpu_memory_utilization: Annotated[float, ROOMS] = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory that a vLLM generator takes."""
+    """Share of a GPU's memory that a vLLM generator takes; of a fraction of a GPU, that share of it."""
+    engine_args: Annotated[dict[str, Any], ROOMS] = Field(default_factory=dict)
+    """Further arguments of a vLLM generator, by the names of vLLM's EngineArgs, as {enable_prefix_caching: false}."""
     cpus_per_generator: Annotated[float, ROOMS] = Field(0.5, ge=0)
     """Ray CPUs each generator reserves."""
     gpus_per_generator: Annotated[float, ROOMS] = Field(0.0, ge=0)
@@ -243,6 +255,11 @@ class RolloutConfig:
     """Generators on the teacher, where buffer.teacher_per_prompt asks for them; each as large as a student's."""
     teacher_temperature: Annotated[float, RUN] = Field(1.0, gt=0)
     """Sampling temperature of the teacher's rollouts."""
+
+    @property
+    def memory_share(self) -> float:
+        """Of a whole card, that a vLLM generator takes."""
+        return memory_share(self.gpu_memory_utilization, self.gpus_per_generator)
 
     @property
     def calls_at_once(self) -> int:
@@ -264,6 +281,8 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         check_size("generators", self.num_generators, self.min_generators, self.max_generators)
+        check_spans_whole_gpus("gpus_per_generator", self.gpus_per_generator, self.tensor_parallel_size)
+        check_takes_engine_args(self.engine, self.engine_args)
         if schedule.lowest(self.max_response_tokens) < 1:
             raise ValueError("max_response_tokens must be 1 or more at every step")
 

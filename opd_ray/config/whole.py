@@ -19,7 +19,9 @@ from opd_ray.config.data import (
     EvaluationSet,
     MetricsConfig,
     listed,
+    written,
 )
+from opd_ray.config.devices import may_share_a_device
 from opd_ray.config.learner import LearnerConfig, WeightsConfig
 from opd_ray.config.method import ON_STUDENT_SAMPLES, STRICT, LossConfig
 from opd_ray.config.runtime import CheckpointConfig, DeadlineConfig, ElasticConfig, GuardConfig, RecoveryConfig
@@ -60,6 +62,8 @@ class Config:
     weights: Annotated[WeightsConfig, ROOMS] = Field(default_factory=WeightsConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    env: Annotated[dict[str, str | int | float], ROOMS] = Field(default_factory=dict)
+    """Environment variables of every actor, as {NCCL_DEBUG: INFO}; Ray shows them to all: no place for secrets."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     recovery: RecoveryConfig = Field(default_factory=RecoveryConfig)
     elastic: ElasticConfig = Field(default_factory=ElasticConfig)
@@ -81,10 +85,26 @@ class Config:
         self._check_sources()
         self._check_sampling()
         self._check_scorers()
-        if self.evaluation.sets and self.data.evaluation != EMBEDDED:
-            raise ValueError("evaluation.sets have files of their own: make data.evaluation one of them")
+        self._check_sets()
         if self.weights.backend == "nccl" and not self._on_gpus:
             raise ValueError("weights.backend=nccl needs GPUs for the learner and for the generators")
+        if self.weights.backend == "nccl" and self._may_share_devices:
+            raise ValueError(
+                "weights.backend=nccl refuses two members on one GPU, which fractions of GPUs allow (learner, "
+                "generators, scorers that follow the student); give them whole ones, or set weights.backend=gloo"
+            )
+
+    def _check_sets(self) -> None:
+        """Sets of held-out problems beside data.*, which knows nothing of them."""
+        sets, task = self.evaluation.sets, self.data.task
+        if sets and self.data.evaluation != EMBEDDED:
+            raise ValueError("evaluation.sets have files of their own: make data.evaluation one of them")
+        made_up = [name for name, each in sets.items() if written(each.path).startswith("reasoning_gym:")]
+        if made_up and task in ("math", "chain"):
+            raise ValueError(
+                f"evaluation.sets.{made_up[0]} is of reasoning_gym, but data.task={task} judges otherwise: "
+                "set data.task=reasoning_gym"
+            )
 
     def _check_sources(self) -> None:
         """Every source that is mixed in has a loss, every loss a source."""
@@ -314,10 +334,22 @@ class Config:
 
     @property
     def weight_backend(self) -> str:
-        automatic = "nccl" if self._on_gpus else "gloo"
+        automatic = "nccl" if self._on_gpus and not self._may_share_devices else "gloo"
         return automatic if self.weights.backend == "auto" else self.weights.backend
 
     @property
     def _on_gpus(self) -> bool:
         """Have both ends of the broadcast GPUs?"""
         return self.learner.gpus_per_rank > 0 and self.rollout.gpus_per_generator > 0
+
+    @property
+    def _may_share_devices(self) -> bool:
+        """May two members of the broadcast be on one GPU?"""
+        followers = [each for each in self.scorers.values() if each.follows_student]
+        return may_share_a_device(
+            [
+                (1, self.learner.gpus_per_rank),  # rank 0 alone sends
+                (self.rollout.size.maximum, self.rollout.gpus_per_generator),
+                *((each.num_actors, each.gpus_per_actor) for each in followers),
+            ]
+        )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
 
-from opd_ray.config import Config
+from opd_ray.config import Config, EvaluationSet
 from opd_ray.data.prompts import PromptStream
 from opd_ray.evaluation import verdicts
 from opd_ray.evaluation.scores import Evaluation, SetScores, score
@@ -41,65 +41,20 @@ async def evaluate(
     student's own distribution (temperature 1, top_p 1) are also measured as training rollouts are, by ``judges``.
     ``tell`` hears how many answers there are of how many, after every call. None where nothing is evaluated.
     """
-    asked = {name: _Set(name, problems[name], config, most, stop_token_ids) for name in config.evaluation_sets}
-    total, done = sum(each.num_answers for each in asked.values()), 0
-
-    async def ask(groups: Sequence[PromptGroup], sampling: SamplingSettings, judged: bool) -> _Answers:
-        nonlocal done
-        metas, rollouts = await generators.call("generate", groups, sampling)
-        done += len(metas)
-        tell(done, total)
-        if not (judged and judges):
-            return metas, Counter()
-        _, scores = await judges.teacher.call("score", rollouts, ScoreRequest(stop_token_ids=stop_token_ids))
-        return metas, Counter(await judges.recorder.call("measure", rollouts, scores, payload=False))
-
-    async def of_set(each: _Set) -> tuple[SetScores, pa.Table]:
-        calls = [call for way in each.ways for call in way.calls(generators, config.rollout.max_num_seqs)]
-        answers = await together(*(ask(groups, way.sampling, way.judged) for way, groups in calls))
-        rows = verdicts.table(
-            row for (way, groups), (metas, _) in zip(calls, answers, strict=True) for row in way.rows(groups, metas)
-        )
-        sums: Counter[str] = Counter()
-        for _, part in answers:
-            sums.update(part)
-        return score(rows, teacher_view(sums) if sums else None), rows
-
-    if not asked:
+    sets = {name: _ways(each, problems[name], most, stop_token_ids) for name, each in config.evaluation_sets.items()}
+    if not sets:
         return None
-    found = dict(zip(asked, await together(*map(of_set, asked.values())), strict=True))
+    total = sum(group.num_responses for ways in sets.values() for way in ways for group in way.groups)
+    asking = _Asking(generators, judges, config.rollout.max_num_seqs, lambda done: tell(done, total))
+    found = dict(zip(sets, await together(*map(asking.scores, sets.values())), strict=True))
     return Evaluation.over(
         {name: scores for name, (scores, _) in found.items()}, {name: rows for name, (_, rows) in found.items()}
     )
 
 
-_Answers = tuple[Sequence[RolloutMeta], Counter[str]]
-"""Metas of one call, and the sums of what was measured on its rollouts; empty where nothing was."""
-
-
-class _Set:
-    """One set's problems, and the ways in which they are answered."""
-
-    def __init__(
-        self, name: str, problems: PromptStream, config: Config, most: int | None, stop_token_ids: tuple[int, ...]
-    ) -> None:
-        settings = config.evaluation_sets[name]
-        limits = [limit for limit in (settings.num_problems, most) if limit is not None]
-        once = [problems[slot] for slot in range(min([len(problems), *limits]))]
-        often = [dataclasses.replace(group, num_responses=settings.samples) for group in once]
-        sampled = SamplingSettings(settings.temperature, settings.top_p, settings.max_tokens, stop_token_ids)
-        self.ways = [_Way(often, sampled)]
-        if settings.greedy:
-            self.ways.append(_Way(once, dataclasses.replace(sampled, temperature=0.0, top_p=1.0)))
-
-    @property
-    def num_answers(self) -> int:
-        return sum(group.num_responses for way in self.ways for group in way.groups)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    """Problems, and how they are sampled."""
+    """Problems of a set, and how they are answered."""
 
     groups: Sequence[PromptGroup]
     sampling: SamplingSettings
@@ -110,16 +65,54 @@ class _Way:
         of another distribution."""
         return (self.sampling.temperature, self.sampling.top_p) == (1, 1)
 
-    def calls(self, generators: Pool, most: int) -> list[tuple[_Way, Sequence[PromptGroup]]]:
-        return [(self, groups) for groups in chunked(self.groups, generators, most)]
 
-    def rows(
-        self, groups: Sequence[PromptGroup], metas: Sequence[RolloutMeta]
-    ) -> Iterator[tuple[PromptGroup, int | None, RolloutMeta]]:
-        """What :func:`opd_ray.evaluation.verdicts.table` takes, of the answers to some groups."""
-        owners = [(group, i) for group in groups for i in range(group.num_responses)]
-        for (group, i), meta in zip(owners, metas, strict=True):
-            yield group, i if self.sampling.temperature else None, meta
+def _ways(
+    settings: EvaluationSet, problems: PromptStream, most: int | None, stop_token_ids: tuple[int, ...]
+) -> list[_Way]:
+    """How a set is answered: sampled, and greedily where that is asked for."""
+    limits = [limit for limit in (settings.num_problems, most) if limit is not None]
+    once = [problems[slot] for slot in range(min([len(problems), *limits]))]
+    often = [dataclasses.replace(group, num_responses=settings.samples) for group in once]
+    sampled = SamplingSettings(settings.temperature, settings.top_p, settings.max_tokens, stop_token_ids)
+    greedy = dataclasses.replace(sampled, temperature=0.0, top_p=1.0)
+    return [_Way(often, sampled), *([_Way(once, greedy)] if settings.greedy else [])]
+
+
+class _Asking:
+    """The calls of one evaluation."""
+
+    def __init__(
+        self, generators: Pool, judges: Judges | None, most_responses: int, tell: Callable[[int], None]
+    ) -> None:
+        """``most_responses`` of one call; ``tell`` hears how many answers there are."""
+        self._generators, self._judges, self._most, self._tell = generators, judges, most_responses, tell
+        self._done = 0
+
+    async def scores(self, ways: Sequence[_Way]) -> tuple[SetScores, pa.Table]:
+        """Of one set, with the verdicts that they are made of."""
+        calls = [(way, groups) for way in ways for groups in chunked(way.groups, self._generators, self._most)]
+        answers = await together(*(self._ask(way, groups) for way, groups in calls))
+        rows, sums = [], Counter()
+        for (way, groups), (metas, measured) in zip(calls, answers, strict=True):
+            owners = [(group, i) for group in groups for i in range(group.num_responses)]
+            rows += [
+                (group, i if way.sampling.temperature else None, meta)
+                for (group, i), meta in zip(owners, metas, strict=True)
+            ]
+            sums.update(measured)
+        kept = verdicts.table(rows)
+        return score(kept, teacher_view(sums) if sums else None), kept
+
+    async def _ask(self, way: _Way, groups: Sequence[PromptGroup]) -> tuple[Sequence[RolloutMeta], Mapping[str, float]]:
+        """Metas of the answers, and sums of what was measured on them; empty where nothing was."""
+        metas, rollouts = await self._generators.call("generate", groups, way.sampling)
+        self._done += len(metas)
+        self._tell(self._done)
+        if self._judges is None or not way.judged:
+            return metas, {}
+        request = ScoreRequest(stop_token_ids=way.sampling.stop_token_ids)
+        _, scores = await self._judges.teacher.call("score", rollouts, request)
+        return metas, await self._judges.recorder.call("measure", rollouts, scores, payload=False)
 
 
 def chunked(groups: Sequence[PromptGroup], generators: Pool, most: int) -> list[Sequence[PromptGroup]]:

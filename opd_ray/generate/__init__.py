@@ -29,5 +29,6 @@ def make_generation_engine(path: str, rollout: RolloutConfig, max_context_tokens
         **shared,
         tensor_parallel_size=rollout.tensor_parallel_size,
         kv_cache_bytes=rollout.kv_cache_bytes,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        gpu_memory_utilization=rollout.memory_share,
+        engine_args=rollout.engine_args,
     )

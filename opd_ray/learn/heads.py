@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from opd_ray.errors import InputError
+from opd_ray.learn.attention import check_packing, row_bounds
 from opd_ray.models.heads import LogitTransform, checked_transform
 
 LossOfRows = Callable[[int, torch.Tensor], torch.Tensor]
@@ -95,10 +96,11 @@ class _SumOfPieces(torch.autograd.Function):
 class ResponseModel(torch.nn.Module):
     """A causal LM that ends in a loss on its response tokens; its [B, T, V] logits never exist."""
 
-    def __init__(self, causal_lm: torch.nn.Module) -> None:
+    def __init__(self, causal_lm: torch.nn.Module, *, packing: bool = False) -> None:
         """Changes the class of the output layer of ``causal_lm``, which otherwise works as before.
 
-        Raises InputError when body and output layer do not make the model's own logits.
+        Raises InputError when body and output layer do not make the model's own logits, and with ``packing`` when
+        sequences in a row are not kept apart.
         """
         super().__init__()
         self.causal_lm = causal_lm
@@ -109,6 +111,8 @@ class ResponseModel(torch.nn.Module):
                 "linear layer; use an architecture with a plain lm_head"
             )
         transform = checked_transform(causal_lm, "student")
+        if packing:
+            check_packing(causal_lm)
         head.__class__ = ResponseHead
         head.transform = transform
 
@@ -125,11 +129,14 @@ class ResponseModel(torch.nn.Module):
     ) -> torch.Tensor:
         """What the consumer makes of the states at ``logit_index`` [N] in the flattened ``input_ids`` [B, T].
 
-        Without an attention mask: rows are padded on the right, where causal attention never looks;
-        packed rows are told apart by their ``position_ids``.
+        Without an attention mask: rows are padded on the right, where causal attention never looks; the sequences of
+        a packed row begin where its ``position_ids`` do.
         """
         body = self.causal_lm.base_model
-        hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        bounds = {}
+        if position_ids is not None:
+            bounds = row_bounds(position_ids, self.causal_lm.config._attn_implementation)
+        hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **bounds).last_hidden_state
         head = self.causal_lm.get_output_embeddings()
         try:
             return head(hidden.flatten(0, 1).index_select(0, logit_index))

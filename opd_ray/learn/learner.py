@@ -33,18 +33,20 @@ from opd_ray.learn.adapters import Adapters, write_adapter
 from opd_ray.learn.export import ADAPTER, with_adapters, write_student
 from opd_ray.learn.heads import ResponseModel
 from opd_ray.learn.losses.diagnostics import finish
-from opd_ray.learn.microbatch import Payloads, collate, disable_dropout, fetch_payloads, lr_factor
+from opd_ray.learn.microbatch import Payloads, collate, fetch_payloads, lr_factor
 from opd_ray.learn.objective import MicroBatchLoss, Objective
 from opd_ray.learn.reference import OwnReference
 from opd_ray.learn.state import LearnerState
+from opd_ray.learn.student import gathering_in_passing, load_student
 from opd_ray.messages import MemoryUse, StepOutcome, StepPlan, TransferGroup, WeightManifest
 from opd_ray.models.adapters import adapted_layers
-from opd_ray.models.checkpoints import load_causal_lm, local_directory
+from opd_ray.models.checkpoints import local_directory
 from opd_ray.models.heads import load_heads
 from opd_ray.rooms import logs
 from opd_ray.rooms.memory import own_memory
-from opd_ray.rooms.node import free_port, node_ip, this_node
-from opd_ray.weights.manifest import manifest_of, weights_of
+from opd_ray.rooms.node import free_port, interface_variables, node_ip, this_node
+from opd_ray.weights.gathering import whole_weights
+from opd_ray.weights.manifest import manifest_of, shape_of, weights_of
 from opd_ray.weights.transfer import WeightTransfer
 
 _log = logs.get(__name__)
@@ -83,6 +85,8 @@ class Learner:
 
     def setup(self, master_host: str, master_port: int) -> None:
         """Joins the other ranks; once in a process, blocks for all of them."""
+        for name, value in interface_variables().items():
+            os.environ.setdefault(name, value)
         os.environ |= {
             "MASTER_ADDR": master_host,
             "MASTER_PORT": str(master_port),
@@ -110,12 +114,13 @@ class Learner:
             self._zero_stage = 1
         self._stop_token_ids = tuple(stop_token_ids)
         torch.manual_seed(config.seed)
-        self._model = self._load_student()
-        self._num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        self._model = load_student(self._student_path, config.learner, self._zero_stage, self._device)
+        self._num_parameters = sum(shape_of(parameter).numel() for parameter in self._model.parameters())
         self._adapters = self._adapt(config.student.lora)
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        self._num_trained = sum(parameter.numel() for parameter in trained)
-        self._module = ResponseModel(self._model)
+        self._num_trained = sum(shape_of(parameter).numel() for parameter in trained)
+        with gathering_in_passing(self._model):
+            self._module = ResponseModel(self._model, packing=config.learner.packing)
         self._objective = Objective(
             config,
             vocab_size=self._module.vocab_size,
@@ -198,7 +203,7 @@ class Learner:
         ``open_transport`` stays as it is. Raises WeightSyncError when a member does not answer in time; the learner
         goes on, and may open another group.
         """
-        weights = self._full_weights()
+        weights = self._whole_weights()
         transfer = self._transfer if group is None else WeightTransfer()
         try:
             if self._rank == 0:
@@ -235,18 +240,17 @@ class Learner:
         Collective under ZeRO-3; all but rank 0 return (0, {}). See :func:`~opd_ray.learn.export.write_student`. Of a
         student with adapters, merged with them; and in "adapter/" they alone.
         """
-        state = {}
-        for name, weight in self._full_weights():
-            if self._rank == 0 and name in self._state.names:
-                dtype = weight.dtype if self._adapters else self._original_dtype
-                state[name] = weight.detach().to("cpu", dtype, copy=True)
+        state, original = {}, self._model.config.dtype
+        for name, weight in self._whole_weights():
+            if self._rank == 0:
+                state[name] = weight.detach().to("cpu", weight.dtype if self._adapters else original, copy=True)
         if self._rank != 0:
             return 0, {}
         with tempfile.TemporaryDirectory() as directory:
             root, source = Path(directory), self._student_path
             if self._adapters:
                 write_adapter(root / ADAPTER, state, self._base, self._adapters.lora)
-                state = with_adapters(state, self._adapters.lora, source, self._original_dtype)
+                state = with_adapters(state, self._adapters.lora, source, original)
             write_student(root, self._model, state, source, self._stop_token_ids)
             found = sorted(path for path in root.rglob("*") if path.is_file())
             files = {path.relative_to(root).as_posix(): np.fromfile(path, dtype=np.uint8) for path in found}
@@ -261,24 +265,6 @@ class Learner:
     def _sent(self) -> list[tuple[str, torch.nn.Parameter]]:
         """What a broadcast sends, by name."""
         return self._adapters.weights() if self._adapters else weights_of(self._model)
-
-    def _load_student(self) -> torch.nn.Module:
-        from transformers.utils import is_flash_attn_2_available
-
-        learner = self._config.learner
-        dtype = getattr(torch, learner.dtype)
-        flash = self._cuda and dtype == torch.bfloat16 and is_flash_attn_2_available()
-        attention = "flash_attention_2" if flash else "sdpa"
-        model = load_causal_lm(self._student_path, dtype="auto", attn_implementation=attention)
-        self._original_dtype = model.dtype
-        # Not model.to(dtype), which would also cast rotary frequencies and so blur long positions.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(self._device, dtype)
-        model = model.to(self._device).train()
-        disable_dropout(model)
-        if learner.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model
 
     def _engine_config(self) -> dict[str, Any]:
         """DeepSpeed's configuration; buckets no larger than the model, as it allocates them whole."""
@@ -353,13 +339,8 @@ class Learner:
         if self._cuda:
             torch.cuda.empty_cache()
 
-    def _full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each parameter whole, valid until the next is asked for; every rank must ask under ZeRO-3."""
-        import deepspeed  # whose zero is no module that could be imported from
-
-        for name, parameter in self._sent():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
-                yield name, parameter.data
+    def _whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return whole_weights(self._sent(), self._device, split=self._zero_stage == 3)
 
 
 def _import_deepspeed() -> Any:

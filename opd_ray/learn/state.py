@@ -8,7 +8,7 @@ state. The learning rate is not part of it: it follows from the configuration an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,11 +34,6 @@ class LearnerState:
         self._parameters = dict(parameters)
         self._adam = engine.basic_optimizer
         self._rank, self._num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-    @property
-    def names(self) -> Collection[str]:
-        """Of the parameters."""
-        return self._parameters.keys()
 
     def facts(self) -> dict[str, Any]:
         """All that is not an array, for JSON."""

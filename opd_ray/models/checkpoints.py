@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HUB_TIMEOUT_S = 10.0
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configurations of transformers call the experts of a layer."""
 _MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
 
@@ -41,6 +43,8 @@ class ModelFacts:
     context_tokens: int | None
     """Longest sequence by its configuration; None where it sets no limit."""
     size: ModelSize = field(repr=False, compare=False)
+    num_experts: int
+    """Of a layer; 1 where the model is dense."""
     tokenizer: Any = field(repr=False, compare=False)
 
 
@@ -75,6 +79,7 @@ def inspect(config_field: str, path: str, *, weights: bool = True) -> ModelFacts
         eos_token_ids=eos,
         context_tokens=getattr(config, "max_position_embeddings", None),
         size=size_of(config, path),
+        num_experts=max(getattr(config, name, None) or 1 for name in _EXPERTS),
         tokenizer=tokenizer,
     )
 

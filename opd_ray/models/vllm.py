@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from opd_ray.models.size import cache_bytes
+from opd_ray.rooms.node import interface_variables
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
@@ -57,7 +59,7 @@ def _prepare_process() -> None:
     }
     if not torch.cuda.is_available():
         settings |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
-    for name, value in settings.items():
+    for name, value in (settings | interface_variables()).items():
         os.environ.setdefault(name, value)
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -88,9 +90,11 @@ def build(
     max_num_seqs: int = 64,
     kv_cache_bytes: int | None = None,
     gpu_memory_utilization: float = 0.85,
+    engine_args: Mapping[str, Any] = MappingProxyType({}),
     **arguments: Any,
 ) -> LLMEngine:
-    """An engine that speaks tokens and steps only when it is told to; ``arguments`` are vLLM's further ones.
+    """An engine that speaks tokens and steps only when it is told to; ``arguments`` are vLLM's further ones, and
+    ``engine_args`` those of the user, which come before them.
 
     ``kv_cache_bytes`` counts on CPUs, by default for what the engine may run at once; ``gpu_memory_utilization`` counts
     on GPUs. Importing vLLM binds the process's memory and turns ``torch.set_num_threads`` into a no-op on CPUs, so each
@@ -100,6 +104,7 @@ def build(
     from vllm import EngineArgs, LLMEngine
 
     cuda = torch.cuda.is_available()
+    arguments |= {"enforce_eager": not cuda, "use_tqdm_on_load": False}
     config = EngineArgs(
         model=path,
         skip_tokenizer_init=True,
@@ -107,15 +112,13 @@ def build(
         tensor_parallel_size=tensor_parallel_size,
         # Named outright: inside a Ray actor vLLM would pick its Ray executor and ask for more actors.
         distributed_executor_backend="uni" if tensor_parallel_size == 1 else "mp",
-        enforce_eager=not cuda,
         # An asynchronous step would still be under way on the old weights during an update.
         async_scheduling=False,
         max_num_seqs=max_num_seqs,
         gpu_memory_utilization=gpu_memory_utilization,
         max_logprobs=-1,
         worker_extension_cls="opd_ray.weights.vllm_worker.WorkerExtension",
-        use_tqdm_on_load=False,
-        **arguments,
+        **(arguments | engine_args),
     ).create_engine_config()
     if not cuda:
         # vLLM's own default is nearly all of the machine's memory.

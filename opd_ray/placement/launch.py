@@ -85,7 +85,7 @@ def _generators(
     gpus = rollout.gpus_per_generator * rollout.tensor_parallel_size
     resources = _resources(rollout.cpus_per_generator, gpus, rollout.node_resource)
     concurrency = _CONCURRENT_CALLS + 2 * rollout.max_num_seqs  # heartbeats are answered beside whatever it is given
-    spawn = _spawning(room, f"{kind.source}-generator", make, resources, max_concurrency=concurrency)
+    spawn = _spawning(room, f"{kind.source}-generator", make, resources, config.env, max_concurrency=concurrency)
     limit, at_once = config.deadlines.generate_s, rollout.calls_at_once
     return Pool(room, spawn, size, limit, needs_weights=needs_weights, calls_at_once=at_once)
 
@@ -98,7 +98,7 @@ def _scorers(role: str, config: Config, max_context_tokens: int, servers: Baseli
         engine = partial(make_remote_engine, scorer, servers, key_in(scorer.url_key_env), limit)
     make = partial(Scorer, make_engine=engine, scorer=scorer, member=scorer.follows_student)
     resources = _resources(scorer.cpus_per_actor, scorer.gpus_in_all, scorer.node_resource)
-    spawn = _spawning(role, f"{role}-scorer", make, resources, max_concurrency=_CONCURRENT_CALLS)
+    spawn = _spawning(role, f"{role}-scorer", make, resources, config.env, max_concurrency=_CONCURRENT_CALLS)
     if scorer.follows_student:
         return Group(role, spawn, scorer.num_actors, limit)
     return Pool(role, spawn, scorer.size, limit)
@@ -111,7 +111,7 @@ def _learner(config: Config) -> Group:
 
     def spawning(rank: int) -> Spawn:
         place = {"scheduling_strategy": PlacementGroupSchedulingStrategy(places, rank)} if places else {}
-        return _spawning("learn", "learner", partial(Learner, config, rank), resources, pings=True, **place)
+        return _spawning("learn", "learner", partial(Learner, config, rank), resources, config.env, pings=True, **place)
 
     ranks = [spawning(rank) for rank in range(learner.num_ranks)]
     group = Group(
@@ -134,7 +134,9 @@ def _reserved(learner: LearnerConfig, resources: dict[str, Any]) -> PlacementGro
 def _recorder(config: Config) -> Pool:
     """On this process's node, where the run directory is."""
     resources = _resources(0, 0, None)
-    spawn = _spawning("record", "recorder", partial(Recorder), resources, pings=True, scheduling_strategy=_here())
+    spawn = _spawning(
+        "record", "recorder", partial(Recorder), resources, config.env, pings=True, scheduling_strategy=_here()
+    )
     return Pool("record", spawn, PoolSize.fixed(1), config.deadlines.train_s, pings=_PINGS)
 
 
@@ -147,13 +149,22 @@ def _resources(cpus: float, gpus: float, node_resource: str | None) -> dict[str,
 
 
 def _spawning(
-    room: str, role: str, make: partial[Any], resources: dict[str, Any], *, pings: bool = False, **options: Any
+    room: str,
+    role: str,
+    make: partial[Any],
+    resources: dict[str, Any],
+    env: Mapping[str, object],
+    *,
+    pings: bool = False,
+    **options: Any,
 ) -> Spawn:
-    """Starts actors of one role, which carry it in their names; ``pings`` for those that are not asynchronous."""
+    """Starts actors of one role, which carry it in their names, with the user's ``env``; ``pings`` for those that are
+    not asynchronous."""
     variables = {
         "OMP_NUM_THREADS": str(max(1, int(resources["num_cpus"]))),
         "TOKENIZERS_PARALLELISM": "false",
         logs.ROOM_VARIABLE: room,
+        **{name: str(value) for name, value in env.items()},
     }
     # In a namespace of their own, names can be plain: other runs of the cluster have the same.
     options |= resources | {"namespace": f"opd-ray-{uuid.uuid4().hex[:8]}", "runtime_env": {"env_vars": variables}}

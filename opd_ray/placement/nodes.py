@@ -29,6 +29,8 @@ class Node:
     """For processes, the object store left out."""
     store_bytes: float
     """Of the object store."""
+    resources: frozenset[str] = frozenset()
+    """Names of all that it has, custom ones included."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def nodes() -> list[Node]:
             name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
             cpus, gpus = (there.get(kind, 0.0) for kind in ("CPU", "GPU"))
             memory, store = (there.get(kind, 0.0) for kind in ("memory", "object_store_memory"))
-            found.append(Node(node["NodeID"], name, cpus, gpus, memory, store))
+            found.append(Node(node["NodeID"], name, cpus, gpus, memory, store, frozenset(there)))
     return sorted(found, key=lambda node: (node.name, node.id))
 
 

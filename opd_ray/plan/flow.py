@@ -110,10 +110,9 @@ def _score_bytes_per_token(
 
 
 def broadcast_bytes(config: Config, student: ModelSize) -> int:
-    """Bytes that every receiver of one weight broadcast gets: each parameter under each of its names, in the learner's
-    precision (:func:`opd_ray.weights.manifest.weights_of`), or those of adapters alone."""
-    again = student.head_parameters if student.tied and not student.adapters else 0
-    return (student.trained + again) * DTYPE_BYTES[config.learner.dtype]
+    """Bytes that every receiver of one weight broadcast gets: each parameter once, in the learner's precision, or those
+    of adapters alone (:func:`opd_ray.weights.manifest.num_bytes`)."""
+    return student.trained * DTYPE_BYTES[config.learner.dtype]
 
 
 def num_receivers(config: Config) -> int:

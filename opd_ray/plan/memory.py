@@ -129,17 +129,15 @@ def activation_bytes(settings: LearnerConfig, student: ModelSize, step: Step) ->
     copy that the projection reads; gate, its SiLU, up and their product. In 16 bits the norms keep 8·H bytes of float32
     more. The backward pass works on as much again as one layer keeps. With gradient checkpointing (Chen et al., arXiv
     1604.06174) each layer keeps its b·H alone; one layer at a time is made again, while the one before is still there.
-    Checked against peaks of a Llama and a Qwen3 of 2 and 6 layers: within 5 %. The float mask of packed rows is b·n²,
-    unless flash attention is told the rows' bounds.
+    Checked against peaks of a Llama and a Qwen3 of 2 and 6 layers: within 5 %.
     """
     tokens, width = micro_batch_tokens(settings, step), DTYPE_BYTES[settings.dtype]
     heads = (6 * student.num_heads + student.num_kv_heads) * student.head_dim
     layer = width * (6 * student.hidden_size + heads + 4 * student.intermediate_size)
     layer += 8 * student.hidden_size if width == 2 else 0
-    mask = width * tokens * tokens if settings.packing and not settings.gpus_per_rank else 0.0
     if settings.gradient_checkpointing:
-        return tokens * (student.num_layers * width * student.hidden_size + 3 * layer) + mask
-    return tokens * (student.num_layers + 1) * layer + mask
+        return tokens * (student.num_layers * width * student.hidden_size + 3 * layer)
+    return tokens * (student.num_layers + 1) * layer
 
 
 def loss_bytes(config: Config, sizes: Mapping[str, ModelSize], step: Step) -> float:
@@ -186,7 +184,7 @@ def generator(
     gpus = rollout.gpus_per_generator
     if gpus:
         parts = {"CUDA": float(_CUDA_BYTES), "weights": weights, "key-value cache": cache, "logits": logits}
-        share = rollout.gpu_memory_utilization * min(1.0, gpus) if rollout.engine == "vllm" else None
+        share = rollout.memory_share if rollout.engine == "vllm" else None
         host = {"process": float(BASE_BYTES["vllm" if rollout.engine == "vllm" else "torch"])}
         return Process(room, number, parts, gpus * tensor_parallel, host, share)
     if rollout.engine == "vllm":
@@ -222,7 +220,7 @@ def scorer_process(role: str, scorer: ScorerConfig, model: ModelSize, step: Step
     base = float(BASE_BYTES[scorer.engine])
     if not scorer.gpus_per_actor:
         return Process(role, scorer.num_actors, {"process": base} | parts)
-    share = scorer.gpu_memory_utilization * min(1.0, scorer.gpus_per_actor) if scorer.engine == "vllm" else None
+    share = scorer.memory_share if scorer.engine == "vllm" else None
     parts = {"CUDA": float(_CUDA_BYTES)} | parts
     return Process(role, scorer.num_actors, parts, scorer.gpus_in_all, {"process": base}, share)
 

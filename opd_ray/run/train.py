@@ -12,7 +12,9 @@ from opd_ray.embedded.resolve import resolve, without_foreign_golden
 from opd_ray.errors import InputError, RunError, Terminated, only_said
 from opd_ray.evaluation.scores import Evaluation
 from opd_ray.placement.capacity import check_fits
+from opd_ray.placement.nodes import nodes
 from opd_ray.placement.session import Session, cluster
+from opd_ray.plan.snapshots import with_room
 from opd_ray.report import write_report
 from opd_ray.run import preflight, resuming, signals
 from opd_ray.run.card import write_card
@@ -47,6 +49,9 @@ def train(
     facts = preflight.check_files(config)
     with cluster() as dashboard:
         check_fits(preflight.check_resources, config)
+        config, said = with_room(config, facts, nodes())
+        if said:
+            print(said, flush=True)
         shelf, start = find_start(asked, run_dir, resume=resume or auto_resume)
         from opd_ray.run.driver import Driver  # not above: torch takes seconds to import, and no refusal needs it
 

@@ -35,7 +35,8 @@ def make_scoring_engine(scorer: ScorerConfig, max_context_tokens: int) -> Scorin
         max_num_seqs=scorer.max_num_seqs,
         max_context_tokens=max_context_tokens,
         kv_cache_bytes=scorer.kv_cache_bytes,
-        gpu_memory_utilization=scorer.gpu_memory_utilization,
+        gpu_memory_utilization=scorer.memory_share,
+        engine_args=scorer.engine_args,
     )
 
 

@@ -1,5 +1,6 @@
 """The student's weights on their way from the learner to those that sample with them or follow them.
 
+    gathering     the learner's weights, whole, whatever ZeRO made of them
     transfer      one process's part in a broadcast: what is sent, in which order, and what is refused
     adapters      what low-rank adapters, where these alone are sent, amount to
     wires         what the bytes travel by: gloo between CPU processes, NCCL between GPUs
@@ -8,3 +9,7 @@
 
 The driver starts all sides at once; none knows the others' actors.
 """
+
+BUCKET_BYTES = 64 * 2**20
+"""Parameters are gathered and sent in buckets of at most this size: large enough for a network's full speed, and
+little memory."""

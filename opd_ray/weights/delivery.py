@@ -23,13 +23,12 @@ from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import Member
 from opd_ray.rooms.together import together
+from opd_ray.weights import BUCKET_BYTES
 from opd_ray.weights.manifest import num_bytes
 
 _MARGIN_S = 5.0
 """How much later than the members of a group the driver gives up on it."""
 _MOST_ATTEMPTS = 4
-_BUCKET_BYTES = 64 * 2**20
-"""Parameters travel in messages of at most this size: large enough for a network's full speed, and little memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +219,7 @@ class Delivery:
                 rank=rank,
                 world_size=world_size,
                 timeout_s=self._config.weights.timeout_s,
-                bucket_bytes=_BUCKET_BYTES,
+                bucket_bytes=BUCKET_BYTES,
             )
             for rank in ranks
         ]

@@ -1,7 +1,7 @@
 """Which parameters a weight broadcast sends, under which names and in which order.
 
-The learner calls ``weights_of`` once per broadcast and hands the same list to ``manifest_of``
-(for the engines) and to ``WeightTransfer.send`` (for the bytes), so both agree by construction.
+The manifest (for the engines) and the bytes (``WeightTransfer.send``) are made from the same ``weights_of``, so both
+agree by construction.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def weights_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     """Every parameter under every name it has, in module order.
 
     A tied ``lm_head.weight`` appears beside the embedding it shares: vLLM keeps a repacked copy
-    of it on CPUs, which stays at the old weights, without an error, unless it is sent by name
+    of it on CPUs, which stays at the old weights, without an error, unless it comes by name
     (seen as log-probs that were off by 1.3 nats).
     """
     return list(model.named_parameters(remove_duplicate=False))
@@ -33,13 +33,19 @@ def num_bytes(manifest: WeightManifest) -> int:
 
 
 def manifest_of(weights: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightManifest:
-    """Names, dtypes and full shapes of ``weights``; gathers nothing."""
-    weights = list(weights)
+    """Names, dtypes and full shapes of ``weights``; gathers nothing. One tensor under two names is tied."""
+    sent: dict[int, tuple[str, torch.Tensor]] = {}
+    tied = []
+    for name, tensor in weights:
+        first, _ = sent.setdefault(id(tensor), (name, tensor))
+        if first != name:
+            tied.append((name, first))
     return WeightManifest(
         version=version,
-        names=tuple(name for name, _ in weights),
-        dtypes=tuple(dtype_name(tensor.dtype) for _, tensor in weights),
-        shapes=tuple(tuple(shape_of(tensor)) for _, tensor in weights),
+        names=tuple(name for name, _ in sent.values()),
+        dtypes=tuple(dtype_name(tensor.dtype) for _, tensor in sent.values()),
+        shapes=tuple(tuple(shape_of(tensor)) for _, tensor in sent.values()),
+        tied=tuple(tied),
     )
 
 
@@ -52,6 +58,7 @@ def check_fits(manifest: WeightManifest, parameters: Mapping[str, torch.Tensor],
     """Refuses a broadcast that lacks one of a model's parameters or has it in another shape; of adapters, one for
     layers that the model has not."""
     sent = dict(zip(manifest.names, manifest.shapes, strict=True))
+    sent |= {other: sent[name] for other, name in manifest.tied}
     own = {name: parameter.shape for name, parameter in parameters.items()}
     if manifest.base is None:
         sent = {name: shape for name, shape in sent.items() if name in own}

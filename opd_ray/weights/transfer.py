@@ -45,10 +45,11 @@ class WeightTransfer:
             self._wire = join(group)
 
     def send(self, manifest: WeightManifest, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Broadcasts every parameter, in the manifest's order."""
+        """Broadcasts every parameter, in the manifest's order; tied ones may come under each of their names."""
         device = self._connected("send").device
         self._broadcast(_header(manifest).to(device), "the header")
-        remaining = iter(parameters)
+        tied = {other for other, _ in manifest.tied}
+        remaining = ((name, tensor) for name, tensor in parameters if name not in tied)
         for bucket in plan_buckets(manifest, self._group.bucket_bytes):
             buffer = torch.empty(bucket[-1].end, dtype=torch.uint8, device=device)
             for part in bucket:
@@ -58,7 +59,8 @@ class WeightTransfer:
             self._broadcast(buffer, _span(bucket))
 
     def receive(self, manifest: WeightManifest) -> Iterator[tuple[str, torch.Tensor]]:
-        """The named tensors of one ``send``, in order, on the wire's device.
+        """The named tensors of one ``send``, in order, on the wire's device; tied ones again, under their other names,
+        at the end.
 
         Each bucket has its own memory: vLLM keeps the tensors of a layer until the layer is complete.
         """
@@ -71,10 +73,15 @@ class WeightTransfer:
                 f"{len(manifest.names)} parameters, but the sender announced version {int(header[0])} or another "
                 "list of parameters; give both sides the same manifest"
             )
+        others, shared = {name for _, name in manifest.tied}, {}
         for bucket in plan_buckets(manifest, self._group.bucket_bytes):
             buffer = torch.empty(bucket[-1].end, dtype=torch.uint8, device=device)
             self._broadcast(buffer, _span(bucket))
-            yield from ((part.name, part.of(buffer)) for part in bucket)
+            for part in bucket:
+                if part.name in others:
+                    shared[part.name] = part.of(buffer)
+                yield part.name, part.of(buffer)
+        yield from ((other, shared[name]) for other, name in manifest.tied)
 
     def receive_whole(self, manifest: WeightManifest) -> Iterator[tuple[str, torch.Tensor]]:
         """The student's weights after one ``send``: as they come, or those of its base with the adapters that come."""
@@ -145,8 +152,8 @@ def plan_buckets(manifest: WeightManifest, bucket_bytes: int) -> list[list[Part]
 
 def _header(manifest: WeightManifest) -> torch.Tensor:
     # Lists: whoever was told by vLLM's own messages may have those where others have tuples.
-    shapes = [list(shape) for shape in manifest.shapes]
-    layout = repr([list(manifest.names), list(manifest.dtypes), shapes, manifest.base, manifest.scale])
+    nested = ([list(each) for each in column] for column in (manifest.shapes, manifest.tied))
+    layout = repr([list(manifest.names), list(manifest.dtypes), *nested, manifest.base, manifest.scale])
     return torch.tensor([manifest.version, zlib.crc32(layout.encode())])
 
 

@@ -210,11 +210,30 @@ def test_what_is_in_no_group_sends_and_receives_nothing() -> None:
         list(WeightTransfer().receive(manifest_of(weights(), 0)))
 
 
-def test_tied_weights_are_sent_under_both_names() -> None:
+def test_a_tied_weight_arrives_under_both_names_and_is_sent_once() -> None:
     parts = {"embed_tokens": torch.nn.Embedding(4, 2), "lm_head": torch.nn.Linear(2, 4, bias=False)}
     model = torch.nn.ModuleDict(parts)
     model["lm_head"].weight = model["embed_tokens"].weight
-    assert manifest_of(weights_of(model), 0).names == ("embed_tokens.weight", "lm_head.weight")
+    sent = weights_of(model)
+    manifest = manifest_of(sent, 0)
+    assert [name for name, _ in sent] == ["embed_tokens.weight", "lm_head.weight"]
+    assert [part.name for bucket in plan_buckets(manifest, 256) for part in bucket] == ["embed_tokens.weight"]
+    for given in (sent, sent[:1]):  # the learner gathers it once, under its first name
+        sender, (receiver,) = connect_all(free_port(), 1)
+        _, got = together(partial(sender.send, manifest, given), lambda r=receiver: list(r.receive(manifest)))
+        assert [name for name, _ in got] == ["embed_tokens.weight", "lm_head.weight"]
+        assert all(torch.equal(tensor, model["lm_head"].weight) for _, tensor in got)
+
+
+def test_sides_that_disagree_on_what_is_tied_stop(port: int) -> None:
+    """A receiver that was not told would keep its old output layer, without an error."""
+    sender, (receiver,) = connect_all(port, 1, timeout_s=2.0)
+    manifest = manifest_of(weights(), 5)
+    with ThreadPoolExecutor(1) as threads:
+        sending = threads.submit(sender.send, dataclasses.replace(manifest, tied=(("other", "matrix"),)), weights())
+        with pytest.raises(WeightSyncError, match="another list of parameters"):
+            list(receiver.receive(manifest))
+        assert isinstance(sending.exception(), WeightSyncError)
 
 
 @pytest.mark.vllm

@@ -72,6 +72,12 @@ def test_the_bf16_learner_under_deepspeed_lowers_its_loss(learner):
     assert losses[-1] < losses[0]
 
 
+def sent_by(learner) -> dict[str, torch.Tensor]:
+    """Name to tensor, a tied one under each of its names."""
+    sent = dict(learner._whole_weights())
+    return sent | {other: sent[name] for other, name in learner.manifest(1).tied}
+
+
 def broadcast(learner, connect, update, version: int) -> WeightManifest:
     """Joins one receiver to the learner and sends it the learner's weights."""
     port = free_port()
@@ -90,7 +96,7 @@ def test_weights_on_the_device_reach_an_engine_on_the_device(learner, tiny_model
     engine = TorchGenerationEngine(path=str(tiny_model["tied"]), dtype="bfloat16", device="cuda")
     broadcast(learner, engine.connect, lambda manifest: engine.update_weights(manifest, "keep"), 1)
     assert engine.weight_version == 1
-    sent = dict(learner._full_weights())
+    sent = sent_by(learner)
     loaded = dict(engine._model.named_parameters())
     for name, tensor in loaded.items():
         assert torch.equal(tensor, sent[name].to(tensor)), name
@@ -120,7 +126,7 @@ def test_a_scorer_on_the_device_follows_the_learner(learner, tiny_model):
     before = {name: parameter.detach().double().cpu() for name, parameter in engine.parameters().items()}
     follower = Follower(engine.parameters(), AVERAGE)
     manifest = broadcast(learner, follower.connect, follower.update, 1)
-    sent = dict(learner._full_weights())
+    sent = sent_by(learner)
     for name, parameter in engine.parameters().items():
         expected = 0.5 * before[name] + 0.5 * sent[name].double().cpu()
         np.testing.assert_allclose(parameter.detach().double().cpu(), expected, rtol=2**-8, atol=1e-6, err_msg=name)

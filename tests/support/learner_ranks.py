@@ -63,6 +63,7 @@ class RecordingTransfer:
         ):
             assert (name, shape, f"torch.{dtype}") == (got, tuple(tensor.shape), str(tensor.dtype))
             self.sent[name] = tensor.clone()
+        self.sent |= {other: self.sent[name] for other, name in manifest.tied}
 
     def close(self) -> None:
         pass

@@ -84,6 +84,7 @@ def test_sets_take_the_place_of_data_evaluation_and_what_they_leave_out_from_the
         ([*OWN[:-1], "evaluation.sets.aime24.samples=4"], r"evaluation.sets.aime24.path is the embedded one"),
         ([*OWN[:-1], "evaluation.sets.a-b.path=x"], r"a set's name has letters, digits and _.* got 'a-b'"),
         ([*OWN[:-1], "evaluation.sets.held_out.path=x"], r"got 'held_out'"),
+        ([*OWN[:-1], "evaluation.sets.gcd.path=reasoning_gym:gcd"], r"sets.gcd is of .* set data.task=reasoning_gym"),
         ([*OWN[:-1], "evaluation.sets.a.path=x", "evaluation.sets.a.samples=0"], r"evaluation.sets.a.samples: .* 1"),
         (
             [*OWN[:-1], "evaluation.sets.a.sample=1"],
@@ -120,6 +121,40 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
     assert len(absent) == len([*dataclasses.fields(EvaluationSet), *dataclasses.fields(LoraConfig)])
     assert len(docs) == count_leaves(Config())
     assert docs["loss.student.divergence"].default == "reverse_kl"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "backend"),
+    [
+        ({"learner.gpus_per_rank": 1, "rollout.gpus_per_generator": 1}, "nccl"),
+        ({"learner.gpus_per_rank": 1, "rollout.gpus_per_generator": 0}, "gloo"),
+        ({"learner.gpus_per_rank": 0.5, "rollout.gpus_per_generator": 0.5}, "gloo"),
+        ({"learner.gpus_per_rank": 0.5, "rollout.gpus_per_generator": 1}, "nccl"),  # a whole one is its own
+        ({"learner.gpus_per_rank": 0.6, "rollout.gpus_per_generator": 0.6}, "nccl"),  # two do not fit on one
+        ({"learner.gpus_per_rank": 1, "rollout.gpus_per_generator": 0.5}, "nccl"),
+        ({"learner.gpus_per_rank": 1, "rollout.gpus_per_generator": 0.5, "rollout.num_generators": 2}, "gloo"),
+        ({"learner.gpus_per_rank": 1, "rollout.gpus_per_generator": 0.5, "rollout.max_generators": 2}, "gloo"),
+        (
+            {"learner.gpus_per_rank": 1, "rollout.gpus_per_generator": 0.5, "reference.gpus_per_actor": 0.4}
+            | {"reference.update": "average"},
+            "gloo",
+        ),
+        ({"learner.gpus_per_rank": 1, "rollout.gpus_per_generator": 0.5, "reference.gpus_per_actor": 0.5}, "nccl"),
+    ],
+)
+def test_weights_travel_by_nccl_only_where_no_two_members_may_share_a_gpu(
+    gpus: dict[str, object], backend: str
+) -> None:
+    """NCCL: "Duplicate GPU detected". A reference that does not follow the student takes no part."""
+    config = configs.load(None, [f"{name}={value}" for name, value in gpus.items()])
+    assert config.weight_backend == backend
+
+
+def test_an_engine_on_a_fraction_of_a_gpu_takes_that_fraction_of_its_share() -> None:
+    """vLLM's gpu_memory_utilization is of the whole card: two engines on halves took .85 of it each."""
+    config = configs.load(None, ["rollout.gpus_per_generator=0.5", "teacher.gpus_per_actor=2"])
+    assert config.rollout.memory_share == pytest.approx(0.425)
+    assert config.teacher.memory_share == config.reference.memory_share == 0.85
 
 
 @pytest.mark.parametrize(
@@ -215,6 +250,13 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
         (["guard.truncation_rate=[0.5,0.2,0.9]"], "guard"),
         (["buffer.prompts_per_step=0", "buffer.golden_per_prompt=0"], "train on nothing"),
         (["weights.backend=nccl"], "needs GPUs"),
+        (
+            ["weights.backend=nccl", "learner.gpus_per_rank=0.5", "rollout.gpus_per_generator=0.5"],
+            "refuses two members on one GPU",
+        ),
+        (["learner.gpus_per_rank=0.5", "learner.num_ranks=2"], "may put two of 2 ranks on one GPU"),
+        (["rollout.gpus_per_generator=0.5", "rollout.tensor_parallel_size=2"], "spans whole GPUs"),
+        (["teacher.engine=vllm", "teacher.gpus_per_actor=0.5", "teacher.tensor_parallel_size=2"], "spans whole GPUs"),
         (
             ["learner.gpus_per_rank=1", "rollout.gpus_per_generator=1", "reference.update=average"],
             "reference.update=average joins the broadcast",

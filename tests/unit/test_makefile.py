@@ -24,7 +24,7 @@ touch $2
 def make(tmp_path: Path) -> Callable[..., list[str]]:
     """Calls make in a checkout; returns what it said. ``gpu`` is what `nvidia-smi -L` says there."""
     (tmp_path / ".ci").mkdir()
-    for name in ("Makefile", ".ci/device", ".ci/link", ".ci/cpu-overrides.txt", "pyproject.toml"):
+    for name in ("Makefile", ".ci/device", ".ci/link", ".ci/cpu-overrides.txt", ".ci/gpu-lock.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / ".ci/setup").write_text(FAKE_SETUP)
     (tmp_path / "bin").mkdir()

@@ -56,6 +56,20 @@ CHANGES = (
 )
 
 
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts", "n_routed_experts"])
+def test_a_student_with_experts_is_refused_and_a_teacher_with_them_is_not(setting: dict[str, str], name: str) -> None:
+    def put(role: str, experts: int) -> None:
+        path = Path(setting[f"{role}.path"]) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: experts}))
+
+    put("teacher", 8)
+    put("student", 1)
+    preflight.check_files(configured(setting))
+    put("student", 64)
+    message = refused(lambda: preflight.check_files(configured(setting)))
+    assert message.startswith("student.path=") and "has 64 experts a layer" in message
+
+
 @pytest.fixture
 def setting(tmp_path: Path) -> dict[str, str]:
     return make_setting(tmp_path)
@@ -508,6 +522,7 @@ def test_the_saved_configuration_is_what_was_asked_for(tmp_path: Path, monkeypat
     monkeypatch.setattr(running, "resolve", lambda asked: replace(with_teacher(asked), student=student))
     monkeypatch.setattr(running, "cluster", contextlib.nullcontext)
     monkeypatch.setattr(running, "find_start", lambda *_, **__: (mock.Mock(), None))
+    monkeypatch.setattr(running, "nodes", list)
     for check in ("check_files", "check_resources"):
         monkeypatch.setattr(preflight, check, lambda *_: None)
     monkeypatch.setattr("opd_ray.run.driver.Driver", driver)

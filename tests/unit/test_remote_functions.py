@@ -16,7 +16,8 @@ from opd_ray.snapshots import calls
 class Made:
     """What ray.remote() makes."""
 
-    def options(self, **_: object) -> Made:
+    def options(self, **given: object) -> Made:
+        self.given = given
         return self
 
     def remote(self, *args: Any) -> Any:
@@ -53,10 +54,20 @@ def test_the_task_that_writes_is_made_once(made: list) -> None:
 
 def test_the_class_of_an_actor_is_made_once_for_all_its_restarts(made: list) -> None:
     """The bug: each replacement of a worker made the class anew, and Ray kept them all."""
-    spawn = launch._spawning("generate", "generator", partial(object), {"num_cpus": 1})
+    spawn = launch._spawning("generate", "generator", partial(object), {"num_cpus": 1}, {})
     assert [spawn(0, restart).name for restart in range(3)] == [
         "generator-0",
         "generator-0-again-1",
         "generator-0-again-2",
     ]
     assert made == [object]
+
+
+def test_an_actor_gets_the_users_environment_before_what_it_has_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    actor_class = Made()
+    monkeypatch.setattr(launch.ray, "remote", lambda _: actor_class)
+    env = {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": 4}
+    launch._spawning("generate", "generator", partial(object), {"num_cpus": 1}, env)(0, 0)
+    variables = actor_class.given["runtime_env"]["env_vars"]
+    assert (variables["NCCL_DEBUG"], variables["OMP_NUM_THREADS"]) == ("INFO", "4")
+    assert variables["TOKENIZERS_PARALLELISM"] == "false"

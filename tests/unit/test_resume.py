@@ -124,6 +124,7 @@ def test_a_stopped_run_leaves_its_report(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "cluster", contextlib.nullcontext)
     monkeypatch.setattr(running.preflight, "check_files", lambda config: None)
     monkeypatch.setattr(running.preflight, "check_resources", lambda *_: None)
+    monkeypatch.setattr(running, "nodes", list)
     monkeypatch.setattr(running, "find_start", lambda *_, **__: (mock.Mock(), None))
     monkeypatch.setattr("opd_ray.run.driver.Driver", Stopped)
     for name, lines in (("early", ""), ("late", '{"step": 1, "learner/loss": 0.5}\n')):
