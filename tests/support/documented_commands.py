@@ -28,6 +28,8 @@ _COMMAND = re.compile(
 _FIELD = re.compile(r"([a-z]\w*(?:\.\w+)+)(=.*)?")
 _FILES = ("jsonl", "json", "yaml", "py", "html", "parquet", "md")
 _FIELDS = {doc.name for doc in configs.describe()}
+_OPEN = ("more_teachers", "student.lora", "evaluation.sets")
+"""Fields that are sections of their own, or hold any number of them: what is in them is checked where a value is given."""
 _SECTIONS = {".".join(name.split(".")[:depth]) for name in _FIELDS for depth in range(1, name.count(".") + 1)}
 
 
@@ -144,7 +146,7 @@ def _in_span(span: str) -> Iterator[str]:
     if not found or found[1].split(".")[0] not in _SECTIONS or found[1].rpartition(".")[2] in _FILES:
         return
     name, value = found[1], found[2]
-    if name not in _FIELDS | _SECTIONS and not any(name.startswith(f"{field}.") for field in ("more_teachers",)):
+    if name not in _FIELDS | _SECTIONS and not any(name.startswith(f"{field}.") for field in _OPEN):
         yield f"no field {name}"
     elif value:
         try:
