@@ -29,7 +29,7 @@ _FIELD = re.compile(r"([a-z]\w*(?:\.\w+)+)(=.*)?")
 _FILES = ("jsonl", "json", "yaml", "py", "html", "parquet", "md")
 _FIELDS = {doc.name for doc in configs.describe()}
 _OPEN = ("more_teachers", "student.lora", "evaluation.sets")
-"""Fields that are sections of their own, or hold any number of them: what is in them is checked where a value is given."""
+"""Sections, or any number of them, that there may be: what is in them is checked where a value is given."""
 _SECTIONS = {".".join(name.split(".")[:depth]) for name in _FIELDS for depth in range(1, name.count(".") + 1)}
 
 
