@@ -72,7 +72,7 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
     assert list(Path.cwd().iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", ["train", "preflight", "plan"])
+@pytest.mark.parametrize("verb", ["train", "preflight", "plan", "doctor"])
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -420,7 +420,7 @@ def test_an_unexpected_exception_keeps_its_traceback(
         command_line.main(["train", *overrides(setting)])
 
 
-@pytest.mark.parametrize("verb", ["train", "preflight", "plan", "evaluate"])
+@pytest.mark.parametrize("verb", ["train", "preflight", "plan", "doctor", "evaluate"])
 def test_help_lists_every_field_with_its_sentence(call: Callable[..., Outcome], verb: str) -> None:
     code, out, _ = call(verb, "--help")
     assert code == 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from driven_run import cast_of, die, drive, on_call
 from known_models import TINY
 from opd_ray import config as configs
 from opd_ray.config import Config
@@ -221,3 +223,22 @@ def test_the_memory_of_a_room_is_that_of_its_largest_process_and_one_that_is_los
     }
     rooms = Rooms(pools["generate"], pools["learn"], {"teacher": pools["teacher"]}, None, pools["teacher"])
     assert asyncio.run(rooms.memory()) == {"generate": MemoryUse(9, 70), "teacher": MemoryUse(9, None)}
+
+
+# ---- in summary.json ----
+
+
+def test_a_summary_has_the_prediction_beside_what_came(tmp_path: Path) -> None:
+    summary, _ = drive(tmp_path, cast_of())
+    predicted, measured_ = summary["plan"]["predicted"], summary["plan"]["measured"]
+    assert predicted["memory"].keys() == predicted["memory_at_most"].keys() == measured_["memory"].keys()
+    assert measured_["memory"].keys() == {"generate", "learn", "teacher", "record"}
+    assert predicted["tokens_per_s"] is None, "of six steps"
+
+
+def test_a_generator_that_dies_while_it_counts_its_memory_costs_its_row_alone(tmp_path: Path) -> None:
+    cast = cast_of()
+    done = on_call(cast, "memory", 1, die, role="student-generator")
+    summary, stopped = drive(tmp_path, cast)
+    assert done and stopped is None
+    assert summary["plan"]["measured"]["memory"].keys() == {"learn", "teacher", "record"}
