@@ -24,6 +24,7 @@ import click
 from opd_ray.embedded import models as embedded_models
 from opd_ray.embedded import prepare as embedded
 from opd_ray.embedded.models import copy_probe, measure
+from opd_ray.progress import terminal_progress
 from opd_ray.tasks import chain
 
 NUM_PROBLEMS = 512  # of the validation split; test stays for reports
@@ -77,9 +78,9 @@ def passes(title: str, gates: Iterator[Gate]) -> bool:
 def main(seed: int, student_seed: int, output: Path) -> None:
     """Build the embedded teacher and a student, and measure both."""
     problems = chain.draw_distinct(random.Random("build"), "validation", NUM_PROBLEMS)
-    with embedded.terminal_progress() as report:
+    with terminal_progress() as report:
         teacher = embedded_models.build_teacher(seed, report)
-    with embedded.terminal_progress() as report:
+    with terminal_progress() as report:
         student = embedded_models.build_student(student_seed, report)
     good_teacher = passes(f"teacher, seed {seed}", teacher_gates(teacher, problems))
     good_student = passes(f"student, seed {student_seed}", student_gates(student, problems))

@@ -33,6 +33,7 @@ from opd_ray.data.rows import question, read_golden
 from opd_ray.errors import InputError
 from opd_ray.messages import MOST_VALUES, ROLLOUT_SCHEMA, RolloutMeta
 from opd_ray.models.checkpoints import ModelFacts
+from opd_ray.progress import watched
 from opd_ray.repetition import tail_period
 from opd_ray.tasks.judge import Judge
 
@@ -192,7 +193,7 @@ def _tokenise(golden: Prompts, student: ModelFacts, eos_token_id: int) -> list[S
 
 def _encoded(texts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
     """Many in a call, which a tokenizer works off side by side, but not all: besides ids it returns what we drop."""
-    for start in range(0, len(texts), _CHUNK):
+    for start in watched(range(0, len(texts), _CHUNK), "thousands of golden responses", -(-len(texts) // _CHUNK)):
         yield from tokenizer(texts[start : start + _CHUNK], add_special_tokens=False)["input_ids"]
 
 

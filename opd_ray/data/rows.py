@@ -19,6 +19,7 @@ from opd_ray.data.files import TOKEN_COLUMNS
 from opd_ray.data.orders import Mix
 from opd_ray.data.sources import read
 from opd_ray.errors import InputError
+from opd_ray.progress import watched
 
 _OF_TASKS = ("gym", "entry")
 """What a task's own source says besides: the verifier of the row gets it as it is."""
@@ -90,7 +91,7 @@ def _checked(
     rows, first_use, several = Rows(), {}, listed(sources)
     for place, source in enumerate(each.source for each in several):
         before = len(rows)
-        for number, raw in read(source, [*wanted, *columns.values()]):
+        for number, raw in watched(read(source, [*wanted, *columns.values()]), f"rows of {source}"):
             where = f"{source} row {number}"
             if not isinstance(raw, dict):
                 raise InputError(f"{where}: expected an object with a 'prompt', got {kind_of(raw)}")

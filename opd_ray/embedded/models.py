@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from opd_ray.progress import Report
 from opd_ray.tasks import chain
 from opd_ray.tasks.chain import Problem, Text
 
@@ -38,8 +39,6 @@ PAD_ID, EOS_ID = VOCABULARY[PAD], VOCABULARY[EOS]
 MAX_CONTEXT_TOKENS = 128
 HEAD_SIZE = 32  # vLLM's attention on CPUs refuses a smaller one
 IGNORED = -100  # label of a token that does not enter the loss
-
-Report = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
 
 
 @dataclass(frozen=True)

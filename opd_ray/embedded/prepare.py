@@ -15,28 +15,19 @@ How the problems look is in `opd_ray.tasks.chain`, how the models learn in `opd_
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import random
-import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from opd_ray.errors import InputError
+from opd_ray.progress import terminal_progress
 from opd_ray.tasks import chain
 from opd_ray.tasks.chain import Problem
-
-if TYPE_CHECKING:
-    from opd_ray.embedded.models import Report
 
 TEACHER_DIR = Path(__file__).parent / "assets" / "chain_teacher"
 NUM_PROMPTS = 8192
@@ -46,7 +37,6 @@ NUM_TEST = 1024
 
 _SOURCES = (Path(__file__), Path(__file__).with_name("models.py"), Path(chain.__file__))
 _PACKAGES = ("torch", "transformers", "tokenizers")
-_PLAIN_LINE_EVERY_S = 10.0
 
 
 def prepare(seed: int) -> Path:
@@ -134,24 +124,3 @@ def write_rows(path: Path, problems: Sequence[Problem], *, with_solutions: bool 
     """One JSON object a line: id, prompt, answer, and the concise solution as response if asked for."""
     rows = (chain.to_row(problem, with_solution=with_solutions) for problem in problems)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@contextlib.contextmanager
-def terminal_progress() -> Iterator[Report]:
-    """A bar on stderr if that is a terminal, else a line at the start, every ten seconds and at the end."""
-    console = Console(file=sys.stderr)
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("preparing the embedded models")
-            yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-        return
-    printed_s = float("-inf")
-
-    def plain(what: str, done: int, total: int) -> None:
-        nonlocal printed_s
-        if time.monotonic() - printed_s >= _PLAIN_LINE_EVERY_S or done == total:
-            printed_s = time.monotonic()
-            print(f"{what}: {100 * done // total} %", file=sys.stderr, flush=True)
-
-    yield plain

@@ -31,6 +31,7 @@ from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
 from opd_ray.models.engine_args import check_engine_args
 from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
+from opd_ray.tasks import look_here
 from opd_ray.tasks.judge import Judge
 from opd_ray.watch.trackers import check_trackers
 
@@ -75,6 +76,7 @@ def _without_torch(check: Callable[[Config], Preflight]) -> Callable[[Config], P
     def run(config: Config) -> Preflight:
         if "torch" in sys.modules or threading.active_count() > 1 or sys.platform != "linux":
             return check(config)
+        look_here()  # the fork hands over a task of the user's, which is to be found here as well
         try:
             with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=_hide_torch) as fork:
                 return fork.submit(run, config).result()

@@ -88,10 +88,14 @@ def _own_task(name: str) -> Task:
         raise InputError(f"{where}: cannot be made without arguments ({_brief(error)})") from None
 
 
-def _import(where: str, module_name: str) -> Any:
-    """A module of the user's, which may lie in the current directory: a program's own is all that Python looks into."""
+def look_here() -> None:
+    """A module of the user's may lie in the current directory; the program's own is all that Python looks into."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+
+
+def _import(where: str, module_name: str) -> Any:
+    look_here()
     try:
         return importlib.import_module(module_name)
     except ImportError as error:

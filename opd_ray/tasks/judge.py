@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from opd_ray.errors import RunError
+from opd_ray.progress import watched
 from opd_ray.rooms import logs
 from opd_ray.tasks import Task
 
@@ -52,7 +53,8 @@ class Judge:
         """The same of any method of the task that says yes or no, for those without an event loop."""
         if self._limit_s is None:
             return [getattr(self._task, method)(*question) for question in questions]
-        return self._verdicts([answer.result() for answer in self._ask(method, questions)])
+        answers = watched(self._ask(method, questions), "answers judged", len(questions))
+        return self._verdicts([answer.result() for answer in answers])
 
     def close(self) -> None:
         """Ends the processes; what is still asked has no verdict."""

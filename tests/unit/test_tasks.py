@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,6 +74,23 @@ def test_its_verdicts_come_from_a_process_that_finds_it_as_well(here: Path) -> N
 def test_preflight_takes_it(here: Path) -> None:
     config = configured(make_setting(here), data__task="own_task:Mine")
     assert preflight.check_files(config).num_prompts == 2
+
+
+_CHECKED = """
+import json, sys
+from opd_ray import config as configs
+from opd_ray.run import preflight
+print(type(preflight.check_files(configs.load(None, json.loads(sys.argv[1]))).data.renderer.task).__name__)
+"""
+
+
+def test_the_fork_that_checks_hands_it_over(here: Path) -> None:
+    """The bug: a program elsewhere did not find the module again when the fork's answer came, and blamed the memory."""
+    overrides = [f"{name}={value}" for name, value in (make_setting(here) | {"data.task": "own_task:Mine"}).items()]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", "-c", _CHECKED, json.dumps(overrides)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "Mine"), done.stderr
 
 
 def test_one_that_needs_torch_is_not_refused_where_the_checks_hide_it(
