@@ -129,7 +129,7 @@ def activation_bytes(settings: LearnerConfig, student: ModelSize, step: Step) ->
     copy that the projection reads; gate, its SiLU, up and their product. In 16 bits the norms keep 8·H bytes of float32
     more. The backward pass works on as much again as one layer keeps. With gradient checkpointing (Chen et al., arXiv
     1604.06174) each layer keeps its b·H alone; one layer at a time is made again, while the one before is still there.
-    Checked against peaks of a Llama and a Qwen3 of 2 and 6 layers: within 5 %.
+    Checked against peaks of a Llama and a Qwen3 of 2 and 6 layers: within 6 %.
     """
     tokens, width = micro_batch_tokens(settings, step), DTYPE_BYTES[settings.dtype]
     heads = (6 * student.num_heads + student.num_kv_heads) * student.head_dim
@@ -155,12 +155,12 @@ def loss_bytes(config: Config, sizes: Mapping[str, ModelSize], step: Step) -> fl
 def _logit_copies(config: Config) -> int:
     """Of float32 logits at the peak of a backward pass, as measured on 49,152 of them: 3 (logits, log-probs, gradient)
     of a loss on the sampled token or a top-k, 6 of a KL on the whole vocabulary, 9 of its JSD; one more with a KL to
-    the reference on its top-k, 3 more on the whole vocabulary."""
+    the reference on its top-k, 2 more on the whole vocabulary."""
     on_all = [term for term in config.loss.terms.values() if term.used and term.on_distributions]
     copies = max([3, *(9 if term.divergence == "jsd" else 6 for term in on_all if term.support == "full")])
     if not config.uses_reference:
         return copies
-    return copies + (3 if config.loss.reference.estimator == "full" else 1)
+    return copies + (2 if config.loss.reference.estimator == "full" else 1)
 
 
 def micro_batch_tokens(settings: LearnerConfig, step: Step) -> float:

@@ -6,6 +6,7 @@ Nothing of it is kept: results go to a temporary directory, and no checkpoint is
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import tempfile
@@ -88,13 +89,10 @@ def probe(config: Config) -> Probe:
     with tempfile.TemporaryDirectory(prefix="opd-ray-plan-") as directory:
         run_dir = Path(directory) / "probe"
         try:
-            train(config, run_dir, observers=(tokens, clock), session=session)
-        except _Enough:
-            pass
-        else:
+            with contextlib.suppress(_Enough):
+                train(config, run_dir, observers=(tokens, clock), session=session)
             if clock.num_steps < _FEWEST_STEPS:
                 raise RunError(f"the probe's run ended after {clock.num_steps} steps; give it learner.steps=40 or more")
-        try:
             memory = asyncio.run(session.up.memory())
         finally:
             session.close()

@@ -173,7 +173,7 @@ def test_activations_by_hand() -> None:
         (("loss.reference.coef=0",), 3),
         (("loss.reference.coef=0", "loss.student.support=full"), 6),
         (("loss.reference.coef=0", "loss.student.support=full", "loss.student.divergence=jsd"), 9),
-        (("loss.reference.estimator=full",), 6),
+        (("loss.reference.estimator=full",), 5),
     ],
 )
 def test_the_loss_holds_so_many_copies_of_its_logits(overrides: tuple[str, ...], copies: int) -> None:
