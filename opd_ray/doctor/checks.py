@@ -6,6 +6,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from opd_ray.config import Config
 from opd_ray.doctor import findings
 from opd_ray.doctor.findings import Finding
 from opd_ray.doctor.inspector import EngineHolder, Inspector, NodeReport, Talker, report
-from opd_ray.errors import RunError
+from opd_ray.errors import RunError, ServerFailed
 from opd_ray.messages import TransferGroup
 from opd_ray.placement.nodes import Node, nodes, pinned
 from opd_ray.rooms.threads import within
+from opd_ray.score.server import Key, Server, key_in
 from opd_ray.snapshots import Storage
 
 _QUICK_S, _TALK_S, _STORE_S, _DISK_S, _ENGINE_S = 60.0, 180.0, 120.0, 120.0, 300.0
@@ -162,6 +164,8 @@ class Doctor:
 
     def _teacher(self) -> list[Finding]:
         teacher = self._config.teacher
+        if teacher.url:
+            return list(map(partial(_server, key=key_in(teacher.url_key_env)), teacher.url))
         differences = self._on_holders("scored_twice", teacher.gpus_per_actor, lambda gpus: dataclasses.replace(
             teacher, tensor_parallel_size=1, max_num_seqs=4, gpus_per_actor=gpus, kv_cache_bytes=None
         ))  # fmt: skip
@@ -182,6 +186,15 @@ class Doctor:
         if not answers:
             raise RunError(f"no node has the {gpus:g} GPUs that it asks for")
         return answers
+
+
+def _server(url: str, key: Key | None) -> Finding:
+    """Does a server of the teacher's let this machine in? Preflight asks it for the rest."""
+    try:
+        served = ", ".join(card["id"] for card in Server(url, key=key).models())
+    except ServerFailed as error:
+        return Finding("teacher", str(error), "start a vLLM server there; see teacher.url and teacher.url_key_env")
+    return Finding("teacher", f"{url} serves {served}")
 
 
 def _start(kind: type, node: Node, num_gpus: float = 0.0) -> ActorHandle:

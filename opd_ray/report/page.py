@@ -180,6 +180,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("task", " / ".join(_seen(runs, "data.task", str))),
         ("student", _model(runs, "student.path")),
         ("teacher", _model(runs, "teacher.path")),
+        ("teacher's servers", " / ".join(_seen(runs, "teacher.url", ", ".join))),
         ("length budget", " / ".join(budgets) + (" tokens" if budgets else "")),
     ]
     return [(name, value) for name, value in facts if value]

@@ -328,6 +328,11 @@ def test_the_longest_prompt_is_found_among_tokens_of_unequal_length(tmp_path: Pa
             "5 GPUs asked (generators 1 x 4, teacher 1 x 1), 4 there",
         ),
         (
+            {"teacher__engine": "vllm", "teacher__gpus_per_actor": "1", "teacher__tensor_parallel_size": "4"},
+            {"CPU": 8.0, "GPU": 3.0},
+            "4 GPUs asked (teacher 1 x 4), 3 there",
+        ),
+        (
             {
                 "buffer__teacher_per_prompt": "1",
                 "loss__teacher__coef": "1",

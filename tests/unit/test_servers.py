@@ -18,6 +18,8 @@ from driven_run import cast_of, drive, events, in_no_hurry
 from fake_server import FakeServer, table
 from fake_workers import FakeScorer
 from opd_ray import config as configs
+from opd_ray.doctor import checks
+from opd_ray.doctor.checks import Doctor
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
 from opd_ray.messages import ServerState
@@ -91,6 +93,12 @@ def test_a_student_of_ones_own_needs_no_teacher_path_with_servers() -> None:
     assert config.teacher.path == "/models/s"  # whose tokenizer it is
     with pytest.raises(InputError, match="teacher.path is the embedded one"):
         configs.load(None, [*mine, f"teacher.url={ONE}", "buffer.teacher_per_prompt=1", "loss.teacher.coef=1"])
+
+
+def test_a_run_that_is_resumed_may_find_its_servers_elsewhere() -> None:
+    here, there = (configs.load(None, [f"teacher.url={url}"]) for url in (ONE, TWO))
+    assert list(configs.differences(here, there, configs.RUN)) == []
+    assert [name for name, _, _ in configs.differences(here, there, configs.ROOMS)] == ["teacher.url"]
 
 
 # ---- preflight ----
@@ -253,6 +261,16 @@ def test_several_models_at_a_server_need_a_name(setting: dict[str, str], servers
         lambda: look(setting, teacher__url_model="smal")
     )
     assert look(setting, teacher__url_model="small").servers["teacher"].models == {ONE: "small", TWO: "small"}
+
+
+def test_the_doctor_asks_the_servers(
+    setting: dict[str, str], servers: dict[str, FakeServer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(checks, "Server", looking.Server)
+    servers[TWO].key = "k"
+    one, two = Doctor(configured(setting), tmp_path)._teacher()
+    assert str(one) == f"ok teacher: {ONE} serves m"
+    assert two.text == f"{TWO}: /v1/models answers 401 (Unauthorized)" and "teacher.url_key_env" in two.mend
 
 
 # ---- the key ----
