@@ -56,6 +56,8 @@ class BroadcastEngine(WeightTransferEngine[TransferGroup, WeightManifest]):
     def receive_weights(self, update_info: WeightManifest) -> None:
         received = ((name, tensor.to(self.device)) for name, tensor in self._transfer.receive(update_info))
         if update_info.base is not None:
+            # Not as a LoRA of vLLM's: on CPUs it copies B for every token, and on GPUs it launches two kernels more for
+            # every layer, at every step.
             base = _checkpoint(self.vllm_config, self.model, update_info.base)
             on_device = ((name, tensor.to(self.device)) for name, tensor in base)
             received = merged(on_device, dict(received), update_info.scale)
