@@ -33,10 +33,12 @@ SCHEMA = pa.schema(
         pa.field("repetitive", pa.bool_(), nullable=False),
         pa.field("num_response_tokens", pa.int32(), nullable=False),
         pa.field("mean_logprob", pa.float64(), nullable=False),
+        pa.field("worker", pa.string(), nullable=False),
     ]
 )
 """``problem`` is a digest of prompt and answer, for an id may be a row number. ``sample`` counts a problem's sampled
-answers from 0 on and is null for the answer at temperature 0; ``mean_logprob`` is over the response tokens, nats."""
+answers from 0 on and is null for the answer at temperature 0; ``mean_logprob`` is over the response tokens, nats;
+``worker`` is the actor that answered."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ def table(answers: Iterable[tuple[PromptGroup, int | None, RolloutMeta]]) -> pa.
             "repetitive": meta.repetitive,
             "num_response_tokens": meta.num_response_tokens,
             "mean_logprob": meta.mean_behaviour_logprob,
+            "worker": meta.worker,
         }
         for group, sample, meta in answers
     ]
