@@ -108,6 +108,7 @@ ROWS: dict[str, list[Panel]] = {
                 Line("rollouts/accuracy", "training rollouts"),
                 Line("evaluation/accuracy_greedy", "held out, greedy"),
                 Line("evaluation/accuracy_sampled", "held out, sampled"),
+                Line("evaluation/*/accuracy_sampled"),
             ),
             "What the run is for. Falling accuracy with rising truncation is collapse.",
         ),

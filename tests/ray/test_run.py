@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
@@ -34,7 +35,8 @@ OPTIONS = [
     "buffer.prompts_per_step=8",
     "rollout.max_response_tokens=48",
     "rollout.max_num_seqs=16",
-    "evaluation.num_problems=32",
+    "evaluation.sets.chains.samples=4",
+    "evaluation.sets.chains.greedy=true",
     "evaluation.every_steps=0",
     "metrics.rollout_log_every_steps=1",
     "learner.lr=1e-4",
@@ -80,7 +82,8 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(world, ray_here, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """vLLM generates, torch scores, DeepSpeed learns, gloo broadcasts: six steps of StableOPD."""
-    config = configs.load(None, [*world.overrides(), *OPTIONS])
+    overrides = [each.replace("data.evaluation", "evaluation.sets.chains.path") for each in world.overrides()]
+    config = configs.load(None, [*overrides, *OPTIONS])
     directory = tmp_path_factory.mktemp("finished") / "runs" / "a"
     summary = train(config, directory)
     # Ray exports every ten seconds, and keeps what a run set last for twenty.
@@ -132,6 +135,22 @@ def test_the_default_rooms_train_and_leave_a_complete_run_behind(finished):
     assert (finished.directory / "checkpoints" / f"step-{STEPS}" / "state.json").is_file()
 
 
+def test_avg_at_4_and_pass_at_4_are_those_of_a_count_of_the_verdicts_that_are_kept(finished):
+    for when, step in (("before", 0), ("after", STEPS)):
+        scores = finished.summary[f"eval_{when}"]["sets"]["chains"]
+        kept = pq.read_table(finished.directory / "evaluations" / f"step-{step}" / "chains.parquet").to_pylist()
+        right: dict[str, list[bool]] = {}
+        for row in kept:
+            if row["sample"] is not None:
+                right.setdefault(row["prompt_id"], []).append(row["correct"])
+        assert [len(answers) for answers in right.values()] == [4] * 32
+        assert scores["accuracy_sampled"] == pytest.approx(sum(map(sum, right.values())) / 128)
+        assert scores["pass_at"]["4"] == pytest.approx(sum(map(any, right.values())) / 32)
+        greedy = [row["correct"] for row in kept if row["sample"] is None]
+        assert scores["accuracy_greedy"] == pytest.approx(sum(greedy) / 32)
+    assert 'id="sets"' in (finished.directory / "report.html").read_text()
+
+
 def test_the_exported_student_is_another_model_and_scores_as_it_did_in_the_run(finished):
     """The run sampled with vLLM; here the torch engine does, and transformers reads the checkpoint."""
     from transformers import AutoModelForCausalLM
@@ -144,6 +163,7 @@ def test_the_exported_student_is_another_model_and_scores_as_it_did_in_the_run(f
     assert any(not torch.equal(before[name], after[name]) for name in before)
     raw = configs.to_dict(finished.config)
     raw["rollout"]["engine"] = "torch"
+    raw["evaluation"]["sets"]["chains"]["samples"] = 1
     again = evaluate(str(finished.directory / "student"), configs.from_dict(raw))
     # One answer of 32 may differ where two tokens are nearly equal.
     assert again["accuracy_greedy"] == pytest.approx(expected["accuracy_greedy"], abs=0.04)
