@@ -14,6 +14,8 @@ from typing import Any
 from opd_ray.config import LoraConfig
 
 _MOST_CACHE_BYTES = 2**30
+_STORED_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+"""By safetensors' names."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -41,6 +43,8 @@ class ModelSize:
     """Is the output layer the embedding?"""
     adapters: int = 0
     """Parameters of low-rank adapters, which are trained in the place of its own; 0 without any."""
+    stored_bytes: int = 0
+    """Of one number in its files; 0 where they have several precisions, or are not on this node."""
 
     @property
     def trained(self) -> int:
@@ -96,7 +100,8 @@ def size_of(config: Any, path: str | Path) -> ModelSize:
         "intermediate_size": getattr(config, "intermediate_size", None) or 4 * hidden,
         "tied": bool(getattr(config, "tie_word_embeddings", False)),
     }
-    return ModelSize(parameters=_counted(path, shape["tied"]) or dense_parameters(**shape), **shape)
+    parameters, stored_bytes = _counted(path, shape["tied"])
+    return ModelSize(parameters=parameters or dense_parameters(**shape), stored_bytes=stored_bytes, **shape)
 
 
 def dense_parameters(
@@ -121,25 +126,28 @@ def dense_parameters(
     return vocab_size * hidden_size * (1 if tied else 2) + num_layers * layer + hidden_size
 
 
-def _counted(path: str | Path, tied: bool) -> int:
-    """Parameters by the headers of the files that lie on this node; 0 where there are none."""
+def _counted(path: str | Path, tied: bool) -> tuple[int, int]:
+    """Parameters by the headers of the files that lie on this node, and the bytes of each; 0 where there are none."""
     directory = _on_this_node(str(path))
     if directory is None:
-        return 0
-    shapes = dict(_headers(directory))
-    if tied and len(shapes) > 1:
-        shapes.pop("lm_head.weight", None)  # saved beside the embedding that it is
-    return sum(map(prod, shapes.values()))
+        return 0, 0
+    tensors = {name: (prod(shape), precision) for name, shape, precision in _headers(directory)}
+    if tied and len(tensors) > 1:
+        tensors.pop("lm_head.weight", None)  # saved beside the embedding that it is
+    precisions = {precision for _, precision in tensors.values()}
+    stored = _STORED_BYTES.get(precisions.pop(), 0) if len(precisions) == 1 else 0
+    return sum(number for number, _ in tensors.values()), stored
 
 
-def _headers(directory: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor."""
+def _headers(directory: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and precision of every tensor."""
     from safetensors import safe_open
 
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (no mapping, whatever it looks like)
-                yield name, tuple(tensors.get_slice(name).get_shape())
+                header = tensors.get_slice(name)
+                yield name, tuple(header.get_shape()), header.get_dtype()
 
 
 def _on_this_node(path: str) -> Path | None:

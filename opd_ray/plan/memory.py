@@ -6,6 +6,8 @@ P parameters, N learner ranks, b bytes of the precision that forward and backwar
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -34,6 +36,8 @@ _LIVE_PARAMETERS = 1_000_000_000
 _SCORED_LOGITS_BYTES = 256 * 2**20
 """Logits that the torch scorer holds at once."""
 _BROADCAST_BUCKET_BYTES = 64 * 2**20
+_PREFILLED_TOKENS = 8192
+"""Of one step of a vLLM generator."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,11 @@ def processes(config: Config, sizes: Mapping[str, ModelSize], step: Step, max_co
         learner(config, student, sizes, step),
         generator("generate", config.rollout, config.rollout.dtype, student, step, max_context_tokens),
     ]
+    rollouts = _rollouts_per_call(config, step)
+    mapped = Counter(scorer.path for role, scorer in config.scorers.items() if _is_mapped(scorer, sizes[role]))
     for role, scorer in config.scorers.items():
-        found.append(scorer_process(role, scorer, sizes[role], step, max_context_tokens))
+        sharing = mapped.get(scorer.path, 1) if _is_mapped(scorer, sizes[role]) else 1
+        found.append(scorer_process(role, scorer, sizes[role], step, max_context_tokens, rollouts, sharing))
     if config.buffer.uses_teacher_rollouts:
         rollout, teacher = config.rollout, sizes["teacher"]
         found.append(generator("teacher_generate", rollout, config.teacher.dtype, teacher, step, max_context_tokens))
@@ -174,7 +181,9 @@ def generator(
 ) -> Process:
     """One engine: weights b·P/TP, the key-value cache, and the logits of the responses it runs. On a GPU vLLM takes
     ``gpu_memory_utilization`` of the card, and what the rest leaves of that is cache: here the cache that one response
-    of full length needs."""
+    of full length needs. On a CPU vLLM holds the weights as they are, repacked for its kernels, and once more while a
+    broadcast comes in, and passes the most tokens of a step through the model while it starts: together 3.0 GB of a
+    process with SmolLM2-135M, as measured."""
     number = rollout.num_generators if room == "generate" else rollout.teacher_generators
     width, tensor_parallel = DTYPE_BYTES[dtype], rollout.tensor_parallel_size
     weights = width * model.parameters / tensor_parallel
@@ -185,32 +194,68 @@ def generator(
     if gpus:
         parts = {"CUDA": float(_CUDA_BYTES), "weights": weights, "key-value cache": cache, "logits": logits}
         share = rollout.memory_share if rollout.engine == "vllm" else None
-        host = {"process": float(BASE_BYTES["vllm" if rollout.engine == "vllm" else "torch"])}
+        host = {"process": float(BASE_BYTES[rollout.engine])}
         return Process(room, number, parts, gpus * tensor_parallel, host, share)
+    parts = {"weights": weights, "key-value cache": cache, "logits": logits}
     if rollout.engine == "vllm":
         token_bytes = model.kv_bytes_per_token(width)
         cache = float(rollout.kv_cache_bytes or cache_bytes(token_bytes, max_context_tokens, rollout.max_num_seqs))
-    base = float(BASE_BYTES["vllm" if rollout.engine == "vllm" else "torch"])
-    return Process(room, number, {"process": base, "weights": weights, "key-value cache": cache, "logits": logits})
+        parts |= {
+            "key-value cache": cache,
+            "weights repacked and coming in": 2 * weights,
+            "activations": pass_bytes(model, max(_PREFILLED_TOKENS, max_context_tokens), width),
+        }
+    return Process(room, number, {"process": float(BASE_BYTES[rollout.engine])} | parts)
 
 
-def scorer_process(role: str, scorer: ScorerConfig, model: ModelSize, step: Step, max_context_tokens: int) -> Process:
-    """One scorer: weights b·P/TP and one forward pass without a graph, n tokens of b·(2·H + max(3·I, 5·A·d)) and the
-    float32 copies of a norm, 8·H; logits 256 MiB at a time, their exponentials and the top-k's copy. vLLM's has a
-    key-value cache in the place of the pass."""
+def pass_bytes(model: ModelSize, tokens: float, width: int) -> float:
+    """The widest point of a forward pass without a graph: b·(2·H + max(3·I, 5·A·d)) a token, and a norm's float32
+    copies, 8·H."""
+    widest = max(3 * model.intermediate_size, 5 * model.num_heads * model.head_dim)
+    return tokens * (width * (2 * model.hidden_size + widest) + 8.0 * model.hidden_size)
+
+
+def _rollouts_per_call(config: Config, step: Step) -> int:
+    """The most that a scorer is given at once: those of one call to a generator, or all golden ones of a step."""
+    source = max(step.rollouts.get(source, 0) for source in ("student", "teacher"))
+    prompts = max(1, config.buffer.prompts_per_step)
+    of_call = source * min(config.rollout.prompts_per_call, prompts) / prompts
+    return math.ceil(max(1, of_call, step.rollouts.get("golden", 0)))
+
+
+def _is_mapped(scorer: ScorerConfig, model: ModelSize) -> bool:
+    """Are a frozen model's weights its files, mapped into memory as they are? All processes of a node share them."""
+    as_stored = model.stored_bytes == DTYPE_BYTES[scorer.dtype]
+    return (
+        scorer.engine == "torch" and not (scorer.gpus_per_actor or scorer.url or scorer.follows_student) and as_stored
+    )
+
+
+def scorer_process(
+    role: str,
+    scorer: ScorerConfig,
+    model: ModelSize,
+    step: Step,
+    max_context_tokens: int,
+    rollouts_per_call: int,
+    sharing: int = 1,
+) -> Process:
+    """One scorer: weights b·P/TP, its share of them where ``sharing`` rooms map the same files; and one forward pass
+    without a graph, of n tokens (:func:`pass_bytes`). The float32 logits of their response tokens come 256 MiB at a
+    time, with their exponentials and the top-k's copy. vLLM's has a key-value cache in the place of the pass."""
     if scorer.url:  # it has an HTTP client and what the rollouts and their scores take
         return Process(role, scorer.num_actors, {"process": float(BASE_BYTES["record"])})
     width = DTYPE_BYTES[scorer.dtype]
-    parts = {"weights": width * model.parameters / scorer.tensor_parallel_size}
-    tokens = max(min(scorer.max_batch_tokens, step.tokens), step.sequence_tokens)
+    parts = {"weights": width * model.parameters / scorer.tensor_parallel_size / sharing}
+    tokens = max(min(scorer.max_batch_tokens, rollouts_per_call * step.sequence_tokens), step.sequence_tokens)
     if scorer.follows_student:  # it takes a broadcast in as a whole, and keeps averages in float32
         parts["the student's weights"] = float(width * model.parameters)
         if scorer.update == "average" and width == 2:
             parts["averages"] = 4.0 * model.parameters
     if scorer.engine == "torch":
-        widest = max(3 * model.intermediate_size, 5 * model.num_heads * model.head_dim)
-        parts["activations"] = tokens * (width * (2 * model.hidden_size + widest) + 8.0 * model.hidden_size)
-        parts["logits"] = 3.0 * min(4.0 * tokens * model.vocab_size, _SCORED_LOGITS_BYTES)
+        answered = tokens * step.response_tokens / step.sequence_tokens
+        parts["activations"] = pass_bytes(model, tokens, width)
+        parts["logits"] = 3.0 * min(4.0 * answered * model.vocab_size, _SCORED_LOGITS_BYTES)
     elif not scorer.gpus_per_actor:
         token_bytes = model.kv_bytes_per_token(width)
         cache = scorer.kv_cache_bytes or cache_bytes(token_bytes, max_context_tokens + 1, scorer.max_num_seqs)
