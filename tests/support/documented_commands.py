@@ -64,8 +64,11 @@ def commands(text: str) -> list[str]:
 
 
 def _in_yaml(block: str) -> Iterator[str]:
+    whole = OmegaConf.merge(OWN, OmegaConf.create(yaml.safe_load(block)))
+    if OmegaConf.select(whole, "evaluation.sets"):  # which have files of their own
+        del whole.data.evaluation
     try:
-        configs.from_dict(OmegaConf.to_container(OmegaConf.merge(OWN, OmegaConf.create(yaml.safe_load(block)))))
+        configs.from_dict(OmegaConf.to_container(whole))
     except (InputError, yaml.YAMLError) as error:
         yield str(error)
 
@@ -90,6 +93,7 @@ def _in_verb(words: list[str]) -> Iterator[str]:
     verb = cli.commands.get(words[0])
     if verb is None:
         yield f"no verb {words[0]}; there are {', '.join(cli.commands)}"
+    if verb is None or len(words) == 1:  # a sentence that speaks of it
         return
     try:
         given = verb.make_context(words[0], [word for word in words[1:] if word != "..."]).params

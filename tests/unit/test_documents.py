@@ -10,7 +10,7 @@ from documented_commands import ROOT, blocks, commands, problems
 
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "cluster/**/*.md", "opd_ray/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "cluster/**/*.md", "opd_ray/**/*.md")
     for path in ROOT.glob(pattern)
 )
 
