@@ -12,6 +12,12 @@ def may_share_a_device(actors: Iterable[tuple[int, float]]) -> bool:
     return len(fractions) > 1 and fractions[0] + fractions[1] < 1 + 1e-6
 
 
+def settle_dtype(section: Any, gpus: float) -> None:
+    """Puts into a section what its dtype "auto" stands for: bfloat16 where the room has GPUs, float32 on CPUs."""
+    if section.dtype == "auto":
+        object.__setattr__(section, "dtype", "bfloat16" if gpus else "float32")
+
+
 def memory_share(gpu_memory_utilization: float, gpus: float) -> float:
     """Share of a card's memory for an engine, which vLLM counts of the whole card: with a fraction of a GPU, of that
     fraction."""

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from opd_ray.config.binding import ROOMS, RUN
-from opd_ray.config.devices import may_share_a_device
+from opd_ray.config.devices import may_share_a_device, settle_dtype
 from opd_ray.config.method import STRICT
 
 
@@ -20,8 +20,9 @@ class LearnerConfig:
     """Data-parallel ranks, one actor each."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: 1 shards the optimizer, 2 gradients, 3 parameters as well; 0 with bfloat16 runs as 1."""
-    dtype: Annotated[Literal["float32", "bfloat16"], RUN] = "float32"
-    """Precision of forward and backward; the optimizer keeps float32 master weights."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], RUN] = "auto"
+    """Precision of forward and backward: auto is bfloat16 on GPUs and float32 on CPUs; the optimizer keeps float32
+    master weights."""
     steps: int = Field(150, ge=1)
     """Optimizer steps."""
     lr: float = Field(1e-6, gt=0)
@@ -56,6 +57,7 @@ class LearnerConfig:
     """Custom Ray resource of the nodes that may host ranks; by default any node."""
 
     def __post_init__(self) -> None:
+        settle_dtype(self, self.gpus_per_rank)
         if self.attention == "flash" and not (self.gpus_per_rank and self.dtype == "bfloat16"):
             raise ValueError("attention=flash needs gpus_per_rank > 0 and dtype=bfloat16; auto takes it where it can")
         if may_share_a_device([(self.num_ranks, self.gpus_per_rank)]):

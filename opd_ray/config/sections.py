@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from opd_ray.config import schedule
 from opd_ray.config.binding import NOTHING, ROOMS, RUN
 from opd_ray.config.data import EMBEDDED
-from opd_ray.config.devices import check_spans_whole_gpus, check_takes_engine_args, memory_share
+from opd_ray.config.devices import check_spans_whole_gpus, check_takes_engine_args, memory_share, settle_dtype
 from opd_ray.config.method import STRICT
 from opd_ray.config.runtime import check_size
 from opd_ray.config.schedule import Schedule
@@ -91,8 +91,9 @@ class ScorerConfig:
     with any dtype but float32."""
     engine: Annotated[Literal["torch", "vllm"], ROOMS] = "torch"
     """Inference engine: a plain transformers forward pass, or vLLM's prompt log-probs."""
-    dtype: Annotated[Literal["float32", "bfloat16"], RUN | ROOMS] = "float32"
-    """Precision of the weights, here or at the servers; log-probs are float32 in any case."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], RUN | ROOMS] = "auto"
+    """Precision of the weights, here or at the servers: auto is bfloat16 on GPUs of Ray, else float32; log-probs are
+    float32 in any case."""
     num_actors: Annotated[int, ROOMS] = Field(1, ge=1)
     """Scorer actors that the pool starts with."""
     min_actors: Annotated[int | None, ROOMS] = Field(None, ge=1)
@@ -157,6 +158,7 @@ class ScorerConfig:
     def __post_init__(self) -> None:
         check_size("actors", self.num_actors, self.min_actors, self.max_actors)
         self._check_servers()
+        settle_dtype(self, self.gpus_per_actor)
         check_spans_whole_gpus("gpus_per_actor", self.gpus_per_actor, self.tensor_parallel_size)
         check_takes_engine_args(self.engine, self.engine_args)
         if self.engine == "torch" and self.tensor_parallel_size > 1:
@@ -231,8 +233,8 @@ class RolloutConfig:
     """Sampling temperature of training rollouts."""
     top_p: Annotated[float, RUN] = Field(1.0, gt=0, le=1)
     """Nucleus of training rollouts; 1 samples from the whole distribution."""
-    dtype: Annotated[Literal["float32", "bfloat16"], ROOMS] = "float32"
-    """Precision of the generator's weights."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], ROOMS] = "auto"
+    """Precision of the generator's weights: auto is bfloat16 on GPUs and float32 on CPUs."""
     prompts_per_call: int = Field(8, ge=1)
     """Prompts handed to a generator in one call; they are scored together when all have ended."""
     max_num_seqs: Annotated[int, ROOMS] = Field(64, ge=1)
@@ -281,6 +283,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         check_size("generators", self.num_generators, self.min_generators, self.max_generators)
+        settle_dtype(self, self.gpus_per_generator)
         check_spans_whole_gpus("gpus_per_generator", self.gpus_per_generator, self.tensor_parallel_size)
         check_takes_engine_args(self.engine, self.engine_args)
         if schedule.lowest(self.max_response_tokens) < 1:

@@ -150,6 +150,13 @@ def test_weights_travel_by_nccl_only_where_no_two_members_may_share_a_gpu(
     assert config.weight_backend == backend
 
 
+def test_a_precision_that_is_left_out_is_that_of_the_rooms_device() -> None:
+    config = configs.load(None, ["learner.gpus_per_rank=1", "reference.gpus_per_actor=0.5", "rollout.dtype=float32"])
+    assert (config.learner.dtype, config.reference.dtype) == ("bfloat16", "bfloat16")
+    assert (config.teacher.dtype, config.rollout.dtype) == ("float32", "float32")
+    assert configs.from_dict(configs.to_dict(config)) == config, "what auto stood for is what is saved"
+
+
 def test_an_engine_on_a_fraction_of_a_gpu_takes_that_fraction_of_its_share() -> None:
     """vLLM's gpu_memory_utilization is of the whole card: two engines on halves took .85 of it each."""
     config = configs.load(None, ["rollout.gpus_per_generator=0.5", "teacher.gpus_per_actor=2"])
