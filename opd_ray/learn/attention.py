@@ -1,12 +1,13 @@
 """Attention of the learner, and what keeps the sequences of a packed row apart in it.
 
 transformers tells them apart by a mask of every position against every other: 512 MiB for 16 thousand tokens in
-bfloat16, 8 GiB for 64 thousand, and on CPUs three times the time of padded rows. Here each sequence is a call of its
-own, without a mask; flash attention, where it is there, does the same in one call for all of them.
+bfloat16, 8 GiB for 64 thousand, and on CPUs three times the time of padded rows. Here sequences of one length are a
+call of their own, without a mask; flash attention, where it is there, does the same in one call for all of them.
 """
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def implementation(learner: LearnerConfig, device: torch.device) -> str:
     could = device.type == "cuda" and learner.dtype == "bfloat16" and is_flash_attn_2_available()
     if learner.attention == "flash" or (learner.attention == "auto" and could):
         return _FLASH
-    AttentionInterface.register(_PACKED, _one_by_one)
+    AttentionInterface.register(_PACKED, _apart)
     return _PACKED if learner.packing else "sdpa"
 
 
@@ -59,7 +60,7 @@ def check_packing(causal_lm: Any) -> None:
         )
 
 
-def _one_by_one(
+def _apart(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -69,22 +70,26 @@ def _one_by_one(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' sdpa, one sequence of the row after another; [B, T, heads, head size] from [B, heads, T, head
-    size]. Without bounds the row is one sequence."""
+    """transformers' sdpa for the sequences of a row: [1, T, heads, head size] from [1, heads, T, head size]. Neighbours
+    of one length are a batch. Without bounds it is that of sequences as they are."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    sizes = cu_seq_lens_q.diff().tolist() if cu_seq_lens_q is not None else [query.shape[2]]
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, None, **options)
+    batches = [(length, len(list(same))) for length, same in groupby(cu_seq_lens_q.diff().tolist())]
+    sizes = [length * number for length, number in batches]
+    rows = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
     parts = []
-    for rows in zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True):
-        window = _window(rows[0], sliding_window)
-        parts.append(sdpa_attention_forward(module, *rows, window, **options)[0])
-    return torch.cat(parts, dim=1), None
+    for (length, number), row in zip(batches, rows, strict=True):
+        batch = [part[0].unflatten(1, (number, length)).transpose(0, 1) for part in row]
+        mask = _window(length, sliding_window, query.device)
+        parts.append(sdpa_attention_forward(module, *batch, mask, **options)[0].flatten(0, 1))
+    return torch.cat(parts)[None], None
 
 
-def _window(query: torch.Tensor, sliding_window: int | None) -> torch.Tensor | None:
-    """The mask of one sequence that is longer than the layer looks back."""
-    length = query.shape[2]
+def _window(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
+    """The mask of a sequence that is longer than the layer looks back."""
     if sliding_window is None or length <= sliding_window:
         return None
-    square = torch.ones(length, length, dtype=torch.bool, device=query.device)
+    square = torch.ones(length, length, dtype=torch.bool, device=device)
     return (square.tril() & square.triu(1 - sliding_window))[None, None]

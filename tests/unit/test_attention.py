@@ -25,7 +25,8 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "head_dim": 8,
 }
-LENGTHS = (9, 1, 14, 2, 5)
+LENGTHS = (9, 9, 1, 14, 2, 5, 5, 5, 9)
+"""Neighbours of one length, which are a batch, and one of it elsewhere."""
 WINDOW = 4
 
 
