@@ -15,11 +15,14 @@ from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts, limits
 from opd_ray.data.rows import question
 from opd_ray.errors import InputError, near
 from opd_ray.models.checkpoints import ModelFacts
+from opd_ray.tasks import reasoning_gym
 from opd_ray.tasks.judge import Judge
 
 
 def check_texts(config: Config, data: Dataset, judge: Judge) -> None:
     """What can be told without a tokenizer: answers, teachers, and that no prompt is a held-out problem."""
+    for prompts in filter(None, (data.prompts, *data.problems.values())):
+        _check_verifier(config, prompts)
     if data.prompts:
         _check_answers(config, data.prompts, judge)
     for problems in data.problems.values():
@@ -71,6 +74,17 @@ def check_markup(prompts: Prompts, models: Mapping[str, ModelFacts], renamed: Ma
                 f"{student.name} but {theirs!r} in {models[role].name}; give the student the tokenizer and chat "
                 "template of its teacher"
             )
+
+
+def _check_verifier(config: Config, prompts: Prompts) -> None:
+    """A library's own verifier knows its own problems, and would call every response to another one wrong."""
+    if config.data.task != reasoning_gym.SOURCE:
+        return
+    if others := [number for number, row in zip(prompts.numbers, prompts.rows, strict=True) if "entry" not in row]:
+        raise InputError(
+            f"{prompts.where} row {others[0]}: {len(others)} of {len(prompts)} rows are none of reasoning_gym's, whose "
+            "verifier data.task=reasoning_gym asks; give its sources alone, or another data.task (math, module:Class)"
+        )
 
 
 def _check_answers(config: Config, prompts: Prompts, judge: Judge) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from ray._private import state
@@ -121,6 +123,41 @@ def test_draining_generators(world, session, tmp_path):
     assert len(student) == 4 * 8 * 2
     assert all(len(set(row["weight_versions"])) == 1 for row in student), "a drained response has one version"
     assert all(row["reference_logprobs"] is None for row in student)
+
+
+def test_columns_of_others_train_without_conversion(world, session, tmp_path):
+    """Two Parquets, one with OpenR1's columns and one of conversations, are the prompts and their golden solutions."""
+    solved = [json.loads(line) for line in world.golden.read_text().splitlines()]
+    openr1 = [
+        {
+            "problem": row["prompt"],
+            "solution": "a person's",
+            "answer": row["answer"],
+            "generations": ["#", row["response"]],
+            "correctness_math_verify": [False, True],
+            "is_reasoning_complete": [True, True],
+            "source": "olympiads",
+        }
+        for row in solved[:8]
+    ]
+    said = (("prompt", "user"), ("response", "assistant"))
+    chats = [
+        {"messages": [{"role": role, "content": row[name]} for name, role in said], "answer": row["answer"]}
+        for row in solved[8:]
+    ]
+    files = []
+    for name, table in (("openr1", openr1), ("chats", chats)):
+        files.append(str(tmp_path / f"{name}.parquet"))
+        pq.write_table(pa.Table.from_pylist(table), files[-1])
+    options = [f"data.{field}=[{', '.join(files)}]" for field in ("prompts", "golden")]
+    options += ["buffer.golden_pairing=prompt", "data.golden_filter=correct"]
+    summary = run(session, world, tmp_path / "run", *options, "learner.steps=2")
+    assert (summary["prompts"]["used"], summary["golden"]["used"]) == (16, 16)
+    trained = rows(tmp_path / "run")
+    golden = {row["prompt_id"]: row["text"] for row in trained if row["source"] == "golden"}
+    ids = [f"{source}-{number}" for source in (1, 2) for number in range(1, 9)]
+    assert golden == dict(zip(ids, (row["response"] for row in solved), strict=True))
+    assert sorted(row["prompt_id"] for row in trained if row["source"] == "student") == sorted(ids)
 
 
 def test_a_resumed_run_goes_on_where_the_checkpoint_is(world, session, tmp_path):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 
 from opd_ray import config as configs
 from opd_ray.data.rows import read_golden, read_prompts
+from opd_ray.run import preflight
 from opd_ray.tasks import get_task, reasoning_gym
 from opd_ray.tasks.judge import Judge
-from tiny_checkpoints import refused
+from tiny_checkpoints import configured, make_setting, refused
 
 GCD = "reasoning_gym:gcd?size=4&seed=1"
 
@@ -91,6 +93,15 @@ def test_the_task_follows_from_the_source() -> None:
     given = {"student": {"path": "/s"}, "teacher": {"path": "/t"}, "data": {"prompts": GCD, "evaluation": GCD}}
     assert configs.from_dict(given).data.task == "reasoning_gym"
     assert configs.from_dict(given | {"data": given["data"] | {"task": "math"}}).data.task == "math"
+
+
+def test_its_verifier_is_not_asked_about_problems_of_others(tmp_path: Path) -> None:
+    """The bug: of a list with a file in it, every response to the file's problems was judged wrong."""
+    setting = make_setting(tmp_path)
+    mixed = configured(setting, data__task="reasoning_gym", data__prompts=f"[{GCD}, {setting['data.prompts']}]")
+    assert "row 5: 2 of 6 rows are none of reasoning_gym's" in refused(lambda: preflight.check_files(mixed))
+    problems = configured(setting, data__task="reasoning_gym", data__prompts=GCD)
+    assert "data.evaluation" in refused(lambda: preflight.check_files(problems))
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
