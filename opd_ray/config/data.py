@@ -10,9 +10,12 @@ from pydantic.dataclasses import dataclass
 
 from opd_ray.config.binding import NOTHING
 from opd_ray.config.method import STRICT
+from opd_ray.errors import near
 
 EMBEDDED = "embedded"
 """Value of a path that stands for the small models and data that the package makes itself."""
+COLUMNS = ("id", "prompt", "answer", "response", "teacher", "messages")
+"""Those of a row that data.columns may find under another name."""
 HELD_OUT = "held_out"
 """Name of the set that data.evaluation is, where there are no evaluation.sets."""
 
@@ -49,17 +52,15 @@ class DataConfig:
     """Asks the questions and verifies answers: math, chain, reasoning_gym or module:Class (a class of your own); by
     default reasoning_gym where prompts or problems are its, else math."""
     prompts: Sources = EMBEDDED
-    """Training prompts, one per row (prompt, answer, optional id): a JSONL or Parquet file, org/name[/config]:split
-    [@revision] of the Hugging Face Hub, reasoning_gym:NAME?size=2000&seed=1, or a list of such, with weights as
+    """Training prompts, one per row (prompt, answer, optional id): a JSONL or Parquet file; of the Hugging Face Hub
+    org/name[/config]:split[@revision]; reasoning_gym:NAME?size=2000&seed=1; or a list of such, with weights as
     {source: ..., weight: 2}."""
     golden: Sources | None = EMBEDDED
     """Prompts with a complete response each, as text or tokens, from such sources; null for none; embedded:N for
     another number of the embedded 128."""
-    columns: dict[Literal["id", "prompt", "answer", "response", "teacher", "messages"], str] = Field(
-        default_factory=dict
-    )
+    columns: dict[str, str] = Field(default_factory=dict)
     """Names of columns where they are other than ours, as {prompt: query}; problem, question, messages and OpenR1's
-    generations are known."""
+    generations are known. A task of your own gets further ones, as {tests: unit_tests}."""
     system_prompt: str | None = None
     """First turn of every conversation that has no system turn of its own."""
     prompt_template: str = "{prompt}"
@@ -84,6 +85,8 @@ class DataConfig:
             raise ValueError(f"prompt_template is {self.prompt_template!r}, without {{prompt}} for the problem")
         for name in ("prompts", "golden", "evaluation"):
             _check_sources(name, getattr(self, name))
+        if ":" not in self.task and (unread := [name for name in self.columns if name not in COLUMNS]):
+            raise ValueError(f"columns.{unread[0]} is no column that is read{near(unread[0], COLUMNS)}")
         if not self.task:
             asked = (*listed(self.prompts), *listed(self.evaluation))
             made_up = any(each.source.startswith("reasoning_gym:") for each in asked)

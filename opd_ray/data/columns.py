@@ -1,11 +1,11 @@
 """What the columns of others mean: names that are mapped or known, conversations, and generations to choose from.
 
-data.columns            {prompt: query}: the column query is our prompt
-problem, question       a prompt, where there is no column of that name
-messages                [{role, content}, ...]: the last user turn is the prompt, what is before it goes before it,
-                        and an assistant's turn at the end is the response; a prompt may have this form, too
-generations             of OpenR1: those that correctness_math_verify and is_reasoning_complete call right and
-                        complete, the shortest first
+data.columns        {prompt: query}: the column query is our prompt; {tests: unit_tests}: one more, for the task
+problem, question   a prompt, where there is no column of that name
+messages            [{role, content}, ...]: the last user turn is the prompt, what is before it goes before it, and an
+                    assistant's turn at the end is the response; a prompt may have this form, too
+generations         of OpenR1: those that correctness_math_verify and is_reasoning_complete call right and complete, the
+                    shortest first: it fits the budget most likely, and the method is about answers that do not run on
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from opd_ray.config import Sources, listed
+from opd_ray.config.data import COLUMNS
 from opd_ray.data.columns import GOLDEN_COLUMNS, PROMPT_COLUMNS, kind_of, renamed
 from opd_ray.data.files import TOKEN_COLUMNS
 from opd_ray.data.orders import Mix
@@ -65,7 +66,8 @@ def read_prompts(sources: Sources, need_answer: bool = True, columns: Mapping[st
 
     All of them are strings (numbers become strings). ``id`` defaults to the row number. Without
     ``need_answer`` a row may lack its answer, which is then "". ``columns`` is data.columns. Turns before the prompt,
-    where there are any, are in ``before``, as {role, content}. Raises InputError naming source and row.
+    where there are any, are in ``before``, as {role, content}; what ``columns`` adds is there as it is. Raises
+    InputError naming source and row.
     """
     return _checked(sources, PROMPT_COLUMNS, columns or {}, partial(_prompt, need_answer=need_answer))
 
@@ -89,6 +91,7 @@ def _checked(
     check: Callable[[str, dict[str, Any]], dict[str, Any]],
 ) -> Rows:
     rows, first_use, several = Rows(), {}, listed(sources)
+    own = [name for name in columns if name not in COLUMNS]
     for place, source in enumerate(each.source for each in several):
         before = len(rows)
         for number, raw in watched(read(source, [*wanted, *columns.values()]), f"rows of {source}"):
@@ -96,7 +99,7 @@ def _checked(
             if not isinstance(raw, dict):
                 raise InputError(f"{where}: expected an object with a 'prompt', got {kind_of(raw)}")
             raw = renamed(where, raw, columns)
-            row = check(where, raw) | {name: raw[name] for name in _OF_TASKS if name in raw}
+            row = check(where, raw) | {name: raw[name] for name in (*_OF_TASKS, *own) if name in raw}
             given = _id(where, raw, row)
             rows.has_ids = rows.has_ids and given is not None
             name = row["id"] = (f"{place + 1}-" * (len(several) > 1) + str(number)) if given is None else given

@@ -88,9 +88,17 @@ def test_usual_names_are_known(tmp_path: Path, name: str) -> None:
         assert read_prompts(source) == [{"id": "1", "prompt": "1+1=", "answer": "2"}]
 
 
-def test_a_name_that_we_do_not_have_is_refused(setting: dict[str, str]) -> None:
+def test_a_name_that_nobody_reads_is_refused(setting: dict[str, str]) -> None:
     message = refused(lambda: configured(setting, data__columns="{promt: query}"))
-    assert message.startswith("config: data.columns.promt") and "'prompt'" in message
+    assert message == "config: data: columns.promt is no column that is read; did you mean 'prompt'?"
+
+
+def test_a_task_of_ones_own_gets_further_columns(setting: dict[str, str], tmp_path: Path) -> None:
+    rows = [{"prompt": "1+1=", "answer": "2", "unit_tests": [{"in": 1}], "unused": 3}]
+    for source in (str(write_jsonl(tmp_path / "a.jsonl", rows)), parquet(tmp_path / "a.parquet", rows)):
+        config = configured(setting, data__task="module:Class", data__columns="{tests: unit_tests}")
+        [row] = read_prompts(source, columns=config.data.columns)
+        assert row == {"id": "1", "prompt": "1+1=", "answer": "2", "tests": [{"in": 1}]}
 
 
 # ---- OpenR1 ----
