@@ -225,10 +225,9 @@ def _rollouts_per_call(config: Config, step: Step) -> int:
 
 def _is_mapped(scorer: ScorerConfig, model: ModelSize) -> bool:
     """Are a frozen model's weights its files, mapped into memory as they are? All processes of a node share them."""
-    as_stored = model.stored_bytes == DTYPE_BYTES[scorer.dtype]
-    return (
-        scorer.engine == "torch" and not (scorer.gpus_per_actor or scorer.url or scorer.follows_student) and as_stored
-    )
+    elsewhere = scorer.gpus_per_actor or scorer.url or scorer.engine != "torch"
+    changed = scorer.follows_student or model.stored_bytes != DTYPE_BYTES[scorer.dtype]
+    return not (elsewhere or changed)
 
 
 def scorer_process(

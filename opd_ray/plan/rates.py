@@ -6,7 +6,7 @@ A room's rate is tokens a second of its own work: what one of its workers could 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,10 +106,17 @@ class Split:
 
 
 def propose(
-    rooms: Sequence[RoomRate], measured_s: float, *, synchronous: bool, cores: float, cpus: float, gpus: float
+    rooms: Sequence[RoomRate],
+    measured_s: float,
+    *,
+    synchronous: bool,
+    cores: float,
+    cpus: float,
+    gpus: float,
+    fits: Callable[[Mapping[str, int]], bool] = lambda workers: True,
 ) -> Split | None:
     """The split of ``cpus`` and ``gpus`` at which a step takes least, with as few workers as that takes; None where it
-    would save less than a twentieth of the measured ``measured_s``.
+    would save less than a twentieth of the measured ``measured_s``. ``fits``: is there memory for so many workers?
 
     From one worker each, whichever room takes longest gets one more, for as long as the resources last and steps become
     shorter. A room's work is taken to divide evenly between its workers, the learner's too; what a step took beyond the
@@ -121,13 +128,17 @@ def propose(
     while True:
         slowest = max(range(len(split)), key=lambda index: split[index].step_s)
         split = [replace(room, workers=room.workers + (index == slowest)) for index, room in enumerate(split)]
-        if _exceeds(split, cpus, gpus):
+        if _exceeds(split, cpus, gpus) or not fits(_numbers(split)):
             break
         if (seconds := step_s(split, synchronous=synchronous, cores=cores)) < best_s * (1 - 1e-9):
             best, best_s = split, seconds
     if now == 0 or best_s / now > 1 - _WORTH_IT:
         return None
-    return Split({room.room: room.workers for room in best}, measured_s * best_s / now)
+    return Split(_numbers(best), measured_s * best_s / now)
+
+
+def _numbers(rooms: Sequence[RoomRate]) -> dict[str, int]:
+    return {room.room: room.workers for room in rooms}
 
 
 def _exceeds(rooms: Sequence[RoomRate], cpus: float, gpus: float) -> bool:

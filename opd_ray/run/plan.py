@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import psutil
 import ray
@@ -51,7 +52,11 @@ def plan(config: Config, *, measure: bool, price: float | None) -> bool:
     if seen:
         problems = {name: len(each) for name, each in facts.data.problems.items()}
         show.rates(
-            console, seen, _cost(config, problems, seen), _better(config, seen, there), _money(ahead, there, price)
+            console,
+            seen,
+            _cost(config, problems, seen),
+            _better(config, seen, there, ahead),
+            _money(ahead, there, price),
         )
     return _verdict(console, ahead, memory, store, card_bytes)
 
@@ -68,7 +73,11 @@ def _cost(config: Config, problems: Mapping[str, int], seen: Probe) -> Cost:
     return cost(config, problems, generators, start_s=seen.start_s, step_s=seen.step_s, response_tokens=length)
 
 
-def _better(config: Config, seen: Probe, there: Sequence[Node]) -> Split | None:
+def _better(config: Config, seen: Probe, there: Sequence[Node], ahead: Outlook) -> Split | None:
+    def fits(workers: Mapping[str, int]) -> bool:
+        needed = [replace(each, number=workers.get(each.room, each.number)) for each in ahead.processes]
+        return fit.host_bytes(needed) <= sum(node.memory_bytes for node in there)
+
     return propose(
         seen.rooms,
         seen.step_s,
@@ -76,6 +85,7 @@ def _better(config: Config, seen: Probe, there: Sequence[Node]) -> Split | None:
         cores=max(sum(node.cpus for node in there), 1.0) if len(there) > 1 else float(psutil.cpu_count() or 1),
         cpus=sum(node.cpus for node in there),
         gpus=sum(node.gpus for node in there),
+        fits=fits,
     )
 
 

@@ -86,6 +86,12 @@ def test_no_more_workers_than_the_step_gets_shorter_by() -> None:
     assert propose(rooms, 4.0, gpus=150, **PLENTY).workers == {"generate": 2, "learn": 1}
 
 
+def test_a_split_that_memory_does_not_hold_is_not_proposed() -> None:
+    rooms = on_gpus(generate=6.0, learn=1.0)
+    split = propose(rooms, 6.0, gpus=9, fits=lambda workers: workers["generate"] < 4, **PLENTY)
+    assert split.workers == {"generate": 3, "learn": 1}
+
+
 def test_a_split_that_is_balanced_is_left_alone() -> None:
     assert propose(on_gpus(generate=1.0, learn=1.0), 1.0, gpus=2, **PLENTY) is None
     on_cpus = [RoomRate(room, 1, 1.0, 1.0, cpus=0.5, gpus=0.0) for room in ("generate", "learn")]
