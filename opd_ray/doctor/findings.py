@@ -58,7 +58,7 @@ def drivers(reports: Mapping[str, NodeReport]) -> Finding:
         text = f"torch {builds[cpu[0]]} on {cpu[0]}, which has GPUs"
         return Finding("driver", text, "install opd_ray[gpu,deepspeed] there, without the CPU build of torch")
     cards = ", ".join(f"{len(reports[name].cards)} x {reports[name].cards[0].name} on {name}" for name in found)
-    return Finding("driver", f"{driver}, {cards}")
+    return Finding("driver", f"{driver}, torch {', '.join(sorted(set(builds.values())))}, {cards}")
 
 
 def packages(reports: Mapping[str, NodeReport], driver: str, here: NodeReport) -> Finding:

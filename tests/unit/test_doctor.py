@@ -26,7 +26,9 @@ def test_a_line_is_ok_or_says_what_to_do() -> None:
 
 
 def test_drivers_are_there_new_enough_and_the_same() -> None:
-    assert findings.drivers({"a": PLAIN, "b": replace(PLAIN, cards=())}).text == "580.65.06, 1 x H200 on a"
+    assert findings.drivers({"a": PLAIN, "b": replace(PLAIN, cards=())}).text == (
+        "580.65.06, torch 2.13.0+cu130, 1 x H200 on a"
+    )
     assert findings.drivers({"a": replace(PLAIN, cards=())}).ok
     old = replace(PLAIN, cards=(replace(CARD, driver="570.1"),))
     assert "570.1 on b" in str(findings.drivers({"a": PLAIN, "b": old}))
