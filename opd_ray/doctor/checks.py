@@ -15,7 +15,7 @@ import psutil
 import ray
 from ray.actor import ActorHandle
 
-from opd_ray.config import Config
+from opd_ray.config import Config, RolloutConfig, ScorerConfig
 from opd_ray.doctor import findings
 from opd_ray.doctor.findings import Finding
 from opd_ray.doctor.inspector import EngineHolder, Inspector, NodeReport, Talker, report
@@ -157,26 +157,26 @@ class Doctor:
 
     def _engine(self) -> list[Finding]:
         rollout = self._config.rollout
-        differences = self._on_holders("generated", rollout.gpus_per_generator, lambda gpus: dataclasses.replace(
-            rollout, tensor_parallel_size=1, max_num_seqs=4, gpus_per_generator=gpus, kv_cache_bytes=None
-        ))  # fmt: skip
+        small = partial(dataclasses.replace, rollout, tensor_parallel_size=1, max_num_seqs=4, kv_cache_bytes=None)
+        gpus = min(1.0, rollout.gpus_per_generator)
+        differences = self._on_holders("generated", gpus, small(gpus_per_generator=gpus))
         return [findings.engine(differences, rollout.engine, rollout.dtype)]
 
     def _teacher(self) -> list[Finding]:
         teacher = self._config.teacher
         if teacher.url:
             return list(map(partial(_server, key=key_in(teacher.url_key_env)), teacher.url))
-        differences = self._on_holders("scored_twice", teacher.gpus_per_actor, lambda gpus: dataclasses.replace(
-            teacher, tensor_parallel_size=1, max_num_seqs=4, gpus_per_actor=gpus, kv_cache_bytes=None
-        ))  # fmt: skip
+        small = partial(dataclasses.replace, teacher, tensor_parallel_size=1, max_num_seqs=4, kv_cache_bytes=None)
+        gpus = min(1.0, teacher.gpus_per_actor)
+        differences = self._on_holders("scored_twice", gpus, small(gpus_per_actor=gpus))
         return [findings.teacher(differences, teacher.engine, teacher.dtype)]
 
-    def _on_holders(self, method: str, gpus: float, settings: Callable[[float], Any]) -> dict[str, float]:
+    def _on_holders(self, method: str, gpus: float, settings: RolloutConfig | ScorerConfig) -> dict[str, float]:
         """The answer of every node, from a process of its own: an engine binds the memory that it finds. Raises
         RunError with the first failure."""
         places = {name: node for name, node in self._nodes.items() if node.gpus >= gpus}
-        holders = {name: _start(EngineHolder, node, num_gpus=min(1.0, gpus)) for name, node in places.items()}
-        refs = {name: getattr(holder, method).remote(settings(min(1.0, gpus))) for name, holder in holders.items()}
+        holders = {name: _start(EngineHolder, node, num_gpus=gpus) for name, node in places.items()}
+        refs = {name: getattr(holder, method).remote(settings) for name, holder in holders.items()}
         answers = _answers(refs, _ENGINE_S - 10)
         for holder in holders.values():
             ray.kill(holder)

@@ -113,8 +113,8 @@ def disk(where: str, bytes_per_s: float, free_bytes: float | None) -> Finding:
     if free_bytes is not None:
         text += f", {gigabytes(free_bytes)} free"
         if free_bytes < _LEAST_DISK_BYTES:
-            return Finding("disk", text, "free some space there, or give another directory: a checkpoint has 12 bytes "
-                           "for every parameter")  # fmt: skip
+            mend = "free some space there, or give another directory: a checkpoint has 12 bytes for every parameter"
+            return Finding("disk", text, mend)
     if bytes_per_s < _LEAST_DISK_BYTES_PER_S:
         return Finding("disk", text, "give a faster directory, or save less often (checkpoint.every_steps)")
     return Finding("disk", text)
