@@ -79,7 +79,7 @@ def cards() -> list[Card]:
 def on_each(places: Sequence[Node], function: Callable[..., Any], *args: Any, deadline_s: float) -> list[Any]:
     """What ``function(*args)`` returns on each node, in their order; an exception where it failed there or gave no
     answer within ``deadline_s``, which all of them share."""
-    task = ray.remote(function).options(num_cpus=0, max_retries=0)
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
     refs = [task.options(scheduling_strategy=pinned(node)).remote(*args) for node in places]
     ready, _ = ray.wait(refs, num_returns=len(refs), timeout=deadline_s)
     done, answers = set(ready), []
