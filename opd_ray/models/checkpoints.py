@@ -208,9 +208,9 @@ def _other_eos(role: str) -> str:
 
 
 def ending_tokens(tokenizer: Any) -> list[int]:
-    """Ids that may end a text, its special tokens first."""
-    names = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items())
-    others = [id_ for id_, token in names if _is_markup(tokenizer, id_, token)]
+    """Ids that may end a text, its special tokens first; of ordinary ones, as <br> is in many vocabularies, none."""
+    added = tokenizer.added_tokens_decoder
+    others = (id_ for id_ in sorted(added) if added[id_].special or _MARKUP.fullmatch(added[id_].content))
     return list(dict.fromkeys([*tokenizer.all_special_ids, *others]))
 
 

@@ -25,7 +25,8 @@ def vllm_host() -> Iterator[EngineHost]:
 def tiny_servers(tiny_model: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServers]:
     """Two vLLM servers of the untied model, with a tokenizer that they need and models do not, and a key."""
     path = tmp_path_factory.mktemp("served") / "model"
-    make_checkpoint(path, tokens=[*CHARACTERS, *"cdefghijkl"])
-    shutil.copytree(tiny_model["untied"], path, dirs_exist_ok=True)
+    make_checkpoint(path, tokens=[*CHARACTERS, *"cdefghijkl"], eos=[1, 2])
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model["untied"] / file, path)
     with VllmServers([path, path], max_model_len=97, key="s3cret") as servers:
         yield servers

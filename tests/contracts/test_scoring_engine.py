@@ -11,8 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen3ForCausalLM
 
 from engine_host import EngineHost
+from opd_ray.config import ScorerConfig
 from opd_ray.errors import InputError, RunError
 from opd_ray.messages import ScoreRequest
+from opd_ray.models.checkpoints import inspect
+from opd_ray.run.servers import Look
 from opd_ray.score.engine import Rollout, Scores, ScoringEngine
 from opd_ray.score.remote import RemoteScoringEngine
 from opd_ray.score.replicas import Baseline
@@ -347,20 +350,40 @@ def test_a_sequence_scores_the_same_alone(engine: ScoringEngine) -> None:
 
 
 @pytest.mark.vllm
+def test_what_a_run_asks_of_servers_before_it_begins_is_answered(
+    tiny_servers: VllmServers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model, key, context, tokenizer, the tokens that end a response, log-probs, agreement."""
+    student = inspect("student.path", tiny_servers.paths[0])
+    scorer = ScorerConfig(url=tuple(tiny_servers.urls), url_key_env="SERVERS_KEY")
+    monkeypatch.setenv("SERVERS_KEY", "wrong")
+    with pytest.raises(InputError, match="answers 401 .* see the key in SERVERS_KEY"):
+        Look("teacher", scorer, student, student, [])
+    monkeypatch.setenv("SERVERS_KEY", "s3cret")
+    look = Look("teacher", scorer, student, student, [np.arange(3, 20), np.arange(5, 31)])
+    assert look.facts.eos_token_ids == (1, 2)  # of its generation_config.json, which nobody here has read
+    assert look.facts.context_tokens == MAX_CONTEXT_TOKENS
+    baseline = look.baseline([ScoreRequest(4, stop_token_ids=(1, 2))], (1, 2))
+    assert set(baseline.models.values()) == {"tiny"} and not baseline.chosen and baseline.allowed == 0.005
+    with pytest.raises(InputError, match="answers 403 .Scale-out endpoints are disabled.* student_top_k needs"):
+        look.baseline([ScoreRequest(4, given=True)], (1, 2))
+
+
+@pytest.mark.vllm
 def test_servers_that_were_swapped_are_out_and_servers_that_are_gone_end_the_wait(
     tiny_servers: VllmServers, tiny_model: dict[str, Path], expected: list[np.ndarray]
 ) -> None:
     """Two of vLLM's own servers: one gets another model behind its URL, then both are killed."""
-    engine, (swapped, other) = engine_of(tiny_servers, deadline_s=4.0), tiny_servers.urls
+    engine, (swapped, other) = engine_of(tiny_servers), tiny_servers.urls
     tiny_servers.swap(0, tiny_model["tied"])
     for rollout, full, scores in zip(rollouts(), expected, engine.score(rollouts(), ScoreRequest()), strict=True):
         np.testing.assert_allclose(scores.logprobs, own(full, rollout), atol=TOLERANCE)
     assert [(state.url, state.state) for state in engine.servers()] == [(swapped, "out"), (other, "in use")]
     assert engine.servers()[0].distance > 0.1
     tiny_servers.swap(0, tiny_model["untied"])
-    engine = engine_of(tiny_servers, deadline_s=4.0)
+    patient, engine = engine_of(tiny_servers), engine_of(tiny_servers, deadline_s=2.0)
     tiny_servers.stop(0)
-    assert len(engine.score(rollouts(), ScoreRequest())) == len(rollouts())
+    assert len(patient.score(rollouts(), ScoreRequest())) == len(rollouts())
     tiny_servers.stop(1)
     with pytest.raises(RunError, match=f"no scores in time.*{swapped}.*cannot be reached.*{other}.*cannot be reached"):
         engine.score(rollouts(), ScoreRequest())

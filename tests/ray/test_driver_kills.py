@@ -19,10 +19,12 @@ from typing import Any
 
 import psutil
 import pytest
+from transformers import AutoTokenizer
 
 import fake_run
 from autoscaling_head import AutoscalingHead, autoscaling_head, fake_cluster
 from fake_run import FULL, POINTS, Driver, Drivers
+from fake_server import FakeServer, serving, table
 from killed_runs import (
     LR,
     PROMPTS_PER_STEP,
@@ -33,6 +35,8 @@ from killed_runs import (
     check_start,
     check_tensorboard,
 )
+from opd_ray.status.reasons import explain
+from opd_ray.status.state import FILE, read
 from opd_ray.tasks.chain import draw_distinct, to_row
 
 pytestmark = pytest.mark.ray
@@ -59,7 +63,7 @@ def head() -> Iterator[AutoscalingHead]:
 
 @pytest.fixture(scope="module")
 def drivers(head: AutoscalingHead, preloaded_job: dict[str, str]) -> Iterator[Drivers]:
-    with Drivers(head.environment | preloaded_job) as drivers:
+    with Drivers(head.environment | preloaded_job | {"FAKE_KEY": "s3cret"}) as drivers:
         yield drivers
 
 
@@ -274,6 +278,46 @@ def test_a_run_that_cannot_go_on_is_refused_in_one_line(
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# ---- a teacher behind servers ----
+
+
+@pytest.mark.timeout(300)
+def test_a_server_swapped_for_another_model_is_out_within_a_step_and_without_any_the_run_ends(
+    drivers, world, small_world, tmp_path
+):
+    """Two replicas over HTTP, their key in the driver's environment. One gets another model: it is put out and named.
+    When the other is gone as well, the run says what it waits for, and ends by its deadline with both URLs."""
+    tokenizer = AutoTokenizer.from_pretrained(world.student)
+    with contextlib.ExitStack() as stack:
+        one, two = (stack.enter_context(serving(FakeServer(key="s3cret"))) for _ in range(2))
+        for each in (one, two):
+            each.table = table(0, vocab_size=64)  # the model's; the tokenizer has fewer
+            each.words = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+        teacher = [f"teacher.url=[{one.url},{two.url}]", "teacher.url_key_env=FAKE_KEY", "deadlines.score_s=6"]
+        run = Run(drivers, tmp_path / "run", *small_world, *teacher, "learner.steps=100000")
+        driver = run.start()
+        driver.wait_until(lambda: len(run.metrics()) >= 3)
+        assert one.scored() and two.scored()
+
+        one.table, asked = table(1, vocab_size=64), len(one.asked)
+        driver.wait_until(lambda: run.events("server_out"))
+        [out] = run.events("server_out")
+        assert out["url"] == one.url and f"{one.url} answers as another model" in out["text"]
+        # The call under way and the one that finds out: two prompts with one response, a second opinion, the probe.
+        assert len(one.asked) - asked <= 2 * (2 + 1 + 1)
+        asked = len(one.asked)
+
+        two.fail = lambda path: (503, {"error": {"message": "shutting down"}})
+        driver.wait_until(lambda: "0 of 2 servers in use" in explain(read(run.directory / FILE)))
+        assert re.search("room teacher: teacher-scorer-0 .*shutting down", explain(read(run.directory / FILE)))
+        assert driver.wait() == 1, driver.printed()
+        assert len(one.asked) == asked
+        [line] = [line for line in driver.printed().splitlines() if line.startswith("opd-ray: ")]
+        assert re.search(f"no scores in time.*{one.url} answers as another model.*{two.url}.*503 .shutting down", line)
+    written = b"".join(contents(run.directory).values()) + driver.printed().encode()
+    assert b"s3cret" not in written and b"FAKE_KEY" in written
 
 
 # ---- the real engines and the real learner ----

@@ -42,15 +42,15 @@ class VllmServers:
     """One server for each path; they are up when the block begins."""
 
     def __init__(self, paths: Sequence[Path], *, max_model_len: int, key: str | None = None) -> None:
-        self._paths, self._max_model_len, self._key = list(map(str, paths)), max_model_len, key
+        self.paths, self._max_model_len, self._key = list(map(str, paths)), max_model_len, key
         self.urls: list[str] = []
 
     def __enter__(self) -> VllmServers:
         if importlib.util.find_spec("vllm") is None:
             pytest.skip("vLLM is not installed (the extras cpu and gpu bring it)")
-        ports = [free_port() for _ in self._paths]
+        ports = [free_port() for _ in self.paths]
         self.urls = [f"http://127.0.0.1:{port}" for port in ports]
-        orders = [[path, str(port), *self._arguments()] for path, port in zip(self._paths, ports, strict=True)]
+        orders = [[path, str(port), *self._arguments()] for path, port in zip(self.paths, ports, strict=True)]
         environment = os.environ | _SETTINGS | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
             [sys.executable, __file__, json.dumps(orders)],
@@ -58,7 +58,7 @@ class VllmServers:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        self._pids = [int(self._process.stdout.readline()) for _ in self._paths]
+        self._pids = [int(self._process.stdout.readline()) for _ in self.paths]
         until = time.monotonic() + _START_S
         for url in self.urls:
             while not _is_up(url):
