@@ -28,7 +28,7 @@ from opd_ray.rooms.node import free_port
 
 _MIB = 2**20
 _SAMPLE_S = 0.002
-_WIDTH, _VOCABULARY = 1024, 64_000
+_WIDTH, _VOCABULARY = 1024, 16_000
 
 
 class Peak:
@@ -122,7 +122,7 @@ def _measure(path: str, ranks: int, dtype: str, split: bool) -> list[dict[str, A
 
 @click.command()
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there.")
-@click.option("--layers", default=24, show_default=True, help="Layers of the model.")
+@click.option("--layers", default=28, show_default=True, help="Layers of the model.")
 @click.option("--ranks", default=2, show_default=True, help="Learner ranks.")
 def main(json_file: Path | None, layers: int, ranks: int) -> None:
     """Measures what a learner rank needs of its host's memory."""

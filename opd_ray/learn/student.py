@@ -4,6 +4,8 @@ byte on."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from opd_ray.config import LearnerConfig
 from opd_ray.learn.attention import implementation
 from opd_ray.learn.microbatch import disable_dropout
 from opd_ray.models.checkpoints import load_causal_lm
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt (malloc.h)."""
 
 
 def load_student(path: Path, learner: LearnerConfig, zero_stage: int, device: torch.device) -> torch.nn.Module:
@@ -47,8 +52,27 @@ def _split_while_loading(dtype: torch.dtype) -> Iterator[None]:
             "zero_optimization": {"stage": 3},
         }
     )
-    yield
+    with _freed_at_once():
+        yield
     del config  # transformers looks whether it is alive; other models of this process are whole
+    gc.collect()  # a tied output layer was made, too, before it was tied
+
+
+@contextlib.contextmanager
+def _freed_at_once() -> Iterator[None]:
+    """Within it glibc gives memory that is freed back to the system. Left alone it keeps the place of every parameter
+    in its heap, where the next one does not fit: 2.2 GB for a rank's half of a model of 1.5 GB."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # not glibc
+        yield
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        # As far as glibc raises both by itself in a process that allocates much.
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ import torch
 from opd_ray.buffer.plan import plan_step
 from opd_ray.config import ScorerConfig, from_dict
 from opd_ray.generate.torch import TorchGenerationEngine
+from opd_ray.learn.heads import ResponseModel
+from opd_ray.learn.student import load_student
 from opd_ray.messages import (
     Coefficients,
     GenerationRequest,
@@ -23,10 +25,12 @@ from opd_ray.messages import (
     TransferGroup,
     WeightManifest,
 )
+from opd_ray.models.inputs import lay_out
 from opd_ray.rooms.node import free_port
 from opd_ray.score.engine import Rollout
 from opd_ray.score.follower import Follower
 from opd_ray.score.torch import TorchScoringEngine
+from opd_ray.weights.manifest import dtype_name
 from scored_rollouts import scored_entries
 
 pytestmark = [
@@ -173,3 +177,24 @@ def test_vllm_on_the_device_scores_chosen_tokens_as_the_torch_engine_does(tiny_m
     for our, their in zip(ours, TorchScoringEngine(path=path, device="cuda").score(rollouts, request), strict=True):
         for name in ("logprobs", "topk_logprobs", "given_logprobs", "stop_logprobs"):
             np.testing.assert_allclose(getattr(our, name), getattr(their, name), atol=1e-2, err_msg=name)
+
+
+def states(dtype: torch.dtype, path: Path, packing: bool) -> torch.Tensor:
+    """Of three sequences, from a learner's attention on the device."""
+    settings = {"packing": packing, "dtype": dtype_name(dtype), "gpus_per_rank": 1}
+    learner = from_dict({"learner": settings}).learner
+    module = ResponseModel(load_student(path, learner, 0, torch.device("cuda")), packing=packing)
+    random, found = np.random.default_rng(0), []
+    responses = [random.integers(2, 32, size) for size in (20, 3, 9)]
+    module.consume(lambda hidden, head: found.append(hidden) or hidden.sum())
+    laid = lay_out([response[:2] for response in responses], responses, packing=packing)
+    with torch.no_grad():
+        module(*(None if each is None else each.cuda() for each in laid))
+    return found[0].float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_sequences_on_the_device_are_what_padded_ones_are(tiny_model, dtype: torch.dtype):
+    """In bfloat16 by flash attention, where flash-attn is installed."""
+    packed, padded = (states(dtype, tiny_model["untied"], packing) for packing in (True, False))
+    torch.testing.assert_close(packed, padded, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=1e-2)
