@@ -29,6 +29,8 @@ def load_student(path: Path, learner: LearnerConfig, zero_stage: int, device: to
     dtype = getattr(torch, learner.dtype)
     with _split_while_loading(dtype) if zero_stage == 3 else contextlib.nullcontext():
         model = load_causal_lm(path, dtype="auto", attn_implementation=implementation(learner, device))
+    if zero_stage == 3:
+        _restore_buffers(model)
     # Not model.to(dtype), which would also cast rotary frequencies and so blur long positions.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)
@@ -56,6 +58,23 @@ def _split_while_loading(dtype: torch.dtype) -> Iterator[None]:
         yield
     del config  # transformers looks whether it is alive; other models of this process are whole
     gc.collect()  # a tied output layer was made, too, before it was tied
+
+
+def _restore_buffers(model: Any) -> None:
+    """zero.Init makes buffers in the precision of the parameters, too, and rotary frequencies in bfloat16 blur long
+    positions. Those that are not in the checkpoint get their own precision back, and are computed anew."""
+    with torch.device("meta"):
+        skeleton = type(model)._from_config(model.config, dtype=model.config.dtype)
+    for module, plain in zip(model.modules(), skeleton.modules(), strict=True):
+        changed = [
+            name
+            for name in module._non_persistent_buffers_set
+            if module._buffers[name] is not None and module._buffers[name].dtype != plain._buffers[name].dtype
+        ]
+        for name in changed:
+            module._buffers[name] = module._buffers[name].to(plain._buffers[name].dtype)
+        if changed:
+            model._init_weights(module)
 
 
 @contextlib.contextmanager

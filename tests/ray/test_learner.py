@@ -97,6 +97,18 @@ def test_packing_and_checkpointing_change_nothing(
     assert_same_curve(learner.train(entries, range(NUM_STEPS)), expected_curve, 1e-4)
 
 
+def test_at_zero_3_a_rank_loads_its_part_alone_and_frequencies_keep_their_precision(
+    hosts: dict[int, list[Any]], tiny_model: dict[str, Path]
+) -> None:
+    """The bugs: every rank loaded the whole model first; zero.Init made rotary frequencies bfloat16, as parameters."""
+    plain = dict(AutoModelForCausalLM.from_pretrained(tiny_model["tied"]).named_buffers())
+    for kept, buffers in ray.get([host.load_split.remote(str(tiny_model["tied"])) for host in hosts[2]]):
+        assert kept == 0.5
+        assert buffers.keys() == plain.keys()
+        for name, buffer in buffers.items():
+            assert buffer.dtype == torch.float32 and torch.equal(buffer, plain[name]), name
+
+
 def test_more_ranks_than_rollouts(start: Callable[..., Ranks], entries: list[Entry], tiny_model) -> None:
     """A rank without rollouts contributes nothing, and does not stall the collectives of the others."""
     alone = start(config_with(1)).train(entries[:1], range(2))

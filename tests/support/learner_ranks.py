@@ -26,6 +26,7 @@ from opd_ray.learn.learner import Learner
 from opd_ray.learn.losses.diagnostics import finish
 from opd_ray.learn.microbatch import collate, fetch_payloads, lr_factor
 from opd_ray.learn.objective import Objective
+from opd_ray.learn.student import load_student
 from opd_ray.messages import (
     REFERENCE,
     SCORE_SCHEMA,
@@ -115,6 +116,13 @@ class Host:
         for ref in self._lost.intersection(refs):
             raise ObjectLostError(ref.hex(), None, "")
         return ray.get(refs)
+
+    def load_split(self, path: str) -> tuple[float, dict[str, torch.Tensor]]:
+        """The largest share of a parameter that this rank keeps when a bfloat16 student is loaded at ZeRO-3, and the
+        model's buffers."""
+        model = load_student(Path(path), config_with(dtype="bfloat16").learner, 3, torch.device("cpu"))
+        kept = [(part.numel() + part.ds_tensor.numel()) / part.ds_numel for part in model.parameters()]
+        return max(kept), dict(model.named_buffers())
 
     def draw(self) -> list[float]:
         """From torch's random generator."""
