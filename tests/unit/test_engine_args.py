@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from opd_ray import config as configs
 from opd_ray.errors import InputError
+from opd_ray.models import vllm as engines
 from opd_ray.models.engine_args import check_engine_args
 
 pytest.importorskip("vllm", reason="needs vLLM's source, and it is not installed")
@@ -15,7 +17,6 @@ pytest.importorskip("vllm", reason="needs vLLM's source, and it is not installed
 
 def test_what_the_installed_vllm_has_is_passed_on() -> None:
     check_engine_args("rollout.engine_args", ["enable_prefix_caching", "enforce_eager", "quantization"])
-    assert "vllm.engine.arg_utils" not in sys.modules or "torch" in sys.modules
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,21 @@ def test_an_engine_that_would_not_read_them_is_refused() -> None:
         configs.load(None, ["teacher.engine_args.enforce_eager=true"])
     config = configs.load(None, ["rollout.engine_args.enforce_eager=true"])
     assert config.rollout.engine_args == {"enforce_eager": True}
+
+
+def test_they_reach_the_engine_before_what_it_has_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+
+    class FakeEngineArgs:
+        def __init__(self, **arguments: object) -> None:
+            given.update(arguments)
+
+        def create_engine_config(self) -> None:
+            raise RuntimeError("far enough")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(EngineArgs=FakeEngineArgs, LLMEngine=None))
+    monkeypatch.setattr(engines, "_prepare_process", lambda: None)
+    with pytest.raises(RuntimeError, match="far enough"):
+        engines.build("/model", engine_args={"enforce_eager": False, "block_size": 32}, enable_prefix_caching=True)
+    assert (given["enforce_eager"], given["block_size"], given["enable_prefix_caching"]) == (False, 32, True)
+    assert given["model"] == "/model"
