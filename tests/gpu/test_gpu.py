@@ -26,6 +26,8 @@ from opd_ray.messages import (
     WeightManifest,
 )
 from opd_ray.models.inputs import lay_out
+from opd_ray.placement.nodes import cards
+from opd_ray.rooms.memory import own_memory
 from opd_ray.rooms.node import free_port
 from opd_ray.score.engine import Rollout
 from opd_ray.score.follower import Follower
@@ -198,3 +200,16 @@ def test_packed_sequences_on_the_device_are_what_padded_ones_are(tiny_model, dty
     """In bfloat16 by flash attention, where flash-attn is installed."""
     packed, padded = (states(dtype, tiny_model["untied"], packing) for packing in (True, False))
     torch.testing.assert_close(packed, padded, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=1e-2)
+
+
+def test_the_plan_knows_the_card_and_what_a_process_has_taken_of_it():
+    [card] = cards()[:1]
+    assert card.memory_bytes == pytest.approx(torch.cuda.get_device_properties(0).total_memory, rel=0.1)
+    assert int(card.driver.partition(".")[0]) >= 500
+    torch.cuda.empty_cache()
+    taken = own_memory().gpu_bytes or 0
+    block = torch.ones(2**30, dtype=torch.uint8, device="cuda")
+    assert own_memory().gpu_bytes >= max(taken, block.numel())
+    del block
+    torch.cuda.empty_cache()
+    assert own_memory().gpu_bytes >= 2**30, "the most that it ever had"
