@@ -18,14 +18,15 @@ from opd_ray.plan.flow import Step, store_bytes
 BASE_BYTES = {
     "learn": 440_000_000,
     "torch": 360_000_000,
-    "vllm": 740_000_000,
+    "vllm": 860_000_000,
     "record": 115_000_000,
     "driver": 400_000_000,
     "ray": 630_000_000,
 }
 """A process with its libraries imported and no model: a learner rank, one with transformers, one with vLLM, the
 recorder, the driver, and Ray's own on the head's node. Anonymous pages and its share of mapped files, as measured with
-CPU builds of torch 2.13 and vLLM 0.32 on Linux; libraries for CUDA take more."""
+CPU builds of torch 2.13 and vLLM 0.32 on Linux (vLLM's grows from .74 GB to .97 over 6,000 answers; the others do not);
+libraries for CUDA take more."""
 _CUDA_BYTES = 1_000_000_000
 """CUDA's context, workspaces of cuBLAS and NCCL's buffers: about this on Hopper, as PyTorch reports it; not measured
 here."""
