@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from opd_ray.models.checkpoints import save_model
 from opd_ray.progress import Report
 from opd_ray.tasks import chain
 from opd_ray.tasks.chain import Problem, Text
@@ -122,7 +123,7 @@ def save(model: Qwen3ForCausalLM, directory: Path) -> None:
         pad_token_id=PAD_ID,
     )
     transformers_logging.disable_progress_bar()  # one shard in a millisecond: its bar breaks ours
-    model.save_pretrained(directory)
+    save_model(model, directory)
     make_tokenizer().save_pretrained(directory)
 
 

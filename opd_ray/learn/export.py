@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from opd_ray.config import LoraConfig
-from opd_ray.models.checkpoints import read_weights
+from opd_ray.models.checkpoints import read_weights, save_model
 from opd_ray.weights.adapters import merged
 
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
@@ -45,7 +45,7 @@ def write_student(
         model.generation_config = GenerationConfig()
     persistent = model.state_dict().keys()
     buffers = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in persistent}
-    model.save_pretrained(directory, state_dict={**parameters, **buffers})
+    save_model(model, directory, state_dict={**parameters, **buffers})
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(_WEIGHT_FILES):
             shutil.copyfile(file, directory / file.name)

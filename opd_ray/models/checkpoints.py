@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -301,6 +302,15 @@ def load_tokenizer(path: str, **options: Any) -> Any:
     # Lengths are checked where all limits are known; a warning of one of them would stand beside that refusal.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+def save_model(model: Any, directory: Path, **options: Any) -> None:
+    """``save_pretrained``, which imports DeepSpeed where accelerate is installed; that would guess its accelerator and
+    warn of the guess."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    model.save_pretrained(directory, **options)
 
 
 def load_model(path: str, dtype: str, device: str | None) -> PreTrainedModel:
