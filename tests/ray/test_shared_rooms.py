@@ -21,7 +21,6 @@ import ray
 from ray._private import state
 
 from opd_ray import config as configs
-from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve
 from opd_ray.placement.session import Session
 from opd_ray.rooms import Rooms
@@ -59,8 +58,8 @@ PATIENCE_S = 150.0
 class OpenSession(Session):
     """Rooms that the test can look into."""
 
-    def rooms(self, config: Config, max_context_tokens: int) -> Rooms:
-        self.here = super().rooms(config, max_context_tokens)
+    def rooms(self, *run: Any) -> Rooms:
+        self.here = super().rooms(*run)
         return self.here
 
 
