@@ -81,7 +81,7 @@ def _check_address(address: str) -> None:
 
 def unlike(rooms_for: Config, config: Config) -> Iterator[tuple[str, Any, Any]]:
     """The fields, with both values, that keep a run out of the rooms that were started for another."""
-    needed = {*config.scorers, "rollout", "learner", "weights", "deadlines", "student"}
+    needed = {*config.scorers, "rollout", "learner", "weights", "deadlines", "student", "env"}
     if config.buffer.uses_teacher_rollouts:
         needed.add("teacher")
         if rooms_for.teacher.path != config.teacher.path:
