@@ -24,7 +24,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def load_student(path: Path, learner: LearnerConfig, zero_stage: int, device: torch.device) -> torch.nn.Module:
     """The model in ``path``, ready to be trained on ``device``; its ``config.dtype`` is still that of the checkpoint.
 
-    Collective under ZeRO-3, where no rank ever holds more of it than its own part and one parameter.
+    Collective under ZeRO-3, where no rank ever holds more of it than its own part, and of one parameter a few copies.
     """
     dtype = getattr(torch, learner.dtype)
     with _split_while_loading(dtype) if zero_stage == 3 else contextlib.nullcontext():
@@ -54,9 +54,11 @@ def _split_while_loading(dtype: torch.dtype) -> Iterator[None]:
             "zero_optimization": {"stage": 3},
         }
     )
-    with _freed_at_once():
-        yield
-    del config  # transformers looks whether it is alive; other models of this process are whole
+    try:
+        with _freed_at_once():
+            yield
+    finally:
+        del config  # transformers looks whether it is alive; other models of this process are whole
     gc.collect()  # a tied output layer was made, too, before it was tied
 
 
