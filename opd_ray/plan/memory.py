@@ -25,7 +25,7 @@ BASE_BYTES = {
 }
 """A process with its libraries imported and no model: a learner rank, one with transformers, one with vLLM, the
 recorder, the driver, and Ray's own on the head's node. Anonymous pages and its share of mapped files, as measured with
-CPU builds of torch 2.13 and vLLM 0.32 on Linux (a generator's was .71 GB after 40 weight updates, .91 and .97 after 150);
+CPU builds of torch 2.13 and vLLM 0.32 on Linux (a generator's was .71 GB after 40 weight updates, .94 after 150);
 libraries for CUDA take more."""
 _CUDA_BYTES = 1_000_000_000
 """CUDA's context, workspaces of cuBLAS and NCCL's buffers: about this on Hopper, as PyTorch reports it; not measured
