@@ -148,4 +148,4 @@ def _scored_by(
 
 
 def _message(num_bytes: int) -> np.ndarray:
-    return (np.arange(num_bytes, dtype=np.uint32) % _PATTERN).astype(np.uint8)
+    return np.resize(np.arange(_PATTERN, dtype=np.uint8), num_bytes)
