@@ -111,6 +111,7 @@ def find_start(config: Config, run_dir: Path, *, resume: bool, hold: bool = True
         lease.take()
         try:
             start = look()  # the driver before may have written one more, or another run its first
+            shelf.tidy(config.checkpoint.keep)  # it may have been killed before it deleted the oldest
         except InputError:
             lease.release()
             raise

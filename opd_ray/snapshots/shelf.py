@@ -118,14 +118,14 @@ class Shelf:
         names = _names(snapshot, secrets.token_hex(4))
         described = _plain(snapshot.with_parts(names))
         async with self._lock:
-            await self._do(self._tidy)
+            await self._do(self.tidy)
             try:
                 calls = [self._call(_WRITE[_kind(name)], self._storage, name, ref) for ref, name in names.items()]
                 checkpoint = await self._do(self._seal, described, await _all(calls))
-                await self._do(self._tidy, keep)
+                await self._do(self.tidy, keep)
             except Exception:
                 with contextlib.suppress(OpdError):  # what was written takes space that the next one needs
-                    await self._do(self._tidy)
+                    await self._do(self.tidy)
                 raise
         return checkpoint
 
@@ -258,8 +258,8 @@ class Shelf:
         self._storage.write(f"step-{described['step']}/{_STATE}", [document.encode()])
         return self._made(body)
 
-    def _tidy(self, keep: int | None = None) -> None:
-        """Deletes what belongs to no checkpoint, and checkpoints beyond ``keep``."""
+    def tidy(self, keep: int | None = None) -> None:
+        """Deletes what belongs to no checkpoint, and checkpoints beyond ``keep``; the lease must be held."""
         self.lease.confirm()
         steps = self._steps()
         usable = self._usable(steps)

@@ -79,7 +79,7 @@ def session(world, ray_here) -> Iterator[Session]:
         f"rollout.max_response_tokens={BUDGET}",
     ]
     rooms_for = configs.load(None, [*world.overrides(), *SMALL, *rooms])
-    session = Session(resolve(rooms_for))
+    session = Session(resolve(rooms_for), max_context_tokens=64)  # of the recipes that show solutions, too
     yield session
     session.close()
 

@@ -122,6 +122,15 @@ def test_the_newest_healthy_one_is_kept_beyond_the_number(shelf: Shelf, objects:
     assert steps_at(Storage(tmp_path)) == [5, 6]
 
 
+def test_what_a_driver_was_killed_before_it_deleted_goes_when_the_next_one_begins(
+    shelf: Shelf, tmp_path: Path, objects: Objects
+) -> None:
+    """The bug: a run that was killed between its last checkpoint and the deletion of the oldest kept one too many."""
+    write(shelf, objects, 1, 2, 3)
+    shelf.tidy(keep=2)
+    assert steps_at(Storage(tmp_path)) == [2, 3]
+
+
 def test_without_a_healthy_one_there_is_none_to_go_back_to(shelf: Shelf, objects: Objects) -> None:
     assert asyncio.run(shelf.latest()) is None
     write(shelf, objects, 1, healthy=False)

@@ -363,11 +363,14 @@ def test_a_run_directory_may_move_with_its_checkpoints_but_not_take_those_of_ano
         config = from_dict({"checkpoint": {"directory": directory}})
         train.find_start(config, tmp_path / run_dir, resume=True)[0].lease.release()
 
+    half = "step-2/learner-0-of-1.9f3c21d0.safetensors"
     start("a")
-    place = Storage(tmp_path / "a" / "checkpoints")
-    place.write("step-2/learner-0-of-1.9f3c21d0.safetensors", [b"half"])
+    Storage(tmp_path / "a" / "checkpoints").write(half, [b"half"])
     (tmp_path / "a").rename(tmp_path / "b")
     start("b")
+    place = Storage(tmp_path / "b" / "checkpoints")
+    assert half not in place.list(), "what a killed driver had begun"
+    place.write(half, [b"half"])
     with pytest.raises(InputError, match="is of another run, that of the directory around it"):
         start("c", str(tmp_path / "b" / "checkpoints"))
     start("c", str(tmp_path / "shared" / "{run}"))

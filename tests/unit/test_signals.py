@@ -13,7 +13,15 @@ import pytest
 
 from opd_ray.run.signals import run, stop_signals
 
-HANDLERS = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+def handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.fixture
+def before() -> Any:
+    """The handlers before the test, whoever set them (Ray does, in a process that it was started in)."""
+    return handlers()
 
 
 def beside_a_loop(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
@@ -54,7 +62,7 @@ def test_a_running_loop_is_no_obstacle() -> None:
 
 @pytest.mark.parametrize("way", [alone, beside_a_loop])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_the_run_to_end(way: Callable[..., Any], number: signal.Signals) -> None:
+def test_the_first_signal_asks_the_run_to_end(way: Callable[..., Any], number: signal.Signals, before: Any) -> None:
     async def saving() -> str:
         with stop_signals() as stopping:
             signalled(number)
@@ -62,10 +70,10 @@ def test_the_first_signal_asks_the_run_to_end(way: Callable[..., Any], number: s
             return "saved"
 
     assert way(saving) == "saved"
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == HANDLERS
+    assert handlers() == before
 
 
-def test_the_second_one_ends_a_run_beside_a_loop_at_once() -> None:
+def test_the_second_one_ends_a_run_beside_a_loop_at_once(before: Any) -> None:
     ended = threading.Event()
 
     async def stubborn() -> None:
@@ -85,7 +93,7 @@ def test_the_second_one_ends_a_run_beside_a_loop_at_once() -> None:
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(cell())
     assert ended.is_set()
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == HANDLERS
+    assert handlers() == before
 
 
 def test_what_listens_to_no_signal_is_cancelled_by_the_first() -> None:
