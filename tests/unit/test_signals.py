@@ -20,8 +20,11 @@ def handlers() -> list[Any]:
 
 @pytest.fixture
 def before() -> Any:
-    """The handlers before the test, whoever set them (Ray does, in a process that it was started in)."""
-    return handlers()
+    """The handlers before the test, that of SIGINT as a notebook's kernel has it: whoever starts the tests in the
+    background has it ignored, and Ray, started in the same process, has one of its own for SIGTERM."""
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield handlers()
+    signal.signal(signal.SIGINT, was)
 
 
 def beside_a_loop(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
@@ -87,7 +90,6 @@ def test_the_second_one_ends_a_run_beside_a_loop_at_once(before: Any) -> None:
                 ended.set()
 
     async def cell() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # as a notebook's kernel has it
         run(stubborn())
 
     with pytest.raises(KeyboardInterrupt):
