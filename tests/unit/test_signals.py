@@ -20,7 +20,7 @@ def handlers() -> list[Any]:
 
 @pytest.fixture
 def before() -> Any:
-    """The handlers before the test, that of SIGINT as a notebook's kernel has it: whoever starts the tests in the
+    """The handlers before the test, that of SIGINT as it is by default: whoever starts the tests in the
     background has it ignored, and Ray, started in the same process, has one of its own for SIGTERM."""
     was = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield handlers()
@@ -90,6 +90,7 @@ def test_the_second_one_ends_a_run_beside_a_loop_at_once(before: Any) -> None:
                 ended.set()
 
     async def cell() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as a notebook's kernel has it, in place of asyncio's
         run(stubborn())
 
     with pytest.raises(KeyboardInterrupt):
