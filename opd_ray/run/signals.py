@@ -47,8 +47,10 @@ def run(main: Coroutine[Any, Any, _T]) -> _T:
         return await main
 
     with _handled(lambda: here.stop()) if _on_main_thread() else contextlib.nullcontext():
-        done = start(asyncio.run, alone())
+        waited_for = threading.Event()  # a signal that comes before would interrupt nobody who could cancel the run
+        done = start(lambda: waited_for.wait() and asyncio.run(alone()))
         try:
+            waited_for.set()
             return done.result()
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
