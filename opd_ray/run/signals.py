@@ -11,6 +11,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent import futures
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from opd_ray.rooms.threads import start
 
 _T = TypeVar("_T")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LOOK_EVERY_S = 0.5
 
 
 class _Elsewhere:
@@ -51,6 +53,8 @@ def run(main: Coroutine[Any, Any, _T]) -> _T:
         done = start(lambda: waited_for.wait() and asyncio.run(alone()))
         try:
             waited_for.set()
+            while not done.done():  # a signal just before a lock is waited for without end would be noticed at its end
+                futures.wait([done], _LOOK_EVERY_S)
             return done.result()
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
