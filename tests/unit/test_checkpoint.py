@@ -231,6 +231,7 @@ def test_a_file_that_is_cut_off_or_gone_is_refused_before_anything_is_loaded(she
     shelf.check(resume=True)
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_refused_wherever_it_is(shelf: Shelf, objects: Objects, tmp_path: Path) -> None:
     write(shelf, objects, 2, 4)
     path = tmp_path / "step-4" / "state.json"

@@ -74,6 +74,7 @@ def test_a_data_set_is_read_kept_and_read_again_without_a_network(tmp_path: Path
         assert ".to_parquet('rows.parquet'), and give that file" in said and "\n" not in said
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_waited_for_until_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:

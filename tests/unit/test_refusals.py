@@ -92,6 +92,7 @@ print(type(renderer.tokenizer).__name__, renderer.prompt({"prompt": sys.argv[2]}
 """
 
 
+@pytest.mark.slow
 def test_tokens_are_the_same_without_torch(tmp_path):
     """The checks run in a process that hides torch; a run trains on what they have made there."""
     text = "What is 12 × 34? Let's see:\n\tit's 408"

@@ -84,6 +84,7 @@ print(type(preflight.check_files(configs.load(None, json.loads(sys.argv[1]))).da
 """
 
 
+@pytest.mark.slow
 def test_the_fork_that_checks_hands_it_over(here: Path) -> None:
     """The bug: a program elsewhere did not find the module again when the fork's answer came, and blamed the memory."""
     overrides = [f"{name}={value}" for name, value in (make_setting(here) | {"data.task": "own_task:Mine"}).items()]
