@@ -21,7 +21,6 @@ from opd_ray.buffer.replay import ReplayBuffer
 from opd_ray.config import Config, schedule
 from opd_ray.disk import writing
 from opd_ray.errors import GroupLost, Terminated, Unwritable, first_failure, only_said
-from opd_ray.evaluation import verdicts
 from opd_ray.evaluation.scores import Evaluation
 from opd_ray.messages import Entry, MemoryUse, RolloutMeta
 from opd_ray.pipeline import GuardOrder, Pipeline
@@ -31,10 +30,10 @@ from opd_ray.placement.session import Session
 from opd_ray.placement.supervisor import Supervisor
 from opd_ray.plan.forecast import Forecast
 from opd_ray.plan.show import short
-from opd_ray.rooms.threads import in_thread
 from opd_ray.rooms.together import together, until_whole
 from opd_ray.run.golden import GoldenRollouts
 from opd_ray.run.preflight import Preflight
+from opd_ray.run.records import Records
 from opd_ray.run.signals import stop_signals
 from opd_ray.run.status_writer import StatusWriter
 from opd_ray.run.summary import SUMMARY, Summary
@@ -42,9 +41,7 @@ from opd_ray.snapshots import Checkpoint, Shelf, Snapshot, write_files
 from opd_ray.snapshots.calls import FileCalls
 from opd_ray.snapshots.keeper import Keeper
 from opd_ray.status.state import Whereabouts
-from opd_ray.watch.events import Events
 from opd_ray.watch.guard import Guard
-from opd_ray.watch.metrics import MetricsWriter
 from opd_ray.watch.observers import (
     Metrics,
     Observer,
@@ -55,8 +52,6 @@ from opd_ray.watch.observers import (
     say_evaluation,
 )
 from opd_ray.watch.servers import ServerWatch
-from opd_ray.watch.trackers import Tracked
-from opd_ray.watch.tracking import Tracking
 from opd_ray.weights.delivery import Delivery
 
 _BUFFER_IS_OLD = "buffer_is_old"
@@ -93,7 +88,8 @@ class Driver:
         )
         self._guard_at_start = self._guard.state()
         self._where = where = Whereabouts(checkpoint_step=start.step if start else None)
-        self._events = Events(run_dir / "events.jsonl")
+        self._records = records = Records(config, run_dir, where)
+        self._say = records.say
         self._summary = Summary(start.state.get("summary") if start else None)
         self._restarts = restarts = Restarts(config.recovery, self._summary.restarts)
         self._delivery = Delivery(config, rooms, self._say)
@@ -110,13 +106,11 @@ class Driver:
             self._delivery,
             self._keeper,
             self._servers,
-            live=lambda metrics: self._writer.port.live(metrics),
+            live=lambda metrics: records.writer.port.live(metrics),
             say=self._say,
         )
-        self._tracking = Tracking(Tracked(run_dir, config), self._say)
         self._forecast = Forecast(config, facts, self._say)
         self._memory: dict[str, MemoryUse] = {}
-        self._writer: MetricsWriter | None = None
         self._after: Evaluation | None = None
         self._begun = False
         """Have the rooms been told of this run, and are the groups still those that were?"""
@@ -130,7 +124,7 @@ class Driver:
         """
         print(short(self._forecast.outlook), flush=True)
         (self._run_dir / SUMMARY).unlink(missing_ok=True)  # of an earlier start, which was stopped
-        await in_thread(self._go_back_to, self._where.checkpoint_step or 0, continued)
+        await self._records.begin(self._where.checkpoint_step or 0, continued=continued)
         patience = self._config.deadlines.train_s
         reporting = asyncio.create_task(self._status.run(), name="status")
         servers = asyncio.create_task(self._servers.run(), name="servers")
@@ -138,7 +132,10 @@ class Driver:
         try:
             with stop_signals() as stopping:
                 result = await self._to_the_end(leased, stopping)
-            self._where.enter("done")
+            if why := result[1]:
+                self._where.end("stopped", why)
+            else:
+                self._where.enter("done")
             return result
         except Terminated as error:
             self._where.end("stopped", str(error))
@@ -161,8 +158,7 @@ class Driver:
             await self._keeper.close(patience)
             leased.cancel()
             await self._status.close()
-            await in_thread(self._writer.close)
-            await in_thread(self._tracking.close)
+            await self._records.close()
 
     async def _to_the_end(
         self, leased: asyncio.Task[None], stopping: asyncio.Event
@@ -198,16 +194,16 @@ class Driver:
         snapshot = await until_whole("lost: arrays of the newest state", self._restored, tell)
         self._guard.restore(snapshot.state["guard"] if snapshot else self._guard_at_start)
         if (step := snapshot.step if snapshot else 0) < self._where.step:
-            await in_thread(self._go_back_to, step, True)
+            await self._records.go_on(step, continued=True)
         self._summary.go_back(snapshot.state.get("summary") if snapshot else None)
         pipeline = self._pipeline(snapshot)
         await pipeline.broadcast(self._where.step)
         if self._summary.evaluated_before is None:
             self._summary.begin(self._before or await self._evaluate(pipeline))
-            say_evaluation("before", self._summary.evaluated_before)
+            say_evaluation(self._say, "before", self._summary.evaluated_before)
         stopped = await self._steps(pipeline)
         self._after = await self._evaluate(pipeline)
-        say_evaluation("after", self._after)
+        say_evaluation(self._say, "after", self._after)
         self._memory = await self._rooms.memory()
         self._where.enter("exporting")
         await self._export()
@@ -224,7 +220,7 @@ class Driver:
             print(f"starting {', '.join(f'{len(room)} {room.room}' for room in new)} actors", flush=True)
         await together(self._supervisor.wait_for_minimum(limit), launch.up(self._config, self._rooms))
         if new:
-            print(f"all rooms are up after {time.monotonic() - began:.0f} s", flush=True)
+            self._say("rooms_up", f"all rooms are up after {time.monotonic() - began:.0f} s")
 
     async def _restored(self) -> Snapshot | None:
         """The newest state, which the rooms have then; None for the beginning."""
@@ -295,7 +291,7 @@ class Driver:
     async def _steps(self, pipeline: Pipeline) -> StepReport | None:
         """Runs the pipeline to its end; the report at which the guard stopped it, if so."""
         watching = [
-            Metrics(self._writer, self._rooms, self._status.metrics),
+            Metrics(self._records.writer, self._rooms, self._status.metrics),
             RolloutLog(self._rooms.recorder, self._run_dir / "rollouts", self._config.metrics),
             VerdictLog(self._run_dir),
             self._keeper,
@@ -327,7 +323,7 @@ class Driver:
         result |= {"plan": self._forecast.result(self._memory)}
         with writing(path := self._run_dir / SUMMARY):
             path.write_text(json.dumps(result, indent=2) + "\n")
-        self._tracking.summarise(result)
+        self._records.tracking.summarise(result)
         return result
 
     # ---- what goes wrong ----
@@ -359,7 +355,7 @@ class Driver:
         """Waits for a signal, saves what there is and then the state after the step under way, and ends the run."""
         await stopping.wait()
         grace = self._config.checkpoint.grace_s
-        print("a signal asks the run to end: saving after the step under way", flush=True)
+        self._say("signal", "a signal asks the run to end: saving after the step under way")
         try:
             async with asyncio.timeout(grace):
                 with only_said("the state could not be saved"):
@@ -370,29 +366,13 @@ class Driver:
 
     # ---- parts ----
 
-    def _say(self, kind: str, text: str, **fields: Any) -> None:
-        fields.setdefault("step", self._where.step)
-        self._events.say(kind, text, **{"version": self._where.version, **fields})
-
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the pipeline's own state."""
         summary = self._summary.state()
         return {"summary": summary, "healthy": self._guard.healthy(), "config": configs.to_dict(self._config)}
 
-    def _go_back_to(self, step: int, continued: bool) -> None:
-        """Metrics, rollout log and verdicts go on after ``step``; what they have of later steps does not count."""
-        if self._writer is not None:
-            self._writer.close()
-        steps = self._config.learner.steps
-        self._writer = MetricsWriter(self._run_dir, self._tracking, step, continued=continued, steps=steps)
-        for path in (self._run_dir / "rollouts").glob("step-*.parquet"):
-            if int(path.stem.removeprefix("step-")) > step:
-                path.unlink()
-        verdicts.forget(self._run_dir, step)
-
     async def _evaluate(self, pipeline: Pipeline) -> Evaluation | None:
         self._where.enter("evaluating")
         if evaluation := await pipeline.evaluate():
-            await in_thread(self._writer.write, self._where.step, evaluation.metrics())
-            await in_thread(verdicts.write, verdicts.directory(self._run_dir, self._where.step), evaluation.verdicts)
+            await self._records.evaluated(evaluation)
         return evaluation

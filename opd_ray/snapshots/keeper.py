@@ -153,12 +153,11 @@ class Keeper:
         except PayloadLost as error:
             self._say("checkpoint_lost", f"checkpoint: that of step {snapshot.step} is left out: {error}")
             return
-        self._where.checkpoint_step = snapshot.step
-        self._written = {
-            "checkpoint/step": float(snapshot.step),
-            "checkpoint/write_s": time.monotonic() - began,
-            "checkpoint/bytes": float(sum(file.num_bytes for file in checkpoint.files.values())),
-        }
+        self._where.checkpoint_step = step = snapshot.step
+        took, size = time.monotonic() - began, sum(file.num_bytes for file in checkpoint.files.values())
+        text = f"checkpoint: that of step {step} is written ({size / 1e6:,.1f} MB in {took:.1f} s)"
+        self._say("checkpoint", text, step=step, num_bytes=size, write_s=took)
+        self._written = {"checkpoint/step": float(step), "checkpoint/write_s": took, "checkpoint/bytes": float(size)}
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""What happens in a run besides its steps: one line on the console, one JSON object in events.jsonl."""
+"""What happens in a run besides its steps, from its start to its end: one JSON object in events.jsonl, and for most of
+it a line on the console."""
 
 from __future__ import annotations
 
@@ -11,18 +12,22 @@ from typing import Any
 
 
 class Events:
-    """What happens in the driver besides steps: a death, a replacement, a checkpoint, a word of the guard.
+    """What happens in the driver besides steps: its start and end, a checkpoint, a death, a word of the guard.
 
-    Each is one line on the console and one JSON object in ``path``, which earlier starts of the run began.
+    Each is one JSON object in ``path``, which earlier starts of the run began.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def say(self, kind: str, text: str, *, step: int | None = None, version: int | None = None, **fields: Any) -> None:
+    def say(self, kind: str, text: str, **fields: Any) -> None:
+        """Tells people as well: one line on the console; the rest as ``note``."""
+        print(text, flush=True)
+        self.note(kind, text, **fields)
+
+    def note(self, kind: str, text: str, *, step: int | None = None, version: int | None = None, **fields: Any) -> None:
         """``kind`` is one word to count by, ``text`` one sentence; ``fields`` are values that JSON knows, others are
         written as text and numbers that are not finite as null. A file that cannot be written costs no run."""
-        print(text, flush=True)
         event = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "kind": kind,

@@ -97,7 +97,7 @@ class Progress:
         print(self._line(report, now), flush=True)
         self._printed, self._tokens = now, 0
         if report.evaluation:
-            say_evaluation(f"step {report.step}", report.evaluation)
+            say_evaluation(self._say, f"step {report.step}", report.evaluation)
 
     def _line(self, report: StepReport, now: float) -> str:
         metrics, parts = report.metrics, [f"step {report.step:>4}/{self._steps}"]
@@ -132,14 +132,19 @@ class EvaluationProgress:
             print(f"evaluating: {done:,} of {total:,} answers, {minutes}:{seconds:02d} left", file=self._to, flush=True)
 
 
-def say_evaluation(when: str, evaluation: Evaluation | None) -> None:
-    """A line, and one more for each set that has a name."""
+def say_evaluation(say: Callable[..., None], when: str, evaluation: Evaluation | None) -> None:
+    """A line, and one more for each set that has a name; ``say`` as of Progress."""
     if evaluation is None:
         return
-    print(f"evaluation {when}: {_said(evaluation)}", flush=True)
+    _say_scores(say, f"evaluation {when}", evaluation)
     for name, scores in evaluation.sets.items():
         if name != HELD_OUT:
-            print(f"    {name}: {_said(scores)}", flush=True)
+            _say_scores(say, f"    {name}", scores, set=name)
+
+
+def _say_scores(say: Callable[..., None], what: str, scores: Scores, **fields: str) -> None:
+    known = ("accuracy_greedy", "accuracy_sampled", "accuracy_sampled_se", "truncation_rate", "mean_length")
+    say("evaluation", f"{what}: {_said(scores)}", **{name: getattr(scores, name) for name in known}, **fields)
 
 
 def _said(scores: Scores) -> str:

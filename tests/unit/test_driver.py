@@ -3,11 +3,15 @@
 import asyncio
 import errno
 import random
+import re
+import shlex
+import subprocess
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
+import exported_metrics
 from driven_run import assert_whole, cast_of, die, drive, events, in_no_hurry, on_call, slow_learner
 from fake_workers import FakeLearner
 from opd_ray.errors import ActorError, RunError, StartFailed
@@ -254,6 +258,56 @@ def test_a_status_that_cannot_be_written_at_the_end_changes_nothing_about_it(tmp
     summary, _ = drive(tmp_path, cast)
     assert summary["steps"] == 6
     assert_whole(cast, tmp_path)
+
+
+# ---- what happened ----
+
+
+def test_events_go_from_the_first_second_to_the_end_also_where_nothing_happens(tmp_path):
+    cast = cast_of(
+        evaluation={"num_problems": 4, "every_steps": 3, "num_problems_during": 2}, checkpoint={"every_steps": 4}
+    )
+    drive(tmp_path, cast)
+    said = events(tmp_path)
+    assert [(event["kind"], event["step"]) for event in said if event["kind"] != "rooms_up"] == [
+        ("start", 0),
+        ("evaluation", 0),
+        ("evaluation", 3),
+        ("checkpoint", 4),
+        ("checkpoint", 6),
+        ("evaluation", 6),
+        ("end", 6),
+    ]
+    assert said[0]["steps"] == 6 and said[0]["continued"] is False
+    assert 0 <= said[2]["accuracy_sampled"] <= 1
+    assert (said[-1]["phase"], said[-1]["text"]) == ("done", "done: 6 of 6 steps")
+    assert grepped(tmp_path) == dict.fromkeys(("guard", "broadcast", "checkpoint_failed"), 0)
+
+
+def test_the_runbook_finds_what_happened_and_the_end_says_why(tmp_path):
+    cast = cast_of(
+        lambda cast: setattr(cast, "learner", type("Learner", (FakeLearner,), {"fail_at": 5})),
+        rollout={"num_generators": 2},
+    )
+    on_call(cast, "update_weights", 4, die, role="student-generator")
+    with pytest.raises(ActorError):
+        drive(tmp_path, cast)
+    found = grepped(tmp_path)
+    assert found["broadcast"] == 1 and found["guard"] == 0
+    end = events(tmp_path)[-1]
+    assert (end["kind"], end["phase"]) == ("end", "failed") and "learner lost at step 5" in end["text"]
+
+
+def grepped(run_dir):
+    """Lines that each grep of the runbook finds, by kind; none of them complains."""
+    runbook = (exported_metrics.GRAFANA / "README.md").read_text()
+    found = {}
+    for command, kind in re.findall(r"`(grep '\"kind\": \"(\w+)\"' RUN_DIR/events.jsonl)`", runbook):
+        done = subprocess.run(shlex.split(command.replace("RUN_DIR", str(run_dir))), capture_output=True, text=True)
+        assert done.returncode in (0, 1) and not done.stderr
+        found[kind] = len(done.stdout.splitlines())
+    assert len(found) == runbook.count("grep '"), "every grep was tried"
+    return found
 
 
 # ---- anything, at any time ----
