@@ -91,6 +91,10 @@ class ServerRefused(ServerFailed):
     """It says no to the request itself, and would again."""
 
 
+class NotOffered(ServerFailed):
+    """It does not know this kind of request."""
+
+
 class KeyRefused(ServerFailed):
     """It lets nobody in with this key, or without one."""
 

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from opd_ray.config import Config, ScorerConfig
-from opd_ray.errors import InputError, KeyRefused, ServerFailed, ServerRefused, near
+from opd_ray.errors import InputError, KeyRefused, NotOffered, ServerFailed, ServerRefused, near
 from opd_ray.messages import ScoreRequest
 from opd_ray.models.checkpoints import ModelFacts, ending_tokens, field_of
-from opd_ray.score.alternatives import num_alternatives
+from opd_ray.score.alternatives import chosen_ids, num_alternatives
+from opd_ray.score.engine import Rollout
 from opd_ray.score.replicas import Baseline
 from opd_ray.score.requests import score_requests
 from opd_ray.score.server import CONNECT_S, Server, key_in
@@ -152,15 +153,15 @@ class Look:
 
     def _check_answers(self, probe: np.ndarray, requests: Sequence[ScoreRequest]) -> bool:
         """Do they give what the losses ask for? Returns whether they give log-probs of chosen tokens."""
-        problems = filter(None, (self._cannot_choose(server, probe) for server in self._servers))
+        problems = filter(None, (self._cannot_choose(server, probe, requests) for server in self._servers))
         if (problem := next(problems, None)) is None:
             return True
+        most = max(num_alternatives(request, self._facts.vocab_size) for request in requests)
         if any(request.given for request in requests):
             raise InputError(
                 f"{self._name}.url={problem}; a support of student_top_k needs vLLM servers on CUDA that were started "
-                "with --enable-scale-out, or a teacher with engine=torch"
+                f"with --enable-scale-out --max-logprobs {most}, or a teacher with engine=torch"
             )
-        most = max(num_alternatives(request, self._facts.vocab_size) for request in requests)
         for server in self._servers:
             try:
                 server.alternatives(probe, 1, most, _SCORE_S)
@@ -170,12 +171,18 @@ class Look:
                 raise self._refusal(error, "see its log") from None
         return False
 
-    def _cannot_choose(self, server: Server, probe: np.ndarray) -> str | None:
-        """Why a server gives no log-probs of chosen tokens; None where it does."""
-        try:
-            server.chosen(probe, 1, 0, probe[1:, None], _SCORE_S)
-        except ServerFailed as error:
-            return str(error)
+    def _cannot_choose(self, server: Server, probe: np.ndarray, requests: Sequence[ScoreRequest]) -> str | None:
+        """Why a server gives no log-probs of the chosen tokens that will be asked for; None where it does."""
+        vocab_size = self._facts.vocab_size
+        for request in dict.fromkeys(requests):
+            given = np.tile(np.arange(min(request.top_k, vocab_size), dtype=np.int32), (len(probe) - 1, 1))
+            ids = chosen_ids(Rollout(probe[:1], probe[1:], given), request, vocab_size)
+            try:
+                server.chosen(probe, 1, num_alternatives(request, vocab_size, chosen=True), ids, _SCORE_S)
+            except (NotOffered, ServerRefused) as error:
+                return str(error)
+            except ServerFailed as error:  # it may be able to, when it is well
+                raise self._refusal(error, "see its log") from None
         return None
 
     def _asked(self, server: Server, probe: np.ndarray) -> np.ndarray:

@@ -16,13 +16,17 @@ from typing import Any
 import httpx
 import numpy as np
 
-from opd_ray.errors import KeyRefused, ServerFailed, ServerRefused
+from opd_ray.errors import KeyRefused, NotOffered, ServerFailed, ServerRefused
 
 CONNECT_S = 10.0
 """The most that it may take to reach a server, and to get an answer that needs no model."""
 _PASSES = (401, 403, 408, 425, 429)
 """Client errors that are no verdict on the request: of the key, or of the moment."""
 _KEYS = (401, 403)
+_CHOSEN = "/inference/v1/generate"
+"""Who scores chosen tokens; vLLM has it off by default and says 403 then, others do not have it."""
+_NOT_OFFERED = (403, 404, 405, 501)
+"""What is said of it where it is not served."""
 _CLAMPED = -9999.0
 """What vLLM writes for -inf, which JSON has not."""
 _LARGEST = 1e-3
@@ -100,7 +104,7 @@ class Server:
     def chosen(
         self, tokens: Sequence[int], first: int, asked: int, ids: np.ndarray, timeout_s: float
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same, and the log-probs [T, n] of chosen ``ids`` [T, n]; what only some servers can."""
+        """The same, and the log-probs [T, n] of chosen ``ids`` [T, n]. Raises NotOffered: only some servers can."""
         tokens = [int(token) for token in tokens]
         sampling = {
             "max_tokens": 1,
@@ -111,9 +115,11 @@ class Server:
             "prompt_logprob_start": first - 1,
         }
         body = {"model": self._model, "token_ids": tokens, "sampling_params": sampling}
-        answer = self._ask("/inference/v1/generate", body, timeout_s)
+        answer = self._ask(_CHOSEN, body, timeout_s)
+        if (encoded := _at(answer, "prompt_token_id_logprobs")) is None:
+            raise NotOffered(f"{self.url}: {_CHOSEN} gives no log-probs of chosen tokens")
         try:
-            found = np.load(io.BytesIO(base64.b64decode(_at(answer, "prompt_token_id_logprobs"))), allow_pickle=False)
+            found = np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
         except (TypeError, ValueError) as error:
             raise ServerFailed(f"{self.url}: gave no log-probs of chosen tokens ({error})") from None
         if found.shape != ids.shape or np.isnan(found).any():
@@ -169,6 +175,8 @@ class Server:
             except ValueError:
                 raise ServerFailed(f"{self.url}: its answer to {path} is no JSON") from None
         said = f"{self.url}: {path} answers {response.status_code} ({_reason(response)})"
+        if path == _CHOSEN and response.status_code in _NOT_OFFERED:
+            raise NotOffered(said)
         if response.status_code in _KEYS:
             raise KeyRefused(said)
         if response.is_server_error or response.status_code in _PASSES:

@@ -97,6 +97,8 @@ class FakeServer:
             return 403, {"error": {"message": "Scale-out endpoints are disabled."}}
         tokens, sampling = body["token_ids"], body["sampling_params"]
         ids = np.array(sampling["prompt_logprob_token_ids"])
+        if (problem := self._problem(tokens, max(ids.shape[1], sampling["prompt_logprobs"] or 0))) is not None:
+            return 400, {"error": {"message": problem}}
         rows = self.logprobs(tokens)[sampling["prompt_logprob_start"] :]
         found = np.where(ids < 0, -np.inf, np.take_along_axis(rows, ids.clip(min=0), 1)).astype(np.float32)
         np.save(file := io.BytesIO(), found)

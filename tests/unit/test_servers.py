@@ -142,6 +142,61 @@ def test_servers_that_choose_are_asked_to(setting: dict[str, str], servers: dict
     for each in servers.values():
         each.chooses = True
     assert look(setting, loss__student__support="student_top_k").servers["teacher"].chosen
+    servers[TWO].max_logprobs = 3
+    message = refused(lambda: look(setting, loss__student__support="student_top_k"))
+    assert "greater than max allowed: 3); a support of student_top_k" in message and "--max-logprobs 18" in message
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (404, {"detail": "Not Found"}),
+        (403, {"error": {"message": "Scale-out endpoints are disabled."}}),
+        (400, {"error": {"message": "prompt_logprob_token_ids requires the V2 model runner"}}),
+        (200, {"choices": []}),  # of before it knew of chosen tokens
+    ],
+)
+def test_servers_that_do_not_choose_are_asked_for_alternatives(
+    setting: dict[str, str], servers: dict[str, FakeServer], answer: tuple[int, Any]
+) -> None:
+    servers[ONE].chooses = True
+    answering(*answer, "/inference")(servers)
+    assert not look(setting).servers["teacher"].chosen
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((500, b"Internal Server Error"), "answers 500 (Internal Server Error); see its log"),
+        ((401, {"error": "Unauthorized"}), "answers 401 (Unauthorized); see its log"),
+        ((200, {"prompt_token_id_logprobs": "bm8="}), "gave no log-probs of chosen tokens ("),
+    ],
+)
+def test_a_server_that_fails_at_choosing_is_refused_and_not_taken_for_one_that_cannot(
+    setting: dict[str, str], servers: dict[str, FakeServer], answer: tuple[int, Any], message: str
+) -> None:
+    """The bug: a server that was down for a moment lost the run its exact P(stop)."""
+    servers[ONE].chooses = True
+    answering(*answer, "/inference")(servers)
+    said = refused(lambda: look(setting))
+    assert said.startswith(f"teacher.url={TWO}") and message in said
+
+
+def test_chosen_tokens_are_asked_for_as_the_losses_will(
+    setting: dict[str, str], servers: dict[str, FakeServer]
+) -> None:
+    for each in servers.values():
+        each.chooses = True
+
+    def asked(**changes: str) -> set[tuple[int, int | None]]:
+        """Chosen tokens and alternatives."""
+        servers[ONE].asked.clear()
+        look(setting, **changes)
+        bodies = [body["sampling_params"] for path, body in servers[ONE].asked if path == "/inference/v1/generate"]
+        return {(np.shape(body["prompt_logprob_token_ids"])[1], body["prompt_logprobs"]) for body in bodies}
+
+    assert asked() == {(2, len(CHARACTERS))}, "their own log-prob, P(stop) and the top-k"
+    assert asked(loss__student__divergence="k1") == {(2, None)}, "for which no alternatives are needed"
 
 
 def unreachable(there: dict[str, FakeServer]) -> None:
