@@ -82,7 +82,9 @@ def probe(config: Config) -> Probe:
 
     evaluation = dataclasses.replace(config.evaluation, num_problems=0, every_steps=0)
     checkpoint = dataclasses.replace(config.checkpoint, directory=None, every_steps=0)
-    config = dataclasses.replace(config, evaluation=evaluation, checkpoint=checkpoint)
+    # Trackers keep their runs elsewhere, or upload what is left of them when the process ends.
+    metrics = dataclasses.replace(config.metrics, trackers=())
+    config = dataclasses.replace(config, evaluation=evaluation, checkpoint=checkpoint, metrics=metrics)
     # Until the slots of all steps that may be under way were filled once, rooms wait for others in another way.
     left_out = config.buffer.max_staleness + 3
     tokens, clock, session = Tokens(), _Clock(left_out), Session()

@@ -107,9 +107,11 @@ def test_a_run_of_one_step_cannot_be_measured(run: Callable[..., Any]) -> None:
         run(step_s=1.0, steps=1)
 
 
-def test_nothing_is_evaluated_and_no_checkpoint_leaves_the_probe(run: Callable[..., Any]) -> None:
-    """The adversary: checkpoints in a bucket of the real run's."""
-    config = configs.load(None, ["checkpoint.directory=s3://bucket/runs", "evaluation.num_problems=9"])
+def test_nothing_is_evaluated_and_no_checkpoint_or_curve_leaves_the_probe(run: Callable[..., Any]) -> None:
+    """The adversaries: checkpoints in a bucket of the real run's, a project that everybody looks at."""
+    trackers = "metrics.trackers=[tensorboard,wandb,mlflow]"
+    config = configs.load(None, ["checkpoint.directory=s3://bucket/runs", "evaluation.num_problems=9", trackers])
     config = run(1.0, config=config)[1]["config"]
     assert config.checkpoint.directory is None and config.checkpoint.every_steps == 0
     assert config.evaluation_sets == {} and config.evaluation.every_steps == 0
+    assert config.metrics.trackers == ()
