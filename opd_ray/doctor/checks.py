@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from opd_ray.doctor.findings import Finding
 from opd_ray.doctor.inspector import EngineHolder, Inspector, NodeReport, Talker, report
 from opd_ray.errors import RunError, ServerFailed
 from opd_ray.messages import TransferGroup
-from opd_ray.placement.nodes import Node, nodes, pinned
+from opd_ray.placement.nodes import Node, answers, nodes, pinned
 from opd_ray.rooms.threads import within
 from opd_ray.score.server import Key, Server, key_in
 from opd_ray.snapshots import Storage
@@ -78,9 +78,9 @@ class Doctor:
     def _look(self) -> list[Finding]:
         there = {f"{node.name}, node {node.id[:6]}": node for node in nodes()}
         asked = {name: _start(Inspector, node) for name, node in there.items()}
-        answers = _answers({name: actor.report.remote() for name, actor in asked.items()}, _QUICK_S / 2)
+        said = answers({name: actor.report.remote() for name, actor in asked.items()}, _QUICK_S / 2)
         found = []
-        for name, answer in answers.items():
+        for name, answer in said.items():
             if isinstance(answer, NodeReport):
                 self._nodes[name], self._inspectors[name], self._reports[name] = there[name], asked[name], answer
             else:
@@ -120,8 +120,7 @@ class Doctor:
 
     def _disk(self) -> list[Finding]:
         """Where the run directory would be, and where checkpoints would go if that is elsewhere."""
-        above = next(each for each in (self._run_dir, *self._run_dir.parents) if each.is_dir())
-        found = [_written(above)]
+        found = [_written(self._run_dir)]
         elsewhere = self._config.checkpoint.directory
         if elsewhere is not None:
             storage = Storage(self._config.checkpoint.location(self._run_dir))
@@ -133,16 +132,17 @@ class Doctor:
         config, places = self._config, list(self._nodes.items())
         gpus = config.weight_backend == "nccl"
         places = [(name, node) for name, node in places if node.gpus or not gpus]
+        if gpus and (number := sum(node.gpus for _, node in places)) < 2:
+            there = "one GPU" if number else "no GPU"
+            return [Finding("nccl broadcast", f"there is {there}: nothing to send weights between")]
         if len(places) == 1:
             places *= 2
-        if gpus and sum(node.gpus for _, node in places) < 2:
-            return [Finding("nccl broadcast", "there is one GPU: nothing to send weights between")]
         talkers = [_start(Talker, node, num_gpus=1 if gpus else 0) for _, node in places]
         name, failed, seconds = f"{config.weight_backend} broadcast", [], []
         for pairs in findings.tournament(range(len(talkers))):
             met = [(one, other, self._meet(talkers[one], talkers[other])) for one, other in pairs]
             for one, other, refs in met:
-                for answer in _answers(dict(enumerate(refs)), 2 * _MEETING_S).values():
+                for answer in answers(dict(enumerate(refs)), 2 * _MEETING_S).values():
                     if isinstance(answer, float):
                         seconds.append(answer)
                     else:
@@ -183,15 +183,15 @@ class Doctor:
         places = {name: node for name, node in self._nodes.items() if node.gpus >= gpus}
         holders = {name: _start(EngineHolder, node, num_gpus=gpus) for name, node in places.items()}
         refs = {name: getattr(holder, method).remote(settings) for name, holder in holders.items()}
-        answers = _answers(refs, _ENGINE_S - 10)
+        found = answers(refs, _ENGINE_S - 10)
         for holder in holders.values():
             ray.kill(holder)
-        for name, answer in answers.items():
+        for name, answer in found.items():
             if not isinstance(answer, float):
                 raise RunError(f"{name}: {answer}")
-        if not answers:
+        if not found:
             raise RunError(f"no node has the {gpus:g} GPUs that it asks for")
-        return answers
+        return found
 
 
 def _server(url: str, key: Key | None) -> Finding:
@@ -209,22 +209,9 @@ def _start(kind: type, node: Node, num_gpus: float = 0.0) -> ActorHandle:
     return ray.remote(kind).options(scheduling_strategy=pinned(node), **options).remote()
 
 
-def _answers(refs: Mapping[Any, Any], limit_s: float) -> dict[Any, Any]:
-    """What each ref came to: a value, or an exception."""
-    ray.wait(list(refs.values()), num_returns=len(refs), timeout=limit_s)
-    answers: dict[Any, Any] = {}
-    for name, ref in refs.items():
-        try:
-            answers[name] = ray.get(ref, timeout=0)
-        except ray.exceptions.GetTimeoutError:
-            answers[name] = TimeoutError(f"no answer within {limit_s:g} s")
-        except ray.exceptions.RayError as error:
-            answers[name] = getattr(error, "cause", None) or error
-    return answers
-
-
 def _written(directory: Path) -> Finding:
-    """Of a directory of this machine, which is left as it was."""
+    """Of a directory of this machine, or of the nearest that is there already; it is left as it was."""
+    directory = next(each for each in (directory, *directory.parents) if each.is_dir())
     with tempfile.TemporaryDirectory(prefix=_FILE, dir=directory) as inside:
         return _timed(Storage(inside), directory)
 

@@ -51,7 +51,9 @@ def drivers(reports: Mapping[str, NodeReport]) -> Finding:
     if len(set(found.values())) > 1:
         return Finding("driver", _by_value(found), "install one driver on all nodes")
     driver = next(iter(found.values()))
-    if int(driver.partition(".")[0]) < _LEAST_DRIVER and any("vllm" in reports[name].packages for name in found):
+    release = driver.partition(".")[0]  # no number where nvidia-smi does not know it
+    is_old = release.isdigit() and int(release) < _LEAST_DRIVER
+    if is_old and any("vllm" in reports[name].packages for name in found):
         return Finding("driver", f"{driver}, but vLLM's wheel needs CUDA 13", f"install {_LEAST_DRIVER} or newer")
     builds = {name: reports[name].packages.get("torch", "none") for name in found}
     if cpu := [name for name, build in builds.items() if build == "none" or build.endswith("+cpu")]:
@@ -84,8 +86,8 @@ def clocks(skews: Mapping[str, tuple[float, float]]) -> Finding:
 def limits(reports: Mapping[str, NodeReport], store_bytes: Mapping[str, float]) -> list[Finding]:
     """``store_bytes``: of each node's object store."""
     name, least = min(((name, report.open_files) for name, report in reports.items()), key=lambda item: item[1])
-    files = Finding("open files", f"{least:,} for a process")
-    if 0 <= least < _LEAST_OPEN_FILES:
+    files = Finding("open files", "no limit" if math.isinf(least) else f"{least:,} for a process")
+    if least < _LEAST_OPEN_FILES:
         files = Finding("open files", f"{least:,} for a process on {name}", "start Ray there after `ulimit -n 65535`")
     shm = Finding("shared memory", "/dev/shm holds every node's object store")
     for name, report in reports.items():

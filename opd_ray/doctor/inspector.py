@@ -30,8 +30,8 @@ class NodeReport:
     packages: dict[str, str]
     """Versions of the main ones, and of Python."""
     cards: tuple[Card, ...]
-    open_files: int
-    """That a process may have."""
+    open_files: float
+    """That a process may have; infinite without a limit."""
     shm_bytes: float
     """Size of /dev/shm, where Ray keeps its object store; infinite where there is none."""
 
@@ -40,6 +40,8 @@ def report() -> NodeReport:
     """That of the node this runs on."""
     shm = float(psutil.disk_usage("/dev/shm").total) if psutil.LINUX else float("inf")
     open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if open_files == resource.RLIM_INFINITY:
+        open_files = float("inf")
     packages = {"python": platform.python_version(), **versions()}
     return NodeReport(packages, tuple(cards()), open_files, shm)
 

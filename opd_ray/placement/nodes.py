@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import ray
+from ray import ObjectRef
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _NVIDIA_SMI_S = 20.0
+_MOST_STORE_BYTES = 200e9
+_STORE_BYTES_ON_DISK = 10e9
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Card:
 
     name: str
     memory_bytes: float
+    """Infinite where it tells none, of a chip that shares its host's."""
     driver: str
 
 
@@ -56,12 +61,12 @@ def nodes() -> list[Node]:
 
 
 def this_machine() -> Node:
-    """As a Ray of the run's own would find it: three tenths of the free memory, as far as /dev/shm has it, for the
-    object store (ray_constants.DEFAULT_OBJECT_STORE_MEMORY_PROPORTION)."""
+    """As a Ray of the run's own would find it: three tenths of the free memory for the object store, but at most
+    200 GB, and as much as /dev/shm or, on a disk, 10 GB (Ray 2.60's resolve_object_store_memory)."""
     free = psutil.virtual_memory().available
-    store = 0.3 * free
+    store = min(0.3 * free, _MOST_STORE_BYTES)
     if psutil.LINUX:
-        store = min(store, 0.95 * psutil.disk_usage("/dev/shm").free)
+        store = min(store, max(_STORE_BYTES_ON_DISK, 0.95 * psutil.disk_usage("/dev/shm").free))
     return Node("", "this machine", float(psutil.cpu_count()), float(len(cards())), free - store, store)
 
 
@@ -73,26 +78,40 @@ def cards() -> list[Card]:
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [[cell.strip() for cell in line.split(",")] for line in said.splitlines() if line.count(",") == 2]
-    return [Card(name, float(mebibytes) * 2**20, driver) for name, mebibytes, driver in rows]
+    return [Card(name, _bytes(mebibytes), driver) for name, mebibytes, driver in rows]
+
+
+def _bytes(mebibytes: str) -> float:
+    try:
+        return float(mebibytes) * 2**20
+    except ValueError:  # "[N/A]"
+        return float("inf")
 
 
 def on_each(places: Sequence[Node], function: Callable[..., Any], *args: Any, deadline_s: float) -> list[Any]:
     """What ``function(*args)`` returns on each node, in their order; an exception where it failed there or gave no
     answer within ``deadline_s``, which all of them share."""
     task = ray.remote(num_cpus=0, max_retries=0)(function)
-    refs = [task.options(scheduling_strategy=pinned(node)).remote(*args) for node in places]
-    ready, _ = ray.wait(refs, num_returns=len(refs), timeout=deadline_s)
-    done, answers = set(ready), []
-    for ref in refs:
-        if ref not in done:
+    refs = dict(enumerate(task.options(scheduling_strategy=pinned(node)).remote(*args) for node in places))
+    found = answers(refs, deadline_s)
+    for number, ref in refs.items():
+        if isinstance(found[number], TimeoutError):
             ray.cancel(ref, force=True)
-            answers.append(TimeoutError(f"no answer within {deadline_s:g} s"))
-            continue
+    return list(found.values())
+
+
+def answers(refs: Mapping[_T, ObjectRef], deadline_s: float) -> dict[_T, Any]:
+    """What each ref comes to by a deadline that all of them share: a value, or an exception."""
+    ray.wait(list(refs.values()), num_returns=len(refs), timeout=deadline_s)
+    found: dict[_T, Any] = {}
+    for name, ref in refs.items():
         try:
-            answers.append(ray.get(ref, timeout=deadline_s))
-        except (RayError, GetTimeoutError) as error:
-            answers.append(getattr(error, "cause", None) or error)
-    return answers
+            found[name] = ray.get(ref, timeout=0)
+        except GetTimeoutError:
+            found[name] = TimeoutError(f"no answer within {deadline_s:g} s")
+        except RayError as error:
+            found[name] = getattr(error, "cause", None) or error
+    return found
 
 
 def pinned(node: Node) -> NodeAffinitySchedulingStrategy:

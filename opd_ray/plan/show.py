@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -98,7 +99,7 @@ def places(
     for number, gpu in enumerate(gpus(processes), start=1):
         has = cards[number - 1] if number <= len(cards) else None
         rooms = " + ".join(each.room for each in gpu.rooms)
-        of = f" of {gigabytes(has)}" if has else ""
+        of = f" of {gigabytes(has)}" if has and math.isfinite(has) else ""
         console.print(f"GPU {number}: {rooms}, {gigabytes(gpu.bytes(has))}{of}", highlight=False, markup=False)
     console.print(
         f"memory of the nodes: {gigabytes(host_bytes(processes))} of {gigabytes(memory_bytes)}, and "

@@ -35,14 +35,21 @@ def with_room(config: Config, facts: Preflight, there: Sequence[Node]) -> tuple[
 
 def _hosts(learner: LearnerConfig, there: Sequence[Node]) -> Iterator[tuple[Node, int]]:
     """Nodes that may host ranks, and the most of them that each may be given."""
+    able: list[tuple[Node, int]] = []
     for node in there:
         if learner.node_resource and learner.node_resource not in node.resources:
             continue
-        limits = [learner.num_ranks if learner.placement != "spread" else -(-learner.num_ranks // len(there))]
+        limits = [learner.num_ranks]
         for has, each in ((node.gpus, learner.gpus_per_rank), (node.cpus, learner.cpus_per_rank)):
             limits += [int(has / each + 1e-6)] if each else []
-        if ranks := min(limits):
-            yield node, ranks
+        if min(limits):
+            able.append((node, min(limits)))
+    level = learner.num_ranks
+    if learner.placement == "spread":  # evenly over those, as far as they go
+        enough = (most for most in range(1, level) if sum(min(most, ranks) for _, ranks in able) >= level)
+        level = next(enough, level)
+    for node, ranks in able:
+        yield node, min(level, ranks)
 
 
 def _on_disk(config: Config) -> Config:

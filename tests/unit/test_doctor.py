@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import resource
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from opd_ray import config as configs
-from opd_ray.doctor import findings
+from opd_ray.doctor import findings, inspector
 from opd_ray.doctor.checks import Doctor
 from opd_ray.doctor.findings import Finding, tournament
 from opd_ray.doctor.inspector import NodeReport
-from opd_ray.placement.nodes import Card
+from opd_ray.placement import nodes
+from opd_ray.placement.nodes import Card, Node
 
 CARD = Card("H200", 150e9, "580.65.06")
 PLAIN = NodeReport({"python": "3.11.9", "torch": "2.13.0+cu130", "vllm": "0.32.0"}, (CARD,), 65_536, 64e9)
@@ -30,6 +33,7 @@ def test_drivers_are_there_new_enough_and_the_same() -> None:
         "580.65.06, torch 2.13.0+cu130, 1 x H200 on a"
     )
     assert findings.drivers({"a": replace(PLAIN, cards=())}).ok
+    assert findings.drivers({"a": replace(PLAIN, cards=(replace(CARD, driver="[N/A]"),))}).ok
     old = replace(PLAIN, cards=(replace(CARD, driver="570.1"),))
     assert "570.1 on b" in str(findings.drivers({"a": PLAIN, "b": old}))
     assert findings.drivers({"a": old}).mend == "install 580 or newer"
@@ -65,7 +69,43 @@ def test_limits_name_the_node_that_is_short() -> None:
     files, shm = findings.limits({"a": PLAIN, "b": short}, {"a": 60e9, "b": 60e9})
     assert "1,024 for a process on b" in files.text and "ulimit" in files.mend
     assert "/dev/shm of b has 64.0 MB, its object store 60.0 GB" in shm.text and "--shm-size" in shm.mend
-    assert findings.limits({"a": replace(PLAIN, open_files=-1)}, {"a": 0})[0].ok, "-1 is no limit"
+    unlimited = replace(PLAIN, open_files=float("inf"))
+    assert str(findings.limits({"a": unlimited}, {"a": 0})[0]) == "ok open files: no limit"
+    assert "1,024 for a process on b" in findings.limits({"a": unlimited, "b": short}, {"a": 0, "b": 0})[0].text
+
+
+def test_a_process_without_a_limit_has_more_files_than_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug: RLIM_INFINITY is -1, the least of all nodes, so that another node's limit was not seen."""
+    limits = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    assert inspector.report().open_files == float("inf")
+
+
+def test_a_card_of_which_nvidia_smi_knows_little_is_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug: "[N/A]" for the memory that a chip shares with its host ended `plan` and the doctor's first check."""
+    said = "NVIDIA H200, 143771, 580.65.06\nNVIDIA GB10, [N/A], [N/A]\n"
+    monkeypatch.setattr(nodes.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=said))
+    assert nodes.cards() == [
+        Card("NVIDIA H200", 143771 * 2**20, "580.65.06"),
+        Card("NVIDIA GB10", float("inf"), "[N/A]"),
+    ]
+
+
+@pytest.mark.parametrize(("gpus", "said"), [([], "there is no GPU"), ([1.0], "there is one GPU"), ([0.0, 1.0], "one")])
+def test_without_two_gpus_there_is_nothing_to_send_between(tmp_path: Path, gpus: list[float], said: str) -> None:
+    overrides = ["weights.backend=nccl", "learner.gpus_per_rank=1", "rollout.gpus_per_generator=1"]
+    doctor = Doctor(configs.load(None, overrides), tmp_path)
+    doctor._nodes = {str(number): Node("", "", 1.0, each, 0.0, 0.0) for number, each in enumerate(gpus)}
+    [finding] = doctor._broadcast()
+    assert finding.ok and said in finding.text
+
+
+def test_a_directory_that_is_still_to_be_made_is_where_its_parent_is(tmp_path: Path) -> None:
+    """The bug: the disk's check failed for a checkpoint.directory that the run would make."""
+    config = configs.load(None, [f"checkpoint.directory={tmp_path}/not/yet"])
+    found = Doctor(config, tmp_path / "runs" / "first")._disk()
+    assert all(each.ok and f"to {tmp_path}," in each.text for each in found) and len(found) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rates_and_space_have_a_floor() -> None:

@@ -61,6 +61,9 @@ def learners(*overrides: str) -> Config:
         ([], [(190, 4), (100, 4)], False),  # all four may be on either
         ([], [(100, 2), (100, 2)], True),  # two on each
         (["learner.placement=spread"], [(100, 4), (100, 4)], True),
+        (["learner.placement=spread"], [(100, 4), (1, 0)], False),  # all four on the only one that may host any
+        (["learner.placement=spread"], [(145, 4), (60, 1)], True),  # one on the small one, three on the other
+        (["learner.placement=spread"], [(130, 4), (60, 1)], False),
         (["checkpoint.memory_every_steps=0"], [(1, 4)], False),
         ([], [], True),  # an autoscaler has started none yet
     ],
