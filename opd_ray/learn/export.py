@@ -11,14 +11,32 @@ from typing import Any
 import torch
 
 from opd_ray.config import LoraConfig
+from opd_ray.learn.adapters import write_adapter
 from opd_ray.models.checkpoints import read_weights, save_model
 from opd_ray.weights.adapters import merged
 
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
-
 ADAPTER = "adapter"
 """Directory beside a student's files that holds what was trained of it, where that is adapters."""
+
+
+def write_trained(
+    directory: Path,
+    model: Any,
+    trained: Mapping[str, torch.Tensor],
+    source: Path,
+    stop_token_ids: Sequence[int],
+    *,
+    base: str,
+    lora: LoraConfig | None,
+) -> None:
+    """Writes what a learner has trained, by name, of the student in ``source``: all its weights, or with ``lora`` the
+    adapters of the checkpoint ``base``, which go into "adapter/" alone and merged with it into ``directory``."""
+    if lora:
+        write_adapter(directory / ADAPTER, trained, base, lora)
+        trained = with_adapters(trained, lora, source, model.config.dtype)
+    write_student(directory, model, trained, source, stop_token_ids)
 
 
 def with_adapters(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from opd_ray.config import LoraConfig
 from opd_ray.errors import InputError, near
+from opd_ray.models.size import headers
 
 _IN_A_BLOCK = re.compile(r"(.+\.\d+\..+)\.weight")
 """A layer's weight, as "model.layers.0.self_attn.q_proj.weight": embedding and output layer have no number."""
@@ -37,14 +38,8 @@ def adapted_layers(where: str, directory: Path, lora: LoraConfig) -> list[str]:
 
 
 def _linear_layers(where: str, directory: Path) -> list[str]:
-    from safetensors import safe_open
-
-    layers = []
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if (match := _IN_A_BLOCK.fullmatch(name)) and len(tensors.get_slice(name).get_shape()) == 2:
-                    layers.append(match[1])
+    found = ((_IN_A_BLOCK.fullmatch(name), len(shape)) for name, shape, _ in headers(directory))
+    layers = [match[1] for match, dimensions in found if match and dimensions == 2]
     if not layers:
         raise InputError(
             f"{where}: student.lora finds no linear layers of a transformer's blocks in its *.safetensors files; give "

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from opd_ray.config import STUDENT, Config, ScorerConfig
 from opd_ray.errors import InputError
-from opd_ray.models.size import ModelSize, size_of
+from opd_ray.models.size import ModelSize, size_of, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,7 +134,7 @@ def read_weights(path: str) -> Iterator[tuple[str, Any]]:
     """Every tensor in the safetensors files of a checkpoint, one after another, by its name there."""
     from safetensors import safe_open
 
-    for file in sorted(local_directory(path).glob("*.safetensors")):
+    for file in weight_files(local_directory(path)):
         with safe_open(file, framework="pt") as tensors:
             yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
 
@@ -256,7 +256,7 @@ def _check_directory(name: str, directory: Path, weights: bool) -> None:
 
 
 def _check_weights(name: str, directory: Path) -> None:
-    if not [*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]:
+    if not [*weight_files(directory), *directory.glob("pytorch_model*.bin")]:
         raise InputError(f"{name}: has no weights (*.safetensors or pytorch_model*.bin); is the download complete?")
     for index in directory.glob("*.index.json"):
         try:
@@ -268,7 +268,7 @@ def _check_weights(name: str, directory: Path) -> None:
                 raise InputError(f"{name}: {index.name} names {shard}, which is not there; is the download complete?")
     from safetensors import SafetensorError, safe_open
 
-    for file in directory.glob("*.safetensors"):
+    for file in weight_files(directory):
         try:
             with safe_open(file, framework="numpy"):
                 pass  # its header tells a truncated file from a whole one

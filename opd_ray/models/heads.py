@@ -11,6 +11,7 @@ import torch
 from opd_ray.config import STUDENT, Config, ScorerConfig
 from opd_ray.errors import InputError
 from opd_ray.models.checkpoints import local_directory
+from opd_ray.models.size import weight_files
 
 _PROBE_TOKENS = 4
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
@@ -137,7 +138,7 @@ def _read_tensor(directory: Path, name: str, prefix: str) -> torch.Tensor:
     """One tensor of a safetensors checkpoint, under its own name or without the base model's prefix."""
     from safetensors import safe_open
 
-    files = sorted(directory.glob("*.safetensors"))
+    files = weight_files(directory)
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             present = set(tensors.keys())

@@ -131,7 +131,7 @@ def _counted(path: str | Path, tied: bool) -> tuple[int, int]:
     directory = _on_this_node(str(path))
     if directory is None:
         return 0, 0
-    tensors = {name: (prod(shape), precision) for name, shape, precision in _headers(directory)}
+    tensors = {name: (prod(shape), precision) for name, shape, precision in headers(directory)}
     if tied and len(tensors) > 1:
         tensors.pop("lm_head.weight", None)  # saved beside the embedding that it is
     precisions = {precision for _, precision in tensors.values()}
@@ -139,11 +139,16 @@ def _counted(path: str | Path, tied: bool) -> tuple[int, int]:
     return sum(number for number, _ in tensors.values()), stored
 
 
-def _headers(directory: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and precision of every tensor."""
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint."""
+    return sorted(directory.glob("*.safetensors"))
+
+
+def headers(directory: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and precision of every tensor in them."""
     from safetensors import safe_open
 
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in weight_files(directory):
         with safe_open(file, framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (no mapping, whatever it looks like)
                 header = tensors.get_slice(name)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from opd_ray.config import Config, LearnerConfig, RolloutConfig, ScorerConfig
 from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
 from opd_ray.plan.flow import Step, store_bytes
+from opd_ray.weights import BUCKET_BYTES
 
 BASE_BYTES = {
     "learn": 440_000_000,
@@ -36,7 +37,6 @@ _LIVE_PARAMETERS = 1_000_000_000
 """stage3_max_live_parameters of DeepSpeed: as many stay gathered under ZeRO-3."""
 _SCORED_LOGITS_BYTES = 256 * 2**20
 """Logits that the torch scorer holds at once."""
-_BROADCAST_BUCKET_BYTES = 64 * 2**20
 _PREFILLED_TOKENS = 8192
 """Of one step of a vLLM generator."""
 
@@ -106,7 +106,7 @@ def learner(config: Config, student: ModelSize, sizes: Mapping[str, ModelSize], 
         stays = {"weights": weights, "gradients": gradients, "optimizer": 12.0 * share}
     bucket = float(min(trained, _BUCKET_PARAMETERS) * width)
     buckets = (2 * bucket if stage else bucket) if ranks > 1 or stage else 0.0
-    stays["buckets"] = max(buckets, float(_BROADCAST_BUCKET_BYTES if trained * width > 2**26 else 0))
+    stays["buckets"] = max(buckets, float(BUCKET_BYTES if trained * width > 2**26 else 0))
     if heads := _frozen_heads(config, sizes):
         stays["scorers' output layers"] = heads
     passing = {

@@ -62,8 +62,7 @@ def export(run_dir: Path, step: int | None, output: Path | None = None) -> Path:
 
     import torch  # behind every refusal that needs none
 
-    from opd_ray.learn.adapters import write_adapter
-    from opd_ray.learn.export import ADAPTER, with_adapters, write_student
+    from opd_ray.learn.export import write_trained
     from opd_ray.models.checkpoints import load_causal_lm, local_directory
     from opd_ray.weights.adapters import adapter_names
 
@@ -86,10 +85,8 @@ def export(run_dir: Path, step: int | None, output: Path | None = None) -> Path:
             f"{missing[0]}"
         )
     output.mkdir(parents=True)
-    if lora:
-        write_adapter(output / ADAPTER, parameters, config.student.path, lora)
-        parameters = with_adapters(parameters, lora, source, model.dtype)
-    write_student(output, model, parameters, source, preflight.stop_token_ids(config, models))
+    stops = preflight.stop_token_ids(config, models)
+    write_trained(output, model, parameters, source, stops, base=config.student.path, lora=lora)
     write_card(output, run_dir, checkpoint.step)
     return output
 

@@ -254,6 +254,19 @@ def test_a_scorer_has_no_more_than_one_call_before_it() -> None:
     assert scorers_of("teacher.max_batch_tokens=32")["teacher"]["activations"] == 32 * (4 * (16 + 48) + 64)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_a_teacher_behind_a_url_takes_no_memory_for_its_model(dtype: str) -> None:
+    config = made("teacher.url=http://one:8000", f"teacher.dtype={dtype}", "teacher.num_actors=3")
+    step = flow.Step({"student": 32, "golden": 4}, 6, 2)
+    [client] = (
+        each
+        for each in memory.processes(config, sizes_for(config, other=QWEN25_7B), step, 256)
+        if each.room == "teacher"
+    )
+    assert client.parts.keys() == {"process"} and client.host_bytes < 0.2 * GB and client.number == 3
+    assert "scorers' output layers" not in memory.learner(config, TINY, sizes_for(config), step).parts
+
+
 def test_a_generator_on_a_cpu_holds_its_weights_three_times() -> None:
     parts = scorers_of("rollout.kv_cache_bytes=5000")["generate"]
     assert (parts["weights"], parts["weights repacked and coming in"], parts["key-value cache"]) == (4000, 8000, 5000)
