@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import netrc
 import os
 import time
 import uuid
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from opd_ray import config as configs
 from opd_ray.config import Config
@@ -184,8 +186,26 @@ def check_trackers(config: Config) -> None:
         if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
             raise InputError(f"{asked} MLFLOW_TRACKING_URI is not set; set it to your server, as http://HOST:5000")
         online = os.environ.get("WANDB_MODE", "online") == "online"
-        if name == "wandb" and online and not os.environ.get("WANDB_API_KEY"):
-            raise InputError(f"{asked} WANDB_API_KEY is not set; set it, or WANDB_MODE=offline to keep the run here")
+        if name == "wandb" and online and not (os.environ.get("WANDB_API_KEY") or _is_logged_in()):
+            raise InputError(
+                f"{asked} WANDB_API_KEY is not set; set it, or log in (wandb login), or set WANDB_MODE=offline to keep "
+                "the run here"
+            )
+
+
+def _is_logged_in() -> bool:
+    """Has `wandb login` left a key of the server in a netrc file? Where W&B looks for one."""
+    named, home = os.environ.get("NETRC"), Path.home()
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    for file in [Path(named).expanduser()] if named else [home / ".netrc", home / "_netrc"]:
+        try:
+            _, _, key = netrc.netrc(file).authenticators(server) or ("", "", "")
+            return bool(key)
+        except FileNotFoundError:
+            continue
+        except (OSError, netrc.NetrcParseError):  # W&B passes over it, too
+            return False
+    return False
 
 
 def _code(text: str) -> str:

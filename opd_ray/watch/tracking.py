@@ -63,14 +63,14 @@ class _Lane:
     def __init__(self, name: str, make: Callable[[], Tracker], say: Callable[..., None]) -> None:
         self._name, self._say = name, say
         self._todo: deque[tuple[Callable[[Tracker], None], threading.Event]] = deque()
-        self._changed, self._lost = threading.Condition(), False
+        self._changed, self._over = threading.Condition(), False
         start(self._work, make)
 
     def put(self, call: Callable[[Tracker], None]) -> threading.Event:
         """The event is set when the call is done, or will not be any more."""
         done = threading.Event()
         with self._changed:
-            if self._lost:
+            if self._over:
                 done.set()
                 return done
             self._todo.append((call, done))
@@ -83,22 +83,29 @@ class _Lane:
     def lose(self, why: str) -> None:
         """Says, the first time, that the tracker is given up."""
         with self._changed:
-            if self._lost:
+            if self._over:
                 return
-            self._lost = True
-            for _, done in self._todo:
-                done.set()
-            self._todo.clear()
+            self._drop()
         text = f"tracker {self._name} {why}: the run goes on without it; metrics.jsonl has everything"
         self._say("tracker_lost", text, tracker=self._name)
+
+    def _drop(self) -> None:
+        """What waits is not done any more, and nothing that comes later is."""
+        for _, done in self._todo:
+            done.set()
+        self._todo.clear()
+        self._over = True
+        self._changed.notify_all()
 
     def _work(self, make: Callable[[], Tracker]) -> None:
         call = None
         try:
             tracker = make()
-            while call is not _close and not self._lost:
+            while call is not _close:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._todo)
+                    self._changed.wait_for(lambda: self._todo or self._over)
+                    if self._over:
+                        return
                     call, done = self._todo.popleft()
                 try:
                     call(tracker)
@@ -106,3 +113,6 @@ class _Lane:
                     done.set()
         except Exception as error:
             self.lose(f"failed ({' '.join(str(error).split()) or type(error).__name__})")
+        else:  # it is closed
+            with self._changed:
+                self._drop()

@@ -41,8 +41,10 @@ def tensorboard(directory: Path) -> Found:
 
 
 def wandb(directory: Path) -> Found:
+    from wandb import teardown
     from wandb.proto.wandb_internal_pb2 import Record
 
+    teardown()  # finish() does not wait until a run that is offline is in its file
     found = Found()
     for file in sorted(directory.glob("trackers/wandb/offline-run-*/*.wandb")):
         for data in log_records(file.read_bytes()):

@@ -86,6 +86,28 @@ def test_a_tracker_gets_everything_in_order_and_in_one_thread(tracked) -> None:
     assert said == []
 
 
+def test_after_the_end_no_thread_waits_and_nobody_waits_for_one(tracked) -> None:
+    """The bug: the thread of a tracker that was given up slept on, and a second close waited for one that had ended."""
+    tracking, said = tracked()
+    a_run(tracking)
+    for thread in FakeTracker.last.threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    tracking.log(2, {}, [])
+    tracking.close()
+    assert said == []
+
+
+def test_one_that_is_given_up_is_woken_to_end(tracked) -> None:
+    tracking, said = tracked()
+    tracking.begin(0, continued=False)
+    tracking._lanes[0].lose("is not wanted")
+    for thread in FakeTracker.last.threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize("call", ["make", "begin", "log", "summarise", "close"])
 def test_one_that_fails_costs_one_warning(tracked, call: str) -> None:
     def fail(now: str) -> None:
@@ -126,16 +148,27 @@ def test_one_that_falls_behind_is_given_up_before_the_memory_is(tracked, gate, m
 @pytest.mark.parametrize(
     ("trackers", "environment", "said"),
     [
-        ("wandb", {}, "WANDB_API_KEY is not set; set it, or WANDB_MODE=offline"),
+        ("wandb", {}, "WANDB_API_KEY is not set; set it, or log in .wandb login., or set WANDB_MODE=offline"),
+        ("wandb", {"NETRC": "mine"}, None),  # what `wandb login` leaves
+        ("wandb", {"HOME": "."}, None),
+        ("wandb", {"HOME": ".", "WANDB_BASE_URL": "https://wandb.example.org"}, "WANDB_API_KEY is not set"),
+        ("wandb", {"NETRC": "broken"}, "WANDB_API_KEY is not set"),
         ("mlflow", {}, "MLFLOW_TRACKING_URI is not set; set it to your server"),
         ("wandb", {"WANDB_MODE": "offline"}, None),
         ("wandb", {"WANDB_API_KEY": "secret"}, None),
         ("mlflow", {"MLFLOW_TRACKING_URI": "http://host:5000"}, None),
     ],
 )
-def test_what_is_not_set_up_is_told_before_the_run(monkeypatch, trackers: str, environment, said: str | None) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "MLFLOW_TRACKING_URI"):
+def test_what_is_not_set_up_is_told_before_the_run(
+    monkeypatch, tmp_path: Path, trackers: str, environment, said: str | None
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    for file in ("mine", ".netrc"):
+        (tmp_path / file).write_text("machine api.wandb.ai\n  login user\n  password secret\n")
+    (tmp_path / "broken").write_text("machine api.wandb.ai login")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("opd_ray.watch.trackers.importlib.util.find_spec", lambda name: name)
