@@ -150,6 +150,7 @@ class Driver:
             self._where.end("failed", text)
             raise Unwritable(text) from error
         except BaseException as error:
+            patience = 0.0 if isinstance(error, asyncio.CancelledError) else patience  # a second signal
             self._where.end("failed", str(error) or type(error).__name__)
             raise
         finally:

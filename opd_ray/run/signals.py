@@ -48,7 +48,15 @@ def run(main: Coroutine[Any, Any, _T]) -> _T:
         here.cancel = lambda: loop.call_soon_threadsafe(task.cancel)
         return await main
 
-    with _handled(lambda: here.stop()) if _on_main_thread() else contextlib.nullcontext():
+    def again(number: int) -> None:
+        """Also where what it always did is to cancel the loop that stands still."""
+        here.cancel()
+        signal.raise_signal(number)
+
+    with contextlib.ExitStack() as handled:
+        if _on_main_thread():
+            handled.enter_context(_handled(again))
+            handled.enter_context(_handled(lambda _: here.stop()))
         waited_for = threading.Event()  # a signal that comes before would interrupt nobody who could cancel the run
         done = start(lambda: waited_for.wait() and asyncio.run(alone()))
         try:
@@ -58,8 +66,7 @@ def run(main: Coroutine[Any, Any, _T]) -> _T:
             return done.result()
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
-        except KeyboardInterrupt:  # the second signal, whose handler is the one of before
-            here.cancel()
+        except KeyboardInterrupt:  # what the second signal always did
             done.exception()
             raise
 
@@ -69,7 +76,7 @@ def stop_signals() -> Iterator[asyncio.Event]:
     """An event that a signal to end sets; the second signal does what it always did."""
     stopping, loop = asyncio.Event(), asyncio.get_running_loop()
 
-    def stop() -> None:
+    def stop(*_: int) -> None:
         loop.call_soon_threadsafe(stopping.set)
 
     if not _on_main_thread():
@@ -82,17 +89,17 @@ def stop_signals() -> Iterator[asyncio.Event]:
 
 
 @contextlib.contextmanager
-def _handled(stop: Callable[[], object]) -> Iterator[None]:
-    """Calls ``stop`` at the first signal to end, on the main thread."""
+def _handled(stop: Callable[[int], object]) -> Iterator[None]:
+    """Calls ``stop`` with the first signal to end, on the main thread; what comes after it is handled as before."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def restore() -> None:
         for number in _SIGNALS:
-            signal.signal(number, before[number])
+            signal.signal(number, before[number] or signal.SIG_DFL)  # None: of a handler that is not Python's
 
-    def handle(*_: object) -> None:
+    def handle(number: int, _: object) -> None:
         restore()
-        stop()
+        stop(number)
 
     for number in _SIGNALS:
         signal.signal(number, handle)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -76,13 +77,17 @@ def test_the_first_signal_asks_the_run_to_end(way: Callable[..., Any], number: s
     assert handlers() == before
 
 
-def test_the_second_one_ends_a_run_beside_a_loop_at_once(before: Any) -> None:
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kernel", [False, True])
+def test_the_second_one_ends_a_run_beside_a_loop_at_once(before: Any, first: signal.Signals, kernel: bool) -> None:
+    """The bug: beside a loop of asyncio.run the second only cancelled that loop, which stood still until the run's
+    end."""
     ended = threading.Event()
 
     async def stubborn() -> None:
         with stop_signals() as stopping:
             try:
-                signalled(signal.SIGINT)
+                signalled(first)
                 await asyncio.wait_for(stopping.wait(), 20)
                 signalled(signal.SIGINT)
                 await asyncio.wait_for(asyncio.Event().wait(), 20)
@@ -90,11 +95,14 @@ def test_the_second_one_ends_a_run_beside_a_loop_at_once(before: Any) -> None:
                 ended.set()
 
     async def cell() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # as a notebook's kernel has it, in place of asyncio's
+        if kernel:  # a notebook's has it in place of asyncio's
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         run(stubborn())
 
+    began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(cell())
+    assert time.monotonic() - began < 10
     assert ended.is_set()
     assert handlers() == before
 
