@@ -21,9 +21,11 @@ _OURS = {
 """Arguments that have a field."""
 _FIXED = (
     "async_scheduling",
+    "data_parallel_size",
     "distributed_executor_backend",
     "logprobs_mode",
     "max_logprobs",
+    "pipeline_parallel_size",
     "skip_tokenizer_init",
     "weight_transfer_config",
     "worker_extension_cls",

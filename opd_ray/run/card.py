@@ -90,11 +90,11 @@ def before_and_after(summary: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _changed(config: Config) -> str:
-    """The fields that differ from the defaults, as YAML; without the addresses of servers, which are nobody's business
-    where a card is public."""
+    """The fields that differ from the defaults, as YAML; without what is nobody's business where a card is public:
+    addresses of servers, and values of environment variables and tokens, which may be keys."""
     defaults, changed = dict(configs.leaves(configs.to_dict(Config()))), OmegaConf.create({})
     for name, value in configs.leaves(configs.to_dict(config)):
-        if value != defaults.get(name) and not name.endswith(".url"):
+        if value != defaults.get(name) and not name.endswith((".url", "_token")) and not name.startswith("env."):
             OmegaConf.update(changed, name, value)
     return OmegaConf.to_yaml(changed)
 

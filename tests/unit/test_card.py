@@ -27,7 +27,11 @@ def scores(accuracy: float, error: float | None = None, **sets: dict[str, Any]) 
 
 def test_a_card_says_what_the_student_was_made_of_and_what_became_of_it() -> None:
     config = configs.load(
-        None, [*OWN, "data.golden=g.jsonl", "seed=4", "learner.steps=7", "teacher.url=http://10.0.0.7"]
+        None,
+        [
+            *(*OWN, "data.golden=g.jsonl", "seed=4", "learner.steps=7", "teacher.url=http://10.0.0.7"),
+            *("env.AWS_SECRET_ACCESS_KEY=s3cret", "rollout.engine=vllm", "rollout.engine_args.hf_token=s3cret"),
+        ],
     )
     aime, amc = ({"samples": 32, "accuracy_sampled": value} for value in (0.125, 0.5))
     text = card(config, {"eval_before": scores(0.25, 0.03), "eval_after": scores(0.75, 0.02, aime24=aime, amc=amc)})
@@ -44,7 +48,7 @@ def test_a_card_says_what_the_student_was_made_of_and_what_became_of_it() -> Non
         "seed: 4",
     ):
         assert line in text.splitlines(), line
-    assert "10.0.0.7" not in text
+    assert "10.0.0.7" not in text and "s3cret" not in text
     assert "num_actors" not in text, "a default"
 
 

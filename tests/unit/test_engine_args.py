@@ -26,6 +26,11 @@ def test_what_the_installed_vllm_has_is_passed_on() -> None:
         ("dtype", "is the field 'dtype' here; set that one"),
         ("kv_cache_memory_bytes", "is the field 'kv_cache_bytes' here"),
         ("async_scheduling", "the rooms depend on the value"),
+        (
+            "pipeline_parallel_size",
+            "the rooms depend on the value",
+        ),  # an engine has the GPUs of its tensor parallelism
+        ("data_parallel_size", "the rooms depend on the value"),
     ],
 )
 def test_others_are_refused_in_one_line(name: str, message: str) -> None:
