@@ -61,6 +61,14 @@ def head() -> Iterator[AutoscalingHead]:
             yield head
 
 
+@pytest.fixture(autouse=True)
+def _head_is_there(head: AutoscalingHead) -> Iterator[None]:
+    """A test that fails because the others' Ray has ended says so."""
+    head.check()
+    yield
+    head.check()
+
+
 @pytest.fixture(scope="module")
 def drivers(head: AutoscalingHead, preloaded_job: dict[str, str]) -> Iterator[Drivers]:
     with Drivers(head.environment | preloaded_job | {"FAKE_KEY": "s3cret"}) as drivers:
@@ -99,8 +107,9 @@ def plan_of_kills(rng: random.Random) -> list[dict[str, Any]]:
     return [{"steps": 5, "delay_s": 0.0}, *kills, {"point": "exporting"}]
 
 
-def kill(run: Run, how: dict[str, Any], head: AutoscalingHead | None = None) -> None:
+def kill(run: Run, how: dict[str, Any], head: AutoscalingHead) -> None:
     """Starts a driver and kills it."""
+    head.check()
     if "point" in how:
         driver = run.start(kill=how)
         assert driver.wait() == -signal.SIGKILL, f"{how}: {driver.printed()}"
@@ -108,6 +117,7 @@ def kill(run: Run, how: dict[str, Any], head: AutoscalingHead | None = None) -> 
     before = len(run.metrics())
     driver = run.start()
     driver.wait_until(lambda: len(run.metrics()) >= before + how["steps"])
+    assert len(run.metrics()) >= before + how["steps"], f"{how}: it ended by itself: {driver.printed()}"
     time.sleep(how["delay_s"])
     kill_job(head, driver) if "whole_job" in how else driver.signal(signal.SIGKILL)
     assert driver.wait() == -signal.SIGKILL, f"{how}: {driver.printed()}"
@@ -166,7 +176,9 @@ def undisturbed(drivers, small_world, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.timeout(600)
-def test_a_run_that_was_ended_by_a_signal_and_then_killed_is_the_same_run(undisturbed, drivers, small_world, tmp_path):
+def test_a_run_that_was_ended_by_a_signal_and_then_killed_is_the_same_run(
+    undisturbed, head, drivers, small_world, tmp_path
+):
     """On SIGTERM the step under way is saved and the exit code is 143. After that, and after a kill, losses, rollouts
     and weights of a synchronous run are bit for bit those of one that nobody touched."""
     run = Run(drivers, tmp_path / "run", *small_world, *SYNCHRONOUS)
@@ -182,7 +194,7 @@ def test_a_run_that_was_ended_by_a_signal_and_then_killed_is_the_same_run(undist
     assert f"ended by a signal after step {saved}; the checkpoint of step {saved} is written" in said[0]
 
     noted = len(run.journal())
-    kill(run, {"point": "broadcasting", "passing": 4})
+    kill(run, {"point": "broadcasting", "passing": 4}, head)
     check_start(run, noted, saved)
     noted, complete = len(run.journal()), run.complete()
     run.finish()

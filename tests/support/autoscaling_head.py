@@ -63,6 +63,14 @@ class AutoscalingHead:
     """For a driver's process: address and token."""
     temp_dir: Path
     """Sessions, logs and the autoscaler's configuration; gone after the block."""
+    process: subprocess.Popen[bytes]
+    log: Path
+    """What it says."""
+
+    def check(self) -> None:
+        """Raises RuntimeError with the end of its log where it has ended: nothing else says so."""
+        if (code := self.process.poll()) is not None:
+            raise RuntimeError(f"the Ray head has ended, with {code}; {_tail(self.log)}")
 
     def run(self, code: str, *, timeout_s: float = 120.0) -> str:
         """What Python code prints that runs as a driver of this head. Raises RuntimeError if it fails."""
@@ -168,7 +176,7 @@ def autoscaling_head(
         )
     try:
         _wait(process, log)
-        yield AutoscalingHead(f"127.0.0.1:{port}", environment, temp_dir)
+        yield AutoscalingHead(f"127.0.0.1:{port}", environment, temp_dir, process, log)
     finally:
         _stop(process, temp_dir)
         shutil.rmtree(temp_dir, ignore_errors=True)
@@ -214,9 +222,12 @@ def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _DEADLINE_S
     while "Ray runtime started" not in log.read_text(errors="replace"):
         if process.poll() is not None or time.monotonic() > deadline:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-            raise RuntimeError(f"the Ray head did not start; its log ends with:\n{tail}")
+            raise RuntimeError(f"the Ray head did not start; {_tail(log)}")
         time.sleep(_POLL_S)
+
+
+def _tail(log: Path) -> str:
+    return "its log ends with:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-20:])
 
 
 def _started(temp_dir: Path) -> list[psutil.Process]:
