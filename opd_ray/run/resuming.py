@@ -5,6 +5,7 @@ Refusals are InputErrors of one line, as those of :mod:`opd_ray.run.preflight`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -15,6 +16,7 @@ from typing import Any
 from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.embedded import prepare as embedded
+from opd_ray.embedded.resolve import without_foreign_golden
 from opd_ray.errors import InputError
 from opd_ray.status import reasons, state
 
@@ -61,6 +63,8 @@ def _check_alone(run_dir: Path) -> None:
 
 def check_same_run(where: str, saved: Mapping[str, Any], config: Config) -> None:
     """Refuses to continue what was trained with other models, data or losses; ``saved`` is its configuration."""
+    with contextlib.suppress(InputError):  # where it is needed, and is of another task: resolve() says so
+        config = without_foreign_golden(config)  # as it is saved
     known = dict(configs.leaves(configs.to_dict(config)))
     for name, old, new in configs.differences(saved, config, configs.RUN):
         if name not in known and not name.startswith("more_teachers."):  # which are named by their users

@@ -101,9 +101,7 @@ def find_start(config: Config, run_dir: Path, *, resume: bool, hold: bool = True
     def look() -> Checkpoint | None:
         start = shelf.check(resume=resume)
         if start:
-            resuming.check_same_run(
-                f"the checkpoint {start.where}", start.state["config"], without_foreign_golden(config)
-            )
+            resuming.check_same_run(f"the checkpoint {start.where}", start.state["config"], config)
         return start
 
     start = look()

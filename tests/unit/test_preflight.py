@@ -22,6 +22,7 @@ from opd_ray.data.golden_problems import KINDS
 from opd_ray.data.prompts import Prompts
 from opd_ray.data.rendering import Renderer
 from opd_ray.embedded.prepare import TEACHER_DIR
+from opd_ray.embedded.resolve import without_foreign_golden
 from opd_ray.errors import InputError
 from opd_ray.models import checkpoints as models
 from opd_ray.run import preflight, resuming
@@ -493,6 +494,17 @@ def test_a_stand_in_continues_only_what_it_stood_for(
         resuming.check_run_dir(tmp_path, now, resume=True)
     else:
         assert "--resume: data.golden is" in refused(lambda: resuming.check_run_dir(tmp_path, now, resume=True))
+
+
+def test_a_run_without_golden_rollouts_is_continued_with_the_arguments_that_began_it(tmp_path: Path) -> None:
+    """The bug: it is saved without the embedded golden solutions, of another task, which the arguments still name."""
+    mine = ["student.path=/s", "teacher.path=/t", "data.prompts=p", "data.evaluation=e"]
+    without = ["loss.golden.coef=0", "buffer.golden_per_prompt=0", "guard.max_golden_per_prompt=0"]
+    asked = configs.load(None, [*mine, *without])
+    (tmp_path / "config.yaml").write_text(configs.to_yaml(without_foreign_golden(asked)))
+    resuming.check_run_dir(tmp_path, asked, resume=True)
+    other = configs.load(None, [*mine, *without, "data.golden=g"])
+    assert "data.golden is g" in refused(lambda: resuming.check_run_dir(tmp_path, other, resume=True))
 
 
 def test_the_embedded_default_is_continued_from_another_copy_of_the_package() -> None:
