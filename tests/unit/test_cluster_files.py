@@ -214,9 +214,7 @@ def test_a_job_that_is_stopped_has_time_to_save() -> None:
 
 
 def test_nothing_is_reachable_from_everywhere() -> None:
-    (rule,) = launched("aws")["provider"]["security_group"]["IpPermissions"]
-    assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
-    assert all(not each["CidrIp"].endswith("/0") for each in rule["IpRanges"])
+    """For clouds: test_aws.py, test_gcp.py."""
     spec = ray_cluster()["spec"]
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
     assert not spec["headGroupSpec"].get("enableIngress")
