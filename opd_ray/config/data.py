@@ -16,6 +16,8 @@ EMBEDDED = "embedded"
 """Value of a path that stands for the small models and data that the package makes itself."""
 COLUMNS = ("id", "prompt", "answer", "response", "teacher", "messages")
 """Those of a row that data.columns may find under another name."""
+_TAKEN = ("before", "others")
+"""What a row has inside besides: no name for a column that a task of one's own gets."""
 HELD_OUT = "held_out"
 """Name of the set that data.evaluation is, where there are no evaluation.sets."""
 
@@ -28,6 +30,11 @@ class SourceConfig:
     """A file, org/name:split of the Hugging Face Hub, or reasoning_gym:NAME."""
     weight: float | None = Field(None, gt=0)
     """Share of an epoch that is drawn from it, relative to the others'; by default every row once."""
+
+    @property
+    def made_up(self) -> bool:
+        """Are its problems reasoning-gym's?"""
+        return self.source.startswith("reasoning_gym:")
 
 
 Sources = str | tuple[str | SourceConfig, ...]
@@ -87,9 +94,11 @@ class DataConfig:
             _check_sources(name, getattr(self, name))
         if ":" not in self.task and (unread := [name for name in self.columns if name not in COLUMNS]):
             raise ValueError(f"columns.{unread[0]} is no column that is read{near(unread[0], COLUMNS)}")
+        if taken := [name for name in self.columns if name in _TAKEN]:
+            raise ValueError(f"columns.{taken[0]} is a name that rows have for something else; choose another")
         if not self.task:
             asked = (*listed(self.prompts), *listed(self.evaluation))
-            made_up = any(each.source.startswith("reasoning_gym:") for each in asked)
+            made_up = any(each.made_up for each in asked)
             object.__setattr__(self, "task", "reasoning_gym" if made_up else "math")
 
 

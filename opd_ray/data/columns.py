@@ -10,7 +10,8 @@ generations         of OpenR1: those that correctness_math_verify and is_reasoni
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opd_ray.data.files import TOKEN_COLUMNS
@@ -28,46 +29,66 @@ GOLDEN_COLUMNS = (
 )
 
 
-def renamed(where: str, raw: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row with our names added: prompt and, where they are there, before, response and responses."""
+@dataclasses.dataclass
+class Found:
+    """A row of somebody's, and what its columns amount to beside those that have a name."""
+
+    columns: dict[str, Any]
+    """All of them, and under our names prompt and response, where they are there."""
+    before: Sequence[dict[str, str]] = ()
+    """The turns before the prompt."""
+    responses: Sequence[str] | None = None
+    """Those to choose from, where there are several, the best first."""
+
+
+def found(where: str, raw: Mapping[str, Any], columns: Mapping[str, str]) -> Found:
+    """What a row says, by ``columns``, which is data.columns, and by what is known."""
     row = {**raw, **{ours: raw[theirs] for ours, theirs in columns.items() if raw.get(theirs) is not None}}
     for name in _PROMPTS:
         if row.get("prompt") is None and row.get(name) is not None:
             row["prompt"] = row[name]
-    _choose_response(where, row)
+    read = Found(row)
+    _choose_response(where, read)
     for name in ("prompt", *_CONVERSATIONS):
         if name == "prompt" or row.get("prompt") is None:
-            _take_apart(where, row, name)
-    return row
+            _take_apart(where, read, name)
+    return read
 
 
-def _choose_response(where: str, row: dict[str, Any]) -> None:
+def _choose_response(where: str, read: Found) -> None:
+    row = read.columns
     if row.get("response") is None and row.get("completion") is not None:
         row["response"] = row["completion"]
-    if _is_conversation(row.get("response")):  # of one turn
-        row["response"] = "\n\n".join(turn["content"] for turn in _turns(where, "response", row["response"]))
+    if _is_conversation(row.get("response")):
+        turns = _turns(where, "response", row["response"])
+        if (roles := [turn["role"] for turn in turns]) != ["assistant"]:
+            raise InputError(
+                f"{where}: its response is a conversation of {', '.join(roles)}, expected one turn of the assistant's; "
+                "whole conversations are read from messages (data.columns={messages: NAME})"
+            )
+        row["response"] = turns[0]["content"]
     if row.get("response") is None and isinstance(generations := row.get("generations"), list):
         marks = [row[name] for name in _MARKS if row.get(name) is not None]
         if any(not isinstance(mark, list) or len(mark) != len(generations) for mark in marks):
             raise InputError(f"{where}: has {len(generations)} generations, expected as many values in {_MARKS}")
         good = [text for text, *given in zip(generations, *marks, strict=True) if isinstance(text, str) and all(given)]
-        row["responses"] = sorted(filter(str.strip, good), key=len)
+        read.responses = sorted(filter(str.strip, good), key=len)
 
 
-def _take_apart(where: str, row: dict[str, Any], name: str) -> None:
+def _take_apart(where: str, read: Found, name: str) -> None:
     """The conversation in the column ``name``, where it is one, as prompt, before and response."""
+    row = read.columns
     if not _is_conversation(row.get(name)):
         return
     turns = _turns(where, name, row[name])
     if turns[-1]["role"] == "assistant":
         response = turns.pop()["content"]
-        if row.get("response") is None and "responses" not in row:
+        if row.get("response") is None and read.responses is None:
             row["response"] = response
     if not turns or turns[-1]["role"] != "user":
         raise InputError(f"{where}: '{name}' has no turn of the user's that the response answers")
     row["prompt"] = turns.pop()["content"]
-    if turns:
-        row["before"] = turns
+    read.before = turns
 
 
 def _is_conversation(value: Any) -> bool:

@@ -9,7 +9,7 @@ from opd_ray.config import Config, Sources, set_field, written
 from opd_ray.data.golden import Golden, check_golden, is_privileged
 from opd_ray.data.prompts import Prompts, PromptStream
 from opd_ray.data.rendering import Renderer
-from opd_ray.data.rows import read_prompts
+from opd_ray.data.rows import read_golden, read_prompts
 from opd_ray.errors import InputError
 from opd_ray.models.checkpoints import ModelFacts
 from opd_ray.tasks import get_task
@@ -23,6 +23,7 @@ class Dataset:
     def __init__(self, config: Config, *, evaluation_only: bool = False) -> None:
         """Reads prompts and problems, for which no tokenizer is needed. Raises InputError."""
         self._config = config
+        self._columns: set[str] = set()
         self.renderer = Renderer(get_task(config.data.task), config.student.path, config.data)
         self.prompts = None if evaluation_only else self._read("data.prompts", config.data.prompts, need_answer=False)
         self.problems = {
@@ -37,15 +38,21 @@ class Dataset:
 
     def _read(self, field: str, sources: Sources, *, need_answer: bool) -> Prompts:
         rows = read_prompts(sources, need_answer, self._config.data.columns)
+        self._columns |= rows.columns
         return Prompts(f"{field} {written(sources)}", rows, self.renderer)
 
     def read_golden(self, models: Mapping[str, ModelFacts], eos_token_ids: Sequence[int], judge: Judge) -> None:
         """Reads and checks the golden solutions, where the run needs any. Raises InputError."""
         config = self._config
         if not (config.loads_golden or is_privileged(config)):
+            if config.data.golden is None:
+                self._check_columns()
             return
+        rows = read_golden(config.data.golden, config.data.columns)
+        self._columns |= rows.columns
+        self._check_columns()
         held_out = list(self.problems.values())
-        self.golden = golden = check_golden(config, models, eos_token_ids, self.prompts, held_out, judge)
+        self.golden = golden = check_golden(config, rows, models, eos_token_ids, self.prompts, held_out, judge)
         if golden.pairs is not None:
             unsolved = [index for index, row in enumerate(self.prompts.rows) if row["id"] not in golden.pairs]
             self.leave_out("unsolved", unsolved)
@@ -53,6 +60,15 @@ class Dataset:
             rows = self.prompts.rows
             texts = [golden.solutions[golden.pairs[row["id"]]].text for row in rows]
             self.shown = Prompts(self.prompts.where, rows, self.renderer, texts, self.prompts.numbers)
+
+    def _check_columns(self) -> None:
+        """Every source was read: refuses what data.columns names and none of them has."""
+        for ours, theirs in self._config.data.columns.items():
+            if theirs not in self._columns:
+                there = ", ".join(sorted(self._columns))
+                raise InputError(
+                    f"data.columns.{ours}: no source has a column '{theirs}' (they have: {there}); mend it"
+                )
 
     def leave_out(self, kind: str, indices: Sequence[int]) -> None:
         """Trains on the other prompts alone, and says so. Raises InputError where none is left."""

@@ -29,7 +29,7 @@ from opd_ray.data.golden_problems import (
 )
 from opd_ray.data.orders import Mix
 from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts
-from opd_ray.data.rows import question, read_golden
+from opd_ray.data.rows import Rows, question
 from opd_ray.errors import InputError
 from opd_ray.messages import MOST_VALUES, ROLLOUT_SCHEMA, RolloutMeta
 from opd_ray.models.checkpoints import ModelFacts
@@ -78,19 +78,20 @@ def is_privileged(config: Config) -> bool:
 
 def check_golden(
     config: Config,
+    every: Rows,
     models: Mapping[str, ModelFacts],
     eos_token_ids: Sequence[int],
     prompts: Prompts,
     held_out: Sequence[Prompts],
     judge: Judge,
 ) -> Golden:
-    """Reads data.golden and looks at each of its rows.
+    """Looks at each of the rows of data.golden, which are ``every``.
 
     ``models``: "student" and every scorer's role to its facts. Raises InputError for rows with problems, unless
     they are to be skipped; if none is left; and if prompts that need a solution have none.
     """
     where = f"data.golden {written(config.data.golden)}"
-    rows = every = read_golden(config.data.golden, config.data.columns)
+    rows: Sequence[Mapping[str, Any]] = every
     # Does it matter which prompt a solution belongs to?
     paired = is_privileged(config) or (config.loads_golden and config.buffer.golden_pairing == "prompt")
     if paired:

@@ -30,7 +30,8 @@ def read(source: str, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     Raises InputError where it cannot be had, within seconds where there is no network.
     """
     dataset = _load(source, **_NAME.fullmatch(source).groupdict())
-    there = [name for name in dict.fromkeys(columns) if name in dataset.column_names]
+    # Of no columns at all it would have no rows, and nobody could say what it has.
+    there = [name for name in dict.fromkeys(columns) if name in dataset.column_names] or dataset.column_names[:1]
     others = dict.fromkeys(name for name in dataset.column_names if name not in there)
     for number, row in enumerate(dataset.select_columns(there), start=1):
         yield number, others | {name: value for name, value in row.items() if value is not None}

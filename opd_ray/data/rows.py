@@ -15,7 +15,7 @@ import numpy as np
 
 from opd_ray.config import Sources, listed
 from opd_ray.config.data import COLUMNS
-from opd_ray.data.columns import GOLDEN_COLUMNS, PROMPT_COLUMNS, kind_of, renamed
+from opd_ray.data.columns import GOLDEN_COLUMNS, PROMPT_COLUMNS, Found, found, kind_of
 from opd_ray.data.files import TOKEN_COLUMNS
 from opd_ray.data.orders import Mix
 from opd_ray.data.sources import read
@@ -23,7 +23,7 @@ from opd_ray.errors import InputError
 from opd_ray.progress import watched
 
 _OF_TASKS = ("gym", "entry")
-"""What a task's own source says besides: the verifier of the row gets it as it is."""
+"""What reasoning-gym's own sources say besides: the verifier of the row gets it as it is."""
 
 
 class Rows(list[dict[str, Any]]):
@@ -35,6 +35,8 @@ class Rows(list[dict[str, Any]]):
     """Rows of each source."""
     weights: Sequence[float] = ()
     """Of each source, if they have any."""
+    columns: frozenset[str] = frozenset()
+    """The names that the sources have."""
 
     def only(self, indices: Sequence[int]) -> Rows:
         """Those rows alone."""
@@ -88,18 +90,21 @@ def _checked(
     sources: Sources,
     wanted: Sequence[str],
     columns: Mapping[str, str],
-    check: Callable[[str, dict[str, Any]], dict[str, Any]],
+    check: Callable[[str, Found], dict[str, Any]],
 ) -> Rows:
-    rows, first_use, several = Rows(), {}, listed(sources)
+    rows, first_use, names, several = Rows(), {}, set(), listed(sources)
     own = [name for name in columns if name not in COLUMNS]
-    for place, source in enumerate(each.source for each in several):
-        before = len(rows)
+    for place, each in enumerate(several):
+        source, before = each.source, len(rows)
+        kept = [*own, *_OF_TASKS] if each.made_up else own
         for number, raw in watched(read(source, [*wanted, *columns.values()]), f"rows of {source}"):
             where = f"{source} row {number}"
             if not isinstance(raw, dict):
                 raise InputError(f"{where}: expected an object with a 'prompt', got {kind_of(raw)}")
-            raw = renamed(where, raw, columns)
-            row = check(where, raw) | {name: raw[name] for name in (*_OF_TASKS, *own) if name in raw}
+            names.update(raw)
+            row_found = found(where, raw, columns)
+            raw = row_found.columns
+            row = check(where, row_found) | {name: raw[name] for name in kept if name in raw}
             given = _id(where, raw, row)
             rows.has_ids = rows.has_ids and given is not None
             name = row["id"] = (f"{place + 1}-" * (len(several) > 1) + str(number)) if given is None else given
@@ -114,28 +119,31 @@ def _checked(
             raise InputError(f"{source}: has no rows; give a file with one problem per row")
         rows.sizes = (*rows.sizes, len(rows) - before)
     rows.weights = [each.weight for each in several if each.weight is not None]
+    rows.columns = frozenset(names)
     return rows
 
 
-def _prompt(where: str, raw: dict[str, Any], *, need_answer: bool, need_prompt: bool = True) -> dict[str, Any]:
+def _prompt(where: str, read: Found, *, need_answer: bool, need_prompt: bool = True) -> dict[str, Any]:
+    raw = read.columns
     given = {name for name in ("prompt", "answer") if raw.get(name) is not None}
     row = {"id": "", "prompt": _text(where, raw, "prompt") if need_prompt or "prompt" in given else ""}
     row["answer"] = _text(where, raw, "answer", numbers=True) if need_answer or "answer" in given else ""
-    if "before" in raw:
-        row["before"] = raw["before"]
+    if read.before:
+        row["before"] = read.before
     if raw.get("teacher") is not None:
         row["teacher"] = _text(where, raw, "teacher")
     return row
 
 
-def _golden(where: str, raw: dict[str, Any]) -> dict[str, Any]:
+def _golden(where: str, read: Found) -> dict[str, Any]:
+    raw = read.columns
     as_tokens = raw.get("response_tokens") is not None
-    row = _prompt(where, raw, need_answer=False, need_prompt=not as_tokens)
+    row = _prompt(where, read, need_answer=False, need_prompt=not as_tokens)
     if as_tokens:
         row |= {name: _tokens(where, raw, name) for name in TOKEN_COLUMNS}
         row |= {"text": raw["text"]} if isinstance(raw.get("text"), str) else {}
-    elif "responses" in raw:
-        row["response"], *row["others"] = raw["responses"] or [""]
+    elif read.responses is not None:
+        row["response"], *row["others"] = read.responses or [""]
     else:
         row["response"] = _text(where, raw, "response")
     if raw.get("finish_reason") is not None:

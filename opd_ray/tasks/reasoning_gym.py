@@ -69,7 +69,8 @@ def _dataset(source: str) -> Any:
     name, _, query = source.partition("?")
     if name not in DATASETS:
         raise InputError(f"{where}: reasoning-gym has no dataset {name!r}{near(name, DATASETS)}")
-    settings = {"seed": 0} | {key: yaml.safe_load(value) for key, value in parse_qsl(query, keep_blank_values=True)}
+    given = parse_qsl(query, keep_blank_values=True)
+    settings = {"seed": 0} | {key: _value(where, key, value) for key, value in given}
     fields = [field.name for field in dataclasses.fields(DATASETS[name][1])]
     if unknown := [key for key in settings if key not in fields]:
         raise InputError(f"{where}: {name} has no setting {unknown[0]!r}{near(unknown[0], fields)}")
@@ -84,6 +85,16 @@ def _dataset(source: str) -> Any:
     except Exception as error:  # the library asserts what its settings may be
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{where}: reasoning-gym refuses these settings ({reason})") from None
+
+
+def _value(where: str, key: str, written: str) -> Any:
+    try:
+        return yaml.safe_load(written)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day that no month has
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{where}: its setting {key}={written} is no value ({reason}); write it as YAML has it"
+        ) from None
 
 
 def _final_answer(response: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,46 @@ def test_a_task_of_ones_own_gets_further_columns(setting: dict[str, str], tmp_pa
         assert row == {"id": "1", "prompt": "1+1=", "answer": "2", "tests": [{"in": 1}]}
 
 
+@pytest.mark.parametrize("write", [write_jsonl, parquet])
+def test_columns_with_the_names_of_what_rows_have_inside_are_not_read(
+    setting: dict[str, str], tmp_path: Path, write: Callable[..., Any]
+) -> None:
+    """The bug: a column called before was taken for turns, responses for generations, and entry for reasoning-gym's."""
+    inner = {"before": "noon", "responses": ["5"], "others": ["6"], "gym": "Fit", "entry": "left"}
+    row = {"id": "1", "prompt": "1+1=", "answer": "2"}
+    source = str(
+        write(tmp_path / f"a.{'jsonl' if write is write_jsonl else 'parquet'}", [row | {"response": "2"} | inner])
+    )
+    assert read_prompts(source) == [row]
+    assert read_golden(source) == [row | {"response": "2"}]
+    config = configured(setting, data__prompts=source, data__golden=source, buffer__golden_pairing="prompt")
+    assert trained(config)[0] == ["2"]
+
+
+def test_a_task_of_ones_own_gets_no_column_under_a_name_of_the_rows_own(setting: dict[str, str]) -> None:
+    own = {"data__task": "module:Class", "data__columns": "{before: history}"}
+    message = refused(lambda: configured(setting, **own))
+    assert message == "config: data: columns.before is a name that rows have for something else; choose another"
+
+
+@pytest.mark.parametrize("write", [write_jsonl, parquet])
+def test_a_mapped_column_that_no_source_has_is_refused(
+    setting: dict[str, str], tmp_path: Path, write: Callable[..., Any]
+) -> None:
+    """The bug: a mistyped name changed nothing, and nobody said so."""
+    path = tmp_path / f"a.{'jsonl' if write is write_jsonl else 'parquet'}"
+    source = str(write(path, [{"prompt": "1=", "anwser": "1", "target": "1"}]))
+    golden = str(write_jsonl(tmp_path / "g.jsonl", [{"prompt": "5=", "worked": "5"}]))
+    both = {"data__prompts": source, "data__golden": golden}
+    preflight.check_files(configured(setting, **both, data__columns="{response: worked, answer: target}"))
+    mistyped = configured(setting, **both, data__columns="{response: worked, answer: traget}")
+    message = refused(lambda: preflight.check_files(mistyped))
+    assert message == (
+        "data.columns.answer: no source has a column 'traget' (they have: answer, anwser, prompt, target, worked); "
+        "mend it"
+    )
+
+
 # ---- OpenR1 ----
 
 
@@ -189,6 +230,27 @@ def test_a_prompt_and_a_completion_may_be_conversations(tmp_path: Path) -> None:
     [row] = read_golden(source)
     assert (row["prompt"], row["before"], row["response"]) == ("1+1=", TURNS[:3], "2")
     assert read_prompts(source, need_answer=False)[0]["prompt"] == "1+1="
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [user("1+1="), assistant("2")],
+        [{"role": "system", "content": "0"}, assistant("2")],
+        [user("2")],
+        [assistant("1"), assistant("2")],
+    ],
+)
+@pytest.mark.parametrize("columns", [{}, {"response": "messages"}])
+def test_a_response_is_one_turn_of_the_assistant(tmp_path: Path, turns: Any, columns: dict[str, str]) -> None:
+    """The bug: of a conversation that was taken as the response, the question was trained on as well."""
+    row = {"prompt": "1+1=", columns.get("response", "completion"): turns}
+    source = str(write_jsonl(tmp_path / "chat.jsonl", [{"prompt": "1=", "response": "1"}, row]))
+    message = refused(lambda: read_golden(source, columns))
+    said = (
+        f"{source} row 2: its response is a conversation of {', '.join(turn['role'] for turn in turns)}, expected one"
+    )
+    assert message.startswith(said) and "messages" in message
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,21 @@ def test_a_name_without_a_split_is_told_of_the_split(tmp_path: Path, monkeypatch
     assert "no such file" in message and "org/name:split of the Hugging Face Hub" in message
 
 
+def test_a_data_set_without_any_column_that_is_read_is_told_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug: of a data set with none of the columns nothing was selected, and that ended in a traceback."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(hub, "_load", lambda *_, **__: datasets.Dataset.from_list([{"task": "1+1=", "label": "2"}]))
+    message = refused(lambda: read_prompts("org/data:train"))
+    assert message == (
+        "org/data:train row 1: has no 'prompt' (it has: label, task); say which column it is, as "
+        "data.columns={prompt: NAME}"
+    )
+    [row] = read_prompts("org/data:train", columns={"prompt": "task", "answer": "label"})
+    assert row == {"id": "1", "prompt": "1+1=", "answer": "2"}
+    monkeypatch.setattr(hub, "_load", lambda *_, **__: datasets.Dataset.from_list([]))
+    assert refused(lambda: read_prompts("org/data:train")).startswith("org/data:train: has no rows")
+
+
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'opd_ray[data]'" in refused(lambda: read_prompts("org/data:train"))

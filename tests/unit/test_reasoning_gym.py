@@ -50,6 +50,10 @@ def test_settings_reach_the_dataset() -> None:
         ("reasoning_gym:gcd?sice=3", "gcd has no setting 'sice'; did you mean 'size'?"),
         ("reasoning_gym:gcd?min_value=0", "reasoning-gym refuses these settings (min_value must be positive)"),
         ("reasoning_gym:gcd?size=0", "reasoning-gym refuses these settings ("),
+        ("reasoning_gym:gcd?size=[3", "its setting size=[3 is no value ("),
+        ("reasoning_gym:gcd?size=%00", "its setting size=\x00 is no value ("),
+        ("reasoning_gym:gcd?seed={[1]: 2}", "its setting seed={[1]: 2} is no value ("),
+        ("reasoning_gym:gcd?size=2026-13-01", "its setting size=2026-13-01 is no value ("),
         ("reasoning_gym:gcd?min_value=many", "reasoning-gym refuses these settings ("),
     ],
 )
