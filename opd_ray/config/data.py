@@ -57,7 +57,7 @@ class DataConfig:
 
     task: str = ""
     """Asks the questions and verifies answers: math, chain, reasoning_gym or module:Class (a class of your own); by
-    default reasoning_gym where prompts or problems are its, else math."""
+    default reasoning_gym where prompts or problems are its, which need its verifiers, else math."""
     prompts: Sources = EMBEDDED
     """Training prompts, one per row (prompt, answer, optional id): a JSONL or Parquet file; of the Hugging Face Hub
     org/name[/config]:split[@revision]; reasoning_gym:NAME?size=2000&seed=1; or a list of such, with weights as
@@ -96,20 +96,19 @@ class DataConfig:
             raise ValueError(f"columns.{unread[0]} is no column that is read{near(unread[0], COLUMNS)}")
         if taken := [name for name in self.columns if name in _TAKEN]:
             raise ValueError(f"columns.{taken[0]} is a name that rows have for something else; choose another")
-        if not self.task:
-            asked = (*listed(self.prompts), *listed(self.evaluation))
-            made_up = any(each.made_up for each in asked)
-            object.__setattr__(self, "task", "reasoning_gym" if made_up else "math")
 
 
 def _check_sources(name: str, sources: Sources | None) -> None:
-    if sources is None:
+    if sources is None or isinstance(sources, str):
         return
     weighted = [each.weight is not None for each in listed(sources)]
     if not weighted:
         raise ValueError(f"{name} is an empty list; give a source")
-    if any(weighted) and (name == "evaluation" or not all(weighted)):
-        otherwise = "all of its problems count" if name == "evaluation" else "give all of its sources one, or none"
+    if stand_ins := [each.source for each in listed(sources) if each.source.partition(":")[0] == EMBEDDED]:
+        raise ValueError(f"{name} has {stand_ins[0]} in a list, which stands alone; give files and other sources")
+    held_out = name in ("evaluation", "path")
+    if any(weighted) and (held_out or not all(weighted)):
+        otherwise = "all of its problems count" if held_out else "give all of its sources one, or none"
         raise ValueError(f"{name} has a source with a weight; {otherwise}")
 
 
@@ -131,6 +130,15 @@ class EvaluationSet:
     """Also answer each problem once at temperature 0."""
     num_problems: int | None = Field(None, ge=1)
     """Problems before and after, the first of the file; by default all of them."""
+
+    def __post_init__(self) -> None:
+        _check_sources("path", self.path)
+
+    @property
+    def sampled_plainly(self) -> bool:
+        """May a teacher's view of the sampled answers be compared with the student's? At another temperature the
+        student's is of another distribution."""
+        return (self.temperature, self.top_p) == (1, 1)
 
 
 def _named(sets: dict[str, EvaluationSet]) -> dict[str, EvaluationSet]:

@@ -18,8 +18,9 @@ from opd_ray.config.data import (
     EvaluationConfig,
     EvaluationSet,
     MetricsConfig,
+    Sources,
     listed,
-    written,
+    set_field,
 )
 from opd_ray.config.devices import may_share_a_device
 from opd_ray.config.learner import LearnerConfig, WeightsConfig
@@ -82,6 +83,10 @@ class Config:
         return loading.load(None if path is None else Path(path), overrides, sections)
 
     def __post_init__(self) -> None:
+        if not self.data.task:
+            made_up = any(each.made_up for sources in self._judged.values() for each in listed(sources))
+            task = "reasoning_gym" if made_up else "math"
+            object.__setattr__(self, "data", dataclasses.replace(self.data, task=task))
         self._check_sources()
         self._check_sampling()
         self._check_scorers()
@@ -95,16 +100,25 @@ class Config:
             )
 
     def _check_sets(self) -> None:
-        """Sets of held-out problems beside data.*, which knows nothing of them."""
-        sets, task = self.evaluation.sets, self.data.task
-        if sets and self.data.evaluation != EMBEDDED:
+        """Sets of held-out problems beside data.*, and who judges what."""
+        if self.evaluation.sets and self.data.evaluation != EMBEDDED:
             raise ValueError("evaluation.sets have files of their own: make data.evaluation one of them")
-        made_up = [name for name, each in sets.items() if written(each.path).startswith("reasoning_gym:")]
-        if made_up and task in ("math", "chain"):
-            raise ValueError(
-                f"evaluation.sets.{made_up[0]} is of reasoning_gym, but data.task={task} judges otherwise: "
-                "set data.task=reasoning_gym"
-            )
+        if (task := self.data.task) == "reasoning_gym" or ":" in task:
+            return
+        for field, sources in self._judged.items():
+            if made_up := [each.source for each in listed(sources) if each.made_up]:
+                raise ValueError(
+                    f"{field} has {made_up[0]}, which its own verifier judges, but data.task is {task}: set "
+                    "data.task=reasoning_gym or, beside other problems, a task of your own (module:Class)"
+                )
+
+    @property
+    def _judged(self) -> dict[str, Sources]:
+        """What the task gives verdicts on, by field."""
+        held_out = {set_field(name): each.path for name, each in self.evaluation_sets.items()}
+        prompts = {"data.prompts": self.data.prompts} if self.buffer.prompts_per_step else {}
+        verified = self.data.golden is not None and self.data.golden_filter == "correct"
+        return prompts | held_out | ({"data.golden": self.data.golden} if verified else {})
 
     def _check_sources(self) -> None:
         """Every source that is mixed in has a loss, every loss a source."""

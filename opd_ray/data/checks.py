@@ -7,7 +7,7 @@ What does not is refused or, where ``data.prompt_problems=skip``, left out and c
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from opd_ray.config import Config, written
 from opd_ray.data.dataset import Dataset
@@ -17,6 +17,17 @@ from opd_ray.errors import InputError, near
 from opd_ray.models.checkpoints import ModelFacts
 from opd_ray.tasks import reasoning_gym
 from opd_ray.tasks.judge import Judge
+
+
+class Longest(NamedTuple):
+    """Tokens of the longest prompt, and of the longest prompt with its response: not always the same prompt's, as
+    sets of problems have budgets of their own."""
+
+    prompt: int = 0
+    sequence: int = 0
+
+    def of_both(self, other: Longest) -> Longest:
+        return Longest(max(self.prompt, other.prompt), max(self.sequence, other.sequence))
 
 
 def check_texts(config: Config, data: Dataset, judge: Judge) -> None:
@@ -32,21 +43,24 @@ def check_texts(config: Config, data: Dataset, judge: Judge) -> None:
         _check_routes(data.prompts.where, zip(data.prompts.numbers, data.prompts.rows, strict=True), config)
 
 
-def check_prompts(config: Config, data: Dataset, models: Mapping[str, ModelFacts]) -> int:
-    """Tokens of the longest prompt or problem, each of which must leave room for a response."""
+def check_prompts(config: Config, data: Dataset, models: Mapping[str, ModelFacts]) -> Longest:
+    """The longest of prompts and problems, each of which must leave room for a response."""
     scorers = list(models.values())
     if config.data.prompt_problems == "skip":
         data.leave_out("over_length", _too_long(data.prompts, scorers, config))
-    return max(_check_length(data.prompts, scorers, config), check_problems(config, data, models["student"]))
+    return _check_length(data.prompts, scorers, config).of_both(check_problems(config, data, models))
 
 
-def check_problems(config: Config, data: Dataset, student: ModelFacts) -> int:
-    """Tokens of the longest held-out problem; 0 where there is none."""
-    longest = 0
+def check_problems(config: Config, data: Dataset, models: Mapping[str, ModelFacts]) -> Longest:
+    """The longest of held-out problems: the student answers all, and the first teacher looks at what is sampled
+    plainly, if it is among the ``models``."""
+    longest = Longest()
+    looks = [models["teacher"]] if "teacher" in config.scorers.keys() & models and not config.teacher.privileged else []
     for name, problems in data.problems.items():
         own = config.evaluation.sets[name].max_tokens if name in config.evaluation.sets else None
         budget = None if own is None else (f"evaluation.sets.{name}.max_tokens", own)
-        longest = max(longest, _check_length(problems, [student], config, budget=budget))
+        meet = [models["student"], *(looks if config.evaluation_sets[name].sampled_plainly else [])]
+        longest = longest.of_both(_check_length(problems, meet, config, budget=budget))
     return longest
 
 
@@ -83,7 +97,7 @@ def _check_verifier(config: Config, prompts: Prompts) -> None:
     if others := [number for number, row in zip(prompts.numbers, prompts.rows, strict=True) if "entry" not in row]:
         raise InputError(
             f"{prompts.where} row {others[0]}: {len(others)} of {len(prompts)} rows are none of reasoning_gym's, whose "
-            "verifier data.task=reasoning_gym asks; give its sources alone, or another data.task (math, module:Class)"
+            "verifier data.task=reasoning_gym asks; give its sources alone, or a task that judges all (module:Class)"
         )
 
 
@@ -158,8 +172,8 @@ def _check_length(
     config: Config,
     what: str = "",
     budget: tuple[str, int] | None = None,
-) -> int:
-    """Tokens of the longest prompt; refuses it where it leaves these models no room for a response.
+) -> Longest:
+    """The longest prompt, and it with a response; refuses it where it leaves these models no room for a response.
 
     ``budget``: the field that says how long a response may be, and what it says; by default that of rollouts.
     """
@@ -173,4 +187,4 @@ def _check_length(
                 f"{longest + response}, more than the context of {limit} of {model}; "
                 f"shorten the prompt or set {field}={max(limit - longest, 1)}{skip}"
             )
-    return longest
+    return Longest(longest, longest + response)

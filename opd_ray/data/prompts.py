@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,17 +45,8 @@ class Prompts:
     def __getitem__(self, index: int) -> np.ndarray:
         """Raises InputError with file and row for what cannot be rendered."""
         if index not in self._tokens:
-            row = self.rows[index]
-            try:
-                if self._solutions is None:
-                    tokens = self.renderer.prompt(row)
-                else:
-                    tokens = self.renderer.privileged_prompt(row, self._solutions[index])
-            except Exception as error:  # tasks and chat templates are others' code
-                reason = " ".join(str(error).split())[:200]
-                where = f"{self.where} row {self.numbers[index]}"
-                raise InputError(f"{where}: its prompt cannot be rendered ({reason})") from None
-            self._tokens[index] = np.asarray(tokens, np.int32)
+            with self._rendering(index):
+                self._tokens[index] = np.asarray(self.renderer.prompt(*self._asked(index)), np.int32)
         return self._tokens[index]
 
     def longest(self) -> tuple[int, int]:
@@ -94,20 +86,30 @@ class Prompts:
 
     def _by_size(self) -> list[tuple[int, int]]:
         """The most tokens that each prompt can have, and its index, largest first: a text has at most one token per
-        byte, besides those of the template around each of its turns."""
-        sizes = [sum(len(text.encode()) for text in self._texts(i)) for i in range(len(self))]
-        shortest = min(range(len(self)), key=sizes.__getitem__)
-        tokenizer = self.renderer.tokenizer
-        bare = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in self._texts(shortest))
-        around = len(self[shortest]) - bare
-        turns = [1 + len(row.get("before", ())) for row in self.rows]
-        return sorted(((size + around * turns[i], i) for i, size in enumerate(sizes)), key=lambda each: -each[0])
+        byte, besides those of the template around turns of these roles."""
+        around: dict[tuple[str, ...], int] = {}
+        sizes = []
+        for index in range(len(self)):
+            with self._rendering(index):
+                turns = self.renderer.turns(*self._asked(index))
+                roles = tuple(turn["role"] for turn in turns)
+                if roles not in around:  # an empty turn may be left out
+                    around[roles] = len(self.renderer.tokens([{"role": role, "content": "x"} for role in roles]))
+                sizes.append((around[roles] + sum(len(turn["content"].encode()) for turn in turns), index))
+        return sorted(sizes, key=lambda each: -each[0])
 
-    def _texts(self, index: int) -> tuple[str, ...]:
-        """What the prompt is made of."""
-        solution = () if self._solutions is None else (self._solutions[index],)
-        before = (turn["content"] for turn in self.rows[index].get("before", ()))
-        return (self.rows[index]["prompt"], *before, *solution)
+    def _asked(self, index: int) -> tuple[Mapping[str, Any], str | None]:
+        return self.rows[index], None if self._solutions is None else self._solutions[index]
+
+    @contextlib.contextmanager
+    def _rendering(self, index: int) -> Iterator[None]:
+        """Tasks and chat templates are others' code: what they raise is told with the row."""
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            where = f"{self.where} row {self.numbers[index]}"
+            raise InputError(f"{where}: its prompt cannot be rendered ({reason})") from None
 
 
 class PromptStream:

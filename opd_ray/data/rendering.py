@@ -41,13 +41,10 @@ class Renderer:
                     f"data.template_kwargs.{key}: the chat template of {name} {has}; leave it out or mend its name"
                 )
 
-    def prompt(self, row: Mapping[str, Any]) -> list[int]:
-        """Token ids of the prompt, special tokens and chat markup included, up to where the answer starts."""
-        return self._tokens(row, self.task.prompt(row))
-
-    def privileged_prompt(self, row: Mapping[str, Any], solution: str) -> list[int]:
-        """The same with the solution in it, for a teacher that is shown it."""
-        return self._tokens(row, self.task.privileged_prompt(row, solution))
+    def prompt(self, row: Mapping[str, Any], solution: str | None = None) -> list[int]:
+        """Token ids of the prompt, special tokens and chat markup included, up to where the answer starts; with
+        ``solution`` in it, for a teacher that is shown it."""
+        return self.tokens(self.turns(row, solution))
 
     def continuation(self, prompt_tokens: Sequence[int], response: str) -> str:
         """The response without a ``<think>`` that the chat template has opened at the end of the prompt already."""
@@ -60,13 +57,18 @@ class Renderer:
         bare = bare.removeprefix(_OPEN)
         return bare if end.endswith(_OPEN) else bare.lstrip("\n")
 
-    def _tokens(self, row: Mapping[str, Any], content: str) -> list[int]:
-        """A tokenizer without a chat template (a base model) gets the texts as they stand, one after the other, with
-        the special tokens that it puts at the beginning of any text."""
-        content = self._data.prompt_template.replace("{prompt}", content)
+    def turns(self, row: Mapping[str, Any], solution: str | None = None) -> list[Mapping[str, str]]:
+        """The same as a conversation."""
+        asked = self.task.prompt(row) if solution is None else self.task.privileged_prompt(row, solution)
+        content = self._data.prompt_template.replace("{prompt}", asked)
         turns = [*row.get("before", ()), {"role": "user", "content": content}]
         if self._data.system_prompt and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": self._data.system_prompt})
+        return turns
+
+    def tokens(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
+        """A tokenizer without a chat template (a base model) gets the texts as they stand, one after the other, with
+        the special tokens that it puts at the beginning of any text."""
         if not self.tokenizer.chat_template:
             return self.tokenizer.encode("\n\n".join(turn["content"] for turn in turns))
         return self.tokenizer.apply_chat_template(

@@ -58,12 +58,8 @@ class _Way:
 
     groups: Sequence[PromptGroup]
     sampling: SamplingSettings
-
-    @property
-    def judged(self) -> bool:
-        """May a teacher's view of the answers be compared with the student's? At another temperature the student's is
-        of another distribution."""
-        return (self.sampling.temperature, self.sampling.top_p) == (1, 1)
+    judged: bool
+    """Are the answers looked at by the teacher?"""
 
 
 def _ways(
@@ -75,7 +71,7 @@ def _ways(
     often = [dataclasses.replace(group, num_responses=settings.samples) for group in once]
     sampled = SamplingSettings(settings.temperature, settings.top_p, settings.max_tokens, stop_token_ids)
     greedy = dataclasses.replace(sampled, temperature=0.0, top_p=1.0)
-    return [_Way(often, sampled), *([_Way(once, greedy)] if settings.greedy else [])]
+    return [_Way(often, sampled, settings.sampled_plainly), *([_Way(once, greedy, False)] if settings.greedy else [])]
 
 
 class _Asking:

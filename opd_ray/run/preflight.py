@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from opd_ray.config import Config
 from opd_ray.data import checks
+from opd_ray.data.checks import Longest
 from opd_ray.data.dataset import Dataset
 from opd_ray.errors import InputError, RunError
 from opd_ray.models import checkpoints
@@ -107,8 +108,8 @@ def check_evaluation(config: Config) -> Preflight:
     student = inspect("student.path", config.student.path)
     data.renderer.tokenizer = student.tokenizer
     data.renderer.check(student.name)
-    longest = checks.check_problems(config, data, student)
-    return _facts(config, {"student": student}, student.eos_token_ids, data, longest)
+    models = {"student": student}
+    return _facts(config, models, student.eos_token_ids, data, checks.check_problems(config, data, models))
 
 
 @_without_torch
@@ -171,10 +172,9 @@ def _facts(
     models: Mapping[str, ModelFacts],
     eos_token_ids: tuple[int, ...],
     data: Dataset,
-    max_prompt_tokens: int,
+    found: Longest,
 ) -> Preflight:
-    budgets = [config.rollout.longest_response, *(each.max_tokens for each in config.evaluation_sets.values())]
-    longest = max_prompt_tokens + max(budgets)
+    longest = found.sequence
     if data.shown:
         longest = max(longest, data.shown.longest()[0] + config.rollout.longest_response)
     for each in data.golden.solutions if data.golden else ():
@@ -184,7 +184,7 @@ def _facts(
     return Preflight(
         eos_token_ids=eos_token_ids,
         max_context_tokens=longest,
-        max_prompt_tokens=max_prompt_tokens,
+        max_prompt_tokens=found.prompt,
         num_prompts=len(data.prompts or ()),
         num_problems=sum(map(len, data.problems.values())),
         prompts=data.report,
@@ -200,8 +200,8 @@ def _check_caches(config: Config, models: Mapping[str, ModelFacts], longest: int
     for section, (engine, role) in engines.items():
         if engine.kv_cache_bytes is None or engine.engine != "vllm" or role not in models:
             continue
-        # A scorer's sequences have the token that vLLM insists on sampling.
-        tokens = longest + (role != "student")
+        # No more than the checkpoint takes; a scorer's sequences have the token that vLLM insists on sampling.
+        tokens = min(longest, models[role].context_tokens or longest) + (role != "student")
         needed = cache_bytes(models[role].size.kv_bytes_per_token(DTYPE_BYTES[engine.dtype]), tokens, 1)
         if engine.kv_cache_bytes < needed:
             raise InputError(

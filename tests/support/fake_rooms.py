@@ -126,7 +126,7 @@ def golden_batch(number: int) -> tuple[list[RolloutMeta], pa.RecordBatch]:
 
 
 class FakeRenderer:
-    def prompt(self, row: Any) -> list[int]:
+    def prompt(self, row: Any, solution: str | None = None) -> list[int]:
         return [1, 2, 3]
 
 

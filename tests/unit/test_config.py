@@ -84,7 +84,17 @@ def test_sets_take_the_place_of_data_evaluation_and_what_they_leave_out_from_the
         ([*OWN[:-1], "evaluation.sets.aime24.samples=4"], r"evaluation.sets.aime24.path is the embedded one"),
         ([*OWN[:-1], "evaluation.sets.a-b.path=x"], r"a set's name has letters, digits and _.* got 'a-b'"),
         ([*OWN[:-1], "evaluation.sets.held_out.path=x"], r"got 'held_out'"),
-        ([*OWN[:-1], "evaluation.sets.gcd.path=reasoning_gym:gcd"], r"sets.gcd is of .* set data.task=reasoning_gym"),
+        ([*OWN[:-1], "evaluation.sets.a.path=[]"], r"evaluation.sets.a: path is an empty list; give a source"),
+        (
+            [*OWN[:-1], "evaluation.sets.a.path=[{source: x, weight: 1}]"],
+            r"sets.a: path has .* all of its problems count",
+        ),
+        (
+            [*OWN[:-1], "evaluation.sets.a.path=[x, embedded]"],
+            r"sets.a: path has embedded in a list, which stands alone",
+        ),
+        ([*OWN, "data.prompts=[x, embedded]"], r"data: prompts has embedded in a list, which stands alone"),
+        ([*OWN, "data.golden=[x, embedded:64]"], r"data: golden has embedded:64 in a list, which stands alone"),
         ([*OWN[:-1], "evaluation.sets.a.path=x", "evaluation.sets.a.samples=0"], r"evaluation.sets.a.samples: .* 1"),
         (
             [*OWN[:-1], "evaluation.sets.a.sample=1"],

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from driven_run import SMALL, cast_of, drive
 from opd_ray.data import dataset, files
+from opd_ray.data.rendering import Renderer
 from opd_ray.run import preflight
 from opd_ray.tasks.chain import ChainTask
 from tiny_checkpoints import configured, make_setting, write_jsonl
@@ -34,14 +35,6 @@ class Counting(ChainTask):
 
     def __init__(self, asked: Counter[tuple[str, str]]) -> None:
         self.asked = asked
-
-    def prompt(self, row: Any) -> str:
-        self.asked["prompt", row["prompt"]] += 1
-        return super().prompt(row)
-
-    def privileged_prompt(self, row: Any, solution: str) -> str:
-        self.asked["privileged", row["prompt"]] += 1
-        return super().privileged_prompt(row, solution)
 
     def verify(self, response: str, row: Any) -> bool:
         self.asked["verdict", response] += 1
@@ -75,15 +68,23 @@ def test_from_preflight_to_the_last_attempt_everything_is_done_once(
         return call(tokenizer, text, **options)
 
     monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", counted)
+    tokens = Renderer.tokens
+
+    def rendered(renderer: Renderer, turns: Any) -> list[int]:
+        if turns[-1]["content"] != "x":  # what is around a prompt
+            asked["prompt", turns[-1]["content"]] += 1
+        return tokens(renderer, turns)
+
+    monkeypatch.setattr(Renderer, "tokens", rendered)
     summary, _ = drive(tmp_path / "run", cast, facts=preflight.check_files(cast.config))
     assert [event["level"] for event in summary["guard_events"]] == ["rollback"]
     assert summary["golden"]["used"] == len(GOLDEN)
     # Golden rows are rows of their own: their prompts, bare and privileged, are made beside those of data.prompts.
     assert asked == {
         **{("file", setting[name]): 1 for name in rows},
-        **{("prompt", row["prompt"]): 2 for row in PROMPTS},
-        **{("privileged", row["prompt"]): 2 for row in PROMPTS},
-        **{("prompt", row["prompt"]): 1 for row in PROBLEMS},
+        **{("prompt", ChainTask().prompt(row)): 2 for row in PROMPTS},
+        **{("prompt", ChainTask().privileged_prompt(row, row["response"])): 2 for row in GOLDEN},
+        **{("prompt", ChainTask().prompt(row)): 1 for row in PROBLEMS},
         **{(kind, row["response"]): 1 for row in GOLDEN for kind in ("tokens", "verdict")},
     }
 

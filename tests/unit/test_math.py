@@ -26,7 +26,7 @@ def renderer(path: Path, chat_template: str | None) -> Renderer:
 
 def test_a_privileged_prompt_holds_problem_and_solution_in_the_same_turn(tmp_path: Path) -> None:
     chat = renderer(tmp_path, "<user>{{ messages[0]['content'] }}{% if add_generation_prompt %}={% endif %}")
-    plain, shown = chat.prompt(ROW), chat.privileged_prompt(ROW, "it is {2}")
+    plain, shown = chat.prompt(ROW), chat.prompt(ROW, "it is {2}")
     assert plain == chat.tokenizer.encode("<user>1+1==")
     assert (shown[0], shown[-1]) == (plain[0], plain[-1])
     text = chat.tokenizer.decode(shown)
@@ -35,7 +35,7 @@ def test_a_privileged_prompt_holds_problem_and_solution_in_the_same_turn(tmp_pat
 
 def test_a_base_model_reads_it_as_plain_text(tmp_path: Path) -> None:
     base = renderer(tmp_path, None)
-    shown = base.tokenizer.decode(base.privileged_prompt(ROW, "2"))
+    shown = base.tokenizer.decode(base.prompt(ROW, "2"))
     assert shown.startswith("1+1=")
     assert "<user>" not in shown
 

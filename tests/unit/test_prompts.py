@@ -34,11 +34,8 @@ def test_without_shuffling_rows_come_as_they_lie_in_every_epoch():
 
 
 class FakeRenderer:
-    def prompt(self, row):
-        return ["_ab".index(c) for c in row["prompt"]]
-
-    def privileged_prompt(self, row, solution):
-        return ["_ab".index(c) for c in solution + row["prompt"]]
+    def prompt(self, row, solution=None):
+        return ["_ab".index(c) for c in (solution or "") + row["prompt"]]
 
 
 def prompts(rows, solutions=None):

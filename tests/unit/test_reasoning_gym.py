@@ -96,7 +96,35 @@ def test_verdicts_come_from_a_process_that_can_be_killed() -> None:
 def test_the_task_follows_from_the_source() -> None:
     given = {"student": {"path": "/s"}, "teacher": {"path": "/t"}, "data": {"prompts": GCD, "evaluation": GCD}}
     assert configs.from_dict(given).data.task == "reasoning_gym"
-    assert configs.from_dict(given | {"data": given["data"] | {"task": "math"}}).data.task == "math"
+    own = given | {"data": given["data"] | {"task": "module:Class"}}
+    assert configs.from_dict(own).data.task == "module:Class"
+    sets = {"student": {"path": "/s"}, "evaluation": {"sets": {"gcd": {"path": ["reasoning_gym:gcd"]}}}}
+    assert configs.load(sections=sets, evaluation_only=True).data.task == "reasoning_gym"
+    unasked = given | {"data": {"prompts": "p", "evaluation": GCD}, "evaluation": {"num_problems": 0}}
+    assert configs.from_dict(unasked).data.task == "math"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"data__prompts": GCD}, "data.prompts"),
+        ({"data__prompts": f"[p.jsonl, {GCD}]"}, "data.prompts"),
+        ({"data__evaluation": f"[e.jsonl, {GCD}]"}, "data.evaluation"),
+        (
+            {"data__evaluation": "embedded", "evaluation__sets": f"{{a: {{path: [x, {GCD}]}}}}"},
+            "evaluation.sets.a.path",
+        ),
+        ({"data__golden": f"[g.jsonl, {GCD}]", "data__golden_filter": "correct"}, "data.golden"),
+    ],
+)
+def test_what_its_verifiers_judge_is_judged_by_no_other_task(
+    tmp_path: Path, changes: dict[str, str], field: str
+) -> None:
+    """The bug: of a list only the first source was looked at, and of data.evaluation none."""
+    setting = make_setting(tmp_path)
+    message = refused(lambda: configured(setting, data__task="math", **changes))
+    assert message.startswith(f"config: {field} has {GCD}, which its own verifier judges, but data.task is math: set")
+    configured(setting, data__task="module:Class", **changes)
 
 
 def test_its_verifier_is_not_asked_about_problems_of_others(tmp_path: Path) -> None:
