@@ -10,6 +10,7 @@ A row that cannot be trained on is refused or, where ``data.golden_problems=skip
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from opd_ray.config import Config, written
+from opd_ray.data import kept
 from opd_ray.data.golden_problems import (
     KINDS,
     Problems,
@@ -183,7 +185,7 @@ def _tokenise(golden: Prompts, student: ModelFacts, eos_token_id: int) -> list[S
     solutions = []
     for index, (number, row, text) in enumerate(zip(golden.numbers, golden.rows, texts, strict=True)):
         if text is not None:
-            response = np.asarray([*next(responses), eos_token_id], np.int32)
+            response = np.append(next(responses), np.int32(eos_token_id))
             solutions.append(Solution(number, row, golden[index], response, text))
         else:
             text = _check_tokens(f"{golden.where} row {number}", row, student)
@@ -192,10 +194,23 @@ def _tokenise(golden: Prompts, student: ModelFacts, eos_token_id: int) -> list[S
     return solutions
 
 
-def _encoded(texts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
+def _encoded(texts: Sequence[str], tokenizer: Any) -> Iterator[np.ndarray]:
     """Many in a call, which a tokenizer works off side by side, but not all: besides ids it returns what we drop."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    of = (
+        kept.key(backend.to_str(), type(tokenizer).__name__, kept.versions("tokenizers", "transformers"))
+        if backend
+        else ""
+    )
     for start in watched(range(0, len(texts), _CHUNK), "thousands of golden responses", -(-len(texts) // _CHUNK)):
-        yield from tokenizer(texts[start : start + _CHUNK], add_special_tokens=False)["input_ids"]
+        some, began_s = texts[start : start + _CHUNK], time.monotonic()
+        name = kept.key(of, *some)
+        found = kept.find(name) if of else None
+        if found is None:
+            found = pa.array(tokenizer(some, add_special_tokens=False)["input_ids"], pa.list_(pa.int32()))
+            if of:
+                kept.keep(name, found, time.monotonic() - began_s)
+        yield from (each.values.to_numpy() for each in found)
 
 
 def _check_tokens(where: str, row: Mapping[str, Any], student: ModelFacts) -> str:

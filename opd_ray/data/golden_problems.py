@@ -4,12 +4,18 @@ EOS."""
 from __future__ import annotations
 
 import dataclasses
+import json
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from opd_ray import tasks
 from opd_ray.config import Config
+from opd_ray.data import kept
 from opd_ray.data.prompts import Prompts, limits
 from opd_ray.data.rows import question
 from opd_ray.errors import InputError
@@ -29,6 +35,7 @@ KINDS = {
 }
 """In the order in which they are looked for; a row counts once."""
 _SHOWN_ROWS = 5
+_JUDGED_BY = ("math-verify", "latex2sympy2_extended", "sympy", "reasoning-gym")
 
 Problem = tuple[str, str]
 """Kind and reason."""
@@ -140,13 +147,29 @@ def judged_wrong(where: str, solutions: Sequence[Solution], judge: Judge) -> Pro
             )
         if not solution.row["correct"]:
             problems[solution.number] = "wrong", "it is marked as not correct"
-    verdicts = judge.ask("verify", [(solution.text, _without_tokens(solution.row)) for solution in asked])
+    verdicts = _verdicts([(solution.text, _without_tokens(solution.row)) for solution in asked], judge)
     for solution, verdict in zip(asked, verdicts, strict=True):
         if not verdict:
             verifier = "gave up comparing it with" if verdict is None else "disagrees with"
             reason = f"the task's verifier {verifier} its answer {solution.row['answer']!r}"
             problems[solution.number] = "wrong", reason
     return problems
+
+
+def _verdicts(questions: Sequence[tuple[str, Mapping[str, Any]]], judge: Judge) -> list[bool | None]:
+    """As far as they are known from an earlier run; where there was no verdict, it is asked for again."""
+    kind = type(judge.task)
+    if kind.__module__.rpartition(".")[0] != tasks.__name__:  # what else a task of the user's depends on, nobody knows
+        return judge.ask("verify", questions)
+    code = [file.read_text() for file in sorted(Path(tasks.__file__).parent.glob("*.py"))]
+    asked = [part for text, row in questions for part in (text, json.dumps(row, sort_keys=True, default=repr))]
+    name = kept.key(kind.__name__, *code, kept.versions(*_JUDGED_BY), *asked)
+    verdicts = known.to_pylist() if (known := kept.find(name)) is not None else [None] * len(questions)
+    left, began_s = [i for i, verdict in enumerate(verdicts) if verdict is None], time.monotonic()
+    for i, verdict in zip(left, judge.ask("verify", [questions[i] for i in left]), strict=True):
+        verdicts[i] = verdict
+    kept.keep(name, pa.array(verdicts, pa.bool_()), time.monotonic() - began_s)
+    return verdicts
 
 
 def _without_tokens(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Judge:
     """
 
     def __init__(self, task: Task) -> None:
-        self._task = task
+        self.task = task
         self._limit_s = getattr(task, "verify_limit_s", None)
         self._threads = ThreadPoolExecutor(_PROCESSES, thread_name_prefix="judge")  # each waits for one process
         self._idle: list[_Process] = []
@@ -46,13 +46,13 @@ class Judge:
     async def verify(self, answers: Sequence[tuple[str, Any]]) -> list[bool | None]:
         """Is each (response, row) right? Leaves the event loop free."""
         if self._limit_s is None:
-            return [self._task.verify(*answer) for answer in answers]
+            return [self.task.verify(*answer) for answer in answers]
         return self._verdicts(await asyncio.gather(*map(asyncio.wrap_future, self._ask("verify", answers))))
 
     def ask(self, method: str, questions: Sequence[tuple[Any, ...]]) -> list[bool | None]:
         """The same of any method of the task that says yes or no, for those without an event loop."""
         if self._limit_s is None:
-            return [getattr(self._task, method)(*question) for question in questions]
+            return [getattr(self.task, method)(*question) for question in questions]
         answers = watched(self._ask(method, questions), "answers judged", len(questions))
         return self._verdicts([answer.result() for answer in answers])
 
@@ -92,7 +92,7 @@ class Judge:
         process = _Process(self._limit_s)
         self._all.add(process)
         try:
-            process.begin(self._task)
+            process.begin(self.task)
         except BaseException:
             process.kill()
             self._all.discard(process)

@@ -1,0 +1,70 @@
+"""Tokens and verdicts that took a while, kept by content: the next run on the same rows reads them.
+
+Each lies in the cache under a digest of all that decides it. A file that is broken or half written is as good as none,
+and one that nobody has read for a month is deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from opd_ray.disk import whole
+from opd_ray.embedded.prepare import cache_root
+
+_WORTH_S = 1.0
+_UNREAD_S = 30 * 86_400.0
+
+
+def key(*parts: str) -> str:
+    """The name of what ``parts`` decide."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.encode(errors="surrogatepass")
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()
+
+
+def versions(*packages: str) -> str:
+    """Which are installed."""
+    found = []
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)
+
+
+def find(name: str) -> pa.Array | None:
+    """What was kept under this key; None where nothing was, or cannot be read."""
+    path = _path(name)
+    try:
+        found = pq.read_table(path, page_checksum_verification=True)["value"].combine_chunks()
+        os.utime(path)
+        return found
+    except (OSError, KeyError, pa.ArrowException):
+        return None
+
+
+def keep(name: str, values: pa.Array, took_s: float) -> None:
+    """Keeps what took longer than reading it will; not where the disk will not have it."""
+    if took_s < _WORTH_S:
+        return
+    path = _path(name)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.iterdir():
+            if time.time() - other.stat().st_mtime > _UNREAD_S:
+                other.unlink()
+        with whole(path) as partial:
+            pq.write_table(pa.table({"value": values}), partial, compression="zstd", write_page_checksum=True)
+
+
+def _path(name: str) -> Path:
+    return cache_root() / "golden" / f"{name}.parquet"
