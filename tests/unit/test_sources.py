@@ -36,7 +36,7 @@ def test_a_list_reads_well_on_the_command_line_and_comes_back(setting: dict[str,
     assert [(each.source, each.weight) for each in config.data.prompts] == [(one, 2.0), (other, 1.0)]
     assert configs.from_dict(configs.to_dict(config)) == config
     gym = "reasoning_gym:gcd?size=4&seed=1"
-    plain = configured(setting, data__prompts=f"[{one}, {gym}]")
+    plain = configured(setting, data__prompts=f"[{one}, {gym}]", data__task="module:Class")
     assert configs.written(plain.data.prompts) == f"{one}, {gym}"
 
 
