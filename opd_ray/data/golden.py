@@ -10,7 +10,6 @@ A row that cannot be trained on is refused or, where ``data.golden_problems=skip
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -203,13 +202,13 @@ def _encoded(texts: Sequence[str], tokenizer: Any) -> Iterator[np.ndarray]:
         else ""
     )
     for start in watched(range(0, len(texts), _CHUNK), "thousands of golden responses", -(-len(texts) // _CHUNK)):
-        some, began_s = texts[start : start + _CHUNK], time.monotonic()
+        some = texts[start : start + _CHUNK]
         name = kept.key(of, *some)
         found = kept.find(name) if of else None
         if found is None:
             found = pa.array(tokenizer(some, add_special_tokens=False)["input_ids"], pa.list_(pa.int32()))
             if of:
-                kept.keep(name, found, time.monotonic() - began_s)
+                kept.keep(name, found)
         yield from (each.values.to_numpy() for each in found)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,10 +164,10 @@ def _verdicts(questions: Sequence[tuple[str, Mapping[str, Any]]], judge: Judge) 
     asked = [part for text, row in questions for part in (text, json.dumps(row, sort_keys=True, default=repr))]
     name = kept.key(kind.__name__, *code, kept.versions(*_JUDGED_BY), *asked)
     verdicts = known.to_pylist() if (known := kept.find(name)) is not None else [None] * len(questions)
-    left, began_s = [i for i, verdict in enumerate(verdicts) if verdict is None], time.monotonic()
+    left = [i for i, verdict in enumerate(verdicts) if verdict is None]
     for i, verdict in zip(left, judge.ask("verify", [questions[i] for i in left]), strict=True):
         verdicts[i] = verdict
-    kept.keep(name, pa.array(verdicts, pa.bool_()), time.monotonic() - began_s)
+    kept.keep(name, pa.array(verdicts, pa.bool_()))
     return verdicts
 
 

@@ -1,4 +1,4 @@
-"""Tokens and verdicts that took a while, kept by content: the next run on the same rows reads them.
+"""Tokens and verdicts of many rows, kept by content: the next run on the same rows reads them.
 
 Each lies in the cache under a digest of all that decides it. A file that is broken or half written is as good as none,
 and one that nobody has read for a month is deleted.
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from opd_ray.disk import whole
 from opd_ray.embedded.prepare import cache_root
 
-_WORTH_S = 1.0
+_FEW = 256
 _UNREAD_S = 30 * 86_400.0
 
 
@@ -52,9 +52,9 @@ def find(name: str) -> pa.Array | None:
         return None
 
 
-def keep(name: str, values: pa.Array, took_s: float) -> None:
-    """Keeps what took longer than reading it will; not where the disk will not have it."""
-    if took_s < _WORTH_S:
+def keep(name: str, values: pa.Array) -> None:
+    """Keeps them, unless they are few, which are made in seconds, or the disk will not have them."""
+    if len(values) < _FEW:
         return
     path = _path(name)
     with contextlib.suppress(OSError):

@@ -22,7 +22,7 @@ ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1), "response": f"#{i + 1}"} for
 @pytest.fixture
 def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setenv("OPD_RAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(kept, "_WORTH_S", 0.0)
+    monkeypatch.setattr(kept, "_FEW", 1)
     setting = make_setting(tmp_path) | {"data.golden_filter": "correct"}
     write_jsonl(Path(setting["data.golden"]), ROWS)
     return setting
@@ -75,8 +75,8 @@ def test_a_broken_file_is_made_anew(setting: dict[str, str], made: Counter[str],
 
 def test_a_flipped_bit_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OPD_RAY_CACHE", str(tmp_path))
-    tokens = pa.array([list(range(1000))], pa.list_(pa.int32()))
-    kept.keep("x", tokens, took_s=9)
+    tokens = pa.array([[number, 7] for number in range(1000)], pa.list_(pa.int32()))
+    kept.keep("x", tokens)
     assert kept.find("x").equals(tokens)
     file = tmp_path / "golden/x.parquet"
     content = bytearray(file.read_bytes())
@@ -113,18 +113,17 @@ def test_where_there_was_no_verdict_it_is_asked_for_again(
     assert made["verdicts"] == 1
 
 
-def test_what_is_made_in_a_moment_is_not_kept_nor_what_nobody_reads(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_few_are_not_kept_nor_what_nobody_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OPD_RAY_CACHE", str(tmp_path))
-    kept.keep("quick", pa.array([True]), took_s=0.1)
+    kept.keep("few", pa.array([True] * 128))
     assert not list(tmp_path.iterdir())
-    kept.keep("old", pa.array([True]), took_s=9)
-    kept.keep("read", pa.array([True]), took_s=9)
+    many = pa.array([True] * 500)
+    kept.keep("old", many)
+    kept.keep("read", many)
     for name in ("old", "read"):
         os.utime(tmp_path / f"golden/{name}.parquet", (0, 0))
-    assert kept.find("read").to_pylist() == [True]
-    kept.keep("new", pa.array([True]), took_s=9)
+    assert kept.find("read").equals(many)
+    kept.keep("new", many)
     assert {each.stem for each in (tmp_path / "golden").iterdir()} == {"read", "new"}
 
 
