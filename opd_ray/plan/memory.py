@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from opd_ray.config import Config, LearnerConfig, RolloutConfig, ScorerConfig
+from opd_ray.config import STUDENT, Config, LearnerConfig, RolloutConfig, ScorerConfig
 from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
 from opd_ray.plan.flow import Step, store_bytes
 from opd_ray.weights import BUCKET_BYTES
@@ -70,14 +70,14 @@ class Process:
 def processes(config: Config, sizes: Mapping[str, ModelSize], step: Step, max_context_tokens: int) -> list[Process]:
     """Every process of the run's rooms; ``sizes`` by role, "student" included."""
     student = sizes["student"]
+    mapping = _mapping(config, sizes)
     found = [
-        learner(config, student, sizes, step),
+        learner(config, student, sizes, step, max(1, mapping[config.student.path])),
         generator("generate", config.rollout, config.rollout.dtype, student, step, max_context_tokens),
     ]
     rollouts = _rollouts_per_call(config, step)
-    mapped = Counter(scorer.path for role, scorer in config.scorers.items() if _is_mapped(scorer, sizes[role]))
     for role, scorer in config.scorers.items():
-        sharing = mapped.get(scorer.path, 1) if _is_mapped(scorer, sizes[role]) else 1
+        sharing = mapping[_path(config, scorer)] if _is_mapped(scorer, sizes[role]) else 1
         found.append(scorer_process(role, scorer, sizes[role], step, max_context_tokens, rollouts, sharing))
     if config.buffer.uses_teacher_rollouts:
         rollout, teacher = config.rollout, sizes["teacher"]
@@ -86,16 +86,20 @@ def processes(config: Config, sizes: Mapping[str, ModelSize], step: Step, max_co
     return found
 
 
-def learner(config: Config, student: ModelSize, sizes: Mapping[str, ModelSize], step: Step) -> Process:
+def learner(
+    config: Config, student: ModelSize, sizes: Mapping[str, ModelSize], step: Step, sharing: int = 1
+) -> Process:
     """One rank: what stays, and the fullest of forward with backward, the optimizer step, and a snapshot's copy.
 
     Weights, gradients and Adam's two moments in float32, 4·P + 4·P + 8·P, without ZeRO. With it (Rajbhandari et al.,
     arXiv 1910.02054, figure 1; DeepSpeed 0.19, stage_1_and_2.py and stage3.py) weights b·P or, at stage 3, b·P/N and
     what is gathered; float32 master weights 4·P/N; moments 8·P/N; gradients summed in float32, 4·P at stage 1 (b·P of
     the pass itself beside them where b is 2), else 4·P/N. Of a student with adapters the weights are those of both, and
-    P is the adapters' in all else.
+    P is the adapters' in all else; its own, which nothing changes, are its share of the mapped files where ``sharing``
+    rooms have them.
     """
-    settings, trained, parameters = config.learner, student.trained, student.parameters + student.adapters
+    settings, trained = config.learner, student.trained
+    parameters = student.parameters / (sharing if _maps_its_base(config, student) else 1) + student.adapters
     stage, width, ranks = zero_stage(settings), DTYPE_BYTES[settings.dtype], settings.num_ranks
     share = trained / ranks
     if stage == 0:
@@ -138,11 +142,19 @@ def activation_bytes(settings: LearnerConfig, student: ModelSize, step: Step) ->
     more. The backward pass works on as much again as one layer keeps. With gradient checkpointing (Chen et al., arXiv
     1604.06174) each layer keeps its b·H alone; one layer at a time is made again, while the one before is still there.
     Checked against peaks of a Llama and a Qwen3 of 2 and 6 layers: within 6 %.
+
+    With adapters on a CPU, b·(2·H + (A + 2·K)·d + 2·I) more: what a layer's projections give before their adapters'
+    products are added is freed, but the narrow A x, kept for the backward pass, comes to lie in its place in glibc's
+    heap, where the next one then does not fit. With pages of its own for each tensor (mallopt) that was gone, but for
+    half as much CPU time again.
     """
     tokens, width = micro_batch_tokens(settings, step), DTYPE_BYTES[settings.dtype]
     heads = (6 * student.num_heads + student.num_kv_heads) * student.head_dim
     layer = width * (6 * student.hidden_size + heads + 4 * student.intermediate_size)
     layer += 8 * student.hidden_size if width == 2 else 0
+    if student.adapters and not settings.gpus_per_rank:
+        queries_keys_values = (student.num_heads + 2 * student.num_kv_heads) * student.head_dim
+        layer += width * (2 * student.hidden_size + queries_keys_values + 2 * student.intermediate_size)
     if settings.gradient_checkpointing:
         return tokens * (student.num_layers * width * student.hidden_size + 3 * layer)
     return tokens * (student.num_layers + 1) * layer
@@ -224,11 +236,30 @@ def _rollouts_per_call(config: Config, step: Step) -> int:
     return math.ceil(max(1, of_call, step.rollouts.get("golden", 0)))
 
 
+def _mapping(config: Config, sizes: Mapping[str, ModelSize]) -> Counter[str]:
+    """Path of a checkpoint to how many rooms have its files mapped. All processes of a node share them."""
+    scorers = config.scorers.items()
+    found = Counter(_path(config, scorer) for role, scorer in scorers if _is_mapped(scorer, sizes[role]))
+    found[config.student.path] += _maps_its_base(config, sizes["student"])
+    return found
+
+
+def _path(config: Config, scorer: ScorerConfig) -> str:
+    return config.student.path if scorer.path == STUDENT else scorer.path
+
+
 def _is_mapped(scorer: ScorerConfig, model: ModelSize) -> bool:
-    """Are a frozen model's weights its files, mapped into memory as they are? All processes of a node share them."""
+    """Are a frozen model's weights its files, mapped into memory as they are?"""
     elsewhere = scorer.gpus_per_actor or scorer.url or scorer.engine != "torch"
     changed = scorer.follows_student or model.stored_bytes != DTYPE_BYTES[scorer.dtype]
     return not (elsewhere or changed)
+
+
+def _maps_its_base(config: Config, student: ModelSize) -> bool:
+    """The same of the base beside the adapters that a learner trains. ZeRO-3 copies each rank's part."""
+    settings = config.learner
+    elsewhere = settings.gpus_per_rank or settings.zero_stage == 3
+    return bool(student.adapters) and not elsewhere and student.stored_bytes == DTYPE_BYTES[settings.dtype]
 
 
 def scorer_process(
