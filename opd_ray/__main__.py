@@ -119,24 +119,35 @@ def train(
     from opd_ray.run import train as running
 
     summary = running.train(config, run_dir, resume=resume, auto_resume=auto_resume)
-    click.echo(f"done: {_gain(summary)}{summary['steps']} steps in {summary['wall_s']:.0f} s; results in {run_dir}")
+    from opd_ray.run.summary import outcome
+
+    click.echo(f"done: {summary['steps']} steps, {outcome(summary)}; results in {run_dir}")
 
 
 @cli.command(name="status")
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("run", required=False, metavar="[RUN_DIR|URI]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-@click.option("--watch", is_flag=True, help="Print it every 2 s until the run has ended, or Ctrl-C.")
+@click.option(
+    "--watch", is_flag=True, help="Print it every 2 s until the run has ended, or Ctrl-C; wait for its start."
+)
 @_debug_option
-def status_(run_dir: Path, as_json: bool, watch: bool) -> None:
-    """Where the run in RUN_DIR stands, and why it waits."""
+def status_(run: str | None, as_json: bool, watch: bool) -> None:
+    """Where the run in RUN_DIR stands, and why it waits; without RUN_DIR, all runs in runs/.
+
+    Of a run elsewhere: the URI of its checkpoints, beside which the driver writes where it stands.
+    """
     from opd_ray.status import table
     from opd_ray.status.state import WRITE_EVERY_S
 
-    if not watch:
-        table.show(run_dir, as_json=as_json)
-        return
-    with contextlib.suppress(KeyboardInterrupt):
-        table.watch(run_dir, WRITE_EVERY_S, as_json=as_json)
+    if run is None and watch:
+        raise InputError("--watch needs a run: opd-ray status RUN_DIR --watch")
+    if run is None:
+        table.list_runs(Path("runs"), as_json=as_json)
+    elif not watch:
+        table.show(run, as_json=as_json)
+    else:
+        with contextlib.suppress(KeyboardInterrupt):
+            table.watch(run, WRITE_EVERY_S, as_json=as_json)
 
 
 @cli.command(cls=_ConfiguredCommand)
@@ -354,13 +365,6 @@ def _load(config_file: Path | None, overrides: Sequence[str], resumed: Path | No
     if config_file is None and resumed is not None and (resumed / "config.yaml").is_file():
         config_file = resumed / "config.yaml"
     return configs.load(config_file, overrides)
-
-
-def _gain(summary: dict[str, Any]) -> str:
-    before, after = summary.get("eval_before"), summary.get("eval_after")
-    if not before or not after:
-        return ""
-    return f"sampled accuracy {before['accuracy_sampled']:.3f} -> {after['accuracy_sampled']:.3f}, "
 
 
 def _print_table(title: str, values: dict[str, Any]) -> None:

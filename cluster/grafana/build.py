@@ -138,6 +138,7 @@ ROWS: dict[str, list[Panel]] = {
             "queue/buffer_slots",
             about="Prompts under way, and those that wait for the learner.",
         ),
+        _curve("Memory of the driver", "driver/memory_bytes"),
     ],
     "Lengths, truncation, repetition": [
         _curve(
@@ -219,7 +220,9 @@ ROWS: dict[str, list[Panel]] = {
         ),
         _curve("Writing", "checkpoint/write_s", width=6),
         _curve("Size", "checkpoint/bytes", width=6),
-        _curve("Failed writes", "checkpoint/failed_writes", width=6),
+        _curve(
+            "Failed and skipped", "checkpoint/failed_writes", "checkpoint/skipped", about="Running counts.", width=6
+        ),
     ],
 }
 

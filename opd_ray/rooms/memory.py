@@ -17,6 +17,20 @@ def own_memory() -> MemoryUse:
     return MemoryUse(sum(map(_peak_bytes, [this, *this.children(recursive=True)])), _gpu_bytes())
 
 
+def resident_bytes() -> int:
+    """Of this process, now."""
+    return psutil.Process().memory_info().rss
+
+
+def most_bytes() -> int:
+    """What this machine has or, in a container, what its processes may take together."""
+    limits = [psutil.virtual_memory().total]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
+
+
 def _peak_bytes(process: psutil.Process) -> int:
     """Anonymous pages and its share of mapped files, at their most; the object store, which all processes of a node map
     into their memory, is left out."""

@@ -36,7 +36,7 @@ from opd_ray.run.preflight import Preflight
 from opd_ray.run.records import Records
 from opd_ray.run.signals import stop_signals
 from opd_ray.run.status_writer import StatusWriter
-from opd_ray.run.summary import SUMMARY, Summary
+from opd_ray.run.summary import SUMMARY, Summary, outcome
 from opd_ray.snapshots import Checkpoint, Shelf, Snapshot, write_files
 from opd_ray.snapshots.calls import FileCalls
 from opd_ray.snapshots.keeper import Keeper
@@ -106,6 +106,7 @@ class Driver:
             self._delivery,
             self._keeper,
             self._servers,
+            far=None if shelf.storage.is_local else shelf.storage,
             live=lambda metrics: records.writer.port.live(metrics),
             say=self._say,
         )
@@ -132,10 +133,8 @@ class Driver:
         try:
             with stop_signals() as stopping:
                 result = await self._to_the_end(leased, stopping)
-            if why := result[1]:
-                self._where.end("stopped", why)
-            else:
-                self._where.enter("done")
+            summary, why = result
+            self._where.end("stopped" if why else "done", why or outcome(summary))
             return result
         except Terminated as error:
             self._where.end("stopped", str(error))

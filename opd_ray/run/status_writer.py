@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from opd_ray.config import Config
 from opd_ray.placement.restarts import Restarts
 from opd_ray.placement.supervisor import Supervisor
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group
+from opd_ray.rooms.memory import most_bytes, resident_bytes
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import busy_share
 from opd_ray.rooms.threads import in_thread
+from opd_ray.snapshots import Storage
 from opd_ray.snapshots.keeper import Keeper
 from opd_ray.status import state
 from opd_ray.status.reasons import StallWatch
@@ -39,20 +43,25 @@ class StatusWriter:
         delivery: Delivery,
         keeper: Keeper,
         servers: ServerWatch,
+        far: Storage | None,
         live: Callable[[dict[str, float]], None],
         say: Callable[..., None],
     ) -> None:
-        """``live`` takes the metrics that also change while no step is done; ``say(kind, text)`` tells people."""
+        """``far``: a storage elsewhere, from which others read where the run stands. ``live`` takes the metrics that
+        also change while no step is done; ``say(kind, text)`` tells people."""
         self._config, self._rooms, self._where = config, rooms, where
         self._supervisor, self._restarts = supervisor, restarts
         self._delivery, self._keeper, self._servers = delivery, keeper, servers
-        self._live, self._say = live, say
+        self._far, self._live, self._say = far, live, say
         self.num_restores = 0
         """How often the run went back to an earlier state because one was lost."""
         self._stalls = StallWatch()
         self._path = run_dir / state.FILE
         self._writing: asyncio.Future[None] | None = None
+        self._sending: asyncio.Future[Any] | None = None
+        self._sent_at = -math.inf
         self._told: str | None = None
+        self._most_bytes = most_bytes()
         self._work = {room.room: (0.0, 0.0) for room in self._rooms.every}
 
     async def run(self) -> None:
@@ -75,6 +84,16 @@ class StatusWriter:
             self._told = None
         if self._writing is None:  # a disk that hangs holds a thread, not the loop
             self._writing = in_thread(state.write, self._path, now)
+        if self._far is not None and time.monotonic() - self._sent_at >= state.FAR_EVERY_S:
+            self._send(now)
+
+    def _send(self, now: Status) -> None:
+        """Where the storage does not answer the keeper says so, whose checkpoints matter more."""
+        if self._sending is None or self._sending.done():
+            if self._sending is not None:
+                self._sending.exception()
+            self._sending = in_thread(self._far.write, state.FILE, [state.as_text(now).encode()])
+            self._sent_at = time.monotonic()
 
     def _tell(self, error: Exception) -> None:
         text = f"{self._path} stays as it was: {type(error).__name__}: {error}"
@@ -89,7 +108,12 @@ class StatusWriter:
                 if self._writing is not None:
                     await asyncio.wait([self._writing])  # its file must not come after this one
                 self._live(self.metrics())
-                await in_thread(state.write, self._path, self.status())
+                await in_thread(state.write, self._path, last := self.status())
+                if self._far is not None:
+                    if self._sending is not None:
+                        await asyncio.wait([self._sending])
+                    self._send(last)
+                    await self._sending
         except Exception as error:
             self._tell(error)
 
@@ -126,8 +150,10 @@ class StatusWriter:
             values[f"pool/{room.room}_starting"] = float(len(room.those("starting", "joining")))
             values[f"pool/{room.room}_minimum"] = float(room.size.minimum)
             values[f"restarts/{room.room}"] = float(by_room[room.room])
-        pipeline = self._keeper.pipeline
+        pipeline, own = self._keeper.pipeline, resident_bytes()
         return values | {
+            "driver/memory_bytes": float(own),
+            "driver/memory_share": own / self._most_bytes,
             "recovery/lost_payloads": float(pipeline.num_lost_payloads if pipeline else 0),
             "recovery/restores": float(self.num_restores),
             "recovery/reissued_calls": float(sum(pool.num_reissued for pool in self._rooms.pools)),

@@ -136,3 +136,12 @@ class Summary:
 
 def _kind(event: Mapping[str, Any]) -> str:
     return f"{event['level']} {event['signal']}"
+
+
+def outcome(summary: Mapping[str, Any]) -> str:
+    """What a run that ended came to, in a few words."""
+    before, after = summary.get("eval_before"), summary.get("eval_after")
+    took = f"{summary['wall_s']:.0f} s"
+    if not before or not after:
+        return took
+    return f"sampled accuracy {before['accuracy_sampled']:.3f} -> {after['accuracy_sampled']:.3f}, {took}"

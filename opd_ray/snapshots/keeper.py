@@ -36,8 +36,10 @@ class LatestWriter:
         self, write: Callable[[Snapshot], Awaitable[None]], retry_s: float, say: Callable[[str, str], None]
     ) -> None:
         self._write, self._retry_s, self._say = write, retry_s, say
-        self.num_failed = 0
+        self.num_failed = self.num_skipped = 0
         self._due: Snapshot | None = None
+        self._tried: Snapshot | None = None
+        """Was not written at its first try."""
         self._task: asyncio.Task[None] | None = None
         self._free = asyncio.Event()
         """Nothing is being written, or it failed already."""
@@ -49,6 +51,8 @@ class LatestWriter:
         """Raises what went wrong with the one before."""
         await self._free.wait()
         self.check()
+        if self._due is not None and self._due is not self._tried:
+            self.num_skipped += 1
         self._due = snapshot
         if self._task is None:
             self._free.clear()
@@ -80,6 +84,9 @@ class LatestWriter:
         gives_up_at = None
         try:
             while (snapshot := self._due) is not None:
+                if self._tried is not None and self._tried is not snapshot:
+                    self.num_skipped += 1
+                self._tried = snapshot
                 if gives_up_at is None:
                     self._free.clear()
                 try:
@@ -94,10 +101,10 @@ class LatestWriter:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._hurry.wait(), _AGAIN_S)
                 else:
-                    gives_up_at = None
+                    gives_up_at = self._tried = None
                     self._due = None if self._due is snapshot else self._due
         finally:
-            self._due = None
+            self._due = self._tried = None
             self._free.set()
 
 
@@ -152,6 +159,7 @@ class Keeper:
             checkpoint = await self._shelf.write(snapshot, self._config.keep)
         except PayloadLost as error:
             self._say("checkpoint_lost", f"checkpoint: that of step {snapshot.step} is left out: {error}")
+            self._writer.num_skipped += 1
             return
         self._where.checkpoint_step = step = snapshot.step
         took, size = time.monotonic() - began, sum(file.num_bytes for file in checkpoint.files.values())
@@ -161,8 +169,9 @@ class Keeper:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """How many writes failed, and of the checkpoint that was written last."""
-        return {"checkpoint/failed_writes": float(self._writer.num_failed), **self._written}
+        """How many writes failed, how many were never made, and of the checkpoint that was written last."""
+        counts = {"failed_writes": self._writer.num_failed, "skipped": self._writer.num_skipped}
+        return {f"checkpoint/{name}": float(count) for name, count in counts.items()} | self._written
 
     async def flush(self) -> None:
         """Waits until all that is due is written; raises what went wrong."""

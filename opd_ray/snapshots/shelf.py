@@ -78,6 +78,11 @@ class Shelf:
         self._hanging: asyncio.Future[Any] | None = None
         """A call that had no end by its deadline; what it still does must not meet another one."""
 
+    @property
+    def storage(self) -> Storage:
+        """Where it is; others may have files of their own in it."""
+        return self._storage
+
     def check(self, *, resume: bool) -> Checkpoint | None:
         """The checkpoint to resume from, if there is one.
 

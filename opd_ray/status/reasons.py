@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from opd_ray.status.state import STALE_S, CallStatus, Phase, Place, RoomStatus, Status
+from opd_ray.status.state import FAR_EVERY_S, STALE_S, CallStatus, Phase, Place, RoomStatus, Status
 
 _GENERATORS = ("generate", "teacher_generate")
 _NO_SCORERS = (*_GENERATORS, "learn", "record")
@@ -84,13 +84,13 @@ def process_alive(pid: int, wrote_at: float) -> bool:
         return False
 
 
-def silence(status: Status, run_dir: Path, now: float, alive: bool | None) -> str | None:
-    """What it means that the file is old, or that its writer is gone; None where all is well. ``now`` in seconds since
-    the epoch, ``alive`` of driver_alive."""
-    age = max(0.0, now - status.time)
-    if status.ended or (alive is not False and age < STALE_S):
+def silence(status: Status, where: str | Path, now: float, alive: bool | None) -> str | None:
+    """What it means that the file is old, or that its writer is gone; None where all is well. ``where``: the run
+    directory, or the URI of the run's checkpoints. ``now`` in seconds since the epoch, ``alive`` of driver_alive."""
+    age, far = max(0.0, now - status.time), "://" in str(where)
+    if status.ended or (alive is not False and age < STALE_S + far * FAR_EVERY_S):
         return None
-    resume = f"resume with opd-ray train --run-dir {run_dir} --resume"
+    resume = "submit it again with --resume" if far else f"resume with opd-ray train --run-dir {where} --resume"
     written = f"the driver has not written for {age:.0f} s"
     if alive is None:
         return f"{written}: it died, or its node {status.host} is gone; {resume}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,8 +19,10 @@ FILE = "status.json"
 """Name of the file in the run directory."""
 WRITE_EVERY_S = 2.0
 """How often the driver writes it."""
+FAR_EVERY_S = 20.0
+"""How often it writes it to a storage elsewhere."""
 STALE_S = 15.0
-"""Age from which the file counts as old."""
+"""Age from which the file counts as old, as late as it may come."""
 MOST_CALLS = 5
 """Calls of a room that are listed."""
 
@@ -141,22 +143,35 @@ def oldest_calls(calls: Iterable[CallStatus]) -> tuple[CallStatus, ...]:
 _ADAPTER = TypeAdapter(Status)
 
 
+class NoStatus(InputError):
+    """There is none, or not yet."""
+
+
 def write(path: Path, status: Status) -> None:
     """Writes the file, all or nothing: a reader sees the old one or the new one. Raises OSError."""
     with whole(path) as partial:
-        partial.write_text(json.dumps(dataclasses.asdict(status)) + "\n")
+        partial.write_text(as_text(status))
+
+
+def as_text(status: Status) -> str:
+    return json.dumps(dataclasses.asdict(status)) + "\n"
 
 
 def read(path: Path) -> Status:
-    """The status that ``write`` wrote; raises InputError if there is none, or something else."""
+    """The status that ``write`` wrote; raises NoStatus if there is none, InputError for something else."""
     try:
         text = path.read_text()
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
+        raise NoStatus(
             f"{path}: no such file; expected the run directory of a run that has begun (opd-ray train --run-dir DIR)"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
+    return parsed(text, path)
+
+
+def parsed(text: str | bytes, path: Path | str) -> Status:
+    """``as_text`` again; ``path``: where it stands. Raises InputError."""
     try:
         return _ADAPTER.validate_json(text)
     except ValidationError as error:

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from opd_ray.status.reasons import driver_alive, explain, silence
-from opd_ray.status.state import FILE, RoomStatus, Status, read
+from opd_ray.status.sources import runs_in, status_of
+from opd_ray.status.state import NoStatus, RoomStatus, Status
 
 _WIDTH = 160
 """Columns where the output is no terminal."""
 
 
-def show(run_dir: Path, *, as_json: bool = False, in_place: bool = False) -> bool:
-    """Prints where a run stands; is there more to come? Raises InputError if ``run_dir`` holds no run's status."""
-    status = read(run_dir / FILE)
+def show(where: str, *, as_json: bool = False, in_place: bool = False) -> bool:
+    """Prints where a run stands; is there more to come? ``where`` as of status_of, whose errors it raises."""
+    status = status_of(where)
     alive = driver_alive(status)
-    silent = silence(status, run_dir, time.time(), alive)
+    silent = silence(status, where, time.time(), alive)
     if as_json:
-        values = {"explanation": explain(status), "silence": silent, **dataclasses.asdict(status)}
-        print(json.dumps(values, ensure_ascii=False), flush=True)
+        _print_json({"explanation": explain(status), "silence": silent, **dataclasses.asdict(status)})
     else:
         console = Console()
         if in_place:
@@ -35,15 +37,53 @@ def show(run_dir: Path, *, as_json: bool = False, in_place: bool = False) -> boo
         if silent:
             head = [Text(silent, "bold red"), Text(f"before that: {explain(status)}")]
         page = Group(*head, _facts(status), _rooms(status))
-        Console(width=None if console.is_terminal else _WIDTH).print(page)
+        _console().print(page)
     return not (status.ended or alive is False)
 
 
-def watch(run_dir: Path, every_s: float, *, as_json: bool = False) -> None:
+def watch(where: str, every_s: float, *, as_json: bool = False) -> None:
     """Prints again and again until the run has ended or its driver is gone; on a terminal in place, as JSON one line
-    each time."""
-    while show(run_dir, as_json=as_json, in_place=True):
-        time.sleep(every_s)
+    each time. A run that is not there yet is waited for."""
+    waits, more = False, True
+    while more:
+        try:
+            more = show(where, as_json=as_json, in_place=True)
+        except NoStatus as error:
+            if not waits:
+                print(f"waiting until it is there (Ctrl-C ends it): {error}", file=sys.stderr, flush=True)
+            waits = True
+        if more:
+            time.sleep(every_s)
+
+
+def list_runs(directory: Path, *, as_json: bool = False) -> None:
+    """Prints a line on each run in a directory, the newest first. Raises InputError where there is none."""
+    found = [(path, *_at_a_glance(path, status)) for path, status in runs_in(directory)]
+    if as_json:
+        names = ("run", "phase", "step", "steps", "written", "explanation")
+        _print_json([dict(zip(names, (str(path), *rest), strict=True)) for path, *rest in found])
+        return
+    table = Table("run", "steps", "written", "")
+    for path, _, step, steps, written, text in found:
+        when = "" if written is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
+        table.add_row(Text(str(path)), "" if step is None else f"{step} of {steps}", when, Text(text))
+    _console().print(table)
+
+
+def _at_a_glance(path: Path, status: Status | None) -> tuple[Any, ...]:
+    """Phase, step, steps, when that was written, and a sentence."""
+    if status is None:
+        return None, None, None, None, "status.json is of another version of opd_ray"
+    text = silence(status, path, time.time(), driver_alive(status)) or explain(status)
+    return status.phase, status.step, status.steps, status.time, text
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def _console() -> Console:
+    return Console(width=None if Console().is_terminal else _WIDTH)
 
 
 def _facts(status: Status) -> Table:

@@ -87,7 +87,7 @@ _ALL = (
     Metric("queue/buffer_slots", "number", "prompts whose rollouts wait for the learner"),
     Metric("queue/*_calls", "number", "queued ones included: the room with many is the bottleneck"),
     Metric("throughput/tokens_per_s", "tokens/s", "response tokens of the student that were trained on"),
-    Metric("throughput/step_s", "s", "the whole step", "OpdTrainingStalled, OpdWeightSyncSlow"),
+    Metric("throughput/step_s", "s", "the whole step", "OpdTrainingStalled, OpdStepSlow, OpdWeightSyncSlow"),
     Metric("idle/*", "share", "share of the time without work", "OpdLearnerStarving"),
     Metric("evaluation/*/accuracy_sampled", "share", "avg@k of a set: sampled answers that are right"),
     Metric("evaluation/*/accuracy_sampled_se", "share", "standard error of a set's avg@k, over its problems"),
@@ -129,9 +129,12 @@ _ALL = (
     Metric("servers/*_in_use", "number", "servers of a teacher's url that are asked; the others rest or are out"),
     Metric("servers/*_distance", "nats", "mean distance of log-probs that should be alike: of two servers, or in time"),
     Metric("checkpoint/failed_writes", "number", "running count; tried again", "OpdCheckpointFails"),
+    Metric("checkpoint/skipped", "number", "due and never written: running count", "OpdSnapshotsSkipped"),
     Metric("checkpoint/step", "steps", "step of the newest complete checkpoint", "OpdCheckpointOld"),
     Metric("checkpoint/write_s", "s", "writing a checkpoint; the loop goes on meanwhile"),
     Metric("checkpoint/bytes", "bytes", "size of one checkpoint"),
+    Metric("driver/memory_bytes", "bytes", "what the driver's process holds"),
+    Metric("driver/memory_share", "share", "of what its machine or container has", "OpdDriverMemory"),
 )
 METRICS = {metric.name: metric for metric in _ALL}
 

@@ -47,6 +47,8 @@ SELDOM = {f"ray_{port_name(f'learner/{name}')}" for name in (*RATIOS, "advantage
 """Means over some of the tokens, which a step without such tokens leaves out."""
 
 
+OF_GPUS = {"ray_node_gram_used", "ray_node_gram_available"}
+"""Ray's own, on nodes that have some."""
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
     """As a run starts it: workers log JSON."""
@@ -172,9 +174,11 @@ def test_the_exported_student_is_another_model_and_scores_as_it_did_in_the_run(f
 
 def test_every_query_names_metrics_that_a_run_exports(finished):
     """Those of the dashboard in Grafana and of the alert rules."""
-    lines = [line for line in finished.port.splitlines() if line.startswith("ray_opd_")]
-    assert all('run="runs/a"' in line for line in lines)
-    names = {line.partition("{")[0] for line in lines} | SELDOM
+    lines = [line for line in finished.port.splitlines() if line.startswith("ray_")]
+    assert all('run="runs/a"' in line for line in lines if line.startswith("ray_opd_"))
+    names = {line.partition("{")[0] for line in lines} | SELDOM | OF_GPUS
+    for labels in ('IsHeadNode="true"', 'Location="MMAP_SHM"', 'Location="SPILLED"', 'Name="object_store_memory"'):
+        assert any(labels in line for line in lines), "an alert reads Ray's own metrics by it"
     missing = {
         pattern.pattern: where
         for where, query in exported_metrics.queries().items()

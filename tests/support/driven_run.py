@@ -65,12 +65,13 @@ def drive(
     *,
     facts: Any = FACTS,
     resume: bool = False,
+    storage: Storage | None = None,
     observers: tuple[Any, ...] = (),
     meanwhile: Callable[[asyncio.Event], Awaitable[None]] | None = None,
     most_s: float = 100_000.0,
 ) -> tuple[dict[str, Any], str | None]:
     """Runs to the end; returns the summary and why the guard stopped it. ``meanwhile`` runs beside the run, and gets
-    the event that a signal would set."""
+    the event that a signal would set. ``storage``: of the checkpoints, by default in the run directory."""
 
     async def whole() -> tuple[dict[str, Any], str | None]:
         stopping = asyncio.Event()
@@ -87,9 +88,9 @@ def drive(
                 ("run.driver.stop_signals", signals),
             ):
                 stack.enter_context(mock.patch(f"opd_ray.{name}", value))
-            storage = Storage(run_dir / "checkpoints")
-            lease = Lease(storage, "that of the test", pause=lambda _: None)
-            shelf = Shelf(storage, cast.world.objects, lease)
+            place = storage or Storage(run_dir / "checkpoints")
+            lease = Lease(place, "that of the test", pause=lambda _: None)
+            shelf = Shelf(place, cast.world.objects, lease)
             start = shelf.check(resume=resume)
             lease.take()
             run_dir.mkdir(exist_ok=True)

@@ -29,5 +29,5 @@ def queries() -> dict[str, str]:
 def names(query: str) -> list[re.Pattern[str]]:
     """The metrics that a query reads, as patterns of whole names."""
     by_pattern = re.findall(r'__name__=~"([^"]+)"', query)
-    plain = re.findall(r"\bray_opd_\w+", re.sub(r'"[^"]*"', "", query))
+    plain = re.findall(r"\bray_(?!io_cluster)\w+", re.sub(r'"[^"]*"', "", query))
     return [re.compile(pattern) for pattern in (*by_pattern, *plain)]

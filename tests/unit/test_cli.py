@@ -353,8 +353,30 @@ def test_status_says_that_the_driver_is_silent(call: Callable[..., Outcome], tmp
 
 def test_status_without_a_run_is_refused(call: Callable[..., Outcome], tmp_path: Path) -> None:
     assert_refused(call("status", str(tmp_path)), "status.json", "no such file")
-    assert_refused(call("status", "none", "--watch", "--json"), "none/status.json")
-    assert_refused(call("status"), "RUN_DIR")
+    assert_refused(
+        call("status", f"memory://{tmp_path}"), "memory:", "/status.json: no such file", "checkpoint.directory"
+    )
+    assert_refused(call("status", "--watch"), "--watch needs a run", "RUN_DIR")
+
+
+def test_status_without_a_name_lists_the_runs(call: Callable[..., Outcome]) -> None:
+    assert_refused(call("status"), "runs: no run in it", "--run-dir DIR")
+    runs = Path("runs")
+    (runs / "no run").mkdir(parents=True)
+    _status(runs / "one", phase="done", note="sampled accuracy 0.3 -> 0.9, 61 s")
+    _status(runs / "two")
+    (runs / "old").mkdir()
+    (runs / "old" / state.FILE).write_text("{}")
+    os.utime(runs / "one" / state.FILE, (1e9, 1e9))
+    code, out, err = call("status")
+    text = " ".join(out.split())
+    assert (code, err) == (0, "")
+    assert text.index("runs/two") < text.index("runs/one") and "no run" not in text
+    assert "learner waits 42 s for step 57" in text and "done: 57 of 100 steps: sampled accuracy 0.3 -> 0.9" in text
+    assert "another version" in text
+    listed = {each["run"]: each for each in json.loads(call("status", "--json")[1])}
+    assert (listed["runs/two"]["phase"], listed["runs/two"]["step"]) == ("waiting for rollouts", 57)
+    assert listed["runs/old"]["phase"] is None
 
 
 def test_status_watches_until_the_run_has_ended(
@@ -367,6 +389,18 @@ def test_status_watches_until_the_run_has_ended(
     code, out, _ = call("status", str(run_dir), "--watch", "--json")
     assert code == 0
     assert [json.loads(line)["phase"] for line in out.splitlines()] == ["waiting for rollouts", "training", "done"]
+
+
+def test_status_waits_for_a_run_that_is_not_there_yet(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "soon"
+    later = iter([lambda: None, lambda: _status(run_dir), lambda: _status(run_dir, phase="done")])
+    monkeypatch.setattr("time.sleep", lambda _: next(later)())
+    code, out, err = call("status", str(run_dir), "--watch", "--json")
+    assert code == 0
+    assert [json.loads(line)["phase"] for line in out.splitlines()] == ["waiting for rollouts", "done"]
+    assert err.startswith("waiting until it is there") and err.count("\n") == 1
 
 
 def test_status_stops_watching_when_the_driver_is_gone_or_at_ctrl_c(

@@ -91,7 +91,7 @@ def test_every_alert_says_how_bad_what_and_where_to_read_on():
     assert headings == names, "README.md has one heading for every alert, in their order"
     for rule in exported_metrics.rules():
         assert rule["labels"]["severity"] in ("critical", "warning")
-        assert "$labels.run" in rule["annotations"]["summary"]
+        assert re.search(r"\$labels\.(run|instance) ", rule["annotations"]["summary"])
         assert len(rule["annotations"]["description"]) > 80
         file, _, anchor = rule["annotations"]["runbook"].partition("#")
         assert Path(file) == Path("cluster/grafana/README.md")

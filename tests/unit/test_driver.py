@@ -12,10 +12,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 import exported_metrics
+import fake_ray
 from driven_run import assert_whole, cast_of, die, drive, events, in_no_hurry, on_call, slow_learner
 from fake_workers import FakeLearner
 from opd_ray.errors import ActorError, RunError, StartFailed
+from opd_ray.snapshots import Shelf, Storage
 from opd_ray.status import state
+from opd_ray.status.sources import status_of
+from opd_ray.status.state import NoStatus
 
 EVERYTHING = {
     "learner": {"num_ranks": 2},
@@ -280,7 +284,8 @@ def test_events_go_from_the_first_second_to_the_end_also_where_nothing_happens(t
     ]
     assert said[0]["steps"] == 6 and said[0]["continued"] is False
     assert 0 <= said[2]["accuracy_sampled"] <= 1
-    assert (said[-1]["phase"], said[-1]["text"]) == ("done", "done: 6 of 6 steps")
+    assert said[-1]["phase"] == "done"
+    assert re.fullmatch(r"done: 6 of 6 steps: sampled accuracy 0.500 -> 0.500, \d+ s", said[-1]["text"])
     assert grepped(tmp_path) == dict.fromkeys(("guard", "broadcast", "checkpoint_failed"), 0)
 
 
@@ -308,6 +313,19 @@ def grepped(run_dir):
         found[kind] = len(done.stdout.splitlines())
     assert len(found) == runbook.count("grep '"), "every grep was tried"
     return found
+
+
+def test_a_run_whose_checkpoints_are_elsewhere_says_there_where_it_stands(tmp_path):
+    where, seen = "memory://bucket/first/checkpoints", []
+    with pytest.raises(NoStatus, match="first/checkpoints/status.json"):
+        status_of(where)
+    cast = cast_of(slow_learner)
+    on_call(cast, "train_step", 3, lambda _: seen.append(status_of(where)))
+    drive(tmp_path, cast, storage=Storage(where))
+    assert (seen[0].step, seen[0].steps, seen[0].phase) == (1, 6, "training"), "the file comes every 20 s"
+    end = status_of(where)
+    assert (end.phase, end.step) == ("done", 6) and end.note.endswith(" s")
+    assert Shelf(where, fake_ray.Store())._latest(healthy=False).step == 6, "checkpoints do not mind it"
 
 
 # ---- anything, at any time ----

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 
 import pytest
 
@@ -57,6 +58,9 @@ def test_while_the_storage_does_not_answer_the_run_trains_on_and_writes_the_newe
     said = events(tmp_path, "checkpoint_failed")
     assert 5 <= len(said) == outage.failed <= 12, "every 20 s of 140"
     assert said[0]["text"].startswith("checkpoint: step 6 is tried again: s3://bucket/step: SLOW_DOWN")
+    written = {event["step"] for event in events(tmp_path, "checkpoint")}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["checkpoint/skipped"] == len(set(range(2, 40, 2)) - written) > 3, "that of step 40 comes later"
     assert [int(each["text"].split()[2]) for each in said] == sorted({each["step"] // 2 * 2 for each in said})
 
 

@@ -344,5 +344,7 @@ def test_what_silence_means(tmp_path: Path) -> None:
     assert text is not None
     assert_says(text, "95 s", "died, or its node head is gone", "opd-ray train --run-dir runs/a --resume")
     assert "process 4 is gone" in str(silence(now, run_dir, now.time + 1, False))
+    assert silence(now, "s3://bucket/a", now.time + STALE_S + 5, None) is None, "it comes there less often"
+    assert str(silence(now, "s3://bucket/a", now.time + 95, None)).endswith("submit it again with --resume")
     assert "stopped or stuck" in str(silence(now, run_dir, now.time + 95, True))
     assert silence(status("done"), run_dir, now.time + 9999, False) is None
