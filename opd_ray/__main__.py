@@ -98,10 +98,16 @@ def init(recipe: str | None, out: Path | None, force: bool) -> None:
     help="Continue the run in --run-dir if there is one, else start it: for jobs that "
     "are submitted again by themselves.",
 )
+@click.option("--trace", is_flag=True, help="Write what every actor is at to trace.json (metrics.trace).")
 @_debug_option
 @_overrides_argument
 def train(
-    config_file: Path | None, run_dir: Path | None, resume: bool, auto_resume: bool, overrides: tuple[str, ...]
+    config_file: Path | None,
+    run_dir: Path | None,
+    resume: bool,
+    auto_resume: bool,
+    trace: bool,
+    overrides: tuple[str, ...],
 ) -> None:
     """Train a student; without arguments, the small embedded one.
 
@@ -110,6 +116,7 @@ def train(
     if (resume or auto_resume) and run_dir is None:
         raise InputError("--resume needs --run-dir DIR: which run to continue")
     resume = resume or (auto_resume and (run_dir / "config.yaml").is_file())
+    overrides += ("metrics.trace=true",) if trace else ()
     config = _load(config_file, overrides, run_dir if resume else None)
     new = Path("runs") / f"{config.method}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = (run_dir or new).absolute()

@@ -13,7 +13,7 @@ of the sequence (for ``t = 0``: the last prompt position). Log-probs are in nats
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import pyarrow as pa
 
@@ -291,6 +291,26 @@ class GenerationRequest:
     prompt_tokens: tuple[int, ...]
     seed: int
     sampling: SamplingSettings
+
+
+class Span(NamedTuple):
+    """What a worker was at for a while."""
+
+    kind: str
+    began_s: float
+    """Of the worker's own clock, which never goes back."""
+    lasted_s: float
+    facts: dict[str, float]
+    """What else there is to say of it: a step, a number of rollouts."""
+
+
+@dataclass(frozen=True)
+class Spans:
+    """What a worker was at since it was asked last: one thing at a time, in order."""
+
+    now_s: float
+    """Of the same clock, when it answered."""
+    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True)

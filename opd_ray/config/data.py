@@ -184,6 +184,9 @@ class MetricsConfig:
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where curves, events and the summary go besides the run directory; projects and keys are those of their own
     environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI, ...)."""
+    trace: bool = False
+    """Write what every actor is at to trace.json, for Perfetto and the report: the newest 32 MB, and as much from
+    before them in trace-before.json."""
     rollout_log_every_steps: int = Field(10, ge=0)
     """Write the rollouts of every n-th step to rollouts/*.parquet; 1 for all, 0 for none."""
     rollout_log_keep: int = Field(1000, ge=1)

@@ -12,6 +12,7 @@ from typing import Any
 from opd_ray.errors import EngineFailed, RunError
 from opd_ray.generate.engine import GenerationEngine
 from opd_ray.messages import GenerationRequest
+from opd_ray.rooms import spans
 
 Handle = Callable[[GenerationEngine, Future], None]
 """Runs on the engine, and settles the future now or later."""
@@ -64,7 +65,8 @@ class EngineThread:
 
         def whole(engine: GenerationEngine) -> Any:
             self._half_updated = True
-            outcome = run(engine)
+            with spans.span("broadcast"):
+                outcome = run(engine)
             self._half_updated = self._on_hold = False
             held, self._held = self._held, deque()
             for request, waiting in held:
@@ -143,5 +145,7 @@ class EngineThread:
             for done in drained:
                 done.set_result(None)
         if self._running and not self._half_updated:
-            for finished in engine.step():
+            with spans.span("generate"):
+                step = engine.step()
+            for finished in step:
                 self._running.pop(finished.request_id).set_result(finished)

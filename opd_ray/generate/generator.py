@@ -28,11 +28,12 @@ from opd_ray.messages import (
     RolloutMeta,
     SamplingSettings,
     Source,
+    Spans,
     TransferGroup,
     WeightManifest,
 )
 from opd_ray.repetition import is_repetitive, tail_period
-from opd_ray.rooms import logs
+from opd_ray.rooms import logs, spans
 from opd_ray.rooms.memory import own_memory
 from opd_ray.rooms.node import this_actor, this_node
 from opd_ray.tasks import Task
@@ -82,6 +83,9 @@ class Generator:
 
     async def memory(self) -> MemoryUse:
         return own_memory()
+
+    async def timeline(self) -> Spans:
+        return spans.collect()
 
     async def begin(self, settings: GeneratorSettings) -> None:
         """Another run: drops what is left of the one before."""

@@ -38,11 +38,11 @@ from opd_ray.learn.objective import MicroBatchLoss, Objective
 from opd_ray.learn.reference import OwnReference
 from opd_ray.learn.state import LearnerState
 from opd_ray.learn.student import gathering_in_passing, load_student
-from opd_ray.messages import MemoryUse, StepOutcome, StepPlan, TransferGroup, WeightManifest
+from opd_ray.messages import MemoryUse, Spans, StepOutcome, StepPlan, TransferGroup, WeightManifest
 from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.checkpoints import local_directory
 from opd_ray.models.heads import load_heads
-from opd_ray.rooms import logs
+from opd_ray.rooms import logs, spans
 from opd_ray.rooms.memory import own_memory
 from opd_ray.rooms.node import free_port, node_ip, this_node, use_own_interface
 from opd_ray.weights.gathering import whole_weights
@@ -79,6 +79,9 @@ class Learner:
     def memory(self) -> MemoryUse:
         return own_memory()
 
+    def timeline(self) -> Spans:
+        return spans.collect()
+
     def node_address(self) -> tuple[str, int]:
         """(IP address, free port) of this process's node, where rank 0 lets the others meet."""
         return node_ip(), free_port()
@@ -97,6 +100,7 @@ class Learner:
         backend = "nccl" if self._cuda else "gloo"
         _import_deepspeed().init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
+    @spans.spanned("load")
     def begin(self, config: Config, student_path: str, stop_token_ids: Sequence[int]) -> None:
         """Loads the student and builds engine, optimizer and objective of a run; blocks for all ranks.
 
@@ -146,6 +150,7 @@ class Learner:
         own = self._adapters.weights() if self._adapters else self._model.named_parameters()
         self._state = LearnerState(self._engine, dict(own), zero_stage=self._zero_stage, seed=config.seed)
 
+    @spans.spanned("train")
     def train_step(self, plan: StepPlan, fetch: Callable[[list[Any]], list[Any]] = ray.get) -> StepOutcome:
         """One optimizer step; the same outcome on every rank.
 
@@ -153,7 +158,8 @@ class Learner:
         object store, or where a loss or the gradient is not finite on any rank, no rank takes the step, and the
         outcome says which rollouts are lost or to blame. Raises RunError when a payload does not fit its plan.
         """
-        payloads, lost = fetch_payloads(plan, fetch)
+        with spans.span("fetch"):
+            payloads, lost = fetch_payloads(plan, fetch)
         # Agreed on before anything collective: a rank without its payloads would leave the others waiting in it.
         if lost := tuple(sorted({rollout for each in self._everyones(lost) for rollout in each})):
             return StepOutcome({}, lost=lost)
@@ -190,11 +196,13 @@ class Learner:
             return manifest
         return dataclasses.replace(manifest, base=self._base, scale=self._adapters.lora.scale)
 
+    @spans.spanned("connect")
     def open_transport(self, group: TransferGroup) -> None:
         """Rank 0 forms the weight-transfer group; the other ranks take no part in it and return at once."""
         if self._rank == 0:
             self._transfer.connect(group)
 
+    @spans.spanned("broadcast")
     def send_weights(self, manifest: WeightManifest, group: TransferGroup | None = None) -> None:
         """Broadcasts the weights from rank 0. Collective under ZeRO-3; elsewhere the other ranks return at once.
 
@@ -216,6 +224,7 @@ class Learner:
                 for _ in weights:  # every rank gathers every parameter, also after a failure of rank 0
                     pass
 
+    @spans.spanned("snapshot")
     def snapshot(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """The state between two steps: what all ranks agree on, for JSON, and this rank's share of the arrays.
 
@@ -224,6 +233,7 @@ class Learner:
         """
         return self._state.facts(), self._state.arrays()
 
+    @spans.spanned("restore")
     def restore(self, facts: Mapping[str, Any], parts: Sequence[Any]) -> None:
         """Continues from a ``snapshot`` of any number of ranks at any ZeRO stage; after ``begin`` or in mid-run.
 
@@ -233,6 +243,7 @@ class Learner:
         """
         self._state.restore(facts, (item for part in parts for item in ray.get(part).items()))
 
+    @spans.spanned("export")
     def export(self) -> tuple[int, dict[str, np.ndarray]]:
         """A Hugging Face checkpoint in the student's original dtype: its size in bytes, and each file as uint8.
 

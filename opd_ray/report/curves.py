@@ -39,6 +39,7 @@ class Chart:
     """Empty: what the first metric means."""
 
 
+_IDLE = "Idle"
 _REST = "Everything else that was measured"
 _GROUPS: dict[str, tuple[Chart, ...]] = {
     "What the student writes": (
@@ -66,7 +67,7 @@ _GROUPS: dict[str, tuple[Chart, ...]] = {
     "How the system ran": (
         Chart("Tokens per second", {"throughput/tokens_per_s": ""}),
         Chart("Staleness", {"staleness/mean": "mean", "staleness/max": "oldest token"}),
-        Chart("", {"idle/*": ""}),
+        Chart(_IDLE, {"idle/*": ""}, help="share of the time without work; --trace shows it as lanes"),
     ),
     _REST: (Chart("", {"*": ""}),),
 }
@@ -87,14 +88,17 @@ def _most_points(runs: Sequence[Run]) -> int:
     return min(_POINTS[1], max(_POINTS[0], _MAX_VALUES // num_curves))
 
 
-def groups(runs: Sequence[Run], lines: Mapping[str, ReferenceLine]) -> list[dict[str, Any]]:
-    """Groups of charts, in order, each chart with its runs' values; charts without any values are left out."""
+def groups(runs: Sequence[Run], lines: Mapping[str, ReferenceLine], *, has_lanes: bool = False) -> list[dict[str, Any]]:
+    """Groups of charts, in order, each chart with its runs' values; charts without any values are left out. Where the
+    page ``has_lanes``, what is idle is seen there."""
     names = sorted({name for run in runs for name in run.metrics} - {"evaluation/num_problems"})
     drawn: set[str] = set()
     result = []
     for title, charts in _GROUPS.items():
         panels = []
         for chart in charts:
+            if has_lanes and chart.title == _IDLE:
+                continue
             for found in _expand(chart, names, drawn):
                 drawn |= {*found.metrics, found.evaluation}
                 panels.append(_panel(found, runs, lines))

@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from opd_ray import __version__
 from opd_ray.report import arms as arm_table
-from opd_ray.report import crossing, curves, golden, rollouts, sets
+from opd_ray.report import crossing, curves, golden, lanes, rollouts, sets
 from opd_ray.report.arms import MEASURES, Arm, steps_between
 from opd_ray.report.curves import ReferenceLine
 from opd_ray.report.runs import Run
@@ -52,6 +52,7 @@ def render(
     most_tokens = _MAX_TOKENS // len(runs)
     samples = [rollouts.sample(run, most, most_tokens) for run in ordered]
     kinds, passed = golden.kinds(arms), crossing.crossings(arms)
+    drawn = lanes.lanes(ordered)
     events = [(arm, run, event) for arm in arms for run in arm.runs for event in sorted(run.events, key=_step)]
     warnings = [row for row in events if row[2].get("level") == "warn"]
     environment = jinja2.Environment(
@@ -73,6 +74,7 @@ def render(
         window=crossing.WINDOW,
         alarm=arm_table.share(crossing.ALARM),
         kinds=kinds,
+        lanes=drawn,
         sizes=_sizes(kinds),
         has_abandoned=any(run.abandoned for run in runs),
         adjacent=curves.adjacent(runs),
@@ -83,9 +85,9 @@ def render(
         settings=[(f"{arm.title}, {arm.runs[0].name}", arm.runs[0].config) for arm in arms if arm.runs[0].config],
         viewer=_viewer(runs, samples) | {"most": most, "most_tokens": most_tokens},
         style=_asset("page.css"),
-        scripts=[_asset(name) for name in ("unpack.js", "table.js", "charts.js", "golden.js", "viewer.js")],
+        scripts=[_asset(name) for name in ("unpack.js", "table.js", "charts.js", "golden.js", "lanes.js", "viewer.js")],
         plotly=_pack(get_plotlyjs()),
-        data=_pack(json.dumps(_data(arms, ordered, samples, lines, kinds), separators=(",", ":"))),
+        data=_pack(json.dumps(_data(arms, ordered, samples, lines, kinds, drawn), separators=(",", ":"))),
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M"),
         size=_SIZE,
@@ -118,6 +120,7 @@ def _data(
     samples: Sequence[rollouts.Sample],
     lines: Mapping[str, ReferenceLine],
     kinds: Sequence[golden.Kind],
+    drawn: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """What the scripts draw."""
     labels = [arm.label for arm in arms]
@@ -137,7 +140,8 @@ def _data(
         "golden": [
             {"name": kind.label, "arm": labels.index(kind.arms[0].label), "points": kind.points} for kind in kinds
         ],
-        "groups": curves.groups(runs, lines),
+        "lanes": drawn,
+        "groups": curves.groups(runs, lines, has_lanes=bool(drawn)),
     }
 
 

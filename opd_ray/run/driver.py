@@ -88,7 +88,7 @@ class Driver:
         )
         self._guard_at_start = self._guard.state()
         self._where = where = Whereabouts(checkpoint_step=start.step if start else None)
-        self._records = records = Records(config, run_dir, where)
+        self._records = records = Records(config, run_dir, where, rooms)
         self._say = records.say
         self._summary = Summary(start.state.get("summary") if start else None)
         self._restarts = restarts = Restarts(config.recovery, self._summary.restarts)

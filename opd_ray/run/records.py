@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from opd_ray.config import Config
 from opd_ray.evaluation import verdicts
 from opd_ray.evaluation.scores import Evaluation
+from opd_ray.rooms import Rooms
 from opd_ray.rooms.threads import in_thread
 from opd_ray.status.state import Whereabouts
 from opd_ray.watch.events import Events
 from opd_ray.watch.metrics import MetricsWriter
+from opd_ray.watch.trace import Trace
 from opd_ray.watch.trackers import Tracked
 from opd_ray.watch.tracking import Tracking
 
@@ -22,21 +25,27 @@ class Records:
     writer: MetricsWriter
     """Of the attempt that is at work; there from ``go_on`` on."""
 
-    def __init__(self, config: Config, run_dir: Path, where: Whereabouts) -> None:
+    def __init__(self, config: Config, run_dir: Path, where: Whereabouts, rooms: Rooms) -> None:
         self._config, self._run_dir, self._where = config, run_dir, where
         self._events = Events(run_dir / "events.jsonl")
         self.tracking = Tracking(Tracked(run_dir, config), self.say)
+        self._trace: Trace | None = None
+        if config.metrics.trace:
+            self._trace = trace = Trace(run_dir, rooms, self.say, where.since)
+            where.left = lambda phase, began, ended: trace.phase(phase, began, ended, where.step)
 
     def say(self, kind: str, text: str, **fields: Any) -> None:
         """What people are told of, too."""
-        self._events.say(kind, text, **self._at(fields))
+        self._tell(self._events.say, kind, text, fields)
 
     def note(self, kind: str, text: str, **fields: Any) -> None:
         """What the console says already, or need not say."""
-        self._events.note(kind, text, **self._at(fields))
+        self._tell(self._events.note, kind, text, fields)
 
-    def _at(self, fields: dict[str, Any]) -> dict[str, Any]:
-        return {"step": self._where.step, "version": self._where.version, **fields}
+    def _tell(self, how: Callable[..., None], kind: str, text: str, fields: dict[str, Any]) -> None:
+        how(kind, text, **{"step": self._where.step, "version": self._where.version, **fields})
+        if self._trace is not None:
+            self._trace.mark(kind, text)
 
     async def begin(self, step: int, *, continued: bool) -> None:
         """A start of the run."""
@@ -45,6 +54,8 @@ class Records:
         text = f"{self._run_dir.name} {how}: {config.method}, seed {config.seed}, {config.learner.steps} steps"
         self.note("start", text, steps=config.learner.steps, continued=continued, run_dir=self._run_dir)
         await self.go_on(step, continued=continued)
+        if self._trace is not None:
+            self._trace.start()
 
     async def go_on(self, step: int, *, continued: bool) -> None:
         """Metrics, rollout log and verdicts go on after ``step``; what they have of later steps does not count."""
@@ -61,6 +72,8 @@ class Records:
         where = self._where
         text = f"{where.phase}: {where.step} of {self._config.learner.steps} steps"
         self.note("end", text + (f": {where.note}" if where.note else ""), phase=where.phase)
+        if self._trace is not None:
+            await self._trace.close()
         await in_thread(self.writer.close)
         await in_thread(self.tracking.close)
 

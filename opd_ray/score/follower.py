@@ -10,6 +10,7 @@ import torch
 from opd_ray.config import ScorerConfig
 from opd_ray.errors import RunError, WeightSyncError
 from opd_ray.messages import TransferGroup, WeightManifest
+from opd_ray.rooms import spans
 from opd_ray.weights.manifest import check_fits, differing
 from opd_ray.weights.transfer import WeightTransfer
 
@@ -48,6 +49,7 @@ class Follower:
         """Joins the group that weights are broadcast in."""
         self._transfer.connect(group)
 
+    @spans.spanned("broadcast")
     @torch.no_grad()
     def update(self, manifest: WeightManifest) -> None:
         """Receives one broadcast. Raises WeightSyncError for another architecture's, or one older than what is held."""
@@ -63,6 +65,7 @@ class Follower:
                 self._blend(name, tensor, keep)
         self.version, self.whole = manifest.version, self.whole or keep != 1.0
 
+    @spans.spanned("snapshot")
     def snapshot(self) -> tuple[dict[str, int], dict[str, np.ndarray]]:
         """The version, and a copy of the weights (averages where it keeps them) in float32."""
         weights = {name: self._averages.get(name, parameter.data) for name, parameter in self._own().items()}
@@ -70,6 +73,7 @@ class Follower:
         arrays = {name: tensor.to("cpu", torch.float32, copy=True).numpy() for name, tensor in weights.items()}
         return {"version": self.version}, arrays
 
+    @spans.spanned("restore")
     @torch.no_grad()
     def restore(self, facts: Mapping[str, int], arrays: Mapping[str, np.ndarray]) -> None:
         """Goes on from what ``snapshot`` returned. Raises RunError when it does not fit the model."""

@@ -17,11 +17,12 @@ from opd_ray.messages import (
     MemoryUse,
     ScoreRequest,
     ServerState,
+    Spans,
     TransferGroup,
     WeightManifest,
     score_schema,
 )
-from opd_ray.rooms import logs
+from opd_ray.rooms import logs, spans
 from opd_ray.rooms.memory import own_memory
 from opd_ray.rooms.node import this_node
 from opd_ray.score.engine import Rollout, Scores, ScoringEngine
@@ -91,6 +92,9 @@ class Scorer:
     async def memory(self) -> MemoryUse:
         return own_memory()
 
+    async def timeline(self) -> Spans:
+        return spans.collect()
+
     async def begin(self, scorer: ScorerConfig) -> None:
         """Another run: its checkpoint, unless that is at hand and unchanged, and its way to follow the student."""
         await self._worker.call(self._begin, scorer, urgent=True)
@@ -132,6 +136,7 @@ class Scorer:
             )
         return self._follower
 
+    @spans.spanned("load")
     def _begin(self, scorer: ScorerConfig) -> None:
         moved = self._scorer.follows_student and (self._following().version > 0 or not self._following().whole)
         if moved or scorer.path != self._scorer.path:
@@ -143,7 +148,8 @@ class Scorer:
     def _score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[int, pa.RecordBatch]:
         sequences = _sequences(rollouts, request)
         try:
-            scores = self._engine.score(sequences, request)
+            with spans.span("score", rollouts=len(sequences)):
+                scores = self._engine.score(sequences, request)
         except (OpdError, ValueError):
             raise
         except Exception as error:  # of a device or an engine that may be broken: another worker may do better

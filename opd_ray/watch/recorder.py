@@ -14,9 +14,9 @@ from ray import ObjectRef
 from ray.exceptions import ObjectLostError
 
 from opd_ray.disk import whole, writing
-from opd_ray.messages import REFERENCE, ROLLOUT_SCHEMA, Entry, MemoryUse, RolloutMeta
+from opd_ray.messages import REFERENCE, ROLLOUT_SCHEMA, Entry, MemoryUse, RolloutMeta, Spans
 from opd_ray.repetition import repeated_ngrams
-from opd_ray.rooms import logs
+from opd_ray.rooms import logs, spans
 from opd_ray.rooms.memory import own_memory
 from opd_ray.rooms.node import this_node
 
@@ -32,6 +32,10 @@ class Recorder:
     def memory(self) -> MemoryUse:
         return own_memory()
 
+    def timeline(self) -> Spans:
+        return spans.collect()
+
+    @spans.spanned("write")
     def write(self, directory: str, step: int, entries: Sequence[Entry], keep: int) -> int:
         """Writes step-N.parquet into ``directory`` and deletes all but the newest ``keep``; returns its number of rows.
 
@@ -53,6 +57,7 @@ class Recorder:
         _log.info("wrote %d rollouts to %s", len(table), target, extra={"step": step})
         return len(table)
 
+    @spans.spanned("measure")
     def measure(self, rollouts: pa.RecordBatch, teacher_scores: pa.RecordBatch) -> dict[str, float]:
         """Sums over the student's response tokens, in nats where they are log-probs; a row of scores per rollout.
 
@@ -85,6 +90,7 @@ class Recorder:
             sums |= {"cuts": (~ended).sum(), "eos_teacher_cut": last[~ended].sum()}
         return {name: float(value) for name, value in sums.items()}
 
+    @spans.spanned("select")
     def select(self, batch: pa.RecordBatch, rows: Sequence[int]) -> tuple[int, pa.RecordBatch]:
         """Some rows of a payload, in the order asked for, as a payload of their own; and their number."""
         return len(rows), batch.take(pa.array(rows, pa.int64()))

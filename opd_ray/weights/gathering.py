@@ -9,10 +9,11 @@ they would hold the whole model while rank 0 sends.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
+from opd_ray.rooms import spans
 from opd_ray.weights import BUCKET_BYTES
 from opd_ray.weights.manifest import manifest_of
 from opd_ray.weights.transfer import plan_buckets
@@ -38,9 +39,12 @@ def whole_weights(
 
     with _default_stream(device) as stream:
         for bucket in plan_buckets(manifest, bucket_bytes):
-            with deepspeed.zero.GatheredParameters([parameters[part.name] for part in bucket]):
-                if stream is not None:
-                    stream.synchronize()
+            with ExitStack() as gathered:
+                with spans.span("gather"):
+                    whole = deepspeed.zero.GatheredParameters([parameters[part.name] for part in bucket])
+                    gathered.enter_context(whole)
+                    if stream is not None:
+                        stream.synchronize()
                 yield from ((part.name, parameters[part.name].data) for part in bucket)
 
 

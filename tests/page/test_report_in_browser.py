@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from made_up_runs import EVIL, STUDY_ARMS, make_run, make_student, make_study
+from made_up_runs import EVIL, STUDY_ARMS, make_run, make_student, make_study, write_trace
 from opd_ray.report import ReferenceLine, write_report
 from tiny_checkpoints import CHARACTERS
 
@@ -50,6 +50,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         common = {"seed": seed, "steps": 60, "student": student, "logged_steps": [1, 30, 60]}
         make_run(root / f"stable{seed}", name="stable", accuracy=(0.3, 0.9), **common)
         make_run(root / f"plain{seed}", name="plain", accuracy=(0.3, 0.1), inflates_at=40, events=_EVENTS, **common)
+    write_trace(root / "stable1")
     line = ReferenceLine(0.06, "the teacher itself")
     write_report([root], root / "report.html", reference_lines={"rollouts/truncation_rate": line})
     return root / "report.html"
@@ -86,9 +87,9 @@ def study(browser: Any, study_report: Path) -> Iterator[Any]:
     yield from opened(browser, study_report)
 
 
-def opened(browser: Any, report: Path) -> Iterator[Any]:
+def opened(browser: Any, report: Path, width: int = 1366) -> Iterator[Any]:
     """The opened page; at the end it must have complained of nothing and fetched nothing."""
-    page = browser.new_page(viewport={"width": 1366, "height": 900})
+    page = browser.new_page(viewport={"width": width, "height": 900})
     complaints, requests = [], []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -154,6 +155,26 @@ def test_zooming_one_chart_zooms_all(page):
     page.mouse.up()
     ranges = "[...document.querySelectorAll('div.group .plot')].map((plot) => plot.layout.xaxis.range.join())"
     page.wait_for_function(f"new Set({ranges}).size === 1 && !{ranges}[0].startsWith('-')")
+
+
+@pytest.mark.parametrize("width", [1366, 400])
+def test_a_trace_is_shown_as_lanes_in_place_of_idle_curves(browser, report, width):
+    for page in opened(browser, report, width):
+        lanes = page.locator("#lanes figure")
+        assert lanes.count() == 1 and lanes.locator("b").first.inner_text() == "seed 1"
+        assert lanes.locator(".key").all_inner_texts() == ["generate", "wait", "train", "broadcast"]
+        drawn = page.evaluate(
+            "document.querySelector('#lanes .plot').data.map((trace) => [trace.name, trace.x.length])"
+        )
+        assert dict(drawn) == {"generate": 120, "wait": 120, "train": 120, "broadcast": 240}
+        names = lanes.locator(".annotation-text").all_inner_texts()
+        assert " ".join(names[0].split()).startswith("driver train 50 %, wait 40 %")
+        assert [name.split()[0] for name in names[:2]] == ["driver", "student-generator-0"] and len(names) == 4
+        assert page.evaluate("document.querySelector('#lanes .plot').layout.xaxis.range[0]") > 0, (
+            "the newest come first"
+        )
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert not page.locator("figure b", has_text="Idle").count()
 
 
 def test_the_other_charts_are_drawn_once_they_are_opened(seen_page):

@@ -21,6 +21,8 @@ from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.learn.losses.diagnostics import RATIOS
+from opd_ray.report.lanes import lanes
+from opd_ray.report.runs import read_run
 from opd_ray.rooms import logs
 from opd_ray.run.evaluate import evaluate
 from opd_ray.run.train import train
@@ -45,10 +47,10 @@ OPTIONS = [
 ]
 SELDOM = {f"ray_{port_name(f'learner/{name}')}" for name in (*RATIOS, "advantage_other")}
 """Means over some of the tokens, which a step without such tokens leaves out."""
-
-
 OF_GPUS = {"ray_node_gram_used", "ray_node_gram_available"}
 """Ray's own, on nodes that have some."""
+
+
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
     """As a run starts it: workers log JSON."""
@@ -85,7 +87,7 @@ class Finished:
 def finished(world, ray_here, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """vLLM generates, torch scores, DeepSpeed learns, gloo broadcasts: six steps of StableOPD."""
     overrides = [each.replace("data.evaluation", "evaluation.sets.chains.path") for each in world.overrides()]
-    config = configs.load(None, [*overrides, *OPTIONS])
+    config = configs.load(None, [*overrides, *OPTIONS, "metrics.trace=true"])
     directory = tmp_path_factory.mktemp("finished") / "runs" / "a"
     summary = train(config, directory)
     # Ray exports every ten seconds, and keeps what a run set last for twenty.
@@ -186,6 +188,16 @@ def test_every_query_names_metrics_that_a_run_exports(finished):
         if not any(pattern.fullmatch(name) for name in names)
     }
     assert missing == {}
+
+
+def test_the_trace_has_a_lane_for_every_actor(finished):
+    did = {}
+    for lane in lanes([read_run(finished.directory)])[0]["lanes"]:
+        did[lane["name"]] = {kind for kind, share in lane["shares"] if share}
+    assert {"wait", "train", "broadcast", "record"} <= did["driver"]
+    assert {"generate", "broadcast"} <= did["student-generator-0"]
+    assert "score" in did["teacher-scorer-0"] & did["reference-scorer-0"]
+    assert {"load", "train", "broadcast", "snapshot", "wait"} <= did["learner-0"]
 
 
 def test_a_worker_s_log_line_names_actor_room_node_step_and_version(ray_here):

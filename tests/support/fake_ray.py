@@ -21,6 +21,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from fake_shelves import Objects, Ref
 from opd_ray.errors import PayloadLost
+from opd_ray.messages import Span
 from opd_ray.rooms.room import Member
 
 
@@ -133,6 +134,10 @@ class Actor:
         """What was made; None before it has started."""
         self._death: RayActorError | None = None
         self._answers: set[asyncio.Future[Any]] = set()
+        self.ahead_s = 1000.0 * len(_NODES)
+        """Of its node's clock, before the driver's."""
+        self.did: list[Span] = []
+        """What it was at since it was asked last, if it does one thing at a time."""
 
     @property
     def role(self) -> str:
@@ -184,9 +189,12 @@ class Actor:
                 if self.is_dead:
                     return
                 values = [self.world.objects.get(arg) if isinstance(arg, Ref) else arg for arg in args]
+                began = time.monotonic()
                 outcome = getattr(self.inside, method)(*values)
                 if asyncio.iscoroutine(outcome):
                     outcome = await outcome
+                if isinstance(self._turn, asyncio.Lock) and not at_once:
+                    self.did.append(Span(method, began + self.ahead_s, time.monotonic() - began, {}))
             if payload is not None:
                 outcome, value = outcome
                 self.world.objects.fill(payload, value)

@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import json
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from opd_ray.messages import (
     PromptGroup,
     SamplingSettings,
     ServerState,
+    Spans,
     StepOutcome,
     StepPlan,
     TransferGroup,
@@ -82,6 +84,10 @@ class Worker:
 
     def memory(self) -> MemoryUse:
         return MemoryUse(0, None)
+
+    def timeline(self) -> Spans:
+        did, self.actor.did = self.actor.did, []
+        return Spans(time.monotonic() + self.actor.ahead_s, tuple(did))
 
     def begin(self, *args: Any) -> None:
         self.begun_with.append(args)

@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from opd_ray.messages import Span
+from opd_ray.watch.trace_file import TraceFile
 from tiny_checkpoints import CHARACTERS, make_checkpoint
 
 EVIL = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 2">'
@@ -88,6 +90,20 @@ def make_run(
     for step in logged_steps:
         write_rollouts(path, step, make_rollouts(step))
     return path
+
+
+def write_trace(path: Path, steps: int = 60) -> None:
+    """A learner that waits, trains and sends, and two generators; another name is markup."""
+    file = TraceFile(path, zero=0.0)
+    for step in range(steps):
+        for node, lane, room in (("head", "driver", "drive"), ("a", "learner-0", "learn")):
+            for began, lasted, kind in ((0.0, 0.4, "wait"), (0.4, 0.5, "train"), (0.9, 0.1, "broadcast")):
+                file.span(node, lane, room, Span(kind, step + began, lasted, {"step": step}))
+        for lane in ("student-generator-0", EVIL):
+            file.span("b", lane, "generate", Span("generate", step + 0.0, 0.85, {}))
+            file.span("b", lane, "generate", Span("broadcast", step + 0.9, 0.1, {}))
+        file.mark("head", "driver", "checkpoint", "written", step + 1.0)
+    file.close()
 
 
 STUDY_ARMS: Mapping[str, Mapping[str, Any]] = {

@@ -72,6 +72,7 @@ async function start() {
     const charts = new Charts(data);
     const draw = () => {
       if (data.golden.length) drawGolden(data.golden, byId("golden-plot"));
+      data.lanes.forEach((chart, at) => drawLanes(chart, byId(`lanes-${at}`)));
       return charts.drawAll();
     };
     themeButton(draw);
