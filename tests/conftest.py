@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from preloaded_workers import preloaded
 
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 """Actors have environments of their own: workers that Ray starts for whoever may come are never used."""
@@ -43,3 +46,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         Qwen3ForCausalLM(config).save_pretrained(root / name)
     return {name: root / name for name in ("untied", "tied")}
+
+
+@pytest.fixture(scope="session")
+def preloaded_python() -> Iterator[str]:
+    """The command of a Python that has imported torch, transformers and vLLM before it starts."""
+    with preloaded() as executable:
+        yield executable

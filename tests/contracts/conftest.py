@@ -14,19 +14,21 @@ from vllm_servers import VllmServers
 
 
 @pytest.fixture(scope="session")
-def vllm_host() -> Iterator[EngineHost]:
-    """One process for every vLLM engine of the session: importing vLLM takes most of their start."""
-    host = EngineHost()
+def vllm_host(preloaded_python: str) -> Iterator[EngineHost]:
+    """One process for every vLLM engine of the session."""
+    host = EngineHost(preloaded_python)
     yield host
     host.close()
 
 
 @pytest.fixture(scope="session")
-def tiny_servers(tiny_model: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServers]:
+def tiny_servers(
+    tiny_model: dict[str, Path], preloaded_python: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmServers]:
     """Two vLLM servers of the untied model, with a tokenizer that they need and models do not, and a key."""
     path = tmp_path_factory.mktemp("served") / "model"
     make_checkpoint(path, tokens=[*CHARACTERS, *"cdefghijkl"], eos=[1, 2])
     for file in ("config.json", "model.safetensors"):
         shutil.copy(tiny_model["untied"] / file, path)
-    with VllmServers([path, path], max_model_len=97, key="s3cret") as servers:
+    with VllmServers([path, path], python=preloaded_python, max_model_len=97, key="s3cret") as servers:
         yield servers

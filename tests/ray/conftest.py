@@ -15,7 +15,6 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from embedded_preset import preset
 from opd_ray.tasks.chain import draw_distinct, to_row
-from preloaded_workers import preloaded
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="session")
-def preloaded_workers() -> Iterator[dict[str, Any]]:
-    """The runtime environment of workers that have imported torch and transformers before they start."""
-    with preloaded() as executable:
-        yield {"py_executable": executable}
+def preloaded_workers(preloaded_python: str) -> dict[str, Any]:
+    """The runtime environment of workers that have imported what they need before they start."""
+    return {"py_executable": preloaded_python}
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """A process that holds engines, so that vLLM does not spoil the one that pytest runs in.
 
-Importing vLLM binds memory, disables ``torch.set_num_threads`` and initialises the default process
-group. The parent calls the engines over a pipe; run as a script, this file is the child.
+vLLM binds memory, disables ``torch.set_num_threads`` and initialises the default process group. The parent calls the
+engines over a pipe; run as a script, this file is the child, which has imported vLLM before (preloaded_workers.py).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import pytest
 
 
 class EngineHost:
-    """Starts the child at the first ``build``; calls are answered one at a time."""
+    """Starts the child at the first ``build``; calls are answered one at a time. ``python``: the command it runs by."""
 
-    def __init__(self) -> None:
+    def __init__(self, python: str) -> None:
+        self._python = python.split()
         self._process: subprocess.Popen | None = None
         self._pipe: Connection
         self._lock = threading.Lock()
@@ -50,7 +51,7 @@ class EngineHost:
     def _start(self) -> None:
         with Listener() as listener:
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, __file__, str(listener.address)]
+            command = [*self._python, __file__, str(listener.address)]
             self._process = subprocess.Popen(command, env=environment)
             self._pipe = listener.accept()
 

@@ -1,19 +1,16 @@
-"""Real vLLM servers on this machine's CPU: forks of one process that has imported vLLM, each with an engine of its own.
+"""Real vLLM servers on this machine's CPU, each with an engine of its own.
 
-    with VllmServers([path, path]) as servers:
+    with VllmServers([path, path], python=executable) as servers:
         servers.urls; servers.swap(0, other_path); servers.stop(0)
 
-Importing vLLM takes longer than all the rest, and a server of its own imports it twice. Run as a script, this file is
-the process that forks.
+Importing vLLM takes longer than all the rest, and a server of its own imports it twice: this file, run as a script, is
+a server, in a process that has imported it before (preloaded_workers.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -41,7 +38,8 @@ _SETTINGS = {
 class VllmServers:
     """One server for each path; they are up when the block begins."""
 
-    def __init__(self, paths: Sequence[Path], *, max_model_len: int, key: str | None = None) -> None:
+    def __init__(self, paths: Sequence[Path], *, python: str, max_model_len: int, key: str | None = None) -> None:
+        self._python = python.split()
         self.paths, self._max_model_len, self._key = list(map(str, paths)), max_model_len, key
         self.urls: list[str] = []
 
@@ -50,15 +48,15 @@ class VllmServers:
             pytest.skip("vLLM is not installed (the extras cpu and gpu bring it)")
         ports = [free_port() for _ in self.paths]
         self.urls = [f"http://127.0.0.1:{port}" for port in ports]
-        orders = [[path, str(port), *self._arguments()] for path, port in zip(self.paths, ports, strict=True)]
-        environment = os.environ | _SETTINGS | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(orders)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self._pids = [int(self._process.stdout.readline()) for _ in self.paths]
+        environment = os.environ | _SETTINGS
+        self._processes = [
+            subprocess.Popen(
+                [*self._python, __file__, path, str(port), *self._arguments()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+            )
+            for path, port in zip(self.paths, ports, strict=True)
+        ]
         until = time.monotonic() + _START_S
         for url in self.urls:
             while not _is_up(url):
@@ -67,10 +65,10 @@ class VllmServers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(timeout=30)
-        self._process.stdout.close()
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait(timeout=30)
 
     def _arguments(self) -> list[str]:
         given = {
@@ -92,7 +90,7 @@ class VllmServers:
 
     def stop(self, number: int) -> None:
         """As SIGKILL does; its engine goes with it."""
-        os.kill(self._pids[number], signal.SIGKILL)
+        self._processes[number].kill()
         while _is_up(self.urls[number]):
             time.sleep(0.01)
 
@@ -104,29 +102,18 @@ def _is_up(url: str) -> bool:
         return False
 
 
-def _serve(orders: list[list[str]]) -> None:
+def _serve(path: str, port: str, *more: str) -> None:
     import uvloop
-    import vllm.v1.engine.async_llm
-    import vllm.v1.worker.cpu_worker  # noqa: F401
     from vllm.entrypoints.launchers.api_server.entry import run_server
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    import opd_ray.weights.vllm_worker  # noqa: F401
-
-    for path, port, *more in orders:
-        if pid := os.fork():
-            print(pid, flush=True)
-            continue
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        command = ["--model", path, "--host", "127.0.0.1", "--port", port, "--uvicorn-log-level", "error", *more]
-        arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(command)
-        validate_parsed_serve_args(arguments)
-        uvloop.run(run_server(arguments))
-        return
-    for _ in orders:
-        os.wait()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    command = ["--model", path, "--host", "127.0.0.1", "--port", port, "--uvicorn-log-level", "error", *more]
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(command)
+    validate_parsed_serve_args(arguments)
+    uvloop.run(run_server(arguments))
 
 
 if __name__ == "__main__":
-    _serve(json.loads(sys.argv[1]))
+    _serve(*sys.argv[1:])
