@@ -21,7 +21,7 @@ from rollout_log import assert_each_prompt_once, rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.deepspeed]
 
-STEPS, RANKS = 100, 2
+STEPS, RANKS = 60, 2
 
 
 def processes(title: str) -> list[psutil.Process]:
@@ -68,20 +68,20 @@ def test_kills_at_random_moments_change_neither_the_steps_nor_what_is_learned(ra
             "metrics.rollout_log_every_steps=1",
             "evaluation.num_problems=128",
             "evaluation.num_problems_during=32",
-            "evaluation.every_steps=40",
-            "checkpoint.every_steps=20",
-            "checkpoint.memory_every_steps=8",
+            "evaluation.every_steps=24",
+            "checkpoint.every_steps=12",
+            "checkpoint.memory_every_steps=5",
         ],
     )
-    # A checkpoint begins to be written with every 20th step, an evaluation with every 40th: kills fall into both.
+    # A checkpoint begins to be written with every 12th step, an evaluation with every 24th: kills fall into both.
     victims = {
-        12: ("StudentGenerator", 0),
-        20: ("Learner", 1),
-        34: ("Scorer", 0),
-        40: ("StudentGenerator", 0),
-        50: ("StudentGenerator", 0),
-        60: ("Scorer", 0),  # the older one is now the one that was spared
-        77: ("Learner", 0),
+        8: ("StudentGenerator", 0),
+        12: ("Learner", 1),
+        20: ("Scorer", 0),
+        24: ("StudentGenerator", 0),
+        30: ("StudentGenerator", 0),
+        36: ("Scorer", 0),  # the older one is now the one that was spared
+        47: ("Learner", 0),
     }
     killer = Killer(dict(victims), rng)
     run_dir = tmp_path / "run"
@@ -104,6 +104,6 @@ def test_kills_at_random_moments_change_neither_the_steps_nor_what_is_learned(ra
     assert re.search(r"generate: student-generator-0 on .*\(.*\).*the actor died", lost[0]["text"])
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} >= set(range(1, STEPS + 1))
-    # Undisturbed, two seeds came to .867 and .855 in as many steps.
+    # Undisturbed, two seeds came to .852 and .922 in as many steps.
     assert summary["eval_after"]["accuracy_sampled"] > 0.75
     assert summary["max_truncation_rate"] < 0.2

@@ -127,7 +127,7 @@ def test_bfloat16_trains(
     assert set(map(str, {tensor.dtype for tensor in learner.sent_weights().values()})) == {"torch.bfloat16"}
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [*((stage, "float32") for stage in range(4)), (3, "bfloat16")])
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (2, "float32"), (3, "float32"), (3, "bfloat16")])
 def test_a_snapshot_continues_on_any_number_of_ranks(
     start: Callable[..., Ranks], entries: list[Entry], stage: int, dtype: str
 ) -> None:
@@ -273,7 +273,7 @@ def test_export_loads_in_transformers_and_equals_what_is_sent(
     assert torch.equal(exported(torch.arange(8)[None]).logits, after)
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (3, 2)])
 def test_a_loss_that_is_not_finite_skips_the_step_on_every_rank_and_leaves_no_trace(
     start: Callable[..., Ranks], entries: list[Entry], stage: int, ranks: int
 ) -> None:
@@ -350,15 +350,14 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (3, 2)])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("stage", "ranks", "loss"), [(1, 2, "full vocabulary"), *((3, 2, loss) for loss in LOSSES)])
 def test_every_kind_of_loss_trains_like_plain_torch(
     start: Callable[..., Ranks],
     teacher_checkpoint: Path,
     tiny_model: dict[str, Path],
-    loss: str,
     stage: int,
     ranks: int,
+    loss: str,
 ) -> None:
     config = config_with(ranks, LOSSES[loss], zero_stage=stage, micro_batch_tokens=20)
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, path=str(teacher_checkpoint)))
@@ -377,7 +376,7 @@ def test_every_kind_of_loss_trains_like_plain_torch(
     assert_same_curve(curve, expected, 1e-4)
 
 
-@pytest.mark.parametrize(("stage", "ranks"), STAGES_AND_RANKS)
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (2, 2), (3, 2)])
 def test_pieces_change_nothing_under_any_stage(
     start: Callable[..., Ranks], entries: list[Entry], expected_curve: list[dict[str, float]], stage: int, ranks: int
 ) -> None:
