@@ -105,5 +105,5 @@ def test_kills_at_random_moments_change_neither_the_steps_nor_what_is_learned(ra
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines} >= set(range(1, STEPS + 1))
     # Undisturbed, two seeds came to .852 and .922 in as many steps.
-    assert summary["eval_after"]["accuracy_sampled"] > 0.75
+    assert summary["eval_after"]["accuracy_sampled"] > 0.7
     assert summary["max_truncation_rate"] < 0.2
