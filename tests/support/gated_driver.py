@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-GATES = {40: "grown", 56: "replaced", 60: "given back"}
+GATES = {40: "grown", 52: "replaced", 60: "given back"}
 """Steps after which the run is held until the test has seen what it waits for; after those before, it goes on alone."""
 
 
