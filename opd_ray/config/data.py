@@ -99,6 +99,9 @@ class DataConfig:
 
 
 def _check_sources(name: str, sources: Sources | None) -> None:
+    if any(each.source.strip().lower() in ("", "none", "null") for each in listed(sources or ())):
+        instead = "null for none" if name == "golden" else "a file or another source"
+        raise ValueError(f"{name}={written(sources)} names no source; give {instead}")
     if sources is None or isinstance(sources, str):
         return
     weighted = [each.weight is not None for each in listed(sources)]

@@ -58,6 +58,11 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         settle_dtype(self, self.gpus_per_rank)
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} is longer than the run, which has steps={self.steps}: the learning "
+                "rate would not reach lr; lower it, or raise steps"
+            )
         if self.attention == "flash" and not (self.gpus_per_rank and self.dtype == "bfloat16"):
             raise ValueError("attention=flash needs gpus_per_rank > 0 and dtype=bfloat16; auto takes it where it can")
         if may_share_a_device([(self.num_ranks, self.gpus_per_rank)]):

@@ -20,9 +20,10 @@ from yaml import YAMLError
 
 from opd_ray.config.binding import Binds, binding
 from opd_ray.config.data import EMBEDDED, EvaluationSet, set_field
+from opd_ray.config.hints import hint
 from opd_ray.config.sections import LoraConfig
 from opd_ray.config.whole import Config
-from opd_ray.errors import InputError, near
+from opd_ray.errors import InputError
 
 _ADAPTER = TypeAdapter(Config)
 
@@ -41,11 +42,16 @@ def load(
     """
     for override in overrides:
         if "=" not in override:
-            raise InputError(f"override '{override}' is not of the form section.field=value")
+            mend = f"; a file is read with --config {override}" if override.endswith((".yaml", ".yml")) else ""
+            raise InputError(f"override '{override}' is not of the form section.field=value{mend}")
     try:
         given = OmegaConf.create({}) if path is None else OmegaConf.load(path)
         if not OmegaConf.is_dict(given):
             raise InputError(f"{path}: expected a mapping of sections, got a list")
+        if path is not None and not given:
+            raise InputError(
+                f"--config {path}: sets nothing; set a field (opd-ray init writes them all), or leave --config out"
+            )
         raw = OmegaConf.to_container(
             OmegaConf.merge(given, sections or {}, OmegaConf.from_dotlist(list(overrides))), resolve=True
         )
@@ -66,9 +72,22 @@ def from_dict(raw: Any, *, evaluation_only: bool = False) -> Config:
         config = _ADAPTER.validate_python(raw)
     except ValidationError as error:
         raise InputError(_one_line(error)) from None
+    _check_no_switches(raw, to_dict(config))
     if config.student.path != EMBEDDED:
         _check_nothing_embedded(config, evaluation_only)
     return config
+
+
+def _check_no_switches(raw: Any, read: Any, name: str = "config: ") -> None:
+    """Refuses a truth value where it was read as the number 1 or 0."""
+    if isinstance(raw, Mapping) and isinstance(read, Mapping):
+        for key in raw.keys() & read.keys():
+            _check_no_switches(raw[key], read[key], f"{name}{key}" if name.endswith(" ") else f"{name}.{key}")
+    elif isinstance(raw, list) and isinstance(read, list):
+        for given, made in zip(raw, read, strict=False):
+            _check_no_switches(given, made, name)
+    elif isinstance(raw, bool) and isinstance(read, int | float) and not isinstance(read, bool):
+        raise InputError(f"{name}: is {str(raw).lower()}, expected a number")
 
 
 @functools.cache
@@ -174,8 +193,8 @@ def _one_line(error: ValidationError) -> str:
         section, _, _ = where.rpartition(".")
         every = (*describe(), *describe_absent(*first["loc"][2:3]))
         siblings = {".".join(field.name.split(".")[: len(first["loc"])]) for field in every}
-        known = [name for name in siblings if name.startswith(section)]
-        return f"config: unknown field '{where}'{near(where, known)}"
+        known = sorted(name for name in siblings if name.startswith(section))
+        return f"config: unknown field '{where}'{hint(where, known, [field.name for field in every])}"
     message = first["msg"].removeprefix("Value error, ")
     got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
     return f"config: {where + ': ' if where else ''}{message}{got}"

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from opd_ray.config import schedule
 from opd_ray.config.schedule import Schedule
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd", "k1", "k2", "k3", "cross_entropy"]
 Support = Literal["teacher_top_k", "student_top_k", "full"]

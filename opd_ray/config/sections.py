@@ -309,8 +309,9 @@ class BufferConfig:
     last two none that is repetitive (rep(o) of metrics.*)."""
     on_policy_probability: Schedule | None = None
     """λ of GKD: a step trains on student rollouts only with this probability, else on golden and teacher ones only."""
-    max_staleness: Annotated[int, NOTHING] = Field(2, ge=0)
-    """Largest difference between the weights that train and those that sampled; 0 is synchronous."""
+    max_staleness: Annotated[int, NOTHING] = Field(2, ge=0, le=64)
+    """Largest difference between the weights that train and those that sampled; 0 is synchronous. So many steps are
+    held in memory."""
 
     @property
     def uses_golden(self) -> bool:

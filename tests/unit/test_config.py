@@ -180,6 +180,23 @@ def test_an_engine_on_a_fraction_of_a_gpu_takes_that_fraction_of_its_share() -> 
         (["learner.lrr=1"], "unknown field 'learner.lrr'; did you mean 'learner.lr'?"),
         (["leaner.lr=1"], "unknown field 'leaner'; did you mean 'learner'?"),
         (["sede=1"], "unknown field 'sede'; did you mean 'seed'?"),
+        # The bug: it was learner.zero_stage, whose letters are more alike.
+        (["learner.learning_rate=1e-6"], "unknown field 'learner.learning_rate'; did you mean 'learner.lr'?"),
+        (["lr=1e-6"], "did you mean 'learner.lr'?"),
+        (["rollout.max_new_tokens=9"], "did you mean 'rollout.max_response_tokens'?"),
+        (["evaluation.sets.a.max_new_tokens=9"], "did you mean 'evaluation.sets.a.max_tokens'?"),
+        (["optimizer.lr=1"], "did you mean 'learner'?"),
+        (["jobs/gkd.yaml"], "section.field=value; a file is read with --config jobs/gkd.yaml"),
+        # These were taken as they stand.
+        (["learner.lr=inf"], "learner.lr: Input should be a finite number"),
+        (["loss.golden.coef=[[0,.nan]]"], "loss.golden.coef"),
+        (["learner.steps=true"], "config: learner.steps: is true, expected a number"),
+        (["learner.adam_betas=[0.9,no]"], "config: learner.adam_betas: is false, expected a number"),
+        (["loss.student.coef=yes"], "config: loss.student.coef: is true, expected a number"),
+        (["buffer.max_staleness=100000"], "buffer.max_staleness: Input should be less than or equal to 64, got 100000"),
+        (["learner.warmup_steps=151"], "warmup_steps=151 is longer than the run, which has steps=150"),
+        (["data.golden=none"], "config: data: golden=none names no source; give null for none"),
+        (["data.prompts=[a.jsonl,'']"], "config: data: prompts=a.jsonl,  names no source; give a file"),
         (["student.lora.rnak=4"], "unknown field 'student.lora.rnak'; did you mean 'student.lora.rank'?"),
         (["student.lora.rank=0"], "student.lora.rank: Input should be greater than or equal to 1, got 0"),
         (["student.lora.targets=[]"], "student.lora.targets"),
@@ -299,6 +316,9 @@ def test_vllm_on_a_gpu_scores_the_students_top_k() -> None:
         ("a: [1\n", "run.yaml"),
         (None, "No such file"),
         ("a: 1\n", "unknown field 'a'"),
+        ("a: {b: 1, b: 2}\n", "duplicate key"),
+        ("", "run.yaml: sets nothing; set a field"),
+        ("#learner:\n#  steps: 3\n", "run.yaml: sets nothing; set a field"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, text: str | None, message: str) -> None:
