@@ -1,7 +1,8 @@
 """The command line: ``opd-ray init | train | status | ...``, the same as ``python -m opd_ray``.
 
-Exit codes: 0 done; 1 a failure while running; 2 refused input or configuration; 143 ended by a signal. Refusals and
-explained failures are one line on stderr (``--debug`` adds the traceback); anything else keeps its traceback.
+Exit codes: 0 done; 1 a failure while running; 2 refused input or configuration; 3 stopped by the guard; 143 ended by
+a signal. Refusals and explained failures are one line on stderr (``--debug`` adds the traceback); anything else keeps
+its traceback.
 """
 
 from __future__ import annotations

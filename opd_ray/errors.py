@@ -63,6 +63,12 @@ class Terminated(RunError):
     exit_code = 143
 
 
+class GuardStopped(RunError):
+    """The guard ended the run, whose results are written: going on as it is configured would not mend it."""
+
+    exit_code = 3
+
+
 class PayloadLost(RunError):
     """An object in Ray's store is gone with the node that held it."""
 

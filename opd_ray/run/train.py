@@ -9,7 +9,7 @@ from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.disk import whole
 from opd_ray.embedded.resolve import resolve, without_foreign_golden
-from opd_ray.errors import InputError, RunError, Terminated, only_said
+from opd_ray.errors import GuardStopped, InputError, Terminated, only_said
 from opd_ray.evaluation.scores import Evaluation
 from opd_ray.placement.capacity import check_fits
 from opd_ray.placement.nodes import nodes
@@ -38,8 +38,8 @@ def train(
     ``resume`` goes on with the run in ``run_dir``, ``auto_resume`` also with one whose checkpoints alone are left.
     With a ``session`` the run takes place in its rooms, which stay up, and leaves the report to whoever compares the
     session's runs; ``before`` is the student's evaluation where it is known already. Raises InputError before a model
-    loads or a file is written, RunError for a failure while running and, once everything is written, where the
-    guard stopped the run.
+    loads or a file is written, RunError for a failure while running and, once everything is written, GuardStopped
+    where the guard stopped the run.
 
     It may be called where an event loop is running, in a notebook: that waits.
     """
@@ -79,7 +79,7 @@ def train(
     if session is None:
         write_report([run_dir], run_dir / "report.html")
     if stopped:
-        raise RunError(stopped)
+        raise GuardStopped(stopped)
     return result
 
 

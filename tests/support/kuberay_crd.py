@@ -1,7 +1,8 @@
-"""The schema of KubeRay 1.6's RayCluster and RayJob, as far as users write them; unknown fields are refused.
+"""The schema of KubeRay 1.6's RayCluster and RayJob, and of the Prometheus operator's PodMonitor and PrometheusRule, as
+far as users write them; unknown fields are refused.
 
-Fields and values are those of the API reference of that release. What is Kubernetes' own (pod templates, services,
-volume claims) is checked against Kubernetes' schemas, as the package kubernetes-validate carries them.
+Fields and values are those of the API references of these releases. What is Kubernetes' own (pod templates, services,
+volume claims, policies) is checked against Kubernetes' schemas, as the package kubernetes-validate carries them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import referencing
 KUBERNETES = "v1.37.0"
 _CORE = "io.k8s.api.core.v1"
 _META = "io.k8s.apimachinery.pkg.apis.meta.v1"
+_GROUPS = {"v1": _CORE, "networking.k8s.io/v1": "io.k8s.api.networking.v1"}
 
 _STRING = {"type": "string"}
 _BOOLEAN = {"type": "boolean"}
@@ -29,10 +31,8 @@ _AFTERWARDS = {"enum": ["DeleteCluster", "DeleteWorkers", "DeleteSelf", "DeleteN
 
 def validate(manifest: dict[str, Any]) -> None:
     """Raises jsonschema.ValidationError when a manifest is not one that the API server would take as written."""
-    schemas = {("ray.io/v1", "RayCluster"): _RAY_CLUSTER, ("ray.io/v1", "RayJob"): _RAY_JOB}
-    schema = schemas.get((manifest["apiVersion"], manifest["kind"]))
-    if schema is None:
-        schema = _kubernetes(f"{_CORE}.{manifest['kind']}")
+    kind = manifest["apiVersion"], manifest["kind"]
+    schema = _SCHEMAS[kind] if kind in _SCHEMAS else _kubernetes(f"{_GROUPS[kind[0]]}.{kind[1]}")
     jsonschema.Draft202012Validator(schema, registry=_registry()).validate(manifest)
 
 
@@ -55,10 +55,10 @@ def _object(required: tuple[str, ...] = (), **fields: dict[str, Any]) -> dict[st
     return {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
 
 
-def _kind(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+def _kind(name: str, spec: dict[str, Any], group: str = "ray.io/v1") -> dict[str, Any]:
     return _object(
         ("apiVersion", "kind", "metadata", "spec"),
-        apiVersion={"const": "ray.io/v1"},
+        apiVersion={"const": group},
         kind={"const": name},
         metadata=_kubernetes(f"{_META}.ObjectMeta"),
         spec=spec,
@@ -157,5 +157,33 @@ _JOB_SPEC = _object(
     clusterSelector=_STRINGS,
     rayClusterSpec=_CLUSTER_SPEC,
 )
-_RAY_CLUSTER = _kind("RayCluster", _CLUSTER_SPEC)
-_RAY_JOB = _kind("RayJob", _JOB_SPEC)
+_MONITORING = "monitoring.coreos.com/v1"
+_DURATION = {"type": "string", "pattern": r"^(\d+(ms|[smhdwy]))+$"}
+_POD_MONITOR_SPEC = _object(
+    ("selector", "podMetricsEndpoints"),
+    selector=_kubernetes(f"{_META}.LabelSelector"),
+    namespaceSelector=_object(any=_BOOLEAN, matchNames=_list(_STRING)),
+    jobLabel=_STRING,
+    podTargetLabels=_list(_STRING),
+    podMetricsEndpoints=_list(
+        _object(port=_STRING, path=_STRING, interval=_DURATION, scrapeTimeout=_DURATION), minItems=1
+    ),
+)
+_RULE = _object(
+    ("expr",),
+    alert=_STRING,
+    record=_STRING,
+    expr=_STRING,
+    labels=_STRINGS,
+    annotations=_STRINGS,
+    **{"for": _DURATION, "keep_firing_for": _DURATION},
+)
+_PROMETHEUS_RULE_SPEC = _object(
+    groups=_list(_object(("name",), name=_STRING, interval=_DURATION, rules=_list(_RULE), labels=_STRINGS))
+)
+_SCHEMAS = {
+    ("ray.io/v1", "RayCluster"): _kind("RayCluster", _CLUSTER_SPEC),
+    ("ray.io/v1", "RayJob"): _kind("RayJob", _JOB_SPEC),
+    (_MONITORING, "PodMonitor"): _kind("PodMonitor", _POD_MONITOR_SPEC, _MONITORING),
+    (_MONITORING, "PrometheusRule"): _kind("PrometheusRule", _PROMETHEUS_RULE_SPEC, _MONITORING),
+}

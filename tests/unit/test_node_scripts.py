@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 NODE = Path(__file__).parents[2] / "cluster/node"
@@ -121,3 +124,73 @@ def test_the_watch_over_idle_heads_is_installed_once_beside_what_is_there(home: 
         f"@reboot touch {home}/node/busy",
     ]
     assert (home / "node/busy").exists()
+
+
+_DRIVER = """
+import signal, subprocess, sys, time
+from pathlib import Path
+
+started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])  # nobody else's to end
+
+def save(*_):
+    assert started.poll() is None
+    started.kill()
+    Path("saved").touch()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
+Path("runs").touch()
+time.sleep(60)
+"""
+_POD = f"""
+bash -c 'exec -a ray::IDLE sleep 60' &
+bash -c 'exec -a ray::Learner.train sleep 1' &
+RAY_JOB_CONFIG_JSON_ENV_VAR={{}} sh -c '{NODE}/job {sys.executable} driver.py; echo $? > code' &
+sleep 60
+"""
+"""A job's command as Ray runs it, in a shell that would die of SIGTERM, beside an actor and an idle worker."""
+
+
+def test_before_a_pod_ends_its_driver_saves_and_its_actors_have_ended(tmp_path: Path) -> None:
+    """SIGTERM to `ray start --block` never reached a driver."""
+    (tmp_path / "driver.py").write_text(_DRIVER)
+    pod = subprocess.Popen(["bash", "-c", _POD], cwd=tmp_path, start_new_session=True)
+    try:
+        until = time.monotonic() + 20
+        while not (tmp_path / "runs").exists():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        command = [sys.executable, NODE / "pre-stop", str(pod.pid)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        assert done.stdout.count("asking driver") == 1
+        assert (tmp_path / "saved").exists()
+        until = time.monotonic() + 20
+        while not (tmp_path / "code").exists() or not (tmp_path / "code").read_text():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert (tmp_path / "code").read_text() == "143\n"
+        left = psutil.Process(pod.pid).children()
+        alive = [" ".join(each.cmdline()) for each in left if each.status() != psutil.STATUS_ZOMBIE]
+        assert alive == ["ray::IDLE 60"]
+    finally:
+        os.killpg(pod.pid, signal.SIGKILL)
+        pod.wait()
+
+
+@pytest.mark.parametrize(("code", "stops"), [(0, False), (1, False), (2, True), (3, True), (143, False)])
+def test_a_job_is_stopped_for_good_where_a_new_cluster_would_not_mend_it(home: Path, code: int, stops: bool) -> None:
+    """The bug: a refused configuration was tried five times, each on a new cluster."""
+    _program(home, "python", f'exec {sys.executable} "$@"')
+    _program(home, "ray")
+    _program(home, "sleep")
+    _program(home, "trains", f"exit {code}")
+    about = json.dumps({"metadata": {"job_submission_id": "opd-ray-first-x"}})
+    done = subprocess.run(
+        [home / "node/job", "trains"],
+        env={"HOME": str(home), "PATH": f"{home}/bin", "RAY_JOB_CONFIG_JSON_ENV_VAR": about},
+        timeout=30,
+    )
+    assert done.returncode == code
+    asked = [call for call in (home / "calls").read_text().splitlines() if call.startswith("ray ")]
+    stop = "ray job stop --no-wait --address=http://127.0.0.1:8265 opd-ray-first-x"
+    assert asked == ([stop] if stops else [])

@@ -48,6 +48,7 @@ def test_the_image_is_of_the_lock_on_cuda_13() -> None:
     assert {"nvidia-cudnn-cu13", "nvidia-nccl-cu13"} <= versions.keys()
     assert not [name for name in versions if re.fullmatch(r"nvidia-(cudnn|nccl|cublas|cuda-runtime)-cu1[0-2]", name)]
     assert "--constraints /tmp/gpu-lock.txt" in DOCKERFILE
+    assert re.findall(r"\buv(?:==|:)([\d.]+)", DOCKERFILE + (ROOT / "cluster/node/setup").read_text()) == ["0.13.9"] * 2
     assert set(re.findall(r"--extra (\w+)", DOCKERFILE)) == {"gpu", *EXTRAS} - {"dev"}
     for name in ("kuberay-cluster", "kuberay-job"):
         manifests = yaml.safe_load_all((ROOT / f"cluster/{name}.yaml").read_text())
