@@ -43,7 +43,8 @@ def problems(text: str) -> list[str]:
 
 
 def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)  # each: where one ends none begins
+    return [block for found, block in fenced if found == language]
 
 
 def spans(text: str) -> list[str]:

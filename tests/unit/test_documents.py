@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from documented_commands import ROOT, blocks, commands, problems
+from run_documents import failures
 
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -63,3 +64,32 @@ def test_what_is_fine_is_left_alone() -> None:
     assert problems("`metrics.jsonl`, `elastic.*`, `loss.<source>`, `opd-ray --help`, `make`, makes more, `loss`") == []
     assert problems("`opd-ray report RUN [RUN ...]`") == []
     assert "make more" not in commands(text)
+
+
+@pytest.mark.parametrize("document", ["README.md", "cluster/README.md"])
+def test_the_commands_of_a_document_run_in_a_fresh_account(document: str, tmp_path: Path) -> None:
+    """The bug: "by hand" started a Ray that asks for a token, and nothing before it had made one."""
+    assert failures((ROOT / document).read_text(encoding="utf-8"), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ("export RAY_AUTH_MODE=token\nray start --head", "there is no token"),
+        ("source .venv/bin/activat", "No such file"),
+        ("ray start --haed", "No such option"),
+        ("ray job submti -- x", "no command submti"),
+        ("ray job submit -- python -m opd_ray train learner.stepz=3", "learner.stepz"),
+        ("ray up", "Missing argument"),
+        ("kubectl apply -f cluster/kuberay.yaml", "there is no cluster/kuberay.yaml"),
+        ("kubectl delete raycluster opd-rey", "no manifest makes opd-rey"),
+        ("kubectl create secret generic token --from-literal=x=y", "no manifest takes a secret token"),
+        ("aws cloudformation deploy --template-file cluster/aws/account.yaml x Bukket=b", "no parameter Bukket"),
+        ("pip install '.[gpuu]'", "no extra gpuu"),
+        ("ray stop\ncp .ci/lock.txt dist/", "cannot stat"),
+        ("ray stop && terraform apply", "terraform"),
+    ],
+)
+def test_what_would_fail_in_a_fresh_account_is_found(block: str, said: str, tmp_path: Path) -> None:
+    found = failures(f"```\n{block}\n```\n", tmp_path)
+    assert found and said in found[0]
