@@ -10,7 +10,7 @@ import pytest
 
 import fake_ray
 from driven_run import assert_whole, cast_of, die, drive, in_no_hurry, latest, logged, on_call, slow_learner
-from opd_ray.errors import RunError, Terminated, Unwritable
+from opd_ray.errors import GuardStopped, RunError, Terminated, Unwritable
 from opd_ray.report.runs import read_run
 from opd_ray.run import train as running
 from opd_ray.status import reasons, state
@@ -110,29 +110,45 @@ def test_a_stopped_run_is_no_failed_one_and_says_where_it_stopped(tmp_path):
     assert read_run(tmp_path).finished
 
 
-def test_a_stopped_run_leaves_its_report(tmp_path, monkeypatch):
-    """The bug: the report was written only where a run came to its last step; and one that stops before there is
-    anything to report ends as any other."""
+def instead_of_a_driver(monkeypatch, ends):
+    """What a run does when its driver ends so."""
 
-    class Stopped:
+    class Driver:
         def __init__(self, *_):
             pass
 
         async def train(self, *_, **__):
-            raise Terminated("ended by a signal")
+            return ends()
 
     monkeypatch.setattr(running, "cluster", contextlib.nullcontext)
     monkeypatch.setattr(running.preflight, "check_files", lambda config: None)
     monkeypatch.setattr(running.preflight, "check_resources", lambda *_: None)
     monkeypatch.setattr(running, "nodes", list)
     monkeypatch.setattr(running, "find_start", lambda *_, **__: (mock.Mock(), None))
-    monkeypatch.setattr("opd_ray.run.driver.Driver", Stopped)
+    monkeypatch.setattr(running, "write_card", lambda *_: None)
+    monkeypatch.setattr("opd_ray.run.driver.Driver", Driver)
+
+
+def test_a_stopped_run_leaves_its_report(tmp_path, monkeypatch):
+    """The bug: the report was written only where a run came to its last step; and one that stops before there is
+    anything to report ends as any other."""
+    instead_of_a_driver(monkeypatch, mock.Mock(side_effect=Terminated("ended by a signal")))
     for name, lines in (("early", ""), ("late", '{"step": 1, "learner/loss": 0.5}\n')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(lines)
         with pytest.raises(Terminated, match="ended by a signal"):
             running.train(cast_of().config, tmp_path / name)
         assert (tmp_path / name / "report.html").exists() == bool(lines)
+
+
+def test_a_run_that_the_guard_stopped_says_so_by_its_exit_code(tmp_path, monkeypatch):
+    """Who tries failed jobs again (cluster/node/job) has to know it from a failure: the next would end as well."""
+    instead_of_a_driver(monkeypatch, lambda: ({}, "the guard stopped the run"))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "learner/loss": 0.5}\n')
+    with pytest.raises(GuardStopped, match="the guard stopped the run") as caught:
+        running.train(cast_of().config, tmp_path)
+    assert caught.value.exit_code == 3
+    assert (tmp_path / "report.html").exists()
 
 
 # ---- a disk that is full ----
