@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from known_models import QWEN25_1B5, QWEN25_7B, TINY
 from opd_ray import config as configs
@@ -48,6 +49,20 @@ def test_the_papers_recipes_keep_what_their_nodes_have_room_for() -> None:
     _, said = with_room(large, facts(QWEN25_7B), [node(150 * GB)])
     assert said.startswith("snapshots: in memory they would take 18")
     assert "the object store of node-1 has 150.0 GB: they are on disk alone, every 50 steps" in said
+
+
+def test_the_learners_pod_on_kubernetes_has_the_room_for_the_snapshots_of_its_job() -> None:
+    """Ray's store is three tenths of the pod's memory, and no more than .95 of its /dev/shm."""
+    cluster = Path(__file__).parents[2] / "cluster"
+    (manifest,) = yaml.safe_load_all((cluster / "kuberay-cluster.yaml").read_text())
+    (learner,) = (each for each in manifest["spec"]["workerGroupSpecs"] if each["groupName"] == "learner")
+    pod = learner["template"]["spec"]
+    (shm,) = (each["emptyDir"]["sizeLimit"] for each in pod["volumes"] if each["name"] == "shm")
+    memory = pod["containers"][0]["resources"]["limits"]["memory"]
+    store = min(0.95 * int(shm.removesuffix("Gi")), 0.3 * int(memory.removesuffix("Gi"))) * 2**30
+    job = configs.load(cluster / "job.yaml", [])
+    there = node(store, resources=frozenset({"learner_node"}))
+    assert kept(job, QWEN25_1B5, there) and not kept(job, QWEN25_7B, there)
 
 
 def learners(*overrides: str) -> Config:
