@@ -247,6 +247,8 @@ class TransferGroup:
     timeout_s: float
     bucket_bytes: int
     """Parameters are packed into buckets of at most this size (larger ones travel alone)."""
+    secret: str = field(repr=False)
+    """Which its members prove that they know, in hex; of this group alone."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -158,7 +159,8 @@ class Doctor:
     def _meet(self, one: ActorHandle, other: ActorHandle) -> list[Any]:
         host, port = ray.get(one.meeting_place.remote(), timeout=_QUICK_S)
         backend = self._config.weight_backend
-        groups = (TransferGroup(backend, host, port, rank, 2, _MEETING_S, _MESSAGE_BYTES) for rank in range(2))
+        ours = TransferGroup(backend, host, port, 0, 2, _MEETING_S, _MESSAGE_BYTES, secrets.token_hex(32))
+        groups = (dataclasses.replace(ours, rank=rank) for rank in range(2))
         return [talker.talk.remote(group) for talker, group in zip((one, other), groups, strict=True)]
 
     def _engine(self) -> list[Finding]:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import AuthenticationError
 
 from opd_ray.config import ROOMS, Config, differences
@@ -45,6 +46,11 @@ def cluster() -> Iterator[str | None]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _check_address(address)
+    else:
+        # A Ray of one machine then has its loopback address, as on macOS, and listens there alone; what
+        # _node_ip_address="127.0.0.1" asks for, Ray takes for the address of the network. (What sets it from outside,
+        # RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, is read when Ray is imported.)
+        ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         context = ray.init(
             # Left alone, Ray would also try, for many minutes, a cluster that somebody once started on this machine.

@@ -3,6 +3,7 @@
     gathering     the learner's weights, whole, whatever ZeRO made of them
     transfer      one process's part in a broadcast: what is sent, in which order, and what is refused
     adapters      what low-rank adapters, where these alone are sent, amount to
+    meeting       how the members of a group find each other, and prove that they belong to it
     wires         what the bytes travel by: gloo between CPU processes, NCCL between GPUs
     vllm_worker   a broadcast into a running vLLM engine
     delivery      the driver's side: who takes part, and what becomes of a broadcast that fails

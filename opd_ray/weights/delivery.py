@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 
 from opd_ray.config import Config
@@ -207,7 +208,7 @@ class Delivery:
     async def _groups(self, receivers: Sequence[_Receiver]) -> list[TransferGroup]:
         """One for the learner, then one for each receiver."""
         host, port = (await self._learner.call_all("node_address", deadline_s=self._config.deadlines.start_s))[0]
-        ranks, world_size = [0], 1
+        ranks, world_size, secret = [0], 1, secrets.token_hex(32)
         for receiver in receivers:
             ranks.append(world_size)
             world_size += receiver.width
@@ -220,6 +221,7 @@ class Delivery:
                 world_size=world_size,
                 timeout_s=self._config.weights.timeout_s,
                 bucket_bytes=BUCKET_BYTES,
+                secret=secret,
             )
             for rank in ranks
         ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from opd_ray.messages import TransferGroup
 from opd_ray.rooms.node import use_own_interface
 from opd_ray.rooms.threads import within
+from opd_ray.weights.meeting import meet, prove
 
 _GRACE_S = 1.0
 
@@ -44,8 +46,8 @@ def join(group: TransferGroup) -> Wire:
         with torch.accelerator.device_index(device):
             return wire(group)
 
-    # torch waits without end for a store whose process is stopped, and NCCL for a member that does not come; torch's
-    # own timeouts explain more, and so come first.
+    # NCCL waits without end for a member that does not come; the timeouts of the meeting and of gloo explain more, and
+    # so come first.
     return within(group.timeout_s + _GRACE_S, on_device)
 
 
@@ -55,24 +57,47 @@ class GlooWire:
     device = torch.device("cpu")
 
     def __init__(self, group: TransferGroup) -> None:
-        timeout = timedelta(seconds=group.timeout_s)
-        self._store = dist.TCPStore(
-            group.host, group.port, is_master=group.rank == 0, timeout=timeout, wait_for_workers=False
-        )
         options = dist.ProcessGroupGloo._Options()
         # The default device is bound to whatever the host name resolves to, often 127.0.1.1,
         # which other nodes cannot reach; the address that reaches rank 0 always can be.
         address = _address_towards(group.host, group.port)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-        options._timeout = timeout
-        self._process_group = dist.ProcessGroupGloo(self._store, group.rank, group.world_size, options)
+        options._timeout = timedelta(seconds=group.timeout_s)
+        self._process_group = dist.ProcessGroupGloo(_Addresses(group), group.rank, group.world_size, options)
+        # Gloo lets in whoever comes to a member's port with the number of a connection, which is easily guessed.
+        prove(group.secret, group.rank, group.world_size, self._exchange)
+
+    def _exchange(self, rows: torch.Tensor) -> torch.Tensor:
+        got = torch.empty_like(rows)
+        self._process_group.alltoall_base(got, rows, [], [], dist.AllToAllOptions()).wait()
+        return got
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         self._process_group.broadcast([tensor], dist.BroadcastOptions()).wait()
 
     def close(self) -> None:
         """Those that wait for this member fail at once, and not by their own timeouts."""
-        del self._store, self._process_group
+        del self._process_group
+
+
+class _Addresses(dist.Store):
+    """What gloo takes for a store: each member sets where it listens, and then asks where the others do."""
+
+    def __init__(self, group: TransferGroup) -> None:
+        super().__init__()
+        self._group, self._ours, self._all = group, {}, {}
+
+    def set(self, key: str, value: bytes) -> None:
+        self._ours[key] = value
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        if not self._all:
+            self._all = meet(self._group, self._ours)
+        if unknown := [key for key in keys if key not in self._all]:
+            raise RuntimeError(f"gloo asks for {unknown[0]}, which no member told the others")
+
+    def get(self, key: str) -> bytes:
+        return self._all[key]
 
 
 class NcclWire:
@@ -86,8 +111,11 @@ class NcclWire:
         from vllm.distributed.weight_transfer import nccl_common
 
         use_own_interface()
-        where = {"master_address": group.host, "master_port": group.port, "world_size": group.world_size}
-        self._communicator = nccl_common.trainer_init(where, rank=group.rank)
+        # Whoever has NCCL's id of the group can join it. vLLM's own rendezvous tells it to everyone who asks, pickled.
+        facts = {"nccl": _new_nccl_id()} if group.rank == 0 else {}
+        self._communicator = nccl_common.uid_init_process_group(
+            meet(group, facts)["nccl"], group.rank, group.world_size, torch.accelerator.current_device_index()
+        )
         if self._communicator.disabled:  # its broadcasts would return at once, without an error
             raise RuntimeError("vLLM found no NCCL library")
         self._timeout_s = group.timeout_s
@@ -115,6 +143,14 @@ class NcclWire:
         self._communicator.disabled = True  # further calls, that of destroy() as well, return at once
         with torch.accelerator.device_index(self.device.index):
             self._communicator.nccl.ncclCommAbort(self._communicator.comm)
+
+
+def _new_nccl_id() -> bytes:
+    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+    from vllm.utils.nccl import unpinned_nccl_env
+
+    with unpinned_nccl_env():
+        return bytes(NCCLLibrary().ncclGetUniqueId().internal)
 
 
 def _address_towards(host: str, port: int) -> str:

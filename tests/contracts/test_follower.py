@@ -87,7 +87,7 @@ def follow(path: Path, update: str, *, every_steps: int = 3, dtype: str = "float
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    group = TransferGroup("gloo", "127.0.0.1", port, 0, 2, timeout_s=20.0, bucket_bytes=2**12)
+    group = TransferGroup("gloo", "127.0.0.1", port, 0, 2, timeout_s=20.0, bucket_bytes=2**12, secret="5ec2e7")
     with ThreadPoolExecutor(1) as thread:
         joined = thread.submit(follower.connect, replace(group, rank=1))
         transfer.connect(group)

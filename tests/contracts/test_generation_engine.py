@@ -64,7 +64,9 @@ class Subject:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        group = TransferGroup("gloo", "127.0.0.1", port, 0, 2, timeout_s=20.0, bucket_bytes=bucket_bytes)
+        group = TransferGroup(
+            "gloo", "127.0.0.1", port, 0, 2, timeout_s=20.0, bucket_bytes=bucket_bytes, secret="5ec2e7"
+        )
         if self.model is None:
             self.engine.connect(group)
             return
@@ -501,7 +503,7 @@ def test_a_broadcast_that_leaves_parameters_out_is_refused(subject: Subject) -> 
 
 @pytest.mark.parametrize("subject", MODELS, indirect=True)
 def test_a_sender_that_never_comes_is_reported(subject: Subject) -> None:
-    group = TransferGroup("gloo", "127.0.0.1", 1, 1, 2, timeout_s=1.0, bucket_bytes=2**14)
+    group = TransferGroup("gloo", "127.0.0.1", 1, 1, 2, timeout_s=1.0, bucket_bytes=2**14, secret="5ec2e7")
     with pytest.raises(WeightSyncError, match=r"rank 1 of 2 .*127\.0\.0\.1:1"):
         subject.engine.connect(group)
     with pytest.raises(WeightSyncError, match="before connect"):

@@ -35,7 +35,7 @@ def weights() -> list[tuple[str, torch.Tensor]]:
 
 
 def group(rank: int, world_size: int, port: int, **changes: float) -> TransferGroup:
-    settings = {"timeout_s": 20.0, "bucket_bytes": 256} | changes
+    settings = {"timeout_s": 20.0, "bucket_bytes": 256, "secret": stopped_member.SECRET} | changes
     return TransferGroup(backend="gloo", host="127.0.0.1", port=port, rank=rank, world_size=world_size, **settings)
 
 

@@ -87,7 +87,7 @@ def sent_by(learner) -> dict[str, torch.Tensor]:
 def broadcast(learner, connect, update, version: int) -> WeightManifest:
     """Joins one receiver to the learner and sends it the learner's weights."""
     port = free_port()
-    groups = [TransferGroup("gloo", "127.0.0.1", port, rank, 2, 60.0, 2**20) for rank in (0, 1)]
+    groups = [TransferGroup("gloo", "127.0.0.1", port, rank, 2, 60.0, 2**20, "5ec2e7") for rank in (0, 1)]
     manifest = learner.manifest(version)
     sender = threading.Thread(target=lambda: (learner.open_transport(groups[0]), learner.send_weights(manifest)))
     sender.start()

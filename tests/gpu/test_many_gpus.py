@@ -50,7 +50,7 @@ def test_a_split_student_reaches_a_receiver_over_nccl_again_and_again(ray_here: 
     address = ray.get(hosts[0].call.remote("node_address"))
     ray.get([host.call.remote("setup", *address) for host in hosts])
     ranks = Ranks(hosts, config, path, (1,))
-    group = TransferGroup("nccl", "127.0.0.1", free_port(), 0, 2, 30.0, 1)
+    group = TransferGroup("nccl", "127.0.0.1", free_port(), 0, 2, 30.0, 1, "5ec2e7")
     joined = receiver.connect.remote(dataclasses.replace(group, rank=1))
     ranks.call("open_transport", group)
     ray.get(joined)

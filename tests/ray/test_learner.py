@@ -532,7 +532,7 @@ def test_a_joiner_gets_the_weights_in_a_group_of_its_own(
 
 
 def transfer_group(world_size: int, timeout_s: float = 30.0) -> TransferGroup:
-    return TransferGroup("gloo", "127.0.0.1", free_port(), 0, world_size, timeout_s, 2**12)
+    return TransferGroup("gloo", "127.0.0.1", free_port(), 0, world_size, timeout_s, 2**12, "5ec2e7")
 
 
 def test_a_learner_at_work_answers_in_its_second_thread(start: Callable[..., Ranks], hosts) -> None:

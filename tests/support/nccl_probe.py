@@ -19,10 +19,13 @@ from vllm.distributed.weight_transfer import nccl_common
 
 from opd_ray.errors import WeightSyncError
 from opd_ray.messages import TransferGroup
+from opd_ray.weights import wires
 from opd_ray.weights.manifest import manifest_of
 from opd_ray.weights.transfer import WeightTransfer
 
 WEIGHTS = [("matrix", torch.randn(7, 5)), ("half", torch.randn(3).to(torch.bfloat16)), ("large", torch.randn(300))]
+
+NCCL_ID = bytes(range(128))
 
 
 class Communicator:
@@ -98,11 +101,13 @@ def _same(received: list[tuple[str, torch.Tensor]]) -> bool:
 
 @contextmanager
 def _made_by(make: object) -> Iterator[None]:
-    def rendezvous(master_address: str, master_port: int, rank: int, world_size: int, device: int) -> object:
+    def initialised(nccl_id: bytes, rank: int, world_size: int, device: int) -> object:
+        assert nccl_id == NCCL_ID, "rank 0's, whoever asks"
         return make(rank)
 
     with (
-        mock.patch.object(nccl_common, "stateless_init_process_group", rendezvous),
+        mock.patch.object(wires, "_new_nccl_id", lambda: NCCL_ID),
+        mock.patch.object(nccl_common, "uid_init_process_group", initialised),
         mock.patch.object(torch.accelerator, "current_device_index", return_value=0),
         mock.patch.object(torch.cuda, "current_stream"),
     ):

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
 from opd_ray.messages import TransferGroup
 from opd_ray.weights.manifest import manifest_of
 from opd_ray.weights.transfer import WeightTransfer
+
+SECRET = "5ec2e7"
+"""Of its group."""
 
 
 def weights() -> list[tuple[str, torch.Tensor]]:
@@ -49,10 +52,10 @@ def wait_until_stopped(process: subprocess.Popen) -> None:
 def _main(rank: int, world_size: int, port: int, where: str) -> None:
     print("ready", flush=True)
     if where == "hosting":
-        _store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        _taking_connections = socket.create_server(("127.0.0.1", port))
     else:
         receiver = WeightTransfer()
-        receiver.connect(TransferGroup("gloo", "127.0.0.1", port, rank, world_size, 60.0, 4_000_000))
+        receiver.connect(TransferGroup("gloo", "127.0.0.1", port, rank, world_size, 60.0, 4_000_000, SECRET))
         next(iter(receiver.receive(manifest_of(weights(), 1))))
     os.kill(os.getpid(), signal.SIGSTOP)
 

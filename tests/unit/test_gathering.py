@@ -36,7 +36,7 @@ def send(rank: int, streams: FakeStreams, monkeypatch: pytest.MonkeyPatch) -> Fa
     learner = Learner(from_dict({"learner": {"num_ranks": 2, "zero_stage": 3}}), rank)
     learner._device, learner._zero_stage = torch.device("cuda", 0), 3
     learner._model, learner._adapters = streams.split(model), None
-    learner.open_transport(TransferGroup("nccl", "127.0.0.1", 1, 0, 2, 1.0, BUCKET_BYTES))
+    learner.open_transport(TransferGroup("nccl", "127.0.0.1", 1, 0, 2, 1.0, BUCKET_BYTES, "00"))
     learner.send_weights(learner.manifest(1))
     return streams
 
