@@ -93,7 +93,7 @@ def _rank(rank: int, ranks: int, port: int, path: str, dtype: str, split: bool, 
     settings = {"num_ranks": ranks, "zero_stage": 3, "dtype": dtype, "cpus_per_rank": 1}
     config = from_dict({"learner": settings})
     learner = room.Learner(config, rank)
-    learner.setup("127.0.0.1", port)
+    learner.setup("127.0.0.1", port, "5ec2e7")
     peak, loaded = Peak(), {}
     load = room.load_student
 

@@ -37,9 +37,9 @@ from rich.table import Table
 from opd_ray import config as configs
 from opd_ray.errors import InputError
 from opd_ray.run.card import before_and_after
+from opd_ray.run.upload import check_upload, left_out
 
 _ROOT = Path(__file__).resolve().parent.parent
-_LEFT_OUT = [".git", ".venv*", "runs", "__pycache__", "*.egg-info", ".pytest_cache", ".ruff_cache", ".hypothesis"]
 _HEAD_DEADLINE_S = 120.0
 _JOB_STOP_S = 30.0
 """How long a job that is stopped may take: it saves a checkpoint first."""
@@ -58,6 +58,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         configs.load(arguments.config, arguments.overrides)
+        check_upload(_ROOT)
     except InputError as error:
         print(f"demo: {error}", file=sys.stderr)
         return error.exit_code
@@ -86,7 +87,10 @@ def ray_head() -> Iterator[Any]:
     # A token of this head's own: command line and library then agree on authentication, and nobody else gets in.
     # Ray reads these when it is first imported, which is therefore done further down.
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
-    # Ray leaves out some directories by itself and warns of each; _LEFT_OUT names them, too.
+    # Ray then has the loopback address, as on macOS, and listens there alone; --node-ip-address=127.0.0.1 it takes for
+    # the address of the network. (What session.cluster sets for a Ray without a head.)
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # Ray leaves out some directories by itself and warns of each; .rayignore names them, too.
     os.environ["RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES"] = ""
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
@@ -131,7 +135,7 @@ def _head_command(temp_dir: str, dashboard_port: int) -> list[str]:
     }
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
-        *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={temp_dir}"),
+        *("--dashboard-host=127.0.0.1", f"--temp-dir={temp_dir}"),
         f"--object-store-memory={512 * 2**20}",
         *(f"--{name}={port}" for name, port in ports.items()),
     ]
@@ -182,7 +186,7 @@ def follow(client: Any, entrypoint: str) -> int:
         entrypoint=entrypoint,
         runtime_env={
             "working_dir": str(_ROOT),
-            "excludes": _LEFT_OUT,
+            "excludes": left_out(_ROOT),
             "env_vars": {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
         },
     )

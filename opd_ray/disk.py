@@ -11,6 +11,16 @@ from opd_ray.errors import Unwritable
 
 
 @contextlib.contextmanager
+def private() -> Iterator[None]:
+    """What this process writes in the block is its user's alone: 0700 and 0600."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Where the block writes what then becomes ``path``: whoever reads sees the file of before or the new one."""
     partial = path.with_name(f".{path.name}.partial")

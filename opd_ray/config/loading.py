@@ -21,6 +21,7 @@ from yaml import YAMLError
 from opd_ray.config.binding import Binds, binding
 from opd_ray.config.data import EMBEDDED, EvaluationSet, set_field
 from opd_ray.config.hints import hint
+from opd_ray.config.keys import check_no_keys
 from opd_ray.config.sections import LoraConfig
 from opd_ray.config.whole import Config
 from opd_ray.errors import InputError
@@ -68,6 +69,7 @@ def from_dict(raw: Any, *, evaluation_only: bool = False) -> Config:
     given = OmegaConf.create(raw)
     if OmegaConf.select(given, "student.path", default=EMBEDDED) == EMBEDDED:
         raw = OmegaConf.to_container(OmegaConf.merge(embedded_preset(), given))
+    check_no_keys(raw)
     try:
         config = _ADAPTER.validate_python(raw)
     except ValidationError as error:

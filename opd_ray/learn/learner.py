@@ -29,6 +29,7 @@ import torch
 
 from opd_ray.config import Config, LoraConfig
 from opd_ray.errors import RunError
+from opd_ray.learn import ranks
 from opd_ray.learn.adapters import Adapters
 from opd_ray.learn.export import write_trained
 from opd_ray.learn.heads import ResponseModel
@@ -86,18 +87,13 @@ class Learner:
         """(IP address, free port) of this process's node, where rank 0 lets the others meet."""
         return node_ip(), free_port()
 
-    def setup(self, master_host: str, master_port: int) -> None:
-        """Joins the other ranks; once in a process, blocks for all of them."""
+    def setup(self, master_host: str, master_port: int, secret: str) -> None:
+        """Joins the other ranks, all of which know ``secret``; once in a process, blocks for all of them."""
         use_own_interface()
-        os.environ |= {
-            "MASTER_ADDR": master_host,
-            "MASTER_PORT": str(master_port),
-            "RANK": str(self._rank),
-            "LOCAL_RANK": "0",  # Ray shows each actor only its own GPU
-            "WORLD_SIZE": str(self._num_ranks),
-        }
+        os.environ["LOCAL_RANK"] = "0"  # Ray shows each actor only its own GPU
         timeout = timedelta(seconds=max(self._config.deadlines.start_s, self._config.deadlines.train_s))
         backend = "nccl" if self._cuda else "gloo"
+        ranks.join(backend, self._rank, self._num_ranks, (master_host, master_port), secret, timeout)
         _import_deepspeed().init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
     @spans.spanned("load")
@@ -161,7 +157,7 @@ class Learner:
         with spans.span("fetch"):
             payloads, lost = fetch_payloads(plan, fetch)
         # Agreed on before anything collective: a rank without its payloads would leave the others waiting in it.
-        if lost := tuple(sorted({rollout for each in self._everyones(lost) for rollout in each})):
+        if lost := tuple(sorted({rollout for each in ranks.everyones(lost) for rollout in each})):
             return StepOutcome({}, lost=lost)
         last = len(plan.micro_batches) - 1
         seen = []
@@ -173,7 +169,7 @@ class Learner:
         grad_norm = self._optimizer_step()
         totals: Counter[str] = Counter()  # which, unlike a dict, adds up what it is updated with
         problems: list[str] = []
-        for sums, problem in itertools.chain.from_iterable(self._everyones(seen)):
+        for sums, problem in itertools.chain.from_iterable(ranks.everyones(seen)):
             totals.update(sums)
             problems += [problem] if problem else []
         metrics = finish(totals)
@@ -295,13 +291,6 @@ class Learner:
                 "stage3_param_persistence_threshold": min(100_000, self._num_parameters // 1000),
             },
         }
-
-    def _everyones(self, value: Any) -> list[Any]:
-        """Each rank's ``value``, on every rank."""
-        values = [value] * self._num_ranks
-        if self._num_ranks > 1:
-            torch.distributed.all_gather_object(values, value)
-        return values
 
     def _backward(self, plan: StepPlan, index: int, payloads: Payloads) -> MicroBatchLoss:
         """Accumulates the gradient of one micro-batch."""

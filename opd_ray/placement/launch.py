@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -191,7 +192,7 @@ async def _group_up(group: Group, limit: float) -> None:
     await group.up(limit)
     if group.room == "learn":
         host, port = (await group.call_all("node_address", deadline_s=limit))[0]
-        await group.call_all("setup", host, port, deadline_s=limit)
+        await group.call_all("setup", host, port, secrets.token_hex(32), deadline_s=limit)
     group.is_up = True
 
 

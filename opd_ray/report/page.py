@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from opd_ray.report.runs import Run
 from opd_ray.report.verdict import judge
 
 _ASSETS = Path(__file__).parent / "assets"
+_SCRIPTS = ("unpack.js", "table.js", "charts.js", "golden.js", "lanes.js", "viewer.js")
 _MAX_ROLLOUTS, _MAX_TOKENS = 3000, 400_000
 """Of the rollouts that all runs embed together, prompts included; the runs share them alike."""
 _ROLLOUTS_PER_RUN = 240
@@ -59,7 +61,9 @@ def render(
         loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"nats": _nats, "share": lambda value: "–" if value is None else arm_table.share(value)}
+    scripts, plotly = list(map(_asset, _SCRIPTS)), get_plotlyjs()
     page = environment.get_template("page.html.j2").render(
+        policy=_policy([*scripts, plotly]),
         title=title or _title(arms),
         verdict=judge(arms),
         arms=arms,
@@ -85,8 +89,8 @@ def render(
         settings=[(f"{arm.title}, {arm.runs[0].name}", arm.runs[0].config) for arm in arms if arm.runs[0].config],
         viewer=_viewer(runs, samples) | {"most": most, "most_tokens": most_tokens},
         style=_asset("page.css"),
-        scripts=[_asset(name) for name in ("unpack.js", "table.js", "charts.js", "golden.js", "lanes.js", "viewer.js")],
-        plotly=_pack(get_plotlyjs()),
+        scripts=scripts,
+        plotly=_pack(plotly),
         data=_pack(json.dumps(_data(arms, ordered, samples, lines, kinds, drawn), separators=(",", ":"))),
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -108,6 +112,15 @@ def _viewer(runs: Sequence[Run], samples: Sequence[rollouts.Sample]) -> dict[str
 
 def _asset(name: str) -> Markup:
     return Markup((_ASSETS / name).read_text(encoding="utf-8"))
+
+
+def _policy(scripts: Sequence[str]) -> Markup:
+    """Nothing is fetched, sent or framed, and no script runs but these, whatever the text of a run would be."""
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{each}'" for each in hashes)
+    images = "img-src data: blob:"  # of plotly's download button
+    policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; {images}; base-uri 'none'"
+    return Markup(f"{policy}; form-action 'none'")
 
 
 def _pack(content: str) -> Markup:

@@ -7,7 +7,7 @@ from typing import Any
 
 from opd_ray import config as configs
 from opd_ray.config import Config
-from opd_ray.disk import whole
+from opd_ray.disk import private, whole
 from opd_ray.embedded.resolve import resolve, without_foreign_golden
 from opd_ray.errors import GuardStopped, InputError, Terminated, only_said
 from opd_ray.evaluation.scores import Evaluation
@@ -47,7 +47,7 @@ def train(
     resuming.check_run_dir(run_dir, config, resume)
     asked, config = config, resolve(config)
     facts = preflight.check_files(config)
-    with cluster() as dashboard:
+    with cluster() as dashboard, private():
         check_fits(preflight.check_resources, config)
         config, said = with_room(config, facts, nodes())
         if said:
@@ -77,7 +77,8 @@ def train(
             if session is None:
                 own.close()
     if session is None:
-        write_report([run_dir], run_dir / "report.html")
+        with private():
+            write_report([run_dir], run_dir / "report.html")
     if stopped:
         raise GuardStopped(stopped)
     return result

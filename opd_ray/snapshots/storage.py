@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from opd_ray.disk import whole
+from opd_ray.disk import private, whole
 from opd_ray.errors import InputError, OpdError, RunError, StorageUnavailable
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -180,8 +180,9 @@ class Storage:
 
 def _write_local(path: Path, chunks: Iterable[memoryview]) -> None:
     new_directory = not path.parent.is_dir()
-    os.makedirs(path.parent, exist_ok=True)
-    with whole(path) as partial, open(partial, "wb") as file:
+    with private():
+        os.makedirs(path.parent, exist_ok=True)
+    with whole(path) as partial, open(partial, "wb", opener=_private) as file:
         for chunk in chunks:
             file.write(chunk)
         file.flush()
@@ -193,6 +194,10 @@ def _write_local(path: Path, chunks: Iterable[memoryview]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _open_uri(uri: str) -> tuple[pafs.FileSystem, str]:

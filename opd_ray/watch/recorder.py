@@ -13,7 +13,7 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import ObjectLostError
 
-from opd_ray.disk import whole, writing
+from opd_ray.disk import private, whole, writing
 from opd_ray.messages import REFERENCE, ROLLOUT_SCHEMA, Entry, MemoryUse, RolloutMeta, Spans
 from opd_ray.repetition import repeated_ngrams
 from opd_ray.rooms import logs, spans
@@ -47,7 +47,7 @@ class Recorder:
         table = pa.Table.from_batches([_row(entry) for entry in entries])
         table = table.add_column(0, "step", pa.array([step] * len(table), pa.int32()))
         target = Path(directory) / f"step-{step:06d}.parquet"
-        with writing(target):
+        with writing(target), private():
             target.parent.mkdir(parents=True, exist_ok=True)
             with whole(target) as partial:
                 pq.write_table(table, partial)

@@ -7,8 +7,8 @@ and no longer; whoever comes and does not know the secret is turned away, withou
     member → rank 0    its rank, a nonce and its facts, under an HMAC of them and of rank 0's nonce
     rank 0 → member    everyone's facts, when all have come, under an HMAC of them and of the member's nonce
 
-Facts are bytes by name, as addresses; they travel as JSON, never pickled. Nothing of this is encrypted: whoever can read
-or change what others send on the network needs a network that he is not in (docs/security.md).
+Facts are bytes by name, as addresses; they travel as JSON, never pickled. Nothing of this is encrypted: it needs a
+network in which no stranger reads or changes what others send (docs/security.md).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _log = logs.get(__name__)
 
 
 def meet(group: TransferGroup, facts: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Everyone's facts. Blocks until all members have come; raises OSError when they have not by the group's timeout."""
+    """Everyone's facts. Blocks until all members have come, or raises OSError by the group's timeout."""
     words = {name: base64.b64encode(value).decode() for name, value in facts.items()}
     meeting = _receive(group, words) if group.rank == 0 else _come(group, words)
     found = asyncio.run(meeting)

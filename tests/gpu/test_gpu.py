@@ -56,7 +56,7 @@ def make_learner(path: Path, dtype: str, gpus: float):
         }
     )
     learner = Learner(config, 0)
-    learner.setup("127.0.0.1", free_port())
+    learner.setup("127.0.0.1", free_port(), "5ec2e7")
     learner.begin(config, str(path), (1,))
     return learner
 

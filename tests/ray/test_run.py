@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -21,6 +24,7 @@ from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.learn.losses.diagnostics import RATIOS
+from opd_ray.placement.session import cluster
 from opd_ray.report.lanes import lanes
 from opd_ray.report.runs import read_run
 from opd_ray.rooms import logs
@@ -53,17 +57,33 @@ OF_GPUS = {"ray_node_gram_used", "ray_node_gram_available"}
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
-    """As a run starts it: workers log JSON."""
-    ray.init(
-        "local",
-        num_cpus=8,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-        job_config=logs.job_config(),
-    )
-    yield
-    ray.shutdown()
+    """As a run starts it, with more logical CPUs than this machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_OVERRIDE_RESOURCES", json.dumps({"CPU": 8}))
+        with cluster():
+            yield
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[set[tuple[str, str]]]:
+    """(process, address) of all that this process and those that it started listen on meanwhile, as `ss -ltn`."""
+    found: set[tuple[str, str]] = set()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(1.0):
+            ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
+            names = {each.pid: each.info["name"] for each in psutil.process_iter(["name"]) if each in ours}
+            sockets = psutil.net_connections("tcp")
+            found.update((names[s.pid], s.laddr.ip) for s in sockets if s.status == "LISTEN" and s.pid in names)
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        watcher.join(30)
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,8 @@ class Finished:
     summary: dict[str, Any]
     port: str
     """What Prometheus read of it."""
+    listened: set[tuple[str, str]]
+    """Process and address."""
 
     @property
     def steps(self) -> list[dict[str, float]]:
@@ -89,14 +111,15 @@ def finished(world, ray_here, tmp_path_factory: pytest.TempPathFactory) -> Finis
     overrides = [each.replace("data.evaluation", "evaluation.sets.chains.path") for each in world.overrides()]
     config = configs.load(None, [*overrides, *OPTIONS, "metrics.trace=true"])
     directory = tmp_path_factory.mktemp("finished") / "runs" / "a"
-    summary = train(config, directory)
+    with listening() as listened:
+        summary = train(config, directory)
     # Ray exports every ten seconds, and keeps what a run set last for twenty.
     deadline = time.monotonic() + 30
     last = [re.compile(rf"^ray_opd_{name}_step{{.*}} {STEPS}\.0$", re.MULTILINE) for name in ("run", "checkpoint")]
     while not all(each.search(text := port()) for each in last):
         assert time.monotonic() < deadline, "the last step and its checkpoint never came to the metrics port"
         time.sleep(1)
-    return Finished(directory, config, summary, text)
+    return Finished(directory, config, summary, text, listened)
 
 
 def port() -> str:
@@ -137,6 +160,17 @@ def test_the_default_rooms_train_and_leave_a_complete_run_behind(finished):
     assert (finished.directory / "report.html").stat().st_size > 100_000
     assert any((finished.directory / "tensorboard").iterdir())
     assert (finished.directory / "checkpoints" / f"step-{STEPS}" / "state.json").is_file()
+
+
+def test_a_run_of_one_machine_listens_nowhere_but_on_its_loopback(finished):
+    names = " ".join(name for name, _ in finished.listened)
+    assert all(part in names for part in ("gcs_server", "raylet", "Learner", "Generator", "Dashboard")), names
+    assert {address.removeprefix("::ffff:") for _, address in finished.listened} == {"127.0.0.1"}, finished.listened
+
+
+def test_what_a_run_leaves_behind_is_its_user_s_alone(finished):
+    written = [finished.directory, *finished.directory.rglob("*")]
+    assert [str(path) for path in written if path.stat().st_mode & 0o077] == []
 
 
 def test_avg_at_4_and_pass_at_4_are_those_of_a_count_of_the_verdicts_that_are_kept(finished):

@@ -93,7 +93,7 @@ class FakeLearner:
     def node_address(self) -> tuple[str, int]:
         return node_ip(), free_port()
 
-    def setup(self, master_host: str, master_port: int) -> None:
+    def setup(self, master_host: str, master_port: int, secret: str) -> None:
         pass
 
     def begin(self, config: Config, student_path: str, stop_token_ids: Sequence[int]) -> None:

@@ -245,7 +245,7 @@ class FakeLearner(Worker):
     def node_address(self) -> tuple[str, int]:
         return "host", self.fabric.new_port()
 
-    async def setup(self, host: str, port: int) -> None:
+    async def setup(self, host: str, port: int, secret: str) -> None:
         await self._everyones("setup")
 
     def begin(self, *args: Any) -> None:

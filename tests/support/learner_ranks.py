@@ -206,7 +206,7 @@ def make_hosts(size: int) -> list[Any]:
     )
     group = [actor.remote(rank, config_with(size)) for rank in range(size)]
     address = ray.get(group[0].call.remote("node_address"))
-    ray.get([host.call.remote("setup", *address) for host in group])
+    ray.get([host.call.remote("setup", *address, "5ec2e7") for host in group])
     return group
 
 

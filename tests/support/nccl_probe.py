@@ -106,7 +106,7 @@ def _made_by(make: object) -> Iterator[None]:
         return make(rank)
 
     with (
-        mock.patch.object(wires, "_new_nccl_id", lambda: NCCL_ID),
+        mock.patch.object(wires, "_new_nccl_id", return_value=NCCL_ID),
         mock.patch.object(nccl_common, "uid_init_process_group", initialised),
         mock.patch.object(torch.accelerator, "current_device_index", return_value=0),
         mock.patch.object(torch.cuda, "current_stream"),
