@@ -72,7 +72,7 @@ class NcclProbe:
     def send_to_a_stopped_member(self, group: TransferGroup) -> tuple[float, list[str]]:
         """Seconds that a broadcast took which only an abort ends, and the errors of it and of the next one."""
         errors = []
-        with _made_by(lambda rank: Communicator(rank, [], stuck=True)):
+        with _made_by(lambda rank: Communicator(rank, [], stuck=True)), _the_others_came():
             transfer = WeightTransfer()
             transfer.connect(group)
             start = time.monotonic()
@@ -86,7 +86,7 @@ class NcclProbe:
     def join_without_the_others(self, group: TransferGroup) -> str:
         """The error of a rendezvous that never ends by itself."""
         forever = threading.Event()
-        with _made_by(lambda rank: forever.wait()):
+        with _made_by(lambda rank: forever.wait()), _the_others_came():
             try:
                 WeightTransfer().connect(group)
             except WeightSyncError as error:
@@ -97,6 +97,10 @@ class NcclProbe:
 def _same(received: list[tuple[str, torch.Tensor]]) -> bool:
     pairs = zip(received, WEIGHTS, strict=True)
     return all(got == name and torch.equal(tensor, sent) for (got, tensor), (name, sent) in pairs)
+
+
+def _the_others_came() -> object:
+    return mock.patch.object(wires, "meet", return_value={"nccl": NCCL_ID})
 
 
 @contextmanager
