@@ -17,14 +17,19 @@ _INSTEAD = (
 )
 
 
+def without_keys(text: str) -> str:
+    """A text to show: an address without its password, and without its options where these hold a key."""
+    shown = _IN_ADDRESS.sub("://", text)
+    return shown.partition("?")[0] if _IN_OPTIONS.search(text) else shown
+
+
 def check_no_keys(raw: Any, name: str = "") -> None:
     """Raises InputError for a URI that carries a password or a key, and for an environment variable that is one; what
     it is, the message does not say."""
     if isinstance(raw, str):
-        if _IN_ADDRESS.search(raw) or _IN_OPTIONS.search(raw):
-            uri = re.sub(r"//[^/@]*@", "//", raw).partition("?")[0]
+        if (shown := without_keys(raw)) != raw:
             raise InputError(
-                f"{name}={uri}: the address carries a key, which would be written into config.yaml, checkpoints and "
+                f"{name}={shown}: the address carries a key, which would be written into config.yaml, checkpoints and "
                 f"the report; leave it out of the address and {_INSTEAD}"
             )
     elif isinstance(raw, Mapping):

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from opd_ray.config.keys import without_keys
 from opd_ray.errors import InputError
 from opd_ray.report.measurements import EVALUATION, Metrics, is_number, read_metrics
 
@@ -147,6 +148,8 @@ def read_run(path: Path) -> Run:
     if not metrics and not ways:
         raise InputError(f"{path / METRICS_FILE}: holds no measurements yet; wait for the first step")
     config = _flatten(_read(path / "config.yaml", yaml.safe_load))
+    # One of a former version may hold keys, which are refused now.
+    config = {name: without_keys(value) if isinstance(value, str) else value for name, value in config.items()}
     summary = _read(path / "summary.json", json.loads)
     _add_first_evaluation(metrics, summary)
     # The guard ends an attempt at the last step that was measured.

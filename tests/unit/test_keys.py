@@ -58,6 +58,17 @@ def test_what_is_no_key_is_taken(override):
     configs.load(None, [override])
 
 
+def test_a_run_of_a_former_version_that_holds_a_key_is_reported_without_it(tmp_path):
+    from made_up_runs import make_run
+    from opd_ray.report.runs import read_run
+
+    make_run(tmp_path / "run", seed=1, steps=2)
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    saved = f"{before}\ncheckpoint: {{directory: 's3://{PLANTED}:geheim@bucket/runs'}}\n"
+    (tmp_path / "run" / "config.yaml").write_text(saved)
+    assert read_run(tmp_path / "run").config["checkpoint.directory"] == "s3://bucket/runs"
+
+
 def checkout(directory: Path, files: dict[str, str]) -> Path:
     for name, content in {".rayignore": (ROOT / ".rayignore").read_text(), **files}.items():
         path = directory / name
