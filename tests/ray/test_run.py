@@ -53,6 +53,8 @@ SELDOM = {f"ray_{port_name(f'learner/{name}')}" for name in (*RATIOS, "advantage
 """Means over some of the tokens, which a step without such tokens leaves out."""
 OF_GPUS = {"ray_node_gram_used", "ray_node_gram_available"}
 """Ray's own, on nodes that have some."""
+PLANTED = "planted-and-never-to-be-written"
+"""A key in the environment that Ray starts in."""
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,7 @@ def ray_here() -> Iterator[None]:
     """As a run starts it, with more logical CPUs than this machine has."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_OVERRIDE_RESOURCES", json.dumps({"CPU": 8}))
+        patch.setenv("AWS_SECRET_ACCESS_KEY", PLANTED)
         with cluster():
             yield
 
@@ -171,6 +174,7 @@ def test_a_run_of_one_machine_listens_nowhere_but_on_its_loopback(finished):
 def test_what_a_run_leaves_behind_is_its_user_s_alone(finished):
     written = [finished.directory, *finished.directory.rglob("*")]
     assert [str(path) for path in written if path.stat().st_mode & 0o077] == []
+    assert [str(path) for path in written if path.is_file() and PLANTED.encode() in path.read_bytes()] == []
 
 
 def test_avg_at_4_and_pass_at_4_are_those_of_a_count_of_the_verdicts_that_are_kept(finished):
