@@ -48,7 +48,7 @@ def test_a_split_student_reaches_a_receiver_over_nccl_again_and_again(ray_here: 
     hosts = [ray.remote(num_gpus=1)(Host).remote(rank, config) for rank in range(2)]
     receiver = ray.remote(num_gpus=1)(Receiver).remote()
     address = ray.get(hosts[0].call.remote("node_address"))
-    ray.get([host.call.remote("setup", *address) for host in hosts])
+    ray.get([host.call.remote("setup", *address, "5ec2e7") for host in hosts])
     ranks = Ranks(hosts, config, path, (1,))
     group = TransferGroup("nccl", "127.0.0.1", free_port(), 0, 2, 30.0, 1, "5ec2e7")
     joined = receiver.connect.remote(dataclasses.replace(group, rank=1))
