@@ -50,7 +50,7 @@ def test_a_key_in_the_configuration_is_refused_and_not_repeated(override):
     [
         "checkpoint.directory=s3://bucket/runs/{run}?region=eu-central-1&endpoint_override=minio:9000",
         "teacher.url=['http://host:8000']",
-        "env.TOKENIZERS_PARALLELISM=false",
+        "env.TOKENIZERS_PARALLELISM=0",
         "env.NCCL_DEBUG=INFO",
     ],
 )
