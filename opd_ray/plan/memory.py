@@ -145,8 +145,7 @@ def activation_bytes(settings: LearnerConfig, student: ModelSize, step: Step) ->
 
     With adapters on a CPU, b·(2·H + (A + 2·K)·d + 2·I) more: what a layer's projections give before their adapters'
     products are added is freed, but the narrow A x, kept for the backward pass, comes to lie in its place in glibc's
-    heap, where the next one then does not fit. With pages of its own for each tensor (mallopt) that was gone, but for
-    half as much CPU time again.
+    heap, where the next one then does not fit. With pages of its own for each tensor (mallopt) that was gone.
     """
     tokens, width = micro_batch_tokens(settings, step), DTYPE_BYTES[settings.dtype]
     heads = (6 * student.num_heads + student.num_kv_heads) * student.head_dim
