@@ -176,7 +176,7 @@ def test_a_trace_is_shown_as_lanes_in_place_of_idle_curves(browser, report, widt
             "document.querySelector('#lanes .plot').data.map((trace) => [trace.name, trace.x.length])"
         )
         assert dict(drawn) == {"generate": 120, "wait": 120, "train": 120, "broadcast": 240}
-        names = lanes.locator(".annotation-text").all_inner_texts()
+        names = lanes.locator(".annotation-text").all_text_contents()
         assert " ".join(names[0].split()).startswith("driver train 50 %, wait 40 %")
         assert [name.split()[0] for name in names[:2]] == ["driver", "student-generator-0"] and len(names) == 4
         assert page.evaluate("document.querySelector('#lanes .plot').layout.xaxis.range[0]") > 0, (
