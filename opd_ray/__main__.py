@@ -191,6 +191,8 @@ def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, over
     from opd_ray.plan.outlook import outlook
     from opd_ray.plan.show import short
 
+    for line in facts.data.remarks():
+        click.echo(line)
     click.echo(short(outlook(config, facts)))
     if said:
         click.echo(said)

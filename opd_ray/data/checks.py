@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from opd_ray.config import Config, written
 from opd_ray.data.dataset import Dataset
-from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts, limits
+from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts, limits, unknown_tokens
 from opd_ray.data.rows import question
 from opd_ray.errors import InputError, near
 from opd_ray.models.checkpoints import ModelFacts
@@ -36,8 +36,14 @@ def check_texts(config: Config, data: Dataset, judge: Judge) -> None:
         _check_verifier(config, prompts)
     if data.prompts:
         _check_answers(config, data.prompts, judge)
-    for problems in data.problems.values():
+    for name, problems in data.problems.items():
         _check_readable(problems, judge)
+        asked = config.evaluation.sets[name].num_problems if name in config.evaluation.sets else None
+        if asked and asked > len(problems):
+            raise InputError(
+                f"evaluation.sets.{name}.num_problems={asked}, but {problems.where} has {len(problems)}; leave it out "
+                "for all, or give at most that"
+            )
     if data.prompts:
         _check_apart(config, data)
         _check_routes(data.prompts.where, zip(data.prompts.numbers, data.prompts.rows, strict=True), config)
@@ -48,6 +54,7 @@ def check_prompts(config: Config, data: Dataset, models: Mapping[str, ModelFacts
     scorers = list(models.values())
     if config.data.prompt_problems == "skip":
         data.leave_out("over_length", _too_long(data.prompts, scorers, config))
+    _check_known(data, data.prompts, models["student"])
     return _check_length(data.prompts, scorers, config).of_both(check_problems(config, data, models))
 
 
@@ -57,6 +64,7 @@ def check_problems(config: Config, data: Dataset, models: Mapping[str, ModelFact
     longest = Longest()
     looks = [models["teacher"]] if "teacher" in config.scorers.keys() & models and not config.teacher.privileged else []
     for name, problems in data.problems.items():
+        _check_known(data, problems, models["student"])
         own = config.evaluation.sets[name].max_tokens if name in config.evaluation.sets else None
         budget = None if own is None else (f"evaluation.sets.{name}.max_tokens", own)
         meet = [models["student"], *(looks if config.evaluation_sets[name].sampled_plainly else [])]
@@ -76,6 +84,19 @@ def check_golden(config: Config, data: Dataset, models: Mapping[str, ModelFacts]
         _check_length(data.shown, privileged, config, "with its golden solution, ")
 
 
+def check_teachers(config: Config, data: Dataset) -> None:
+    """Every further teacher has something to score."""
+    if not config.uses_teacher or config.loss.teachers != "routed":
+        return
+    rows = [*data.prompts.rows] if config.buffer.prompts_per_step else []
+    rows += [each.row for each in data.golden.solutions] if data.golden else []
+    for name in config.more_teachers.keys() - {row.get("teacher") for row in rows}:
+        raise InputError(
+            f"more_teachers.{name}: no row names it in the column teacher, so that it would score nothing; name it "
+            "there, leave it out, or set loss.teachers=weighted, where all score every rollout"
+        )
+
+
 def check_markup(prompts: Prompts, models: Mapping[str, ModelFacts], renamed: Mapping[str, frozenset[int]]) -> None:
     """The markup around a prompt, which is that of its first row, must mean the same to student and scorers."""
     student = models["student"]
@@ -88,6 +109,18 @@ def check_markup(prompts: Prompts, models: Mapping[str, ModelFacts], renamed: Ma
                 f"{student.name} but {theirs!r} in {models[role].name}; give the student the tokenizer and chat "
                 "template of its teacher"
             )
+
+
+def _check_known(data: Dataset, prompts: Prompts, student: ModelFacts) -> None:
+    """A prompt of which the tokenizer knows nothing is the same as any other such."""
+    share, none = unknown_tokens(prompts)
+    if none:
+        raise InputError(
+            f"{prompts.where} row {prompts.numbers[none[0]]}: the tokenizer of {student.name} knows no token of its "
+            f"prompt {prompts.rows[none[0]]['prompt'][:60]!r}; give prompts of its alphabet, or another student"
+        )
+    if share:
+        data.notes.append(f"{prompts.where}: the tokenizer of {student.name} does not know {share:.1%} of its tokens")
 
 
 def _check_verifier(config: Config, prompts: Prompts) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from opd_ray.config import Config, Sources, set_field, written
+from opd_ray.config import Config, Sources, schedule, set_field, written
 from opd_ray.data.golden import Golden, check_golden, is_privileged
 from opd_ray.data.prompts import Prompts, PromptStream
 from opd_ray.data.rendering import Renderer
@@ -14,6 +15,15 @@ from opd_ray.errors import InputError
 from opd_ray.models.checkpoints import ModelFacts
 from opd_ray.tasks import get_task
 from opd_ray.tasks.judge import Judge
+
+
+@contextlib.contextmanager
+def _of(field: str) -> Iterator[None]:
+    """Names the field that a refused source is of."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{field} {error}") from error
 
 
 class Dataset:
@@ -32,12 +42,15 @@ class Dataset:
         }
         """The held-out problems, by set."""
         self._left_out = Counter(dict.fromkeys(("held_out", "over_length", "unsolved"), 0))
+        self.notes: list[str] = []
+        """What checks found that is no reason to refuse."""
         self.golden: Golden | None = None
         self.shown: Prompts | None = None
         """The prompts with their golden solutions in them, where a privileged teacher is shown those."""
 
     def _read(self, field: str, sources: Sources, *, need_answer: bool) -> Prompts:
-        rows = read_prompts(sources, need_answer, self._config.data.columns)
+        with _of(field):
+            rows = read_prompts(sources, need_answer, self._config.data.columns)
         self._columns |= rows.columns
         return Prompts(f"{field} {written(sources)}", rows, self.renderer)
 
@@ -48,7 +61,8 @@ class Dataset:
             if config.data.golden is None:
                 self._check_columns()
             return
-        rows = read_golden(config.data.golden, config.data.columns)
+        with _of("data.golden"):
+            rows = read_golden(config.data.golden, config.data.columns)
         self._columns |= rows.columns
         self._check_columns()
         held_out = list(self.problems.values())
@@ -87,7 +101,7 @@ class Dataset:
         used = len(self.prompts or ())
         return {"rows": used + self._left_out.total(), "used": used, **self._left_out}
 
-    def left_out(self) -> Iterator[str]:
+    def _unused(self) -> Iterator[str]:
         """A line for the prompts and for the golden rows, where some are not used."""
         reports = {"prompts": self.report} | ({"golden": self.golden.report} if self.golden else {})
         for name, report in reports.items():
@@ -95,6 +109,23 @@ class Dataset:
             if left_out:
                 kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in left_out.items())
                 yield f"{name}: {report['used']} of {report['rows']} rows are used; left out: {kinds}"
+
+    def remarks(self) -> Iterator[str]:
+        """What is used as it is, but may not be what was meant: a line each."""
+        yield from self._unused()
+        buffer, golden = self._config.buffer, self.golden
+        of_a_step = {"prompts": (len(self.prompts or ()), buffer.prompts_per_step)}
+        if golden and buffer.golden_pairing == "shuffled":
+            of_prompts = schedule.highest(buffer.golden_per_prompt) * buffer.prompts_per_step
+            of_a_step["golden"] = (golden.report["used"], round(of_prompts) + buffer.golden_per_step)
+        for name, (there, asked) in of_a_step.items():
+            if there < asked:
+                yield f"{name}: a step takes {asked}, but there are {there} rows: some are in it more than once"
+        for name, problems in self.problems.items():
+            asked = self._config.evaluation_sets[name].num_problems
+            if asked and len(problems) < asked:
+                yield f"{problems.where}: has {len(problems)} problems, fewer than num_problems={asked}; all are used"
+        yield from self.notes
 
     def prompt_stream(self, attempt: int) -> PromptStream:
         """The training prompts; their responses are sampled with other seeds in every ``attempt``."""

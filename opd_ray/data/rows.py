@@ -7,6 +7,7 @@ and :mod:`opd_ray.data.golden` for what else a golden solution must be.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -185,6 +186,8 @@ def _text(where: str, raw: dict[str, Any], key: str, *, numbers: bool = False) -
         )
     value = raw[key]
     if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise InputError(f"{where}: '{key}' is {value}, expected a string or a number; mend it or remove the row")
         return str(value)
     if not isinstance(value, str):
         raise InputError(f"{where}: '{key}' is {kind_of(value)}, expected a string")

@@ -123,7 +123,7 @@ class Driver:
         ``continued`` says that an earlier start of it may have left files behind. Raises RunError for what recovery
         cannot mend, Terminated when a signal ended the run.
         """
-        print(short(self._forecast.outlook), flush=True)
+        print(*self._facts.data.remarks(), short(self._forecast.outlook), sep="\n", flush=True)
         (self._run_dir / SUMMARY).unlink(missing_ok=True)  # of an earlier start, which was stopped
         await self._records.begin(self._where.checkpoint_step or 0, continued=continued)
         patience = self._config.deadlines.train_s
@@ -245,8 +245,6 @@ class Driver:
         self._begun = True
         self._delivery.manifest = (await self._rooms.learner.call_all("manifest", 0))[0]
         await self._golden.load()
-        for line in self._facts.data.left_out():
-            print(line, flush=True)
 
     def _pipeline(self, snapshot: Snapshot | None) -> Pipeline:
         """A pipeline that goes on from a snapshot, or from the beginning."""

@@ -133,6 +133,7 @@ def check_files(config: Config) -> Preflight:
         checks.check_markup(data.prompts, models, renamed)
         data.read_golden(models, eos_token_ids, judge)
     checks.check_golden(config, data, models)
+    checks.check_teachers(config, data)
     facts = _facts(config, models, eos_token_ids, data, longest)
     return replace(facts, servers=_baselines(config, servers, eos_token_ids)) if servers else facts
 

@@ -34,7 +34,7 @@ FACTS: Any = SimpleNamespace(
     data=SimpleNamespace(
         prompt_stream=lambda attempt: stream(),
         problem_streams=lambda: defaultdict(stream),
-        left_out=list,
+        remarks=list,
         golden=SimpleNamespace(report={"rows": 5, "used": 5}, pairs=None, mix=None, hand_over=lambda: golden_batch(5)),
     ),
 )

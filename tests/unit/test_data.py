@@ -49,6 +49,8 @@ def test_golden_rows_need_no_answer_and_blank_lines_may_end_a_file(tmp_path: Pat
         ('{"prompt": "1", "answer": true}', "row 2: 'answer' is true, expected a string"),
         ('{"prompt": "1", "answer": "2", "id": 1.5}', "row 2: 'id' is the number 1.5"),
         ('{"prompt": "1", "answer": "2", "id": "1"}', "row 2: id '1' is also that of row 1"),
+        ('{"prompt": "1", "answer": NaN}', "row 2: 'answer' is nan, expected a string or a number"),
+        ('{"prompt": "1", "answer": -Infinity}', "row 2: 'answer' is -inf, expected a string or a number"),
         ("", "row 2: is blank"),
         ("\xff", "row 2: is not UTF-8"),
     ],
@@ -120,6 +122,9 @@ def test_parquet_nulls_and_missing_columns_are_missing_values(tmp_path: Path) ->
     pq.write_table(pa.table({"prompt": ["1", None], "answer": ["1", "2"]}), tmp_path / "nulls.parquet")
     with pytest.raises(InputError, match="row 2: has no 'prompt'"):
         read_prompts(str(tmp_path / "nulls.parquet"))
+    pq.write_table(pa.table({"prompt": ["1"], "answer": [float("nan")]}), tmp_path / "nan.parquet")
+    with pytest.raises(InputError, match="row 1: 'answer' is nan"):
+        read_prompts(str(tmp_path / "nan.parquet"))
     pq.write_table(pa.table({"query": ["1"]}), tmp_path / "other.parquet")
     with pytest.raises(InputError, match=r"row 1: has no 'prompt' \(it has: query\); .* data.columns={prompt: NAME}"):
         read_prompts(str(tmp_path / "other.parquet"))

@@ -272,6 +272,19 @@ def test_a_prompt_that_leaves_no_room_is_refused_by_file_and_row(setting: dict[s
     preflight.check_files(configured(setting, rollout__max_response_tokens="19"))
 
 
+def test_prompts_that_the_tokenizer_does_not_know_are_refused_or_said(setting: dict[str, str]) -> None:
+    """The bug: they all looked the same to the student, as tokens of padding."""
+    files = {field: Path(setting[field]) for field in ("data.evaluation", "data.prompts")}
+    for field, file in files.items():
+        rows = [{"prompt": each, "answer": "2"} for each in ("11111+1=", "zzü")]
+        write_jsonl(file, rows)
+        message = refused(lambda: preflight.check_files(configured(setting)))
+        assert f"{field} {file} row 2: the tokenizer of student.path=" in message and "of its prompt 'zzü'" in message
+        write_jsonl(file, [{"prompt": f"{file.stem[0]}111", "answer": "2"}])
+    facts = preflight.check_files(configured(setting, data__task="math"))
+    assert [note.partition(" does not know ")[2] for note in facts.data.notes] == ["25.0% of its tokens"] * 2
+
+
 def test_the_longest_budget_of_a_schedule_must_fit(setting: dict[str, str]) -> None:
     growing = configured(setting, rollout__max_response_tokens="[[0, 10], [100, 59]]")
     preflight.check_files(growing)

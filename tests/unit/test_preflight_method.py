@@ -73,6 +73,17 @@ def test_further_teachers_are_checked_like_the_first(setting: dict[str, str], tm
     assert "more_teachers.code.eos_token_ids names token 5" in refused(lambda: preflight.check_files(other))
 
 
+def test_a_further_teacher_must_have_something_to_score(setting: dict[str, str]) -> None:
+    """The bug: its actors started, and waited for the whole run."""
+    teacher = {"more_teachers__code__path": setting["teacher.path"]}
+    message = refused(lambda: preflight.check_files(configured(setting, **teacher)))
+    assert message.startswith("more_teachers.code: no row names it in the column teacher")
+    preflight.check_files(configured(setting, **teacher, loss__teachers="weighted"))
+    golden = [{"prompt": "2+2=", "answer": "4", "response": "4", "teacher": "code"}]
+    write_jsonl(Path(setting["data.golden"]), golden)
+    preflight.check_files(configured(setting, **teacher))
+
+
 @pytest.mark.parametrize("name", ["reference", "student"])
 def test_a_teacher_cannot_have_the_name_of_another_role(setting: dict[str, str], name: str) -> None:
     message = refused(lambda: configured(setting, **{f"more_teachers__{name}__path": "/code"}))
@@ -153,7 +164,8 @@ def test_every_set_is_looked_at_before_a_model_loads(setting: dict[str, str], tm
     hard, both = tmp_path / "hard.jsonl", with_sets(setting, "easy", "hard")
     for check in (preflight.check_files, preflight.check_evaluation):
         hard.unlink(missing_ok=True)
-        assert refused(lambda check=check: check(configured(both))).startswith(f"{hard}: no such file")
+        missing = f"evaluation.sets.hard.path {hard}: no such file"
+        assert refused(lambda check=check: check(configured(both))).startswith(missing)
         write_jsonl(hard, [{"prompt": "7="}])
         assert f"{hard} row 1: has no 'answer'" in refused(lambda check=check: check(configured(both)))
         write_jsonl(hard, [{"prompt": "7=", "answer": "\\boxed{}"}])
@@ -162,6 +174,10 @@ def test_every_set_is_looked_at_before_a_model_loads(setting: dict[str, str], tm
         write_jsonl(hard, [{"prompt": "7=", "answer": "7"}])
         facts = check(configured(both))
         assert (facts.num_problems, list(facts.data.problem_streams())) == (3, ["easy", "hard"])
+        more = configured(both | {"evaluation.sets.hard.num_problems": "2"})
+        assert f"hard.num_problems=2, but evaluation.sets.hard.path {hard} has 1" in refused(
+            lambda check=check, more=more: check(more)
+        )
 
 
 def test_a_set_s_own_budget_must_fit_beside_its_longest_problem(setting: dict[str, str], tmp_path: Path) -> None:

@@ -112,7 +112,12 @@ def test_prompts_over_length_and_held_out_ones_are_left_out_and_counted(
     assert "leave them out of the prompts with data.prompt_problems=skip" in message
     facts = preflight.check_files(configured(setting, data__prompts=prompts, **SKIP))
     assert facts.prompts == {"rows": 5, "used": 3, "held_out": 1, "over_length": 1, "unsolved": 0}
-    assert list(facts.data.left_out()) == ["prompts: 3 of 5 rows are used; left out: 1 held out, 1 over length"]
+    assert list(facts.data.remarks()) == [
+        "prompts: 3 of 5 rows are used; left out: 1 held out, 1 over length",
+        "prompts: a step takes 64, but there are 3 rows: some are in it more than once",
+        "golden: a step takes 64, but there are 1 rows: some are in it more than once",
+        f"data.evaluation {setting['data.evaluation']}: has 1 problems, fewer than num_problems=512; all are used",
+    ]
     stream = facts.data.prompt_stream(0)
     assert {stream[slot].prompt_id for slot in range(3)} == {"1", "4", "5"}
     assert facts.max_prompt_tokens == 44
