@@ -1,8 +1,9 @@
 """Brings the learner's weights to everyone who samples with them or follows them, whoever that is at the moment.
 
 Weights travel in a group of processes of which the learner is rank 0 (:mod:`opd_ray.weights`). A group has fixed
-members, so it is formed anew, just before a broadcast, when workers came or went. A worker that comes up while the
-learner does not train gets the weights at once, in a group of its own with the learner; the others notice nothing.
+members, so it is formed anew, just before a broadcast, when workers came or went. Workers that come up while the
+learner does not train get the weights at once: all that wait for them at that moment, in a group of their own with the
+learner; the others notice nothing, and the learner stands still for one broadcast, however many they are.
 
 A broadcast in which a member died or stopped ends by its deadline. Members that gave no answer are dropped, and the
 broadcast is repeated with the others: until it succeeds, their engines do not step. Where all answer and it fails all
@@ -22,7 +23,7 @@ from opd_ray.messages import TransferGroup, WeightManifest
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
-from opd_ray.rooms.room import Member
+from opd_ray.rooms.room import Member, State
 from opd_ray.rooms.together import together
 from opd_ray.weights import BUCKET_BYTES
 from opd_ray.weights.manifest import num_bytes
@@ -83,7 +84,7 @@ class Delivery:
         for attempt in range(1, _MOST_ATTEMPTS + 1):
             if self._config.rollout.in_flight == "drain":
                 await together(*map(self._drain, self._generators.those("ready", "leaving")))
-            failure = await (self._attempt(version) if attempt < _MOST_ATTEMPTS else self._one_by_one(version))
+            failure = await (self._attempt(version) if attempt < _MOST_ATTEMPTS else self._last_attempt(version))
             if failure is None:
                 self.version = version
                 return
@@ -93,15 +94,22 @@ class Delivery:
         raise WeightSyncError(f"weights: version {version} could not be sent in {_MOST_ATTEMPTS} attempts: {failure}")
 
     async def welcome(self, member: Member) -> None:
-        """Gives a generator that came up the weights that the others have, unless a broadcast did so meanwhile."""
+        """Gives a generator that came up the weights that the others have, and with it all that wait for them as well,
+        unless a broadcast did so meanwhile. It may still be without them afterwards, and is welcomed again then."""
         async with self.lock:
             if member.state != "joining" or self.version is None:
                 return
-            receiver = _Receiver(member, self._generators, self._config.rollout.tensor_parallel_size)
-            if failure := await self._alone(receiver, self.version):
-                receiver.room.lose(receiver.member, failure)
-            else:
-                receiver.admit()  # unless it was told to leave meanwhile
+            joiners = self._receiving("joining")
+            failure = await self._apart(joiners, self.version)
+            if failure is None:
+                for joiner in joiners:
+                    joiner.admit()  # unless it was told to leave meanwhile
+            elif len(joiners) == 1:
+                joiners[0].room.lose(member, failure)
+            elif all(joiner.member.state != "gone" for joiner in joiners):
+                # All answered, and it failed all the same: one by one it shows who it is.
+                for joiner, failure in (await self._one_by_one(joiners, self.version)).items():
+                    joiner.room.lose(joiner.member, failure)
 
     async def _drain(self, member: Member) -> None:
         """Waits for a generator's unfinished responses, which may take longer than any broadcast."""
@@ -130,33 +138,41 @@ class Delivery:
                 receiver.admit()
         return failure
 
-    async def _one_by_one(self, version: int) -> str | None:
+    async def _last_attempt(self, version: int) -> str | None:
         """Loses those to whom the learner cannot bring the weights alone; fails where that is everyone."""
-        failures: dict[_Receiver, str] = {}
         receivers = self._receivers()
-        for receiver in receivers:
-            if failure := await self._alone(receiver, version):
-                failures[receiver] = failure
-            else:
-                receiver.admit()
+        failures = await self._one_by_one(receivers, version)
         if receivers and len(failures) == len(receivers):
             return next(iter(failures.values()))
         for receiver, failure in failures.items():
             receiver.room.lose(receiver.member, failure)
         return None
 
-    async def _alone(self, receiver: _Receiver, version: int) -> str | None:
-        """The weights to one receiver, in a group of its own with the learner; why that failed, if so."""
-        ours, theirs = await self._groups([receiver])
+    async def _one_by_one(self, receivers: Sequence[_Receiver], version: int) -> dict[_Receiver, str]:
+        """Each gets the weights alone; those with whom that failed, and why."""
+        failures: dict[_Receiver, str] = {}
+        for receiver in receivers:
+            if failure := await self._apart([receiver], version):
+                failures[receiver] = failure
+            else:
+                receiver.admit()
+        return failures
+
+    async def _apart(self, receivers: Sequence[_Receiver], version: int) -> str | None:
+        """The weights to some receivers, in a group of their own with the learner; why that failed, if so."""
+        ours, *theirs = await self._groups(receivers)
         manifest = self._manifest(version)
 
-        async def take() -> None:
-            await receiver.ask("connect", theirs, self._limit_s)
+        async def take(receiver: _Receiver, group: TransferGroup) -> None:
+            await receiver.ask("connect", group, self._limit_s)
             await receiver.ask("update_weights", manifest, self._limit_s)
 
         # Forming the group and sending are one call of the learner here, each within its limit.
-        sending = self._learner.call_all("send_weights", manifest, ours, deadline_s=2 * self._limit_s)
-        return await self._together(sending, "update_weights", [(receiver, take())])
+        return await self._together(
+            self._learner.call_all("send_weights", manifest, ours, deadline_s=2 * self._limit_s),
+            "update_weights",
+            [(each, take(each, group)) for each, group in zip(receivers, theirs, strict=True)],
+        )
 
     async def _form(self, receivers: Sequence[_Receiver]) -> str | None:
         self.num_rebuilds += 1
@@ -198,12 +214,15 @@ class Delivery:
         return str(failures[0]) if failures else None
 
     def _receivers(self) -> list[_Receiver]:
-        width = self._config.rollout.tensor_parallel_size
-        generators = self._generators.those("joining", "ready", "leaving")
         return [
-            *(_Receiver(member, self._generators, width) for member in generators),
+            *self._receiving("joining", "ready", "leaving"),
             *(_Receiver(member, group, 1) for group in self._followers for member in group.members),
         ]
+
+    def _receiving(self, *states: State) -> list[_Receiver]:
+        """The generators in some states."""
+        width = self._config.rollout.tensor_parallel_size
+        return [_Receiver(member, self._generators, width) for member in self._generators.those(*states)]
 
     async def _groups(self, receivers: Sequence[_Receiver]) -> list[TransferGroup]:
         """One for the learner, then one for each receiver."""

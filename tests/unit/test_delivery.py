@@ -143,6 +143,79 @@ def test_a_joiner_is_welcomed_alone_and_the_others_notice_nothing():
     sending(scenario)
 
 
+def takes(seconds):
+    """Generators that need so long to take the weights in."""
+
+    async def update_weights(self, manifest):
+        await FakeGenerator.update_weights(self, manifest)
+        await asyncio.sleep(seconds)
+
+    def prepare(cast):
+        cast.generator = type("Generator", (FakeGenerator,), {"update_weights": update_weights})
+
+    return prepare
+
+
+async def crowd(one, number):
+    """So many that came up at once are welcomed, and the learner wants to go on a moment later; who they are, and for
+    how long it stood still."""
+    joiners = await asyncio.gather(*(one.join() for _ in range(number)))
+    welcomed = [asyncio.create_task(one.delivery.welcome(joiner)) for joiner in joiners]
+    await asyncio.sleep(0.1)
+    began = time.monotonic()
+    async with one.delivery.lock:
+        waited = time.monotonic() - began
+    await asyncio.gather(*welcomed)
+    return joiners, waited
+
+
+def test_twenty_joiners_at_once_get_the_weights_in_one_group_and_the_learner_waits_for_one_broadcast():
+    """The bug: each was welcomed alone, one after the other, and the learner stood still for twenty broadcasts."""
+
+    async def scenario(one):
+        await one.send(3)
+        joiners, waited = await crowd(one, 20)
+        assert {joiner.state for joiner in joiners} == {"ready"}
+        assert len(one.receivers()) == 22 and set(one.receivers().values()) == {(3, 3)}
+        assert one.cast.log.count(("welcome", 3)) == 1
+        assert waited < 6, f"{waited:.0f} s for broadcasts of 5 s"
+
+    sending(scenario, prepare=takes(5.0))
+
+
+def test_those_who_come_while_others_are_welcomed_are_the_next_group():
+    async def scenario(one):
+        await one.send(0)
+        first = asyncio.create_task(one.delivery.welcome(await one.join()))
+        await asyncio.sleep(1)
+        _, waited = await crowd(one, 6)
+        await first
+        assert one.cast.log.count(("welcome", 0)) == 2
+        assert waited < 10 and len(one.pool.those("ready")) == 9
+
+    sending(scenario, prepare=takes(5.0))
+
+
+@pytest.mark.parametrize("how", ["dies", "fails"])
+def test_one_of_many_joiners_that_cannot_take_the_weights_is_lost_and_the_others_get_them(how):
+    async def scenario(one):
+        await one.send(0)
+
+        def before(actor, method):
+            if (actor.name, method) == ("student-generator-4", "update_weights"):
+                if how == "fails":
+                    raise WeightSyncError("its device is broken")
+                actor.die()
+
+        one.world.before = before
+        joiners, _ = await crowd(one, 5)
+        assert [name for name, _ in one.lost] == ["student-generator-4"]
+        assert sorted(joiner.state for joiner in joiners) == ["gone", *["ready"] * 4]
+        assert one.cast.log.count(("welcome", 0)) == (2 if how == "dies" else 6), "again together, or one by one"
+
+    sending(scenario)
+
+
 def test_a_joiner_that_a_broadcast_took_in_is_not_welcomed_again():
     async def scenario(one):
         await one.send(0)
