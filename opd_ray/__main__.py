@@ -178,6 +178,7 @@ def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, over
 
     asked, config = config, resolve(config)
     facts = checks.check_files(config)
+    checks.check_weights(config)
     with cluster():
         from opd_ray.placement.capacity import check_fits
         from opd_ray.placement.nodes import nodes

@@ -136,6 +136,12 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(options)}"
 
 
+def brief(error: Exception) -> str:
+    """The first line of a foreign error, which may have many."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def first_failure(failures: BaseExceptionGroup) -> BaseException:
     """The failure that came first, out of a group of groups."""
     first = failures.exceptions[0]

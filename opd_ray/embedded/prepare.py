@@ -90,6 +90,11 @@ def cache_root() -> Path:
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "opd_ray"
 
 
+def is_embedded(path: str) -> bool:
+    """Is it a checkpoint that this package made?"""
+    return Path(path) == TEACHER_DIR or Path(path).is_relative_to(cache_root())
+
+
 def cache_key(seed: int) -> str:
     """Twelve hex digits over all that decides a student and its data: code, package versions and seed."""
     digest = hashlib.sha256(f"seed {seed}".encode())

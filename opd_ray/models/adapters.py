@@ -11,7 +11,7 @@ from pathlib import Path
 
 from opd_ray.config import LoraConfig
 from opd_ray.errors import InputError, near
-from opd_ray.models.size import headers
+from opd_ray.models.weights import headers
 
 _IN_A_BLOCK = re.compile(r"(.+\.\d+\..+)\.weight")
 """A layer's weight, as "model.layers.0.self_attn.q_proj.weight": embedding and output layer have no number."""
@@ -38,8 +38,9 @@ def adapted_layers(where: str, directory: Path, lora: LoraConfig) -> list[str]:
 
 
 def _linear_layers(where: str, directory: Path) -> list[str]:
-    found = ((_IN_A_BLOCK.fullmatch(name), len(shape)) for name, shape, _ in headers(directory))
-    layers = [match[1] for match, dimensions in found if match and dimensions == 2]
+    layers = [
+        match[1] for name, shape, _ in headers(directory) if (match := _IN_A_BLOCK.fullmatch(name)) and len(shape) == 2
+    ]
     if not layers:
         raise InputError(
             f"{where}: student.lora finds no linear layers of a transformer's blocks in its *.safetensors files; give "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_ray.config import STUDENT, Config, ScorerConfig
-from opd_ray.errors import InputError
-from opd_ray.models.size import ModelSize, size_of, weight_files
+from opd_ray.errors import InputError, brief
+from opd_ray.models.size import ModelSize, size_of
+from opd_ray.models.weights import check_files, check_names, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,13 +56,18 @@ def inspect(config_field: str, path: str, *, weights: bool = True) -> ModelFacts
     """
     name = f"{config_field}={path}"
     local_only = locate(name, path, weights=weights)
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=local_only).get_text_config()
+        config = read_config(path, local_files_only=local_only).get_text_config()
         tokenizer = load_tokenizer(path, local_files_only=local_only)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … by the kind of damage
-        raise InputError(f"{name}: not a checkpoint that transformers can read ({_brief(error)})") from None
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{name}: brings code of its own, which opd_ray does not run; give a checkpoint whose architecture and "
+                "tokenizer transformers has"
+            ) from None
+        raise InputError(f"{name}: not a checkpoint that transformers can read ({brief(error)})") from None
     try:
         generation = GenerationConfig.from_pretrained(path, local_files_only=local_only)
     except OSError:
@@ -85,28 +90,33 @@ def inspect(config_field: str, path: str, *, weights: bool = True) -> ModelFacts
     )
 
 
+def used(config: Config) -> dict[str, ScorerConfig]:
+    """Every model that a run asks for besides the student, by its role: the scorers, and a teacher that writes."""
+    return {"teacher": config.teacher, **config.scorers} if config.buffer.uses_teacher_rollouts else config.scorers
+
+
+def is_loaded(config: Config, role: str) -> bool:
+    """The models of servers are elsewhere; but a teacher that writes rollouts is loaded here as well."""
+    return not used(config)[role].url or (role == "teacher" and config.buffer.uses_teacher_rollouts)
+
+
 def inspect_run(config: Config) -> dict[str, ModelFacts]:
     """Facts of every model that a run loads: "student", the scorers by role, and a teacher that writes rollouts."""
-    used: dict[str, ScorerConfig] = dict(config.scorers)
-    if config.buffer.uses_teacher_rollouts:
-        used.setdefault("teacher", config.teacher)
-    names = {role: f"{field_of(config, role)}.path" for role in used}
-    # The models of servers are elsewhere; but a teacher that writes rollouts is loaded here as well.
-    loaded = {role: not used[role].url or (role == "teacher" and config.buffer.uses_teacher_rollouts) for role in used}
+    names = {role: f"{field_of(config, role)}.path" for role in used(config)}
     locate(f"student.path={config.student.path}", config.student.path)
-    for role, scorer in used.items():
+    for role, scorer in used(config).items():
         if scorer.path != STUDENT:  # all of them before the seconds that the first tokenizer takes
-            locate(f"{names[role]}={scorer.path}", scorer.path, weights=loaded[role])
+            locate(f"{names[role]}={scorer.path}", scorer.path, weights=is_loaded(config, role))
     student = inspect("student.path", config.student.path)
     if lora := config.student.lora:
         student = dataclasses.replace(student, size=student.size.with_adapters(lora))
     found = {"student": student}
-    for role, scorer in used.items():
+    for role, scorer in used(config).items():
         name = names[role]
         if scorer.path in (config.student.path, STUDENT):
             found[role] = dataclasses.replace(student, name=f"{name}={config.student.path}")
         else:
-            found[role] = inspect(name, scorer.path, weights=loaded[role])
+            found[role] = inspect(name, scorer.path, weights=is_loaded(config, role))
     return found
 
 
@@ -121,7 +131,9 @@ def load_causal_lm(path: str | Path, **options: Any) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        path, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options
+    )
     if missing := sorted(found["missing_keys"]):
         raise InputError(
             f"{path}: its weights lack {len(missing)} of the model's parameters ({missing[0]}, ...); "
@@ -235,15 +247,17 @@ def locate(name: str, path: str, *, weights: bool = True) -> bool:
 
     try:
         # One request with a deadline: from_pretrained alone would retry for half a minute without a network.
-        HfApi().model_info(path, timeout=_HUB_TIMEOUT_S)
-        return False
+        about = HfApi().model_info(path, timeout=_HUB_TIMEOUT_S)
     except Exception as error:
         if isinstance(try_to_load_from_cache(path, "config.json"), str):
             return True
         raise InputError(
             f"{name}: neither a directory here nor a checkpoint of the Hugging Face Hub or its local cache "
-            f"({_brief(error)}); give an existing directory or org/name"
+            f"({brief(error)}); give an existing directory or org/name"
         ) from None
+    if weights:
+        check_names(name, [each.rfilename for each in getattr(about, "siblings", None) or ()])
+    return False
 
 
 def _check_directory(name: str, directory: Path, weights: bool) -> None:
@@ -252,28 +266,7 @@ def _check_directory(name: str, directory: Path, weights: bool) -> None:
     if not any((directory / file).is_file() for file in _TOKENIZER_FILES):
         raise InputError(f"{name}: has no tokenizer (tokenizer.json); save the model's tokenizer beside its weights")
     if weights:
-        _check_weights(name, directory)
-
-
-def _check_weights(name: str, directory: Path) -> None:
-    if not [*weight_files(directory), *directory.glob("pytorch_model*.bin")]:
-        raise InputError(f"{name}: has no weights (*.safetensors or pytorch_model*.bin); is the download complete?")
-    for index in directory.glob("*.index.json"):
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
-            raise InputError(f"{name}: {index.name} is damaged; fetch the checkpoint again") from None
-        for shard in sorted(shards):
-            if not (directory / shard).is_file():
-                raise InputError(f"{name}: {index.name} names {shard}, which is not there; is the download complete?")
-    from safetensors import SafetensorError, safe_open
-
-    for file in weight_files(directory):
-        try:
-            with safe_open(file, framework="numpy"):
-                pass  # its header tells a truncated file from a whole one
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{name}: {file.name} is damaged ({_brief(error)}); fetch the checkpoint again") from None
+        check_files(name, directory)
 
 
 def _eos_ids(name: str, generation: Any, config: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -289,16 +282,17 @@ def _id(vocabulary: Mapping[str, int], token: str) -> str:
     return f"id {vocabulary[token]}" if token in vocabulary else "absent"
 
 
-def _brief(error: Exception) -> str:
-    """The first line of a foreign error, which may have many."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+def read_config(path: str | Path, **options: Any) -> Any:
+    """Its config.json. Outright without code of the checkpoint's own: transformers would ask at the terminal."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
 
 
 def load_tokenizer(path: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
     # Lengths are checked where all limits are known; a warning of one of them would stand beside that refusal.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer

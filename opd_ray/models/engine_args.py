@@ -27,6 +27,7 @@ _FIXED = (
     "max_logprobs",
     "pipeline_parallel_size",
     "skip_tokenizer_init",
+    "trust_remote_code",
     "weight_transfer_config",
     "worker_extension_cls",
 )

@@ -10,8 +10,8 @@ import torch
 
 from opd_ray.config import STUDENT, Config, ScorerConfig
 from opd_ray.errors import InputError
-from opd_ray.models.checkpoints import local_directory
-from opd_ray.models.size import weight_files
+from opd_ray.models.checkpoints import local_directory, read_config
+from opd_ray.models.weights import weight_files
 
 _PROBE_TOKENS = 4
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.05}
@@ -67,10 +67,8 @@ def load_head(path: str | Path, dtype: torch.dtype, device: torch.device) -> Fro
 
     Raises InputError when there is none in safetensors files, or when it is no plain linear layer.
     """
-    from transformers import AutoConfig
-
     directory = local_directory(str(path))
-    config = AutoConfig.from_pretrained(directory)
+    config = read_config(directory)
     skeleton, embedding, head = outer_layers(config)
     layer = skeleton.get_output_embeddings()
     if not isinstance(layer, torch.nn.Linear):
@@ -128,7 +126,7 @@ def outer_layers(config: Any) -> tuple[Any, str, str]:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     names = {id(module): name for name, module in skeleton.named_modules()}
     embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     return skeleton, names.get(id(embedding), ""), names.get(id(head), "")

@@ -5,13 +5,13 @@ What a size amounts to in memory and on the wire is :mod:`opd_ray.plan`'s busine
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from opd_ray.config import LoraConfig
+from opd_ray.models.weights import headers, on_this_node
 
 _MOST_CACHE_BYTES = 2**30
 _STORED_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
@@ -128,7 +128,7 @@ def dense_parameters(
 
 def _counted(path: str | Path, tied: bool) -> tuple[int, int]:
     """Parameters by the headers of the files that lie on this node, and the bytes of each; 0 where there are none."""
-    directory = _on_this_node(str(path))
+    directory = on_this_node(str(path))
     if directory is None:
         return 0, 0
     tensors = {name: (prod(shape), precision) for name, shape, precision in headers(directory)}
@@ -137,29 +137,3 @@ def _counted(path: str | Path, tied: bool) -> tuple[int, int]:
     precisions = {precision for _, precision in tensors.values()}
     stored = _STORED_BYTES.get(precisions.pop(), 0) if len(precisions) == 1 else 0
     return sum(number for number, _ in tensors.values()), stored
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint."""
-    return sorted(directory.glob("*.safetensors"))
-
-
-def headers(directory: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and precision of every tensor in them."""
-    from safetensors import safe_open
-
-    for file in weight_files(directory):
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping, whatever it looks like)
-                header = tensors.get_slice(name)
-                yield name, tuple(header.get_shape()), header.get_dtype()
-
-
-def _on_this_node(path: str) -> Path | None:
-    """The directory of a checkpoint or of a downloaded Hub id."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(path, "config.json")
-    return Path(found).parent if isinstance(found, str) else None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from opd_ray.models.checkpoints import read_config
 from opd_ray.models.size import cache_bytes
 from opd_ray.rooms.node import use_own_interface
 
@@ -68,9 +69,7 @@ def _prepare_process() -> None:
 
 def context_limit(path: str, max_context_tokens: int | None) -> int:
     """``max_context_tokens``, or what the checkpoint allows where that is less."""
-    from transformers import AutoConfig
-
-    allowed = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
+    allowed = getattr(read_config(path).get_text_config(), "max_position_embeddings", None)
     return min(filter(None, (max_context_tokens, allowed)))
 
 

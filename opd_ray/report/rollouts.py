@@ -194,7 +194,7 @@ def _tokenizer(run: Run) -> Any | None:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(place, local_files_only=True)
+            return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         except Exception:  # transformers raises nearly anything on a damaged directory; then ids are shown
             continue
     return None

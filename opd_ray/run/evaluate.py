@@ -74,6 +74,7 @@ def _measured(checkpoint_dir: str, config: Config) -> Evaluation:
     if configs.EMBEDDED in {each.path for each in config.evaluation_sets.values()}:
         config = resolve(config)
     facts = preflight.check_evaluation(config)
+    preflight.check_weights(config, evaluation_only=True)
     with cluster():
         check_fits(preflight.check_generators, config)
         return signals.run(_evaluate_alone(config, facts))

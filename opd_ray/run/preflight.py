@@ -1,6 +1,7 @@
 """Looks at everything a run will need before a model loads or a file is written.
 
     check_files       packages, prompt files, checkpoints: are they there, whole, and do they agree?
+    check_weights     are the weights those of the models?
     check_resources   does the cluster have what the rooms ask for?
 
 Each refusal is an InputError of one line: what was got, what was expected,
@@ -22,12 +23,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opd_ray.config import Config
+from opd_ray.config import STUDENT, Config
 from opd_ray.data import checks
 from opd_ray.data.checks import Longest
 from opd_ray.data.dataset import Dataset
+from opd_ray.embedded.prepare import is_embedded
 from opd_ray.errors import InputError, RunError
-from opd_ray.models import checkpoints
+from opd_ray.models import checkpoints, weights
 from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
 from opd_ray.models.engine_args import check_engine_args
@@ -136,6 +138,21 @@ def check_files(config: Config) -> Preflight:
     checks.check_teachers(config, data)
     facts = _facts(config, models, eos_token_ids, data, longest)
     return replace(facts, servers=_baselines(config, servers, eos_token_ids)) if servers else facts
+
+
+def check_weights(config: Config, *, evaluation_only: bool = False) -> None:
+    """The weights of every model that is loaded against its config.json: the one check that imports torch, once all
+    others have passed. What the package made itself is not looked at."""
+    asked = {config.student.path: ("student.path", False)}
+    if not evaluation_only:
+        for role, scorer in checkpoints.used(config).items():
+            writes = role == "teacher" and config.buffer.uses_teacher_rollouts
+            engines = [scorer.engine] * (not scorer.url) + [config.rollout.engine] * writes
+            if checkpoints.is_loaded(config, role) and scorer.path != STUDENT:
+                asked.setdefault(scorer.path, (f"{checkpoints.field_of(config, role)}.path", "torch" not in engines))
+    for path, (name, quantised) in asked.items():
+        if not is_embedded(path):
+            weights.check_weights(f"{name}={path}", path, quantised=quantised)
 
 
 Capacity = Callable[[str | None], Mapping[str, float]]

@@ -37,13 +37,23 @@ def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
     if resume and not saved.is_file():
         raise InputError(f"--run-dir {run_dir}: has no run to resume (no config.yaml); leave out --resume to start one")
     if not resume:
-        if saved.exists():
+        if saved.exists() and not _came_to_nothing(run_dir):
             raise InputError(
                 f"--run-dir {run_dir}: holds another run; add --resume to go on with it, or give another name"
             )
         return
     _check_alone(run_dir)
-    check_same_run(f"the run in {run_dir}", configs.to_dict(configs.load(saved)), config)
+    if not _came_to_nothing(run_dir):
+        check_same_run(f"the run in {run_dir}", configs.to_dict(configs.load(saved)), config)
+
+
+def _came_to_nothing(run_dir: Path) -> bool:
+    """Did the run in it fail before its first step? Then nothing keeps another configuration from being tried there."""
+    try:
+        last = state.read(run_dir / state.FILE)
+    except InputError:
+        return False
+    return last.phase == "failed" and last.step == 0 and last.checkpoint_step is None
 
 
 def _check_alone(run_dir: Path) -> None:

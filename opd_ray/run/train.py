@@ -47,6 +47,7 @@ def train(
     resuming.check_run_dir(run_dir, config, resume)
     asked, config = config, resolve(config)
     facts = preflight.check_files(config)
+    preflight.check_weights(config)
     with cluster() as dashboard, private():
         check_fits(preflight.check_resources, config)
         config, said = with_room(config, facts, nodes())
@@ -58,6 +59,7 @@ def train(
         own = session or Session()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            continued = (run_dir / "config.yaml").exists() or start is not None
             with whole(run_dir / "config.yaml") as saved:
                 # As asked for, "embedded" and all: what that stands for lies, in a job, in a copy that goes with it.
                 saved.write_text(configs.to_yaml(without_foreign_golden(asked)))
@@ -65,7 +67,7 @@ def train(
                 print(f"dashboard: http://{dashboard}")
             print(f"run directory: {run_dir}\nmethod: {config.method}, seed {config.seed}", flush=True)
             driver = Driver(config, facts, run_dir, own, shelf, observers, start, before)
-            result, stopped = signals.run(driver.train(continued=resume or start is not None))
+            result, stopped = signals.run(driver.train(continued=continued))
             write_card(run_dir / "student", run_dir)
         except Terminated:
             if session is None:
