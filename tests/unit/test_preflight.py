@@ -431,6 +431,12 @@ def test_a_run_that_somebody_still_works_on_is_not_resumed(setting: dict[str, st
     assert f"process {os.getppid()} on this machine is still working on this run" in message
     state.write(tmp_path / state.FILE, replace(last, phase="failed"))
     resuming.check_run_dir(tmp_path, config, resume=True)
+    other = configured(setting, seed="9")
+    assert "holds another run" in refused(lambda: resuming.check_run_dir(tmp_path, other, resume=False))
+    # The bug: a run whose rooms did not start kept the corrected one out of its directory.
+    state.write(tmp_path / state.FILE, replace(last, phase="failed", step=0))
+    for resume in (False, True):
+        resuming.check_run_dir(tmp_path, other, resume=resume)
 
 
 def test_a_run_that_another_machine_still_works_on_is_not_resumed(setting: dict[str, str], tmp_path: Path) -> None:
