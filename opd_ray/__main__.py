@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -26,6 +27,18 @@ from opd_ray.config import Config
 from opd_ray.errors import InputError, OpdError
 
 _DEBUG_VARIABLE = "OPD_RAY_DEBUG"
+
+
+class _Path(click.Path):
+    """One that a file may have: what else asks for it would end with a traceback."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            os.lstat(value)
+        except (OSError, ValueError) as error:  # ENAMETOOLONG; a null byte
+            if getattr(error, "errno", errno.EINVAL) in (errno.ENAMETOOLONG, errno.EINVAL):
+                self.fail(f"{os.fspath(value)[:60]!r}: {getattr(error, 'strerror', None) or error}", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class _ConfiguredCommand(click.Command):
@@ -46,7 +59,7 @@ def _default(doc: configs.FieldDoc) -> str:
 
 
 _config_option = click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file of sections and fields."
+    "--config", "config_file", type=_Path(path_type=Path), metavar="FILE", help="YAML file of sections and fields."
 )
 _debug_option = click.option(
     "--debug",
@@ -66,7 +79,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("recipe", required=False)
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="By default RECIPE.yaml.")
+@click.option("--out", type=_Path(path_type=Path), metavar="FILE", help="By default RECIPE.yaml.")
 @click.option("--force", is_flag=True, help="Write over files that are there.")
 @_debug_option
 def init(recipe: str | None, out: Path | None, force: bool) -> None:
@@ -86,7 +99,7 @@ def init(recipe: str | None, out: Path | None, force: bool) -> None:
 @_config_option
 @click.option(
     "--run-dir",
-    type=click.Path(path_type=Path),
+    type=_Path(path_type=Path),
     metavar="DIR",
     help="Results; by default a new one in runs/. A job of `ray job submit` needs an absolute path.",
 )
@@ -160,7 +173,7 @@ def status_(run: str | None, as_json: bool, watch: bool) -> None:
 
 @cli.command(cls=_ConfiguredCommand)
 @_config_option
-@click.option("--run-dir", type=click.Path(path_type=Path), metavar="DIR", help="Check this run directory as well.")
+@click.option("--run-dir", type=_Path(path_type=Path), metavar="DIR", help="Check this run directory as well.")
 @click.option("--resume", is_flag=True, help="Check that the run in --run-dir can be continued.")
 @_debug_option
 @_overrides_argument
@@ -230,11 +243,7 @@ def plan(config_file: Path | None, probe: bool, price: float | None, overrides: 
 @cli.command(cls=_ConfiguredCommand)
 @_config_option
 @click.option(
-    "--run-dir",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    metavar="DIR",
-    help="Where results would go; by default runs/.",
+    "--run-dir", type=_Path(path_type=Path), default=Path("runs"), metavar="DIR", help="For results; by default runs/."
 )
 @_debug_option
 @_overrides_argument
@@ -259,9 +268,7 @@ def doctor(config_file: Path | None, run_dir: Path, overrides: tuple[str, ...]) 
     metavar="OTHER",
     help="Another checkpoint, or verdicts (a run's evaluations/step-N): print the difference, paired by problem.",
 )
-@click.option(
-    "--verdicts", "keep", type=click.Path(path_type=Path), metavar="DIR", help="Write each set's verdicts there."
-)
+@click.option("--verdicts", "keep", type=_Path(path_type=Path), metavar="DIR", help="Write each set's verdicts there.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @_debug_option
 @_overrides_argument
@@ -296,9 +303,9 @@ def evaluate(
 
 
 @cli.command()
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_dir", metavar="RUN", type=_Path(path_type=Path))
 @click.option("--step", type=click.IntRange(min=0), metavar="N", help="Of which checkpoint; by default the newest.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="By default RUN/student-step-N.")
+@click.option("--output", type=_Path(path_type=Path), metavar="DIR", help="By default RUN/student-step-N.")
 @_debug_option
 def export(run_dir: Path, step: int | None, output: Path | None) -> None:
     """Write the student of a checkpoint of RUN in Hugging Face format."""
@@ -320,10 +327,10 @@ def push(checkpoint: str, repository: str, private: bool) -> None:
 
 
 @cli.command(name="report")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.argument("runs", nargs=-1, required=True, type=_Path(path_type=Path), metavar="RUN...")
 @click.option(
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=_Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="By default report.html in RUN, or in the directory that several have in common.",
 )

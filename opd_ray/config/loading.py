@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ from opd_ray.config.whole import Config
 from opd_ray.errors import InputError
 
 _ADAPTER = TypeAdapter(Config)
+_MOST_BYTES = 2**20
+_MOST = 2**53
+"""Largest whole number that floating point, JSON and every library have."""
+_WITHIN = f"expected a number within ±{_MOST}"
 
 
 def load(
@@ -45,8 +50,9 @@ def load(
         if "=" not in override:
             mend = f"; a file is read with --config {override}" if override.endswith((".yaml", ".yml")) else ""
             raise InputError(f"override '{override}' is not of the form section.field=value{mend}")
+    where = f"--config {path}" if path else "overrides"
     try:
-        given = OmegaConf.create({}) if path is None else OmegaConf.load(path)
+        given = OmegaConf.create({}) if path is None else OmegaConf.load(io.StringIO(_text(path)))
         if not OmegaConf.is_dict(given):
             raise InputError(f"{path}: expected a mapping of sections, got a list")
         if path is not None and not given:
@@ -56,17 +62,39 @@ def load(
         raw = OmegaConf.to_container(
             OmegaConf.merge(given, sections or {}, OmegaConf.from_dotlist(list(overrides))), resolve=True
         )
-    except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror}; give an existing YAML file") from None
-    except (YAMLError, OmegaConfBaseException) as error:
-        where = f"--config {path}" if path else "overrides"
+    except RecursionError:
+        raise InputError(f"{where}: is nested too deeply; expected sections of fields") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: has half a surrogate pair, which is no text; give UTF-8") from None
+    except (YAMLError, OmegaConfBaseException, OSError) as error:  # an OSError, oddly, where it is no mapping or list
         raise InputError(f"{where}: {' '.join(str(error).split())}") from None
+    except ValueError:  # Python's, which reads no more than 4300 digits
+        raise InputError(f"{where}: has a number of thousands of digits; {_WITHIN}") from None
     return from_dict(raw, evaluation_only=evaluation_only)
+
+
+def _text(path: Path) -> str:
+    """A file of the size that a configuration can have, whatever it is."""
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"--config {path}: is no file; give an existing YAML file")
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--config {path}: {reason}; give an existing YAML file") from None
+    if len(data) > _MOST_BYTES:
+        raise InputError(f"--config {path}: has more than {_MOST_BYTES} bytes; expected a YAML file of sections")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--config {path}: is not UTF-8 text (byte {error.start}); expected a YAML file") from None
 
 
 def from_dict(raw: Any, *, evaluation_only: bool = False) -> Config:
     """A checked Config from nested plain values; unknown names and impossible values are refused."""
     given = OmegaConf.create(raw)
+    _check_whole_numbers(raw, "config")
     if OmegaConf.select(given, "student.path", default=EMBEDDED) == EMBEDDED:
         raw = OmegaConf.to_container(OmegaConf.merge(embedded_preset(), given))
     check_no_keys(raw)
@@ -90,6 +118,13 @@ def _check_no_switches(raw: Any, read: Any, name: str = "config: ") -> None:
             _check_no_switches(given, made, name)
     elif isinstance(raw, bool) and isinstance(read, int | float) and not isinstance(read, bool):
         raise InputError(f"{name}: is {str(raw).lower()}, expected a number")
+
+
+def _check_whole_numbers(raw: Any, where: str) -> None:
+    if isinstance(raw, int) and abs(raw) > _MOST:
+        raise InputError(f"{where}: is {float(raw):.3g}; {_WITHIN}")
+    for name, value in raw.items() if isinstance(raw, Mapping) else enumerate(raw) if isinstance(raw, list) else ():
+        _check_whole_numbers(value, f"config: {name}" if where == "config" else f"{where}.{name}")
 
 
 @functools.cache

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 class Config:
     """One run."""
 
-    seed: Annotated[int, RUN] = Field(0, ge=0)
+    seed: Annotated[int, RUN] = Field(0, ge=0, lt=2**32)
     """Seed of prompt order, sampling, initial embedded student and training."""
     name: str | None = None
     """What reports call this kind of run; by default the method that the coefficients amount to."""

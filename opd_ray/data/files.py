@@ -6,6 +6,7 @@ What the rows must be is :mod:`opd_ray.data.rows`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from opd_ray.errors import InputError
 TOKEN_COLUMNS = ("prompt_tokens", "response_tokens")
 """Read without going through Python numbers, which long lists would be too many of."""
 _PARQUET_MAGIC = b"PAR1"
+_LONGEST_ROW = 2**25
+"""Bytes of a row of JSON; what is longer is no problem, but a file without line ends."""
 
 
 def read(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     """Row numbers and rows, by suffix, once the content has been found to agree with it. Of a Parquet file the
     ``columns`` that are there, nulls left out, and the names of its others with None; all that JSON objects have."""
-    if not path.is_file():
-        what = "is a directory, not a file" if path.is_dir() else "no such file"
+    if not os.path.isfile(path):  # unlike Path.is_file it says no to names that no file can have
+        what = "is a directory, not a file" if os.path.isdir(path) else "no such file"
         raise InputError(
             f"{path}: {what}; give a JSONL or Parquet file of prompts, or org/name:split of the Hugging Face Hub"
         )
@@ -48,26 +51,42 @@ def read(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     blank = None
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_ROW + 1), b""), start=1):
+            if len(line) > _LONGEST_ROW:
+                raise InputError(f"{path} row {number}: has more than {_LONGEST_ROW} bytes; expected one problem a row")
             if not line.strip():
                 blank = blank or number
                 continue
             if blank:  # blank lines at the end are no rows; elsewhere they would shift the numbers of rows
                 raise InputError(f"{path} row {blank}: is blank; remove the line")
-            try:
-                yield number, json.loads(line)
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path} row {number}: is not UTF-8 text ({error.reason})") from None
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{path} row {number}: not JSON ({error.msg} at column {error.colno}); "
-                    'expected one object per line, like {"prompt": "...", "answer": "..."}'
-                ) from None
+            yield number, _from_json(f"{path} row {number}", line)
+
+
+def _from_json(where: str, line: bytes) -> Any:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()  # an escape may be half a character
+        return row
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: is not UTF-8 text ({error.reason})") from None
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise InputError(f"{where}: {half} is half of a surrogate pair, which is no text; mend it") from None
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{where}: not JSON ({error.msg} at column {error.colno}); "
+            'expected one object per line, like {"prompt": "...", "answer": "..."}'
+        ) from None
+    except RecursionError:
+        raise InputError(f"{where}: is nested too deeply; expected an object of texts and numbers") from None
+    except ValueError:
+        raise InputError(f"{where}: has a number of thousands of digits; write it as a string") from None
 
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
         names = file.schema_arrow.names
         there = [name for name in dict.fromkeys(columns) if name in names]
         others = dict.fromkeys(name for name in names if name not in there)
@@ -81,7 +100,8 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any
             for row in rows:
                 number += 1
                 yield number, others | {name: value for name, value in row.items() if value is not None}
-    except (pa.ArrowException, OSError) as error:
+    # Damage shows as bytes that are no text, as dates that are none, or as sizes that no memory has.
+    except (pa.ArrowException, OSError, ValueError, ArithmeticError, MemoryError) as error:
         raise InputError(f"{path}: Parquet that cannot be read ({' '.join(str(error).split())})") from None
 
 

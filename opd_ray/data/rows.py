@@ -170,6 +170,8 @@ def _tokens(where: str, raw: dict[str, Any], key: str) -> np.ndarray:
     """``raw[key]`` as an int64 array; a JSON list of integers, or what a Parquet column gave."""
     value = raw.get(key)
     if isinstance(value, list) and all(type(token) is int for token in value):
+        if value and not -(2**31) <= min(value) <= max(value) < 2**31:
+            raise InputError(f"{where}: '{key}' has {max(value, key=abs)}, which is no token id")
         value = np.asarray(value, np.int64)
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
         got = "a list with nulls" if isinstance(value, np.ndarray) else "missing" if value is None else kind_of(value)

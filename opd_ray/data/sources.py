@@ -7,6 +7,7 @@ org/name[/config]:split[@revision]            a data set of the Hugging Face Hub
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,6 @@ def read(source: str, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     """
     if source.startswith(f"{reasoning_gym.SOURCE}:"):
         return enumerate(reasoning_gym.rows(source), start=1)
-    if hub.is_hub(source) and not Path(source).exists():
+    if hub.is_hub(source) and not os.path.exists(source):
         return hub.read(source, columns)
     return files.read(Path(source), columns)

@@ -6,6 +6,7 @@ line that begins with the configuration field the checkpoint came from, as ``tea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -70,7 +71,9 @@ def inspect(config_field: str, path: str, *, weights: bool = True) -> ModelFacts
         raise InputError(f"{name}: not a checkpoint that transformers can read ({brief(error)})") from None
     try:
         generation = GenerationConfig.from_pretrained(path, local_files_only=local_only)
-    except OSError:
+    except OSError as error:
+        if os.path.exists(os.path.join(path, "generation_config.json")):
+            raise InputError(f"{name}: generation_config.json is damaged ({brief(error)}); mend or remove it") from None
         generation = None  # the file is optional: config.json then says what EOS is
     eos = _eos_ids(name, generation, config, tokenizer)
     largest = max(tokenizer.get_vocab().values())
@@ -235,11 +238,10 @@ def _is_markup(tokenizer: Any, id_: int, token: str) -> bool:
 
 def locate(name: str, path: str, *, weights: bool = True) -> bool:
     """Checks that the checkpoint is there and complete; True when only local files can be had."""
-    directory = Path(path)
-    if directory.is_dir():
-        _check_directory(name, directory, weights)
+    if os.path.isdir(path):  # unlike Path.is_dir it says no to names that no file can have
+        _check_directory(name, Path(path), weights)
         return True
-    if directory.exists():
+    if os.path.exists(path):
         raise InputError(f"{name}: is a file; give the directory that has config.json and the weights")
     if not _REPO_ID.fullmatch(path):
         raise InputError(f"{name}: no such directory; give a Hugging Face checkpoint directory")
@@ -249,8 +251,9 @@ def locate(name: str, path: str, *, weights: bool = True) -> bool:
         # One request with a deadline: from_pretrained alone would retry for half a minute without a network.
         about = HfApi().model_info(path, timeout=_HUB_TIMEOUT_S)
     except Exception as error:
-        if isinstance(try_to_load_from_cache(path, "config.json"), str):
-            return True
+        with contextlib.suppress(ValueError):  # no name that the Hub could have
+            if isinstance(try_to_load_from_cache(path, "config.json"), str):
+                return True
         raise InputError(
             f"{name}: neither a directory here nor a checkpoint of the Hugging Face Hub or its local cache "
             f"({brief(error)}); give an existing directory or org/name"
@@ -273,7 +276,9 @@ def _eos_ids(name: str, generation: Any, config: Any, tokenizer: Any) -> tuple[i
     for source in (generation, config):
         found = getattr(source, "eos_token_id", None)
         if found is not None:
-            ids = dict.fromkeys([found] if isinstance(found, int) else found)
+            ids = dict.fromkeys(found if isinstance(found, list | tuple) else [found])
+            if not ids or not all(type(each) is int and each >= 0 for each in ids):
+                raise InputError(f"{name}: its eos_token_id is {found!r}, expected a token id or several")
             return tuple(sorted(ids, key=lambda id_: id_ != tokenizer.eos_token_id))
     raise InputError(f"{name}: neither generation_config.json nor config.json has eos_token_id; set it")
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from opd_ray.score.replicas import Baseline
 
 _CONNECT_S = 10.0
+_SIGN_OF_LIFE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+"""Of the service that every node of a cluster asks, as well."""
 _OTHERWISE = "start a head with `ray start --head`, or unset RAY_ADDRESS for a Ray of the run's own"
 
 
@@ -59,10 +61,10 @@ def cluster() -> Iterator[str | None]:
             log_to_driver=bool(os.environ.get("OPD_RAY_ACTOR_LOGS")),
             job_config=logs.job_config(),
         )
-    except (ConnectionError, AuthenticationError) as error:
+    except (ConnectionError, AuthenticationError, RuntimeError) as error:  # RuntimeError: of another version of Ray
         if not address:
             raise
-        raise InputError(f"RAY_ADDRESS={address}: {error}; {_OTHERWISE}") from error
+        raise InputError(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}; {_OTHERWISE}") from error
     try:
         yield context.dashboard_url
     finally:
@@ -70,7 +72,8 @@ def cluster() -> Iterator[str | None]:
 
 
 def _check_address(address: str) -> None:
-    """Raises InputError where nobody listens at an address; Ray would try it for many minutes."""
+    """Raises InputError where no head of a cluster answers at an address; Ray would try it for many minutes, and the
+    same with a token that is turned away."""
     if address in ("auto", "local"):
         return
     host, _, port = address.rpartition(":")
@@ -83,6 +86,32 @@ def _check_address(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
     except (OSError, OverflowError) as error:
         raise InputError(f"RAY_ADDRESS={address}: nobody answers there ({error}); {_OTHERWISE}") from error
+    if refusal := _refusal(address):
+        raise InputError(f"RAY_ADDRESS={address}: {refusal}; {_OTHERWISE}")
+
+
+def _refusal(address: str) -> str | None:
+    """Why the head of a cluster gives no sign of life at an address where somebody listens; None where it does."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel  # with the token, and with TLS, as Ray itself connects
+
+    channel = init_grpc_channel(address)
+    try:
+        channel.unary_unary(_SIGN_OF_LIFE)(b"", timeout=_CONNECT_S)
+    except grpc.RpcError as error:
+        code = error.code()
+    else:
+        return None
+    finally:
+        channel.close()
+    if code == grpc.StatusCode.UNAUTHENTICATED:
+        return (
+            "it asks for another token, or for one at all; copy the head's (`ray get-auth-token` prints it) to "
+            "~/.ray/auth_token, or into RAY_AUTH_TOKEN, and set RAY_AUTH_MODE=token"
+        )
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return f"it takes connections, but gave no sign of life within {_CONNECT_S:g} s"
+    return f"who answers there is no head of a Ray cluster ({code.name.lower()}); expected its port, 6379 as a rule"
 
 
 def unlike(rooms_for: Config, config: Config) -> Iterator[tuple[str, Any, Any]]:

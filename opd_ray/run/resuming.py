@@ -32,8 +32,12 @@ def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
             "after it, results and all; give an absolute path that outlives the job"
         )
     saved = run_dir / "config.yaml"
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"--run-dir {run_dir}: is a file; give a new directory")
+    there = next(each for each in (run_dir.absolute(), *run_dir.absolute().parents) if each.exists())
+    if not there.is_dir():
+        lies = "is" if there == run_dir.absolute() else f"lies in {there}, which is"
+        raise InputError(f"--run-dir {run_dir}: {lies} a file; give a new directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--run-dir {run_dir}: {there} may not be written to; give a directory that may")
     if resume and not saved.is_file():
         raise InputError(f"--run-dir {run_dir}: has no run to resume (no config.yaml); leave out --resume to start one")
     if not resume:

@@ -58,7 +58,10 @@ def train(
 
         own = session or Session()
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"--run-dir {run_dir}: cannot be made ({error.strerror}); give another") from None
             continued = (run_dir / "config.yaml").exists() or start is not None
             with whole(run_dir / "config.yaml") as saved:
                 # As asked for, "embedded" and all: what that stands for lies, in a job, in a copy that goes with it.

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
 from opd_ray import config as configs
@@ -26,6 +31,66 @@ def test_an_address_at_which_nobody_answers_is_refused_at_once(monkeypatch, free
     match = rf"RAY_ADDRESS=127.0.0.1:{free_port}: nobody answers there .*; start a head"
     with pytest.raises(InputError, match=match), cluster():
         pytest.fail("joined a cluster that is not there")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (None, "takes connections, but gave no sign of life within 0.5 s; start a head"),
+        (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", "is no head of a Ray cluster (unavailable)"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "is no head of a Ray cluster (unavailable)"),
+    ],
+    ids=["silent", "HTTP", "SSH"],
+)
+def test_whoever_is_no_head_of_a_cluster_is_told_within_the_deadline(monkeypatch, answer, said):
+    """The bug: Ray waited for a silent one for ever."""
+    monkeypatch.setattr("opd_ray.placement.session._CONNECT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        callers = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    callers.append(server.accept()[0])
+                    if answer:
+                        callers[-1].sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(InputError) as refusal, cluster():
+            pytest.fail("joined something that is no cluster")
+        assert str(refusal.value).startswith(f"RAY_ADDRESS={address}: ") and said in str(refusal.value)
+        assert time.monotonic() - began < 5
+        for caller in callers:
+            caller.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (grpc.StatusCode.UNAUTHENTICATED, "it asks for another token, or for one at all; copy the head's"),
+        (grpc.StatusCode.UNIMPLEMENTED, "is no head of a Ray cluster (unimplemented)"),
+    ],
+)
+def test_a_head_that_turns_the_token_away_is_told_at_once(monkeypatch, code, said):
+    """The bug: Ray printed the same line for ever."""
+
+    class TurnsAway(grpc.GenericRpcHandler):
+        def service(self, _details):
+            return grpc.unary_unary_rpc_method_handler(lambda _request, context: context.abort(code, "no"))
+
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[TurnsAway()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+        with pytest.raises(InputError) as refusal, cluster():
+            pytest.fail("joined a cluster that turned it away")
+        assert said in str(refusal.value)
+    finally:
+        server.stop(None)
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "localhost", "host:port"])
