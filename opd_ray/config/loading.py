@@ -7,6 +7,7 @@ whose student is the embedded one and under no other.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -29,6 +30,7 @@ from opd_ray.errors import InputError
 
 _ADAPTER = TypeAdapter(Config)
 _MOST_BYTES = 2**20
+_MOST_DOTS = 20
 _MOST = 2**53
 """Largest whole number that floating point, JSON and every library have."""
 _WITHIN = f"expected a number within ±{_MOST}"
@@ -50,6 +52,8 @@ def load(
         if "=" not in override:
             mend = f"; a file is read with --config {override}" if override.endswith((".yaml", ".yml")) else ""
             raise InputError(f"override '{override}' is not of the form section.field=value{mend}")
+        if (name := override.partition("=")[0]).count(".") > _MOST_DOTS:
+            raise InputError(f"override '{name[:60]}...': is nested too deeply; expected section.field=value")
     where = f"--config {path}" if path else "overrides"
     try:
         given = OmegaConf.create({}) if path is None else OmegaConf.load(io.StringIO(_text(path)))
@@ -62,6 +66,10 @@ def load(
         raw = OmegaConf.to_container(
             OmegaConf.merge(given, sections or {}, OmegaConf.from_dotlist(list(overrides))), resolve=True
         )
+    except TypeError:
+        raise InputError(
+            f"{where}: a list stands where options have a section of fields; give one of the two"
+        ) from None
     except RecursionError:
         raise InputError(f"{where}: is nested too deeply; expected sections of fields") from None
     except UnicodeEncodeError:
@@ -96,7 +104,8 @@ def from_dict(raw: Any, *, evaluation_only: bool = False) -> Config:
     given = OmegaConf.create(raw)
     _check_whole_numbers(raw, "config")
     if OmegaConf.select(given, "student.path", default=EMBEDDED) == EMBEDDED:
-        raw = OmegaConf.to_container(OmegaConf.merge(embedded_preset(), given))
+        with contextlib.suppress(TypeError):  # a list in a section's place, which is told below
+            raw = OmegaConf.to_container(OmegaConf.merge(embedded_preset(), given))
     check_no_keys(raw)
     try:
         config = _ADAPTER.validate_python(raw)
@@ -122,7 +131,7 @@ def _check_no_switches(raw: Any, read: Any, name: str = "config: ") -> None:
 
 def _check_whole_numbers(raw: Any, where: str) -> None:
     if isinstance(raw, int) and abs(raw) > _MOST:
-        raise InputError(f"{where}: is {float(raw):.3g}; {_WITHIN}")
+        raise InputError(f"{where}: has {len(str(abs(raw)))} digits; {_WITHIN}")
     for name, value in raw.items() if isinstance(raw, Mapping) else enumerate(raw) if isinstance(raw, list) else ():
         _check_whole_numbers(value, f"config: {name}" if where == "config" else f"{where}.{name}")
 

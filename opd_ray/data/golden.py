@@ -30,6 +30,7 @@ from opd_ray.data.golden_problems import (
 )
 from opd_ray.data.orders import Mix
 from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts
+from opd_ray.data.rendering import BYTES_PER_TOKEN
 from opd_ray.data.rows import Rows, question
 from opd_ray.errors import InputError
 from opd_ray.messages import MOST_VALUES, ROLLOUT_SCHEMA, RolloutMeta
@@ -100,7 +101,7 @@ def check_golden(
 
     def look(rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> tuple[list[Solution], Problems]:
         golden = Prompts(where, rows, prompts.renderer, numbers=numbers)
-        solutions = _tokenise(golden, models["student"], eos_token_ids[0])
+        solutions = _tokenise(golden, models["student"], eos_token_ids[0], config.rollout.longest_response)
         if is_privileged(config):
             solutions = _with_privileged_prompts(where, solutions, prompts)
         problems = find_problems(config, models, eos_token_ids, solutions)
@@ -174,17 +175,22 @@ def _alone(solution: Solution) -> Solution:
     return dataclasses.replace(solution, row=row)
 
 
-def _tokenise(golden: Prompts, student: ModelFacts, eos_token_id: int) -> list[Solution]:
-    """Rows of text, whose prompts ``golden`` renders, and rows of tokens."""
+def _tokenise(golden: Prompts, student: ModelFacts, eos_token_id: int, budget: int) -> list[Solution]:
+    """Rows of text, whose prompts ``golden`` renders, and rows of tokens. Of a response far beyond ``budget`` tokens
+    the beginning, which is beyond it as well."""
     texts = [
         golden.renderer.continuation(golden[index], row["response"]) if "response" in row else None
         for index, row in enumerate(golden.rows)
     ]
-    responses = _encoded([text for text in texts if text is not None], student.tokenizer)
+    beginnings = [text[: BYTES_PER_TOKEN * budget] for text in texts if text is not None]
+    responses = _encoded(beginnings, student.tokenizer)
     solutions = []
     for index, (number, row, text) in enumerate(zip(golden.numbers, golden.rows, texts, strict=True)):
         if text is not None:
-            response = np.append(next(responses), np.int32(eos_token_id))
+            response = next(responses)
+            if len(text) > BYTES_PER_TOKEN * budget and len(response) < budget:  # it is of very long tokens
+                (response,) = _encoded([text], student.tokenizer)
+            response = np.append(response, np.int32(eos_token_id))
             solutions.append(Solution(number, row, golden[index], response, text))
         else:
             text = _check_tokens(f"{golden.where} row {number}", row, student)

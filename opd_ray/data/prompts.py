@@ -11,7 +11,7 @@ import numpy as np
 
 from opd_ray.config import Config
 from opd_ray.data.orders import Order, order_of
-from opd_ray.data.rendering import Renderer
+from opd_ray.data.rendering import BYTES_PER_TOKEN, Renderer
 from opd_ray.errors import InputError
 from opd_ray.messages import PromptGroup
 from opd_ray.models.checkpoints import ModelFacts
@@ -70,7 +70,7 @@ class Prompts:
         return sorted(
             index
             for most, index in itertools.takewhile(lambda each: each[0] > limit, self._by_size())
-            if len(self[index]) > limit
+            if most > BYTES_PER_TOKEN * limit or len(self[index]) > limit
         )
 
     def without(self, left_out: Collection[int]) -> Prompts:

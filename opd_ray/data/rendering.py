@@ -12,6 +12,8 @@ from opd_ray.errors import InputError
 from opd_ray.models.checkpoints import load_tokenizer
 from opd_ray.tasks import Task
 
+BYTES_PER_TOKEN = 32
+"""More than text has: prose 4, long words and indentation 16. What is longer than a context by it is not tokenised."""
 _OPEN, _TAIL_TOKENS = "<think>", 8
 
 
@@ -22,6 +24,8 @@ class Renderer:
     def __init__(self, task: Task, path: str, data: DataConfig | None = None) -> None:
         """``data``: by default prompts are asked as they stand."""
         self.task, self._path, self._data = task, path, data or DataConfig()
+        self.most_tokens: int | None = None
+        """The longest context that a prompt is for, once models are known; None bounds nothing."""
 
     def of_model(self, path: str) -> Renderer:
         """The same for another model's tokenizer."""
@@ -68,7 +72,11 @@ class Renderer:
 
     def tokens(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
         """A tokenizer without a chat template (a base model) gets the texts as they stand, one after the other, with
-        the special tokens that it puts at the beginning of any text."""
+        the special tokens that it puts at the beginning of any text. Raises InputError for one that no context holds,
+        which would take hundreds of bytes of memory for each of its own."""
+        size = sum(len(turn["content"].encode()) for turn in turns)
+        if self.most_tokens and size > BYTES_PER_TOKEN * self.most_tokens:
+            raise InputError(f"its {size} bytes are more than any context here holds: {self.most_tokens} tokens")
         if not self.tokenizer.chat_template:
             return self.tokenizer.encode("\n\n".join(turn["content"] for turn in turns))
         return self.tokenizer.apply_chat_template(

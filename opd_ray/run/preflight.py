@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from opd_ray.run.servers import Look
     from opd_ray.score.replicas import Baseline
 
+_NO_LIMIT = 2**20
+"""Tokens."""
+
 
 @dataclass(frozen=True)
 class Preflight:
@@ -111,6 +114,7 @@ def check_evaluation(config: Config) -> Preflight:
     data.renderer.tokenizer = student.tokenizer
     data.renderer.check(student.name)
     models = {"student": student}
+    data.renderer.most_tokens = _longest_context(config, models)
     return _facts(config, models, student.eos_token_ids, data, checks.check_problems(config, data, models))
 
 
@@ -127,6 +131,7 @@ def check_files(config: Config) -> Preflight:
         _check_adapters(config, student)
         data.renderer.tokenizer = student.tokenizer
         data.renderer.check(student.name)
+        data.renderer.most_tokens = _longest_context(config, models)
         renamed = {role: checkpoints.check_agreement(student, facts) for role, facts in models.items()}
         servers = _look_at_servers(config, models, data.prompts)
         models |= {role: look.facts for role, look in servers.items()}
@@ -210,6 +215,11 @@ def _facts(
         data=data,
         sizes={role: model.size for role, model in models.items()},
     )
+
+
+def _longest_context(config: Config, models: Mapping[str, ModelFacts]) -> int:
+    """Of all models; of one that sets no limit, what no prompt is longer than."""
+    return config.student.max_context_tokens or max(each.context_tokens or _NO_LIMIT for each in models.values())
 
 
 def _check_caches(config: Config, models: Mapping[str, ModelFacts], longest: int) -> None:
