@@ -53,7 +53,7 @@ class StudentConfig:
 
 def _addresses(given: Any) -> Any:
     """One URL or several as a tuple, without the /v1 that OpenAI's clients want behind them."""
-    listed = () if given is None else (given,) if isinstance(given, str) else tuple(given)
+    listed = () if given is None else tuple(given) if isinstance(given, list | tuple) else (given,)
     return tuple(_address(each) if isinstance(each, str) else each for each in listed)
 
 

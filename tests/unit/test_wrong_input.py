@@ -109,6 +109,7 @@ OVERRIDES = {
     "5,000 digits": ("seed=" + "1" * 5000, "a number of thousands of digits"),
     "digits in a list": (f"loss.student.coef=[[{10**30},1]]", "config: loss.student.coef.0.0: has 31 digits"),
     "a deep value": ("data.x=" + "[" * 3000 + "]" * 3000, "maximum nesting depth"),
+    "a URL that is none": ("teacher.url=false", "config: teacher.url.0: Input should be a valid string"),
     "a deep name": (".".join("a" * 3000) + "=1", "nested too deeply"),
     "half a character": ("data.system_prompt=\ud800", "half a surrogate pair"),
     "a null byte": ("student.path=a\0b", "#x0000"),
