@@ -18,6 +18,7 @@ from opd_ray.models.checkpoints import ModelFacts
 
 DEFAULT_TEACHER = "teacher"
 """The teacher of a row that names none."""
+_BEGINNING = 10_000
 _SAMPLE = 256
 """Prompts, of a large file, that tell whether the tokenizer is made for them."""
 
@@ -150,14 +151,14 @@ class PromptStream:
 
 
 def unknown_tokens(prompts: Prompts) -> tuple[float, list[int]]:
-    """Of a sample of the prompts' own texts, the share of tokens that the tokenizer does not know, and the indices of
-    those of which it knows nothing."""
+    """Of a sample of the prompts' own texts, of long ones the beginning, the share of tokens that the tokenizer does
+    not know, and the indices of those of which it knows nothing."""
     tokenizer = prompts.renderer.tokenizer
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     name = getattr(model, "unk_token", None) or tokenizer.unk_token
     unknown, total, none = 0, 0, []
     for index in range(0, len(prompts) if name is not None else 0, max(1, len(prompts) // _SAMPLE)):
-        tokens = tokenizer.encode(prompts.rows[index]["prompt"], add_special_tokens=False)
+        tokens = tokenizer.encode(prompts.rows[index]["prompt"][:_BEGINNING], add_special_tokens=False)
         count = tokens.count(tokenizer.convert_tokens_to_ids(name))
         unknown, total = unknown + count, total + len(tokens)
         none += [index] if count == len(tokens) else []
