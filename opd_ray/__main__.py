@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import itertools
 import json
 import os
 import sys
@@ -24,6 +23,7 @@ import click
 
 from opd_ray import config as configs
 from opd_ray.config import Config
+from opd_ray.config.help import EVALUATES, ConfiguredCommand
 from opd_ray.errors import InputError, OpdError
 
 _DEBUG_VARIABLE = "OPD_RAY_DEBUG"
@@ -39,23 +39,6 @@ class _Path(click.Path):
             if getattr(error, "errno", errno.EINVAL) in (errno.ENAMETOOLONG, errno.EINVAL):
                 self.fail(f"{os.fspath(value)[:60]!r}: {getattr(error, 'strerror', None) or error}", param, ctx)
         return super().convert(value, param, ctx)
-
-
-class _ConfiguredCommand(click.Command):
-    """A command whose --help ends with every configuration field, its sentence and its default."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections = itertools.groupby(
-            [*configs.describe(), *configs.describe_absent()], key=lambda doc: doc.name.rpartition(".")[0]
-        )
-        for section, docs in sections:
-            with formatter.section(f"Fields of {section}" if section else "Fields at the top level"):
-                formatter.write_dl([(doc.name, f"{doc.doc} [{_default(doc)}]") for doc in docs], col_max=34)
-
-
-def _default(doc: configs.FieldDoc) -> str:
-    default, embedded = (json.dumps(value, ensure_ascii=False) for value in (doc.default, doc.embedded))
-    return default if embedded == default else f"{default}; {embedded} with the embedded student"
 
 
 _config_option = click.option(
@@ -95,7 +78,7 @@ def init(recipe: str | None, out: Path | None, force: bool) -> None:
     click.echo(f"wrote {out}; edit it, then: opd-ray train --config {out}")
 
 
-@cli.command(cls=_ConfiguredCommand)
+@cli.command(cls=ConfiguredCommand)
 @_config_option
 @click.option(
     "--run-dir",
@@ -171,7 +154,7 @@ def status_(run: str | None, as_json: bool, watch: bool) -> None:
             table.watch(run, WRITE_EVERY_S, as_json=as_json)
 
 
-@cli.command(cls=_ConfiguredCommand)
+@cli.command(cls=ConfiguredCommand)
 @_config_option
 @click.option("--run-dir", type=_Path(path_type=Path), metavar="DIR", help="Check this run directory as well.")
 @click.option("--resume", is_flag=True, help="Check that the run in --run-dir can be continued.")
@@ -213,7 +196,7 @@ def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, over
     _print_table("preflight: nothing to object to", found)
 
 
-@cli.command(cls=_ConfiguredCommand)
+@cli.command(cls=ConfiguredCommand)
 @_config_option
 @click.option("--probe", is_flag=True, help="Measure two minutes of the run's steps, in its rooms.")
 @click.option(
@@ -240,7 +223,7 @@ def plan(config_file: Path | None, probe: bool, price: float | None, overrides: 
         sys.exit(1)
 
 
-@cli.command(cls=_ConfiguredCommand)
+@cli.command(cls=ConfiguredCommand)
 @_config_option
 @click.option(
     "--run-dir", type=_Path(path_type=Path), default=Path("runs"), metavar="DIR", help="For results; by default runs/."
@@ -260,7 +243,7 @@ def doctor(config_file: Path | None, run_dir: Path, overrides: tuple[str, ...]) 
         sys.exit(1)
 
 
-@cli.command(cls=_ConfiguredCommand)
+@cli.command(cls=ConfiguredCommand, sections=EVALUATES)
 @click.argument("checkpoint")
 @_config_option
 @click.option(

@@ -45,7 +45,7 @@ def _field(doc: FieldDoc, written: list[str] | None, indent: str) -> list[str]:
     """A field under its sentence: as ``written``, or commented out with its default."""
     name = doc.name.rpartition(".")[2]
     embedded = "" if doc.embedded == doc.default else f" With the embedded student: {_plain(doc.embedded)}."
-    sentence = _comment(doc.doc + embedded, indent)
+    sentence = _comment(doc.text + embedded, indent)
     if written is None:
         return [*sentence, f"#{indent}{name}: {_plain(doc.default)}"]
     value, *below = written

@@ -11,9 +11,10 @@ import contextlib
 import dataclasses
 import functools
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -199,6 +200,17 @@ class FieldDoc:
     embedded: Any
     """Its value with the embedded student."""
     doc: str
+    section: str
+    """What the section is that has the field."""
+    choices: tuple[Any, ...] = ()
+    """All values that it takes, where they are words of ours."""
+
+    @property
+    def text(self) -> str:
+        """Its sentence, and the choices where that does not name them all."""
+        if all(re.search(rf"(?<!\w){re.escape(str(each))}(?!\w)", self.doc) for each in self.choices):
+            return self.doc
+        return f"{self.doc} One of {', '.join(map(str, self.choices))}."
 
 
 def describe() -> Iterator[FieldDoc]:
@@ -213,12 +225,21 @@ def describe_absent(name: str = "NAME") -> Iterator[FieldDoc]:
 
 
 def _describe(section: Any, embedded: Any, prefix: str) -> Iterator[FieldDoc]:
+    hints = get_type_hints(type(section), include_extras=True)
     for field in dataclasses.fields(section):
         value, there, name = getattr(section, field.name), getattr(embedded, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
             yield from _describe(value, there, f"{name}.")
         else:
-            yield FieldDoc(name, value, there, _doc(type(section), field.name))
+            doc, choices = _doc(type(section), field.name), _choices(hints[field.name])
+            yield FieldDoc(name, value, there, doc, type(section).__doc__ or "", choices)
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    # Of what is annotated, and of each in a list; what also takes other values has no choices.
+    return _choices(get_args(hint)[0]) if get_origin(hint) in (Annotated, tuple) else ()
 
 
 def _doc(cls: type, name: str) -> str:

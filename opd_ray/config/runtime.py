@@ -48,13 +48,15 @@ class GuardConfig:
     ] = "act"
     """The most the guard may do; each level includes those before it."""
     truncated_token_share: Annotated[Thresholds, AfterValidator(_rising)] = (0.1, 0.25, 0.7)
-    """Share of the tokens that stand in truncated rollouts; the earliest sign of inflation."""
+    """Share of the tokens that stand in truncated rollouts, the earliest sign of inflation: from where the guard warns,
+    acts, and rolls back."""
     truncation_rate: Annotated[Thresholds, AfterValidator(_rising)] = (0.1, 0.25, 0.5)
-    """Share of rollouts that are truncated."""
+    """Share of rollouts that are truncated: from where the guard warns, acts, and rolls back."""
     repetition_rate: Annotated[Thresholds, AfterValidator(_rising)] = (0.05, 0.15, 0.4)
-    """Share of rollouts whose tail is repetitive."""
+    """Share of rollouts whose tail is repetitive: from where the guard warns, acts, and rolls back."""
     entropy: Annotated[Thresholds, AfterValidator(_falling)] = (0.02, 0.01, 0.003)
-    """Entropy in nats under which a student with vanishing gradient, whom the teacher contradicts, is deterministic."""
+    """Entropy in nats under which a student with vanishing gradient, whom the teacher contradicts, is deterministic:
+    below which the guard warns, acts, and rolls back."""
     max_golden_per_prompt: float = Field(2.0, ge=0)
     """Limit of golden rollouts for each on-policy prompt; 0 leaves them alone."""
     max_rollbacks: int = Field(2, ge=0)

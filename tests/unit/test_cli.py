@@ -19,6 +19,7 @@ import ray
 import made_up_verdicts as made_up
 from opd_ray import __main__ as command_line
 from opd_ray import config as configs
+from opd_ray.config.help import EVALUATES
 from opd_ray.errors import RunError
 from opd_ray.placement.nodes import Node
 from opd_ray.run import evaluate as evaluation
@@ -457,8 +458,23 @@ def test_an_unexpected_exception_keeps_its_traceback(
 
 
 @pytest.mark.parametrize("verb", ["train", "preflight", "plan", "doctor", "evaluate"])
-def test_help_lists_every_field_with_its_sentence(call: Callable[..., Outcome], verb: str) -> None:
+def test_help_lists_every_field_that_the_verb_reads_with_its_sentence_and_choices(
+    call: Callable[..., Outcome], verb: str
+) -> None:
     code, out, _ = call(verb, "--help")
     assert code == 0
     words = " ".join(out.split())
-    assert [doc.name for doc in configs.describe() if doc.name not in words or doc.doc.split()[0] not in words] == []
+    read = [doc for doc in configs.describe() if verb != "evaluate" or doc.name.partition(".")[0] in EVALUATES]
+    assert [doc.name for doc in read if doc.name not in words or doc.doc.split()[0] not in words] == []
+    assert [doc.name for doc in read for each in doc.choices if str(each) not in words] == []
+    assert ("learner.lr" in words) == ("guard warns, acts, and rolls back" in words) == (verb != "evaluate")
+
+
+def test_help_may_be_asked_for_of_a_section_or_a_field(call: Callable[..., Outcome]) -> None:
+    code, out, _ = call("train", "learner.steps=3", "--help", "learner")
+    assert code == 0 and out.startswith("Fields of learner:\n  The trainer: a group of DeepSpeed ranks.")
+    assert "learner.lr" in out and "rollout." not in out
+    assert "One of 0, 1, 2, 3." in call("train", "-h", "learner.zero_stage=2")[1]
+    assert "evaluation.sets.NAME.samples" in call("evaluate", "--help=evaluation")[1]
+    assert_refused(call("train", "--help", "lerner"), "no section 'lerner'", "did you mean 'learner'?")
+    assert_refused(call("evaluate", "--help", "learner"), "no section 'learner'")
