@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import psutil
 import ray
 from ray import ObjectRef
+from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -58,6 +59,14 @@ def nodes() -> list[Node]:
             memory, store = (there.get(kind, 0.0) for kind in ("memory", "object_store_memory"))
             found.append(Node(node["NodeID"], name, cpus, gpus, memory, store, frozenset(there)))
     return sorted(found, key=lambda node: (node.name, node.id))
+
+
+def place_of(actor: ActorHandle) -> str | None:
+    """Host name and address of the node on which an actor starts or runs; None where it has none yet."""
+    from ray._private.state import actors  # ray.util.state asks the dashboard, which a cluster may lack
+
+    place = actors(actor._actor_id.hex()).get("Address", {}).get("NodeID")
+    return next((node.name for node in nodes() if node.id == place), None)
 
 
 def this_machine() -> Node:

@@ -22,7 +22,7 @@ from opd_ray.placement.restarts import Restarts
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
-from opd_ray.rooms.room import Member, busy_share
+from opd_ray.rooms.room import UNPLACED, Member, busy_share
 from opd_ray.rooms.together import together
 from opd_ray.weights.delivery import Delivery
 
@@ -152,7 +152,7 @@ class Supervisor:
             # Ray does not say where one was that never answered. When it reports such a death, it has long taken the
             # node off its list where that was the cause; a constructor that crashes takes no node with it.
             unplaced = time.monotonic() - member.since > limit - _TICK_S or nodes - _nodes()
-            if member.node == "not placed yet" and unplaced:
+            if member.node == UNPLACED and unplaced:
                 pool.end(member)  # nowhere to be placed, or its node went: no death, and asked for again
                 self._wake.set()
             else:

@@ -43,13 +43,20 @@ State = Literal["starting", "joining", "ready", "leaving", "gone"]
 """On its way up; up but without the current weights; at work; finishing its last calls; lost or ended."""
 
 
+UNPLACED = "not placed yet"
+"""What stands for the node of an actor that has not told it."""
+
+
 @dataclass(eq=False)
 class Member:
     """One actor of a room, and its work so far."""
 
     handle: ActorHandle
     name: str
-    node: str = "not placed yet"
+    node: str = UNPLACED
+    """Host name and address of its node, as it told when it was up."""
+    placed_on: str | None = None
+    """The same of one that is starting, as far as Ray has been asked."""
     state: State = "starting"
     since: float = field(default_factory=lambda: time.monotonic())  # looked up at each call: tests have another clock
     """When it came into its state."""
@@ -64,6 +71,11 @@ class Member:
     @property
     def num_calls(self) -> int:
         return len(self.calls)
+
+    @property
+    def whereabouts(self) -> str:
+        """Its node, and of one that has not answered yet, whether it has one."""
+        return f"placed on {self.placed_on}, loading" if self.node == UNPLACED and self.placed_on else self.node
 
     def become(self, state: State) -> None:
         self.state, self.since = state, time.monotonic()

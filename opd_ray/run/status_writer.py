@@ -7,18 +7,21 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from opd_ray.config import Config
+from opd_ray.placement.nodes import place_of
 from opd_ray.placement.restarts import Restarts
 from opd_ray.placement.supervisor import Supervisor
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.memory import most_bytes, resident_bytes
 from opd_ray.rooms.pool import Pool
-from opd_ray.rooms.room import busy_share
+from opd_ray.rooms.room import UNPLACED, Member, busy_share
 from opd_ray.rooms.threads import in_thread
 from opd_ray.snapshots import Storage
 from opd_ray.snapshots.keeper import Keeper
@@ -60,6 +63,7 @@ class StatusWriter:
         self._writing: asyncio.Future[None] | None = None
         self._sending: asyncio.Future[Any] | None = None
         self._sent_at = -math.inf
+        self._placing: asyncio.Future[None] | None = None
         self._told: str | None = None
         self._most_bytes = most_bytes()
         self._work = {room.room: (0.0, 0.0) for room in self._rooms.every}
@@ -74,6 +78,7 @@ class StatusWriter:
             await asyncio.sleep(state.WRITE_EVERY_S)
 
     def _look(self) -> None:
+        self._find_places()
         now = self.status()
         if reason := self._stalls.look(time.monotonic(), now):
             print(f"nothing has moved: {reason}", flush=True)
@@ -86,6 +91,15 @@ class StatusWriter:
             self._writing = in_thread(state.write, self._path, now)
         if self._far is not None and time.monotonic() - self._sent_at >= state.FAR_EVERY_S:
             self._send(now)
+
+    def _find_places(self) -> None:
+        """Asks Ray, beside the loop, where those are that load their models: they cannot say so yet."""
+        unknown = [each for room in self._rooms.every for each in room.members if each.whereabouts == UNPLACED]
+        if self._placing is not None and self._placing.done():
+            self._placing.exception()  # what Ray did not say now it may say at the next look
+            self._placing = None
+        if unknown and self._placing is None and ray.is_initialized():
+            self._placing = in_thread(_place, unknown)
 
     def _send(self, now: Status) -> None:
         """Where the storage does not answer the keeper says so, whose checkpoints matter more."""
@@ -186,9 +200,14 @@ class StatusWriter:
             below_min_s=self._supervisor.below_min_s(room.room),
             busy_share=busy_share(self._work[room.room], before) or 0.0,
             spawning=tuple(
-                CallStatus(member.name, member.node, member.state, now - member.since) for member in starting
+                CallStatus(member.name, member.whereabouts, member.state, now - member.since) for member in starting
             ),
             calls_done=room.calls_done,
             deadline_s=room.deadline_s,
             note=self._servers.note(room.room),
         )
+
+
+def _place(members: Sequence[Member]) -> None:
+    for member in members:
+        member.placed_on = place_of(member.handle)

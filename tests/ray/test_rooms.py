@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from opd_ray import config as configs
 from opd_ray.errors import RunError
 from opd_ray.messages import PromptGroup, SamplingSettings, ScoreRequest
 from opd_ray.placement import launch
+from opd_ray.placement.nodes import place_of
 from opd_ray.rooms import Rooms
+from opd_ray.rooms.room import UNPLACED
 from opd_ray.weights.delivery import Delivery
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
@@ -115,7 +118,24 @@ def test_every_room_has_its_actors_and_names(rooms):
         "teacher_generate": ["teacher-generator-0"],
     }
     assert sorted(rooms.followers) == ["reference", "self"]
-    assert all(member.node != "not placed yet" for pool in rooms.all.values() for member in pool.members)
+    members = [member for pool in rooms.all.values() for member in pool.members]
+    assert UNPLACED not in {member.node for member in members}
+    assert [member.name for member in members if place_of(member.handle) != member.node] == []
+
+
+def test_an_actor_has_a_place_before_it_is_up(ray_here):
+    class Loading:
+        def __init__(self) -> None:
+            time.sleep(600)
+
+    actors = [ray.remote(Loading).options(num_cpus=cpus).remote() for cpus in (0, 1000)]
+    until = time.monotonic() + 60
+    while place_of(actors[0]) is None:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert place_of(actors[1]) is None
+    for actor in actors:
+        ray.kill(actor)
 
 
 def test_a_broadcast_reaches_generators_and_followers_and_another_run_begins_from_its_own_student(

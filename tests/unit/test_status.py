@@ -13,6 +13,7 @@ from typing import Any, get_args
 import pytest
 
 from opd_ray.errors import InputError
+from opd_ray.rooms.room import Member
 from opd_ray.status.reasons import StallWatch, driver_alive, explain, silence
 from opd_ray.status.state import STALE_S, CallStatus, Phase, RoomStatus, Status, oldest_calls, read, write
 
@@ -130,6 +131,16 @@ def test_blame_between_generators_and_scorers(
     places = missing(generate=range(num_generate), score=range(20, 20 + num_score))
     text = explain(status("waiting for rollouts", *rooms, **places))
     assert_says(text, "at generate", "at score", f"oldest call in room {blamed}")
+
+
+def test_a_worker_that_loads_its_model_is_not_said_to_have_no_place() -> None:
+    """The bug: of one that was placed and imported vLLM for half a minute it said "not placed yet"."""
+    member = Member(None, "student-generator-0")
+    assert member.whereabouts == "not placed yet"
+    member.placed_on = "node-x (10.0.0.2)"
+    assert member.whereabouts == "placed on node-x (10.0.0.2), loading"
+    member.node = "node-x (10.0.0.2)"
+    assert member.whereabouts == "node-x (10.0.0.2)"
 
 
 def test_a_room_without_workers_is_blamed_before_any_call() -> None:
