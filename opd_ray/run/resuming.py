@@ -6,6 +6,7 @@ Refusals are InputErrors of one line, as those of :mod:`opd_ray.run.preflight`.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import os
 import time
@@ -22,6 +23,9 @@ from opd_ray.status import reasons, state
 
 _COPIES_OF_JOBS = "/runtime_resources/working_dir_files/"
 """Where Ray unpacks the working directory of `ray job submit`, within its session's directory."""
+
+_BESIDE_RUNS = ("*.log", "*.txt", "*.out", "*.err", ".*", "lost+found", "arm.json")
+"""What may be in the directory of a run before it begins: its output, a file system's own, a study's note."""
 
 
 def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
@@ -45,6 +49,8 @@ def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
             raise InputError(
                 f"--run-dir {run_dir}: holds another run; add --resume to go on with it, or give another name"
             )
+        if not saved.exists() and not (run_dir / "checkpoints").exists():  # whose run decides where they do
+            _check_free(run_dir)
         return
     _check_alone(run_dir)
     if not _came_to_nothing(run_dir):
@@ -58,6 +64,16 @@ def _came_to_nothing(run_dir: Path) -> bool:
     except InputError:
         return False
     return last.phase == "failed" and last.step == 0 and last.checkpoint_step is None
+
+
+def _check_free(run_dir: Path) -> None:
+    """Refuses to mix a run with files of something else; logs of it may be there already."""
+    names = sorted(each.name for each in run_dir.iterdir()) if run_dir.is_dir() else []
+    if others := [name for name in names if not any(fnmatch.fnmatch(name, kind) for kind in _BESIDE_RUNS)]:
+        raise InputError(
+            f"--run-dir {run_dir}: is a directory of something else, with {others[0]} in it ({len(others)} such); give "
+            "a new or an empty one"
+        )
 
 
 def _check_alone(run_dir: Path) -> None:

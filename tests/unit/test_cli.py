@@ -178,6 +178,15 @@ def test_a_directory_with_another_run_is_left_as_it_is(
     assert (run_dir / "config.yaml").read_text() == saved
 
 
+@pytest.mark.parametrize("verb", ["train", "preflight"])
+def test_a_directory_of_something_else_is_left_as_it_is(
+    call: Callable[..., Outcome], setting: dict[str, str], tmp_path: Path, verb: str
+) -> None:
+    """The bug: a run wrote student/, summary.json and its report between the files of a project."""
+    outcome = call(verb, "--run-dir", str(tmp_path), *overrides(setting))
+    assert_refused(outcome, f"--run-dir {tmp_path}: is a directory of something else, with golden.jsonl in it (6 such)")
+
+
 def test_preflight_prints_what_it_found(call: Callable[..., Outcome], setting: dict[str, str]) -> None:
     code, out, _ = call("preflight", *overrides(setting))
     assert code == 0
@@ -214,6 +223,11 @@ def test_train_hands_over_and_resumes_with_the_configuration_of_the_run(
     call: Callable[..., Outcome], setting: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = _trained(monkeypatch)
+    logged = tmp_path / "logged"
+    logged.mkdir()
+    (logged / "job.log").touch()
+    assert call("train", "--run-dir", str(logged), *overrides(setting, seed="4"))[0] == 0
+    calls.clear()
     assert call("train", *overrides(setting, seed="4"))[0] == 0
     config, run_dir, resume, auto_resume = calls[0]
     assert run_dir.is_absolute()
@@ -474,7 +488,7 @@ def test_help_may_be_asked_for_of_a_section_or_a_field(call: Callable[..., Outco
     code, out, _ = call("train", "learner.steps=3", "--help", "learner")
     assert code == 0 and out.startswith("Fields of learner:\n  The trainer: a group of DeepSpeed ranks.")
     assert "learner.lr" in out and "rollout." not in out
-    assert "One of 0, 1, 2, 3." in call("train", "-h", "learner.zero_stage=2")[1]
+    assert "One of off, warn, act," in call("train", "-h", "guard.level=stop")[1]
     assert "evaluation.sets.NAME.samples" in call("evaluate", "--help=evaluation")[1]
     assert_refused(call("train", "--help", "lerner"), "no section 'lerner'", "did you mean 'learner'?")
     assert_refused(call("evaluate", "--help", "learner"), "no section 'learner'")

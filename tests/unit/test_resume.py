@@ -132,10 +132,13 @@ def instead_of_a_driver(monkeypatch, ends):
 def test_a_stopped_run_leaves_its_report(tmp_path, monkeypatch):
     """The bug: the report was written only where a run came to its last step; and one that stops before there is
     anything to report ends as any other."""
-    instead_of_a_driver(monkeypatch, mock.Mock(side_effect=Terminated("ended by a signal")))
     for name, lines in (("early", ""), ("late", '{"step": 1, "learner/loss": 0.5}\n')):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text(lines)
+
+        def ends(file=tmp_path / name / "metrics.jsonl", lines=lines):
+            file.write_text(lines)
+            raise Terminated("ended by a signal")
+
+        instead_of_a_driver(monkeypatch, ends)
         with pytest.raises(Terminated, match="ended by a signal"):
             running.train(cast_of().config, tmp_path / name)
         assert (tmp_path / name / "report.html").exists() == bool(lines)
@@ -143,8 +146,12 @@ def test_a_stopped_run_leaves_its_report(tmp_path, monkeypatch):
 
 def test_a_run_that_the_guard_stopped_says_so_by_its_exit_code(tmp_path, monkeypatch):
     """Who tries failed jobs again (cluster/node/job) has to know it from a failure: the next would end as well."""
-    instead_of_a_driver(monkeypatch, lambda: ({}, "the guard stopped the run"))
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "learner/loss": 0.5}\n')
+
+    def ends():
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "learner/loss": 0.5}\n')
+        return {}, "the guard stopped the run"
+
+    instead_of_a_driver(monkeypatch, ends)
     with pytest.raises(GuardStopped, match="the guard stopped the run") as caught:
         running.train(cast_of().config, tmp_path)
     assert caught.value.exit_code == 3
