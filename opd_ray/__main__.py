@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import sys
 import time
@@ -30,9 +31,13 @@ _DEBUG_VARIABLE = "OPD_RAY_DEBUG"
 
 
 class _Path(click.Path):
-    """One that a file may have: what else asks for it would end with a traceback."""
+    """One that a file may have: what else asks for it would end with a traceback. ``~`` is the user's home, which
+    shells put in only at the start of a word."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        value = os.path.expanduser(value)
+        if not value or value.startswith("~"):
+            self.fail("is an empty name" if not value else f"{value!r}: there is no such home", param, ctx)
         try:
             os.lstat(value)
         except (OSError, ValueError) as error:  # ENAMETOOLONG; a null byte
@@ -216,6 +221,8 @@ def plan(config_file: Path | None, probe: bool, price: float | None, overrides: 
     """
     if price is not None and not probe:
         raise InputError("--price-per-gpu-hour needs --probe, which measures how long the run takes")
+    if price is not None and not math.isfinite(price):
+        raise InputError(f"--price-per-gpu-hour is {price}, expected a price")
     config = _load(config_file, overrides)
     from opd_ray.run import plan as planning
 

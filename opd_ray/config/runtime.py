@@ -81,6 +81,10 @@ class CheckpointConfig:
     grace_s: float = Field(25.0, gt=0)
     """On SIGTERM: time to save the newest state in memory, to finish the step under way and to save that, too."""
 
+    def __post_init__(self) -> None:
+        if self.directory is not None and (not self.directory or self.directory.startswith("~")):
+            raise ValueError(f"directory={self.directory!r} is taken as it stands; give a whole path, or a URI")
+
     def location(self, run_dir: Path) -> str:
         """Where the checkpoints of the run in ``run_dir`` go."""
         return str(self.directory or run_dir / "checkpoints").replace("{run}", run_dir.name)

@@ -62,9 +62,21 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, _from_json(f"{path} row {number}", line)
 
 
+class _Twice(Exception):
+    """A key of an object, in JSON, that is there more than once."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(repr(next(name for name in names if names.count(name) > 1)))
+    return made
+
+
 def _from_json(where: str, line: bytes) -> Any:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()  # an escape may be half a character
         return row
@@ -73,6 +85,8 @@ def _from_json(where: str, line: bytes) -> Any:
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])[1:-1]
         raise InputError(f"{where}: {half} is half of a surrogate pair, which is no text; mend it") from None
+    except _Twice as error:
+        raise InputError(f"{where}: has {error} twice; remove one of them") from None
     except json.JSONDecodeError as error:
         raise InputError(
             f"{where}: not JSON ({error.msg} at column {error.colno}); "

@@ -97,6 +97,25 @@ def test_an_unknown_verb_is_refused(call: Callable[..., Outcome]) -> None:
     assert_refused(call("trian"), "trian", "train")
 
 
+@pytest.mark.parametrize(
+    ("verb", "option"), [("train", "--run-dir"), ("train", "--config"), ("preflight", "--run-dir")]
+)
+def test_an_empty_path_is_refused(call: Callable[..., Outcome], verb: str, option: str) -> None:
+    """The bug: --run-dir "" (a variable that is not set) wrote into the directory at hand."""
+    assert_refused(call(verb, option, ""), option, "is an empty name")
+
+
+def test_a_run_directory_may_be_in_the_users_home(
+    call: Callable[..., Outcome], setting: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bug: no shell expands --run-dir=~/x, and results went to ./~/x."""
+    calls = _trained(monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call("train", "--run-dir=~/x", *overrides(setting))[0] == 0
+    assert calls[0][1] == tmp_path / "x"
+    assert_refused(call("train", "--run-dir=~nobody-here/x", *overrides(setting)), "there is no such home")
+
+
 def test_resume_needs_a_directory(call: Callable[..., Outcome]) -> None:
     assert_refused(call("train", "--resume"), "--run-dir")
 
@@ -205,6 +224,7 @@ def test_a_plan_starts_nothing_and_says_what_fits_by_its_exit_code(
         found = call("plan", *overrides(setting))
         assert (found[0], verdict in found[1]) == (code, True), found
     assert_refused(call("plan", "--price-per-gpu-hour", "2", *overrides(setting)), "--price-per-gpu-hour needs --probe")
+    assert_refused(call("plan", "--probe", "--price-per-gpu-hour", "inf"), "--price-per-gpu-hour is inf, expected a")
 
 
 def _trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[configs.Config, Path, bool, bool]]:

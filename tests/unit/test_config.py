@@ -195,6 +195,7 @@ def test_an_engine_on_a_fraction_of_a_gpu_takes_that_fraction_of_its_share() -> 
         (["loss.student.coef=yes"], "config: loss.student.coef: is true, expected a number"),
         (["buffer.max_staleness=100000"], "buffer.max_staleness: Input should be less than or equal to 64, got 100000"),
         (["learner.warmup_steps=151"], "warmup_steps=151 is longer than the run, which has steps=150"),
+        (["checkpoint.directory=~/x"], "config: checkpoint: directory='~/x' is taken as it stands; give a whole path"),
         (["data.golden=none"], "config: data: golden=none names no source; give null for none"),
         (["data.prompts=[a.jsonl,'']"], "config: data: prompts=a.jsonl,  names no source; give a file"),
         (["student.lora.rnak=4"], "unknown field 'student.lora.rnak'; did you mean 'student.lora.rank'?"),

@@ -49,6 +49,8 @@ def test_golden_rows_need_no_answer_and_blank_lines_may_end_a_file(tmp_path: Pat
         ('{"prompt": "1", "answer": true}', "row 2: 'answer' is true, expected a string"),
         ('{"prompt": "1", "answer": "2", "id": 1.5}', "row 2: 'id' is the number 1.5"),
         ('{"prompt": "1", "answer": "2", "id": "1"}', "row 2: id '1' is also that of row 1"),
+        ('{"prompt": "1", "answer": "2", "prompt": "3"}', "row 2: has 'prompt' twice"),
+        ('{"prompt": "1", "answer": "2", "more": [{"a": 1, "a": 1}]}', "row 2: has 'a' twice"),
         ('{"prompt": "1", "answer": NaN}', "row 2: 'answer' is nan, expected a string or a number"),
         ('{"prompt": "1", "answer": -Infinity}', "row 2: 'answer' is -inf, expected a string or a number"),
         ("", "row 2: is blank"),
