@@ -65,8 +65,10 @@ def place_of(actor: ActorHandle) -> str | None:
     """Host name and address of the node on which an actor starts or runs; None where it has none yet."""
     from ray._private.state import actors  # ray.util.state asks the dashboard, which a cluster may lack
 
-    place = actors(actor._actor_id.hex()).get("Address", {}).get("NodeID")
-    return next((node.name for node in nodes() if node.id == place), None)
+    place = actors(actor._actor_id.hex()).get("Address", {})
+    if not place.get("Port"):  # then its node is only the one that looks for a place
+        return None
+    return next((node.name for node in nodes() if node.id == place["NodeID"]), None)
 
 
 def this_machine() -> Node:
