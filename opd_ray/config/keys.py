@@ -28,9 +28,10 @@ def check_no_keys(raw: Any, name: str = "") -> None:
     it is, the message does not say."""
     if isinstance(raw, str):
         if (shown := without_keys(raw)) != raw:
+            instead = "name the variable that holds it in url_key_env" if name.endswith(".url") else _INSTEAD
             raise InputError(
                 f"{name}={shown}: the address carries a key, which would be written into config.yaml, checkpoints and "
-                f"the report; leave it out of the address and {_INSTEAD}"
+                f"the report; leave it out of the address and {instead}"
             )
     elif isinstance(raw, Mapping):
         for key, value in raw.items():

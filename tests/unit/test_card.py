@@ -30,7 +30,7 @@ def test_a_card_says_what_the_student_was_made_of_and_what_became_of_it() -> Non
         None,
         [
             *(*OWN, "data.golden=g.jsonl", "seed=4", "learner.steps=7", "teacher.url=http://10.0.0.7"),
-            *("env.AWS_SECRET_ACCESS_KEY=s3cret", "rollout.engine=vllm", "rollout.engine_args.hf_token=s3cret"),
+            *("env.WHO_KNOWS_WHAT=s3cret", "rollout.engine=vllm", "rollout.engine_args.hf_token=s3cret"),
         ],
     )
     aime, amc = ({"samples": 32, "accuracy_sampled": value} for value in (0.125, 0.5))
