@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from opd_ray.errors import RunError, WeightSyncError
 from opd_ray.learn.adapters import Adapters
 from opd_ray.messages import ScoreRequest, TransferGroup, WeightManifest
 from opd_ray.models.adapters import adapted_layers
+from opd_ray.rooms.node import free_port
 from opd_ray.score.engine import Rollout
 from opd_ray.score.follower import Follower
 from opd_ray.score.torch import TorchScoringEngine
@@ -84,9 +84,7 @@ def follow(path: Path, update: str, *, every_steps: int = 3, dtype: str = "float
     engine = TorchScoringEngine(path=str(path), device="cpu", dtype=dtype)
     rule = ScorerConfig(update=update, update_every_steps=every_steps, update_decay=DECAY)
     follower, transfer = Follower(engine.parameters(), rule), WeightTransfer()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     group = TransferGroup("gloo", "127.0.0.1", port, 0, 2, timeout_s=20.0, bucket_bytes=2**12, secret="5ec2e7")
     with ThreadPoolExecutor(1) as thread:
         joined = thread.submit(follower.connect, replace(group, rank=1))

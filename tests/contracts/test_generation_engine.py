@@ -7,7 +7,6 @@ that have a model, on tied and untied embeddings.
 from __future__ import annotations
 
 import copy
-import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from opd_ray.learn.adapters import Adapters
 from opd_ray.learn.export import with_adapters
 from opd_ray.messages import Finished, GenerationRequest, SamplingSettings, TransferGroup, WeightManifest
 from opd_ray.models.adapters import adapted_layers
+from opd_ray.rooms.node import free_port
 from opd_ray.weights.manifest import manifest_of, weights_of
 from opd_ray.weights.transfer import WeightTransfer
 from uniform_tokens import UniformTokens
@@ -61,9 +61,7 @@ class Subject:
     transfer: WeightTransfer = field(default_factory=WeightTransfer)
 
     def connect(self, bucket_bytes: int = 2**14) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         group = TransferGroup(
             "gloo", "127.0.0.1", port, 0, 2, timeout_s=20.0, bucket_bytes=bucket_bytes, secret="5ec2e7"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray._private import state  # what the state API shows, without the dashboard that serves it
 
 from opd_ray.config import load
 from opd_ray.run.train import train
@@ -25,14 +27,12 @@ STEPS, RANKS = 60, 2
 
 
 def processes(title: str) -> list[psutil.Process]:
-    """Actors of one class that this test's Ray started, the oldest first."""
+    """Actors of one class that this test's Ray has, the oldest first."""
     found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::{title}"):
-                found.append(process)
-        except psutil.Error:
-            continue
+    for actor in state.actors().values():
+        if (actor["ActorClassName"], actor["State"]) == (title, "ALIVE"):
+            with contextlib.suppress(psutil.Error):
+                found.append(psutil.Process(actor["Pid"]))
     return sorted(found, key=psutil.Process.create_time)
 
 

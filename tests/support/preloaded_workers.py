@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import importlib
 import importlib.util
 import json
@@ -110,6 +111,8 @@ def _serve(address: str) -> None:
             importlib.import_module(module)
         del sys.modules["ray"]
     assert "ray" not in sys.modules
+    gc.collect()
+    gc.freeze()  # forks share what is never looked at again
     threads = [
         (Path("/proc/self/task") / number / "comm").read_text().strip() for number in os.listdir("/proc/self/task")
     ]
