@@ -53,6 +53,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(TOKENS).logits
 
 
+@pytest.mark.slow
 def test_fresh_adapters_change_nothing_and_are_all_that_is_trained(tiny_model: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model["tied"], dtype="float32")
     before = logits(model)

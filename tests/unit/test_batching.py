@@ -30,6 +30,7 @@ def entries_of(sizes: list[tuple[int, int, str]]) -> list[Entry]:
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     sizes=st.lists(SIZES, min_size=1, max_size=40),

@@ -72,6 +72,7 @@ def test_looping_text_fills_the_budget_with_one_try(problem, seed):
     assert text.loss_mask == tuple(position >= second_copy for position in range(chain.MAX_NEW_TOKENS))
 
 
+@pytest.mark.slow
 def test_splits_are_disjoint_and_of_the_promised_sizes():
     drawn = {
         split: {problem.prompt for problem in chain.draw_distinct(random.Random(0), split, 2000)}

@@ -99,6 +99,7 @@ def kill_everywhere(
             return
 
 
+@pytest.mark.slow
 def test_a_kill_while_writing_leaves_the_previous_or_the_new_one(location: str, objects: Objects) -> None:
     first, second, third = (make_snapshot(objects, step) for step in (2, 4, 6))
     expected = {snapshot.step: contents(objects, snapshot) for snapshot in (first, second, third)}
@@ -118,6 +119,7 @@ def test_a_kill_while_writing_leaves_the_previous_or_the_new_one(location: str, 
     assert seen == {4, 6}
 
 
+@pytest.mark.slow
 def test_a_kill_while_writing_a_step_anew_leaves_one_of_the_two(location: str, objects: Objects) -> None:
     old, new = (make_snapshot(objects, 4, seed=seed) for seed in (0, 1))
     expected = [contents(objects, old), contents(objects, new)]
@@ -133,6 +135,7 @@ def test_a_kill_while_writing_a_step_anew_leaves_one_of_the_two(location: str, o
     assert seen == {0, 1}
 
 
+@pytest.mark.slow
 def test_a_kill_while_going_back_leaves_one_that_loads(location: str, objects: Objects) -> None:
     snapshots = [make_snapshot(objects, step) for step in (2, 4, 6)]
     seen = set()

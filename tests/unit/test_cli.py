@@ -457,6 +457,7 @@ def test_status_stops_watching_when_the_driver_is_gone_or_at_ctrl_c(
     assert call("status", str(run_dir), "--watch")[0] == 0
 
 
+@pytest.mark.slow
 def test_status_imports_neither_ray_nor_torch(tmp_path: Path) -> None:
     _status(tmp_path)
     program = (

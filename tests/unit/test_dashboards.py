@@ -98,6 +98,7 @@ def test_every_alert_says_how_bad_what_and_where_to_read_on():
         assert anchor == rule["alert"].lower()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed (Debian's package prometheus)")
 def test_alerts_fire_when_they_should_and_only_then():
     rules = subprocess.run(

@@ -41,6 +41,7 @@ class Counting(ChainTask):
         return super().verify(response, row)
 
 
+@pytest.mark.slow
 def test_from_preflight_to_the_last_attempt_everything_is_done_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_what_is_fine_is_left_alone() -> None:
     assert "make more" not in commands(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", ["README.md", "cluster/README.md"])
 def test_the_commands_of_a_document_run_in_a_fresh_account(document: str, tmp_path: Path) -> None:
     """The bug: "by hand" started a Ray that asks for a token, and nothing before it had made one."""

@@ -59,6 +59,7 @@ LOSSES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "number", "role"), LOSSES)
 @pytest.mark.parametrize("how", ["before", "after"])
 def test_a_group_that_is_lost_at_any_point_starts_anew_and_nothing_is_lost_or_repeated(
@@ -149,6 +150,7 @@ def test_a_snapshot_that_is_gone_from_memory_is_read_from_the_shelf(tmp_path):
     assert_whole(cast, tmp_path)
 
 
+@pytest.mark.slow
 def test_what_was_in_the_buffer_is_not_sampled_again(tmp_path):
     """The learner is slow, so that slots of later steps are scored when it dies."""
 
@@ -227,6 +229,7 @@ def test_a_learner_that_cannot_start_ends_the_run(tmp_path):
 # ---- the status ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["status", "metrics", "the disk"])
 def test_a_status_writer_that_fails_is_told_of_and_goes_on(tmp_path, monkeypatch, broken):
     """The bug: the task that writes status.json ended without a word, and the file stayed as it was to the end."""
@@ -315,6 +318,7 @@ def grepped(run_dir):
     return found
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_elsewhere_says_there_where_it_stands(tmp_path):
     where, seen = "memory://bucket/first/checkpoints", []
     with pytest.raises(NoStatus, match="first/checkpoints/status.json"):

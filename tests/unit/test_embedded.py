@@ -74,6 +74,7 @@ def test_shipped_tokenizer_is_the_one_in_the_code(tokenizer):
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (EOS_ID, PAD_ID)
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # a busy machine must not fail a test that measures nothing
 @given(text=st.text(alphabet=CHARACTERS))
 def test_tokenizer_round_trip(tokenizer, text):
@@ -110,6 +111,7 @@ def test_batch_cuts_a_looping_text_without_eos():
 # --- training ---
 
 
+@pytest.mark.slow
 def test_training_is_the_same_for_the_same_seed():
     phase = embedded_models.Phase(3, (0.4, 0.3, 0.3), (0.01, 0.0))
 
@@ -131,6 +133,7 @@ def test_student_ends_its_clean_phase_at_the_target(monkeypatch):
     assert reports == [("training the student", 90, 100), ("training the student", 100, 100)]
 
 
+@pytest.mark.slow
 def test_sampled_answers_agree_with_their_exact_probability(teacher):
     # The student stops on the exact number, people read the sampled one; other ways lead to the answer, too.
     exact = embedded_models.solution_probability(teacher, PROBLEMS)
@@ -141,6 +144,7 @@ def test_sampled_answers_agree_with_their_exact_probability(teacher):
 # --- the cache ---
 
 
+@pytest.mark.slow
 def test_prepare_writes_checkpoints_and_rows_that_load(tmp_path, quick_student):
     built = embedded.prepare(11)
     model = AutoModelForCausalLM.from_pretrained(built / "student")
@@ -180,6 +184,7 @@ def test_seeds_share_the_held_out_problems_and_nothing_else(tmp_path, quick_stud
     assert same == {"prompts.jsonl": False, "golden.jsonl": False, "test.jsonl": True}
 
 
+@pytest.mark.slow
 def test_interrupted_build_leaves_nothing_behind(tmp_path, quick_student, monkeypatch):
     def interrupted(seed, report):
         raise KeyboardInterrupt

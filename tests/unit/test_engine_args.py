@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from opd_ray.errors import InputError
 from opd_ray.models import vllm as engines
 from opd_ray.models.engine_args import check_engine_args
 
-pytest.importorskip("vllm", reason="needs vLLM's source, and it is not installed")
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM's source, and it is not installed")
 
 
 def test_what_the_installed_vllm_has_is_passed_on() -> None:

@@ -50,6 +50,7 @@ def added(directory: str | Path, run_dir: Path) -> float:
     return round(float(differences[0]), 3)
 
 
+@pytest.mark.slow
 def test_the_newest_or_a_given_step_is_written_with_its_tokenizer(run_dir: Path, tmp_path: Path) -> None:
     assert added(export(run_dir, 2, tmp_path / "second"), run_dir) == 2
     newest = export(run_dir, None)
@@ -59,6 +60,7 @@ def test_the_newest_or_a_given_step_is_written_with_its_tokenizer(run_dir: Path,
     assert "is there already" in refused(lambda: export(run_dir, 4))
 
 
+@pytest.mark.slow
 def test_a_run_directory_or_a_checkpoint_stands_for_its_student(run_dir: Path, tmp_path: Path) -> None:
     """The bug: `evaluate` on either said that it had no config.json."""
     with student_in(str(run_dir / "checkpoints" / "step-2")) as student:
@@ -76,6 +78,7 @@ def test_what_is_no_checkpoint_of_the_run_is_refused(run_dir: Path, tmp_path: Pa
     assert "is no run directory" in refused(lambda: export(tmp_path, None))
 
 
+@pytest.mark.slow
 def test_of_a_run_that_trains_adapters_the_merged_student_and_they_alone_are_written(tmp_path: Path) -> None:
     from peft import PeftModel
 

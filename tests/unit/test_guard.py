@@ -281,6 +281,7 @@ def test_it_leaves_healthy_runs_alone():
     assert not any(found.values()), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rollouts", "within_ten", "latest"),
     [(8, 0.0, 21), (16, 0.4, 16), (32, 0.9, 11), (64, 1, 10), (128, 1, 10), (256, 1, 10)],
@@ -393,6 +394,7 @@ configs = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(configs, rows, st.booleans(), st.booleans(), st.floats(0, 2), st.sampled_from([16, 64, 320]))
 def test_whatever_it_sees_it_stays_within_its_limits(config, steps, has_golden, has_reference, golden, rollouts):

@@ -23,6 +23,7 @@ if True:  # no __main__ guard: a second run of this script would start judges wi
 """
 
 
+@pytest.mark.slow
 def test_answers_keep_their_order_and_whatever_goes_wrong_costs_one_verdict() -> None:
     """The bug: one answer that sympy holds the GIL for ended the heartbeat of its generator, and then the run."""
     bad = ["sleep", "hold_the_gil", "die", "eat_memory", "raise", "say_exit"]
@@ -41,6 +42,7 @@ def test_verdicts_of_one_call_are_given_side_by_side(tmp_path: Path) -> None:
         assert judging.ask("verify", [("meet", {"files": (one, two)}), ("meet", {"files": (two, one)})]) == [True] * 2
 
 
+@pytest.mark.slow
 def test_a_process_that_is_stopped_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "_GRACE_S", 0.5)
     monkeypatch.setattr(judge, "_PROCESSES", 1)
@@ -61,6 +63,7 @@ def test_closing_ends_what_is_asked(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_no_process_outlives_its_parent(tmp_path: Path) -> None:
     """Not even one whose verdict holds the GIL, so that it cannot see that its parent is gone."""
     script, pids = tmp_path / "parent.py", tmp_path / "pids"

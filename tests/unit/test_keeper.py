@@ -42,6 +42,7 @@ def steps_done(cast):
     return sum(event[0] == "train_step" for event in cast.log)
 
 
+@pytest.mark.slow
 def test_while_the_storage_does_not_answer_the_run_trains_on_and_writes_the_newest_afterwards(tmp_path):
     cast = cast_of(at_work, **LONG)
     outage = Outage(cast, lambda: 5 <= steps_done(cast) < 25)
@@ -64,6 +65,7 @@ def test_while_the_storage_does_not_answer_the_run_trains_on_and_writes_the_newe
     assert [int(each["text"].split()[2]) for each in said] == sorted({each["step"] // 2 * 2 for each in said})
 
 
+@pytest.mark.slow
 def test_the_loop_does_not_wait_for_a_write_that_has_failed_before(tmp_path):
     """The bug: at each checkpoint that was due it waited for the end of what was tried again."""
     cast = cast_of(at_work, **LONG)
@@ -90,6 +92,7 @@ def test_a_storage_that_does_not_answer_for_too_long_ends_the_run(tmp_path):
     assert 19 <= steps_done(cast) <= 25, "tried again for 100 s, of 7 s a step"
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_is_waited_for_when_the_results_are_there(tmp_path):
     cast = cast_of(at_work)
     ends = []
@@ -106,6 +109,7 @@ def test_the_last_checkpoint_is_waited_for_when_the_results_are_there(tmp_path):
     assert latest(tmp_path).step == 6
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_outage_does_not_wait_for_the_next_try(tmp_path):
     """What is saved is the newest step, not the one that was waiting."""
     cast = cast_of(at_work, **LONG, checkpoint={"every_steps": 7, "grace_s": 15.0})
@@ -122,6 +126,7 @@ def test_a_signal_during_an_outage_does_not_wait_for_the_next_try(tmp_path):
     assert latest(tmp_path).step == 8
 
 
+@pytest.mark.slow
 def test_a_learner_that_is_lost_during_an_outage_comes_back_from_memory(tmp_path):
     cast = cast_of(at_work, **LONG, checkpoint={"every_steps": 5, "memory_every_steps": 1})
     Outage(cast, lambda: steps_done(cast) < 30)
@@ -161,6 +166,7 @@ def test_a_signal_while_the_last_checkpoint_is_being_written_fails_no_run_that_i
     assert latest(tmp_path).step == 6
 
 
+@pytest.mark.slow
 def test_a_storage_that_hangs_is_one_that_does_not_answer(tmp_path, monkeypatch):
     """The bug: listing and sealing had no deadline, and a call that hung held the loop for ever."""
     monkeypatch.setattr(shelf, "_CALL_S", 30.0)

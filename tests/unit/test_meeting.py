@@ -93,6 +93,7 @@ def _all_of(stranger: socket.socket) -> bytes:
     return heard
 
 
+@pytest.mark.slow
 def test_a_member_with_another_secret_is_turned_away(learner, threads):
     meeting = threads.submit(meet, dataclasses.replace(learner, timeout_s=0.5), {})
     with pytest.raises(ConnectionError, match="turned this member away"):
@@ -144,6 +145,7 @@ def test_rank_0_listens_at_its_address_alone_and_no_longer_than_they_meet(learne
         socket.create_connection((learner.host, learner.port), timeout=1.0)
 
 
+@pytest.mark.slow
 def test_one_who_knows_torch_and_the_port_gets_no_weights(learner, threads):
     """It did: rank 0's store told everybody where gloo's members listen, and gloo took whoever came."""
     sender, receiver, sent = WeightTransfer(), WeightTransfer(), [("weight", torch.arange(4.0))]

@@ -151,6 +151,7 @@ sleep 60
 """A job's command as Ray runs it, in a shell that would die of SIGTERM, beside an actor and an idle worker."""
 
 
+@pytest.mark.slow
 def test_before_a_pod_ends_its_driver_saves_and_its_actors_have_ended(tmp_path: Path) -> None:
     """SIGTERM to `ray start --block` never reached a driver."""
     (tmp_path / "driver.py").write_text(_DRIVER)

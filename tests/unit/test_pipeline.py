@@ -26,6 +26,7 @@ def at_full_strength(made):
     made.guard.restore(made.guard.state() | {"notch": 2})
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     max_staleness=st.integers(0, 4),

@@ -153,6 +153,7 @@ def test_a_pool_is_not_made_smaller_before_there_is_a_learner_that_waits():
     supervised(scenario, prepare=slow(20.0), rollout=generators(4, 2, 4))
 
 
+@pytest.mark.slow
 def test_pools_of_a_fixed_size_stay_as_they_are():
     async def scenario(kept):
         kept.supervisor.learner_waited_s = time.monotonic

@@ -199,6 +199,7 @@ def test_vocabularies_with_swapped_tokens_are_refused_by_the_first_of_them(
     assert "but id 5 in student.path=" in message
 
 
+@pytest.mark.slow
 def test_markup_may_have_other_names_unless_a_prompt_holds_it(setting: dict[str, str], tmp_path: Path) -> None:
     """As Qwen2.5's <|im_start|> is <｜User｜> in DeepSeek-R1-Distill-Qwen, with the same ordinary tokens."""
     ours = [*CHARACTERS, "<user>"]
@@ -272,6 +273,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_by_file_and_row(setting: dict[s
     preflight.check_files(configured(setting, rollout__max_response_tokens="19"))
 
 
+@pytest.mark.slow
 def test_prompts_that_the_tokenizer_does_not_know_are_refused_or_said(setting: dict[str, str]) -> None:
     """The bug: they all looked the same to the student, as tokens of padding."""
     files = {field: Path(setting[field]) for field in ("data.evaluation", "data.prompts")}
@@ -306,6 +308,7 @@ def test_held_out_problems_that_are_trained_on_are_refused(setting: dict[str, st
     assert "test.jsonl row 2: 2 of 3 held-out problems are also in" in message
 
 
+@pytest.mark.slow
 def test_a_large_prompt_file_takes_under_three_seconds(setting: dict[str, str], tmp_path: Path) -> None:
     rows = [{"prompt": f"{i:05d}+{i % 7}=", "answer": "0"} for i in range(60_000)]
     write_jsonl(tmp_path / "prompts.jsonl", [*rows, {"prompt": "1" * 30 + "=", "answer": "0"}])

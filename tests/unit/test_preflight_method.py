@@ -133,6 +133,7 @@ def test_prompts_without_answers_do_where_nobody_judges(setting: dict[str, str])
     preflight.check_files(configured(setting, **LIVE_TEACHER, buffer__teacher_filter="finished"))
 
 
+@pytest.mark.slow
 def test_answers_that_the_task_cannot_read_are_refused(setting: dict[str, str]) -> None:
     """The bug: the first response to such a problem ended a run whose models were long loaded."""
     mathematical, answer = GRPO | {"data__task": "math"}, "\\boxed{}"
@@ -159,6 +160,7 @@ def with_sets(setting: dict[str, str], *names: str, **more: str) -> dict[str, st
     return own | {f"evaluation.sets.{name}.path": str(root / f"{name}.jsonl") for name in names} | more
 
 
+@pytest.mark.slow
 def test_every_set_is_looked_at_before_a_model_loads(setting: dict[str, str], tmp_path: Path) -> None:
     write_jsonl(tmp_path / "easy.jsonl", [{"prompt": "5=", "answer": "5"}, {"prompt": "6=", "answer": "6"}])
     hard, both = tmp_path / "hard.jsonl", with_sets(setting, "easy", "hard")

@@ -19,6 +19,7 @@ from tiny_checkpoints import configured, make_setting, refused
 GCD = "reasoning_gym:gcd?size=4&seed=1"
 
 
+@pytest.mark.slow
 def test_a_source_gives_prompts_answers_and_solutions_by_its_seed() -> None:
     rows = read_prompts(GCD)
     assert len(rows) == 4 and rows.has_ids
@@ -85,6 +86,7 @@ def test_a_problem_with_many_right_answers_is_judged_by_its_rules_and_has_no_sol
     assert "row 1: has no 'response'" in refused(lambda: read_golden("reasoning_gym:graph_color?size=1"))
 
 
+@pytest.mark.slow
 def test_verdicts_come_from_a_process_that_can_be_killed() -> None:
     """The row and what its verifier needs go there by pickle."""
     rows = read_prompts(GCD)
@@ -104,6 +106,7 @@ def test_the_task_follows_from_the_source() -> None:
     assert configs.from_dict(unasked).data.task == "math"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "field"),
     [

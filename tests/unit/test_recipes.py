@@ -239,6 +239,7 @@ def test_the_paper_files_carry_what_the_paper_states(name):
     assert config.loss.reduction == "sequence"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_the_paper_files_evaluate_on_its_six_sets(name):
     sets = load(name).evaluation_sets

@@ -72,6 +72,7 @@ def answers(tmp_path_factory):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(REFUSED)), ids=[said for _, said in REFUSED])
 def test_a_refusal_needs_no_torch(answers, case):
     """The bug: torch and transformers were imported for every command, and a mistyped path took 14 s of CPU."""
@@ -120,6 +121,7 @@ main(["preflight", "rollout.engine=torch"])
 """
 
 
+@pytest.mark.slow
 def test_a_check_that_is_killed_is_told_in_one_line():
     """The bug: files too large for the memory ended in the traceback of a broken process pool."""
     resolve(load())  # who must build the embedded models first has imported torch, and checks without a fork

@@ -54,6 +54,7 @@ def test_what_a_run_contains_never_becomes_markup(tmp_path):
     assert data["runs"][0]["events"][0]["action"] == EVIL
 
 
+@pytest.mark.slow
 def test_the_page_asks_the_network_for_nothing(tmp_path):
     page, _ = report(make_run(tmp_path / "run"))
     assert re.findall(r'(?:src|href)="(?!data:)[^"]*"|@import|url\(', page) == []

@@ -238,6 +238,7 @@ def test_numbers_as_people_write_them():
     assert [clock(value) for value in (41, 185, 7385)] == ["41 s", "3:05", "2:03:05"]
 
 
+@pytest.mark.slow
 def test_a_long_run_is_read_in_little_memory_with_its_ends_and_extremes(tmp_path):
     """The bug: the whole file lay in memory, as text and as numbers: gigabytes of a run of 100 000 steps."""
     run, steps = tmp_path / "run", 30_000

@@ -106,6 +106,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_study(root, logged_steps=[1, 40], steps=60, student=make_student(root.parent / "student"))
 
 
+@pytest.mark.slow
 def test_the_page_of_fourteen_arms_has_them_in_the_order_of_the_study(study):
     page, data = report(study, order=list(STUDY_ARMS))
     assert data["arms"] == list(STUDY_ARMS) and data["shown"] == 7
@@ -118,6 +119,7 @@ def test_the_page_of_fourteen_arms_has_them_in_the_order_of_the_study(study):
     assert "The same for every arm: sampled accuracy before <b>.30 ± .00</b>" in page
 
 
+@pytest.mark.slow
 def test_the_page_of_a_study_stays_small_and_its_runs_share_the_rollouts_alike(study):
     page, data = report(study)
     numbers = [len(run["rollouts"]) for run in data["runs"]]
@@ -125,6 +127,7 @@ def test_the_page_of_a_study_stays_small_and_its_runs_share_the_rollouts_alike(s
     assert len(page) < 6e6
 
 
+@pytest.mark.slow
 def test_what_a_guarded_run_took_back_is_beside_its_curve_with_the_events_that_belong_there(study):
     _, data = report(study, order=list(STUDY_ARMS))
     guard = data["arms"].index("OPD + guard")

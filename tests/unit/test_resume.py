@@ -87,6 +87,7 @@ def test_the_state_in_memory_is_saved_first_when_the_step_under_way_does_not_end
     assert_whole(again, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_state_in_memory_and_then_that_after_the_step_under_way_are_saved(tmp_path):
     cast = cast_of(slow_learner, checkpoint={**IN_MEMORY, "grace_s": 1000.0})
     text = stopped_by_a_signal(tmp_path, cast, lambda: steps_done(cast) == 3)
@@ -227,6 +228,7 @@ def test_a_full_disk_that_has_the_checkpoints_as_well_is_said_twice(tmp_path, mo
 # ---- checkpoints and resuming ----
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_all_that_was_saved(tmp_path):
     """Guard, summary, restarts, golden position, buffer: as in a run that was never interrupted."""
     sections = {
@@ -271,6 +273,7 @@ def test_a_resumed_run_has_all_that_was_saved(tmp_path):
     assert sorted(int(name.partition("-")[0]) for name in names) == list(range(12))
 
 
+@pytest.mark.slow
 def test_a_smaller_staleness_bound_holds_for_what_was_saved_under_a_larger_one(tmp_path):
     """The bug: rollouts from a checkpoint were trained on however old, past the max_staleness given at --resume."""
     saving = {"checkpoint": {"every_steps": 0, "grace_s": 1000}}

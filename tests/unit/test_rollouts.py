@@ -248,6 +248,7 @@ def test_what_a_pipeline_holds_is_what_another_goes_on_with():
     assert seen[-1] == (5, (), (), 10, set())
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     max_staleness=st.integers(0, 3),

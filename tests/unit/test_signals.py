@@ -77,6 +77,7 @@ def test_the_first_signal_asks_the_run_to_end(way: Callable[..., Any], number: s
     assert handlers() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("kernel", [False, True])
 def test_the_second_one_ends_a_run_beside_a_loop_at_once(before: Any, first: signal.Signals, kernel: bool) -> None:

@@ -117,6 +117,7 @@ def test_more_losses_in_the_window_than_allowed_end_the_run():
     assert "the last: its node went again" in str(failure) and "--resume" in str(failure)
 
 
+@pytest.mark.slow
 def test_losses_that_lie_further_apart_than_the_window_go_on_for_ever():
     async def scenario(kept):
         for _ in range(12):
