@@ -19,15 +19,15 @@ from opd_ray.weights import BUCKET_BYTES
 BASE_BYTES = {
     "learn": 440_000_000,
     "torch": 360_000_000,
-    "vllm": 860_000_000,
+    "vllm": 910_000_000,
     "record": 115_000_000,
     "driver": 400_000_000,
     "ray": 630_000_000,
 }
 """A process with its libraries imported and no model: a learner rank, one with transformers, one with vLLM, the
 recorder, the driver, and Ray's own on the head's node. Anonymous pages and its share of mapped files, as measured with
-CPU builds of torch 2.13 and vLLM 0.32 on Linux (a generator's was .71 GB after 40 weight updates, .94 after 150);
-libraries for CUDA take more."""
+CPU builds of torch 2.13 and vLLM 0.32 on Linux (a generator's is .73 GB before its first step and .91 to .93 when it
+holds as many kernels as :data:`opd_ray.rooms.memory.KERNEL_CACHES` allows); libraries for CUDA take more."""
 _CUDA_BYTES = 1_000_000_000
 """CUDA's context, workspaces of cuBLAS and NCCL's buffers: about this on Hopper, as PyTorch reports it; not measured
 here."""

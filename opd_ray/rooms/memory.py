@@ -1,4 +1,5 @@
-"""How much memory this process has needed, its children included (a judge's, those of tensor parallelism)."""
+"""How much memory this process has needed, its children included (a judge's, those of tensor parallelism); and a bound
+on what its CPU kernels take of it."""
 
 from __future__ import annotations
 
@@ -9,6 +10,15 @@ from pathlib import Path
 import psutil
 
 from opd_ray.messages import MemoryUse
+
+KERNEL_CACHES = dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "384")
+"""How many compiled kernels a process keeps, by oneDNN's variable and by that of PyTorch's own cache in front of it.
+
+On CPUs oneDNN compiles one for every matrix and every number of tokens that it meets, .5 to .7 MB each, and keeps
+1,024: generators grew by half a gigabyte over some hundred weight updates, because the prefixes that these recompute
+have ever new lengths. This is enough for a decoder's five kinds of matrices at 64 batch sizes, which come again and
+again; what is met once, as most prefills are, takes a millisecond to compile.
+"""
 
 
 def own_memory() -> MemoryUse:

@@ -120,6 +120,23 @@ def test_a_sampled_eos_of_any_id_has_the_probability_of_all(engine: ScoringEngin
     assert seen == set(STOPS)
 
 
+@pytest.mark.parametrize("engine", MODELS[:1], indirect=True)
+def test_steps_of_ever_new_sizes_do_not_take_ever_more_memory(engine: ScoringEngine, vllm_host: EngineHost) -> None:
+    """The bug: oneDNN kept a kernel for every number of tokens, so generators grew with the prefixes that each weight
+    update made them recompute."""
+
+    def score(totals: range) -> None:
+        for total in totals:
+            half = (total - 256) // 2
+            lengths = [64, 64, 64, 64, half, total - 256 - half]
+            engine.score([Rollout(np.full(4, 5), np.full(each - 4, 5, np.int32)) for each in lengths], ScoreRequest())
+
+    score(range(320, 380))  # five kernels each: now there are as many as may be
+    before = vllm_host.memory_bytes()
+    score(range(380, 440))
+    assert vllm_host.memory_bytes() - before < 70 * 2**20
+
+
 @pytest.mark.parametrize("engine", MODELS, indirect=True)
 def test_no_sequences_give_no_scores(engine: ScoringEngine) -> None:
     assert engine.score([], ScoreRequest(top_k=4)) == []

@@ -15,6 +15,7 @@ import threading
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
+import psutil
 import pytest
 
 
@@ -43,14 +44,22 @@ class EngineHost:
             raise value
         return value
 
+    def memory_bytes(self) -> int:
+        """What the child has to itself."""
+        return psutil.Process(self.ask(("pid",))).memory_full_info().uss
+
     def close(self) -> None:
         if self._process is not None:
             self._pipe.close()
             self._process.wait(timeout=30)
 
     def _start(self) -> None:
+        from opd_ray.rooms.memory import KERNEL_CACHES  # here: the child does not need what comes along
+
         with Listener() as listener:
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+            # As a run's actors have it.
+            environment = os.environ | KERNEL_CACHES | {"OMP_NUM_THREADS": "1"}
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
             command = [*self._python, __file__, str(listener.address)]
             self._process = subprocess.Popen(command, env=environment)
             self._pipe = listener.accept()
@@ -91,6 +100,8 @@ def _answer(engines: list[Any], verb: str, rest: list[Any]) -> Any:
         module, _, name = target.partition(":")
         engines.append(getattr(importlib.import_module(module), name)(**kwargs))
         return len(engines) - 1
+    if verb == "pid":
+        return os.getpid()
     if verb == "get":
         key, name = rest
         return getattr(engines[key], name)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from opd_ray.placement import launch
+from opd_ray.rooms.memory import KERNEL_CACHES
 from opd_ray.snapshots import calls
 
 
@@ -71,3 +72,4 @@ def test_an_actor_gets_the_users_environment_before_what_it_has_by_default(monke
     variables = actor_class.given["runtime_env"]["env_vars"]
     assert (variables["NCCL_DEBUG"], variables["OMP_NUM_THREADS"]) == ("INFO", "4")
     assert variables["TOKENIZERS_PARALLELISM"] == "false"
+    assert variables.items() >= KERNEL_CACHES.items()
