@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_ray import config as configs
-from opd_ray.embedded.prepare import cache_root
+from opd_ray.disk import cache_root
 from opd_ray.errors import InputError, OpdError
 from opd_ray.run.train import train
 

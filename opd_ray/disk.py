@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and what a full disk means for a run."""
+"""Writing files: whole or not at all, and what a full disk means for a run; where what can be made again is kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opd_ray.errors import Unwritable
+
+
+def cache_root() -> Path:
+    """`OPD_RAY_CACHE`, or `~/.cache/opd_ray`."""
+    configured = os.environ.get("OPD_RAY_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "opd_ray"
 
 
 @contextlib.contextmanager

@@ -16,8 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opd_ray.disk import whole
-from opd_ray.embedded.prepare import cache_root
+from opd_ray.disk import cache_root, whole
 
 _FEW = 256
 _UNREAD_S = 30 * 86_400.0

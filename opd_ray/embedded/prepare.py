@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from opd_ray.disk import cache_root
 from opd_ray.errors import InputError
 from opd_ray.progress import terminal_progress
 from opd_ray.tasks import chain
@@ -82,12 +83,6 @@ def golden_file(seed: int, count: str) -> Path:
         write_rows(partial, problems, with_solutions=True)
         partial.rename(path)
     return path
-
-
-def cache_root() -> Path:
-    """`OPD_RAY_CACHE`, or `~/.cache/opd_ray`."""
-    configured = os.environ.get("OPD_RAY_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "opd_ray"
 
 
 def is_embedded(path: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 from opd_ray import config as configs
 from opd_ray.config import Config
+from opd_ray.disk import cache_root
 from opd_ray.embedded import prepare as embedded
 from opd_ray.embedded.resolve import without_foreign_golden
 from opd_ray.errors import InputError
@@ -120,7 +121,7 @@ def _stands_for(new: Any, old: Any, before: Mapping[str, Any]) -> bool:
         return Path(old).name == f"golden-{count}.jsonl"
     path = Path(old)
     # The package may have lain elsewhere: in the copy that Ray made for an earlier job.
-    made_here = path.parts[-4:] == embedded.TEACHER_DIR.parts[-4:] or path.is_relative_to(embedded.cache_root())
+    made_here = path.parts[-4:] == embedded.TEACHER_DIR.parts[-4:] or path.is_relative_to(cache_root())
     return made_here and not path.name.startswith("golden-")
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_ray.data.rendering import Renderer
+from opd_ray.disk import cache_root
 from opd_ray.embedded import models as embedded_models
 from opd_ray.embedded import prepare as embedded
 from opd_ray.embedded.models import EOS_ID, IGNORED, PAD_ID, VOCABULARY, copy_probe, measure
@@ -226,9 +227,9 @@ def test_cache_that_cannot_be_written_is_refused_with_the_remedy(tmp_path, monke
 
 
 def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
-    assert embedded.cache_root() == tmp_path
+    assert cache_root() == tmp_path
     monkeypatch.delenv("OPD_RAY_CACHE")
-    assert embedded.cache_root() == Path.home() / ".cache" / "opd_ray"
+    assert cache_root() == Path.home() / ".cache" / "opd_ray"
 
 
 def test_progress_is_plain_lines_without_a_terminal(tmp_path, quick_student, capsys):
