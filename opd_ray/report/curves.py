@@ -35,20 +35,45 @@ class Chart:
     """Metric's name, or a pattern of such, and what to call it beside the others; empty: after its name."""
     evaluation: str = ""
     """Metric of held-out evaluations to draw as points."""
+    guarded: str = field(default="", kw_only=True)
+    """The guard's signal whose thresholds are drawn: without them the noise of a healthy run looks like a spike."""
+    least: float | None = field(default=None, kw_only=True)
+    """What the axis reaches down to 0 from, at least."""
     help: str = field(default="", kw_only=True)
     """Empty: what the first metric means."""
 
 
+_ERROR = "_se"
+"""Ends the name of a metric that is another's standard error."""
+_AXES = {"tokens": ("learner/trained_tokens", 1.0), "minutes": ("throughput/step_s", 1 / 60)}
+"""What curves may be drawn over, besides steps: what a step takes of it."""
 _IDLE = "Idle"
 _REST = "Everything else that was measured"
 _GROUPS: dict[str, tuple[Chart, ...]] = {
     "What the student writes": (
-        Chart("Accuracy", {"rollouts/accuracy": ""}, "evaluation/accuracy_sampled"),
-        Chart("Truncation", {"rollouts/truncation_rate": ""}, "evaluation/truncation_rate"),
-        Chart("Length", {"rollouts/length": ""}, "evaluation/mean_length"),
-        Chart("Repetition", {"rollouts/repetition_rate": ""}, "evaluation/repetition_rate"),
-        Chart("Tokens in truncated rollouts", {"rollouts/truncated_token_share": ""}),
-        Chart("Greedy accuracy", {"evaluation/accuracy_greedy": ""}),
+        Chart("Accuracy", {"rollouts/accuracy": ""}, "evaluation/accuracy_sampled", least=1.0),
+        Chart(
+            "Truncation",
+            {"rollouts/truncation_rate": ""},
+            "evaluation/truncation_rate",
+            guarded="truncation_rate",
+            least=0.1,
+        ),
+        Chart("Length", {"rollouts/length": ""}, "evaluation/mean_length", least=0.0),
+        Chart(
+            "Repetition",
+            {"rollouts/repetition_rate": ""},
+            "evaluation/repetition_rate",
+            guarded="repetition_rate",
+            least=0.1,
+        ),
+        Chart(
+            "Tokens in truncated rollouts",
+            {"rollouts/truncated_token_share": ""},
+            guarded="truncated_token_share",
+            least=0.1,
+        ),
+        Chart("Greedy accuracy", {"evaluation/accuracy_greedy": ""}, least=1.0),
     ),
     "Held-out sets": (Chart("", {"evaluation/*/accuracy_sampled": "", "evaluation/*/pass_at_*": ""}),),
     "What it is taught": (
@@ -57,7 +82,7 @@ _GROUPS: dict[str, tuple[Chart, ...]] = {
             {"learner/advantage_repetitive": "repetitive tokens", "learner/advantage_other": "others"},
             help="log π_T − log π_θ, nats: inflation is fed where repetitive tokens have the higher one",
         ),
-        Chart("Repetitive tokens", {"learner/repetitive_share": ""}),
+        Chart("Repetitive tokens", {"learner/repetitive_share": ""}, least=0.1),
         Chart("Log-probability", {"learner/student_logprob": "student", "learner/teacher_logprob": "teacher"}),
         Chart("Entropy", {"learner/entropy": ""}),
         Chart("Gradient norm", {"learner/grad_norm": ""}),
@@ -100,7 +125,7 @@ def groups(runs: Sequence[Run], lines: Mapping[str, ReferenceLine], *, has_lanes
             if has_lanes and chart.title == _IDLE:
                 continue
             for found in _expand(chart, names, drawn):
-                drawn |= {*found.metrics, found.evaluation}
+                drawn |= {name + suffix for name in (*found.metrics, found.evaluation) for suffix in ("", _ERROR)}
                 panels.append(_panel(found, runs, lines))
         if panels:
             result.append({"title": title, "open": title != _REST, "panels": panels})
@@ -132,22 +157,76 @@ def _words(name: str) -> str:
 
 def _panel(chart: Chart, runs: Sequence[Run], lines: Mapping[str, ReferenceLine]) -> dict[str, Any]:
     drawn = [*chart.metrics, chart.evaluation] if chart.evaluation else [*chart.metrics]
+    unit = getattr(metric(drawn[0]), "unit", "")
+    levels = [(lines[name].value, lines[name].label) for name in drawn if name in lines]
+    levels += [(value, f"guard {does} at") for does, value in _thresholds(runs, chart.guarded)]
     return {
         "title": chart.title,
         "help": (chart.help or metric(drawn[0]).meaning) + ("; ◇ held out" if chart.evaluation else ""),
-        "share": getattr(metric(drawn[0]), "unit", "") == "share",  # of 1: the axis begins at 0
+        "unit": unit if unit not in ("number", "factor") else "",
+        "least": 0.0 if chart.least is None and unit == "share" else chart.least,
         "metrics": [*chart.metrics],
         "series": [
             {
                 "name": label if len(chart.metrics) > 1 else "",
                 "runs": _values(runs, name),
+                "errors": _errors(runs, name),
                 "abandoned": _abandoned(runs, name),
             }
             for name, label in chart.metrics.items()
         ],
         "points": _values(runs, chart.evaluation),
-        "lines": [{"y": lines[name].value, "text": lines[name].label} for name in drawn if name in lines],
+        "errors": _errors(runs, chart.evaluation),
+        "lines": [{"y": value, "text": text} for value, text in levels],
     }
+
+
+def _thresholds(runs: Sequence[Run], signal: str) -> list[tuple[str, float]]:
+    """What the guard does, and from which level on where a run's normal one is 0; nothing where runs are not alike."""
+    field, level = f"guard.{signal}", "guard.level"
+    known = [(run.config[field], run.config.get(level)) for run in runs if run.config.get(field)]
+    on = [each for each in known if each[1] != "off"]
+    if not on or any(each != on[0] for each in on):
+        return []
+    values, most = on[0]
+    return [*zip(("warns",) if most == "warn" else ("warns", "acts"), values, strict=False)]
+
+
+def _errors(runs: Sequence[Run], name: str) -> list[list[list[float]] | None] | None:
+    """Standard errors where they were measured, or where one answer to each problem tells them."""
+    if name.endswith("/accuracy_greedy"):
+        prefix = name.removesuffix("accuracy_greedy")
+        return [_of_shares(run.metrics.get(name), run.metrics.get(f"{prefix}num_problems")) for run in runs]
+    values = _values(runs, name + _ERROR)
+    return values if any(values) else None
+
+
+def _of_shares(shares: Mapping[int, float] | None, counts: Mapping[int, float] | None) -> list[list[float]] | None:
+    if not shares or not counts:
+        return None
+    steps = [step for step in shares if counts.get(step)]
+    return [steps, [_short(math.sqrt(shares[step] * (1 - shares[step]) / counts[step])) for step in steps]]
+
+
+def axes(run: Run) -> dict[str, list[list[float]]]:
+    """What a run had taken of tokens and minutes after its steps, of those steps that count; without what was not
+    measured. Between measurements that were kept it is straight."""
+    found = {}
+    for name, (source, factor) in _AXES.items():
+        if values := run.metrics.get(source):
+            sums, total, last = {0: 0.0}, 0.0, 0
+            for step, value in values.items():
+                total, last = total + factor * value * (step - last), step
+                sums[step] = total
+            found[name] = _sparse(sums)
+    return found
+
+
+def _sparse(sums: Mapping[int, float]) -> list[list[float]]:
+    """Every n-th and the last: sums are smooth."""
+    steps = [*sums]
+    steps = sorted({*steps[:: math.ceil(len(steps) / _POINTS[0])], steps[-1]})
+    return [steps, [_short(sums[step]) for step in steps]]
 
 
 def _values(runs: Sequence[Run], name: str) -> list[list[list[float]] | None]:

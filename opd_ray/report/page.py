@@ -80,8 +80,8 @@ def render(
         kinds=kinds,
         lanes=drawn,
         sizes=_sizes(kinds),
-        has_abandoned=any(run.abandoned for run in runs),
         adjacent=curves.adjacent(runs),
+        marks=_marks(runs),
         events=events,
         actions=[row for row in events if row not in warnings],
         folded=warnings if len(events) > _MANY_EVENTS else [],
@@ -145,6 +145,7 @@ def _data(
                 "arm": labels.index(run.arm),
                 "name": run.name,
                 "events": _events(run),
+                "axes": curves.axes(run),
                 "abandoned": [[attempt.first, attempt.last, attempt.rolled_back] for attempt in run.abandoned],
                 **vars(part),
             }
@@ -171,6 +172,25 @@ def _events(run: Run) -> list[dict[str, Any]]:
             del ended[0]
         shown.append(known)
     return shown
+
+
+def _marks(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """The signs that are on the charts, each with what it says."""
+    levels = {event.get("level") for run in runs for event in run.events}
+    marks = [("◇", "held out"), ("┃", "± 1 standard error, or from the lowest seed to the highest")]
+    names = {
+        "warn": ("▲", "warns"),
+        "act": ("★", "acts"),
+        "rollback": ("◀", "goes back"),
+        "stop": ("✖", "ends the run"),
+    }
+    marks += [(sign, f"the guard {does}") for level, (sign, does) in names.items() if level in levels]
+    if any(not attempt.rolled_back for run in runs for attempt in run.abandoned):
+        marks.append(("◁", "cut off, and resumed from an earlier step"))
+    if any(run.abandoned for run in runs):
+        marks.append(("┈", "faint: steps that a run abandoned when it went back"))
+    marks.append(("┄", "where the guard warns and acts, counted from a run's normal level"))
+    return marks
 
 
 def _step(event: Mapping[str, Any]) -> int:

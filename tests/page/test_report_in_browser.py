@@ -138,8 +138,24 @@ def test_a_chart_has_each_seed_a_mean_a_band_and_the_guards_events(seen_page):
     assert accuracy.locator(".scatterlayer .fills path.js-fill, .scatterlayer path.js-fill").count() == 2
     # Held-out points before and after for each arm, and two events on the line of each of two runs.
     assert accuracy.locator(".scatterlayer .points path").count() == 2 * 2 + 2 * 2
-    assert chart(seen_page, "Truncation").locator(".key").inner_text() == "the teacher itself"
-    assert chart(seen_page, "Truncation").locator(".shapelayer path").count() == 1
+    keys = chart(seen_page, "Truncation").locator(".key").all_inner_texts()
+    assert keys == ["the teacher itself 0.06", "guard warns at 0.1", "guard acts at 0.25"]
+    assert chart(seen_page, "Truncation").locator(".shapelayer path").count() == 3
+    assert seen_page.locator(".marks b").all_inner_texts() == ["◇", "┃", "★", "✖", "┄"]
+
+
+def test_curves_are_drawn_over_tokens_and_minutes_as_well(seen_page):
+    title = chart(seen_page, "Accuracy").locator(".xtitle")
+    ends = []
+    for axis in ("tokens", "minutes", "steps"):
+        seen_page.locator("#axis").select_option(axis)
+        for _ in range(200):
+            if title.text_content().startswith(axis):
+                break
+            seen_page.wait_for_timeout(25)
+        line = "document.querySelectorAll('.plot')[0].data.filter((t) => /lines/.test(t.mode) && t.name).at(-1)"
+        ends.append(seen_page.evaluate(f"{line}.x.at(-1)"))
+    assert ends == [60_000, 3, 60]
 
 
 def test_an_arm_is_hidden_in_every_chart_by_its_button(seen_page):

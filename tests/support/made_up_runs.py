@@ -71,6 +71,7 @@ def make_run(
         "rollout": {"max_response_tokens": 80, "temperature": 1.0, "top_p": 1.0},
         "metrics": {"repetition_window_chars": 24, "repetition_ratio": 1.5},
         "learner": {"steps": steps},
+        "guard": {"level": "act", "truncation_rate": [0.1, 0.25, 0.5], "repetition_rate": [0.05, 0.15, 0.4]},
     }
     (path / "config.yaml").write_text(yaml.safe_dump(settings | dict(config or {})))
     if finished:
@@ -238,6 +239,7 @@ def _evaluation(accuracy: float, truncation: float) -> dict[str, float]:
     return {
         "accuracy_greedy": min(1.0, accuracy + 0.1),
         "accuracy_sampled": accuracy,
+        "accuracy_sampled_se": 0.02,
         "truncation_rate": truncation,
         "repetition_rate": truncation / 2,
         "mean_length": 20 + 60 * truncation,
@@ -261,7 +263,9 @@ def _measured(step: int, accuracy: float, inflated: bool) -> dict[str, float]:
         "learner/advantage_repetitive": -0.3,
         "learner/advantage_other": -0.8,
         "learner/repetitive_share": 0.3 if inflated else 0.01,
+        "learner/trained_tokens": 1000.0,
         "throughput/tokens_per_s": 1000.0 + step,
+        "throughput/step_s": 3.0,
         "staleness/mean": 1.0,
         "staleness/max": 2.0,
         "something/new": float(step),

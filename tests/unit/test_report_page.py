@@ -39,8 +39,30 @@ def test_reference_lines_and_notes_are_on_the_page(tmp_path):
         title="A study",
         notes=["Mind <this>."],
     )
-    assert panels(data)["Truncation"]["lines"] == [{"y": 0.06, "text": "the teacher itself"}]
+    lines = [(line["y"], line["text"]) for line in panels(data)["Truncation"]["lines"]]
+    assert lines == [(0.06, "the teacher itself"), (0.1, "guard warns at"), (0.25, "guard acts at")]
     assert "<h1>A study</h1>" in page and "Mind &lt;this&gt;." in page
+
+
+def test_what_a_healthy_run_measures_is_seen_against_what_the_guard_acts_on(tmp_path):
+    """The bug: truncation of .00 to .02 filled its chart like a collapse."""
+    level = {"guard": {"level": "warn", "truncation_rate": [0.2, 0.3, 0.5]}}
+    chart = panels(report(make_run(tmp_path / "a", config=level))[1])["Truncation"]
+    assert (chart["lines"], chart["least"]) == ([{"y": 0.2, "text": "guard warns at"}], 0.1)
+    off = make_run(tmp_path / "b", seed=2, config={"guard": {**level["guard"], "level": "off"}})
+    assert [line["y"] for line in panels(report(tmp_path / "a", off)[1])["Truncation"]["lines"]] == [0.2]
+    other = make_run(tmp_path / "c", seed=3, config={"guard": {"level": "warn", "truncation_rate": [0.1, 0.3, 0.5]}})
+    assert panels(report(tmp_path / "a", other)[1])["Truncation"]["lines"] == []  # whose would they be?
+
+
+def test_curves_know_their_errors_and_what_steps_took(tmp_path):
+    _, data = report(make_run(tmp_path / "run", steps=20, accuracy=(0.4, 0.7)))
+    charts = panels(data)
+    assert charts["Accuracy"]["errors"] == [[[0, 20], [0.02, 0.02]]]
+    assert charts["Greedy accuracy"]["series"][0]["errors"] == [[[0, 20], [0.02236, 0.01789]]]  # of 500 answers
+    assert "Accuracy sampled se" not in charts
+    assert data["runs"][0]["axes"]["tokens"] == [list(range(21)), [1000.0 * step for step in range(21)]]
+    assert data["runs"][0]["axes"]["minutes"][1][-1] == 1.0
 
 
 def test_what_a_run_contains_never_becomes_markup(tmp_path):

@@ -4,6 +4,8 @@
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 const DASH_ARRAYS = ["", "6 4", "2 3", "6 3 2 3"];
 const SYMBOLS = { warn: "triangle-up", act: "star", rollback: "triangle-left", stop: "x" };
+const AXES = ["steps", "tokens", "minutes"];
+const AXIS_TITLES = { steps: "steps", tokens: "tokens trained on", minutes: "minutes" };
 const WINDOWS = [1, 5, 11, 25];
 const FEW_POINTS = 12;
 const FEW_ARMS = 4; // with more, thin lines of single seeds would hide the means
@@ -54,10 +56,10 @@ class Charts {
     this.data = data;
     this.hidden = new Set(data.arms.keys().filter((arm) => arm >= data.shown));
     this.panels = [];
-    const lines = data.groups.flatMap((group) => group.panels).flatMap((panel) => panel.series)
-      .flatMap((series) => series.runs).filter(Boolean);
-    const last = Math.max(...lines.map(([steps]) => steps.at(-1)), 1);
-    this.whole = [-0.02 * last, 1.02 * last];
+    const series = data.groups.flatMap((group) => group.panels).flatMap((panel) => panel.series);
+    const lines = series.flatMap(({ runs }) => runs).filter(Boolean);
+    this.last = data.runs.map((_, run) => Math.max(...series.map(({ runs }) => runs[run]?.[0].at(-1) ?? 1), 1));
+    this.overAxis("steps");
     this.window = Math.max(...lines.map(([steps]) => steps.length), 0) >= 60 ? 5 : 1;
     this.band = "range";
     this.makeLegend();
@@ -99,7 +101,37 @@ class Charts {
     byId("show-all").textContent = this.hidden.size || shown === arms.length ? `Show all ${arms.length}` : `The first ${shown} only`;
   }
 
+  // Steps, or what all runs have measured besides.
+  overAxis(name) {
+    this.axis = name;
+    const ends = this.last.map((step, run) => this.at(run, [step])[0]);
+    const end = Math.max(...ends);
+    this.whole = [-0.02 * end, 1.02 * end];
+    this.range = null;
+  }
+
+  // Where the steps of a run are on the axis; beyond its ends (an abandoned attempt was longer) it goes on as it began.
+  at(run, steps) {
+    const known = this.axis === "steps" ? null : this.data.runs[run].axes[this.axis];
+    if (!known) return steps;
+    const [own, sums] = known;
+    const slope = sums.at(-1) / own.at(-1);
+    return filled(known, steps).map((value, i) => value ?? steps[i] * slope);
+  }
+
+  // Of several runs the mean: at a step each had taken another number of tokens.
+  meanAt(runs, steps) {
+    const all = runs.map((run) => this.at(run, steps));
+    return steps.map((_, i) => all.reduce((sum, each) => sum + each[i], 0) / all.length);
+  }
+
   makeControls() {
+    const axes = AXES.filter((name) => name === "steps" || this.data.runs.every((run) => run.axes[name]));
+    for (const name of axes) byId("axis").append(make("option", "", name));
+    byId("axis").addEventListener("change", (event) => {
+      this.overAxis(event.target.value);
+      this.drawAll();
+    });
     for (const window of WINDOWS) {
       const option = make("option", "", window === 1 ? "none" : `mean of ${window} steps`);
       option.value = window;
@@ -130,11 +162,11 @@ class Charts {
       caption.append(make("b", "", panel.title), make("span", "", panel.help));
       const keys = make("span", "keys");
       panel.series.forEach((series, i) => series.name && keys.append(this.dashKey(series.name, DASH_ARRAYS[i])));
-      for (const line of panel.lines) keys.append(this.dashKey(line.text, "1 3"));
+      for (const line of panel.lines) keys.append(this.dashKey(`${line.text} ${Number(line.y.toPrecision(3))}`, "1 3"));
       caption.append(keys);
       const plot = make("div", "plot");
       plot.setAttribute("role", "img");
-      plot.setAttribute("aria-label", `${panel.title} over steps. ${panel.help}`);
+      plot.setAttribute("aria-label", `${panel.title}. ${panel.help}`);
       figure.append(caption, plot);
       grid.append(figure);
       this.panels.push({ panel, plot, visible: () => group.open || box.open });
@@ -171,24 +203,39 @@ class Charts {
     this.data.arms.forEach((_, arm) => {
       if (this.hidden.has(arm)) return;
       panel.series.forEach((series, i) => traces.push(...this.lines(series, arm, i)));
-      traces.push(...this.abandoned(panel, arm), ...this.points(panel.points, arm), ...this.events(panel, arm));
+      traces.push(...this.abandoned(panel, arm), ...this.points(panel, arm), ...this.events(panel, arm));
     });
     const first = !plot.data;
     Plotly.react(plot, traces, this.layout(panel), { displayModeBar: false, responsive: true, doubleClick: "autosize" });
     if (first) plot.on("plotly_relayout", (change) => this.zoomed(change));
   }
 
+  // Numbers of the arm's runs that have values.
   runsOf(values, arm) {
-    return values.filter((line, run) => line && this.data.runs[run].arm === arm);
+    return [...values.keys()].filter((run) => values[run] && this.data.runs[run].arm === arm);
+  }
+
+  // The standard errors of one run's values; of several the range is drawn.
+  bars(errors, runs, line, arm) {
+    const own = runs.length === 1 && errors?.[runs[0]];
+    if (!own) return undefined;
+    const known = new Map(own[0].map((step, i) => [step, own[1][i]]));
+    return { type: "data", array: line[0].map((step) => known.get(step) ?? 0), ...this.barStyle(arm) };
+  }
+
+  barStyle(arm) {
+    return { thickness: 1, width: 3, color: faded(this.colours[arm], 0.45) };
   }
 
   lines(series, arm, index) {
     const few = (line) => line[0].length <= FEW_POINTS;
-    const lines = this.runsOf(series.runs, arm).map((line) => [line[0], few(line) ? line[1] : smoothed(line[1], this.window)]);
+    const runs = this.runsOf(series.runs, arm);
+    const lines = runs.map((run) => series.runs[run]).map((line) => [line[0], few(line) ? line[1] : smoothed(line[1], this.window)]);
     if (!lines.length) return [];
     const colour = this.colours[arm];
     const dash = DASHES[index];
     const all = combine(lines);
+    const places = this.meanAt(runs, all.steps);
     const traces = [];
     if (lines.length > 1) {
       const [low, high] = this.band === "deviation"
@@ -196,18 +243,18 @@ class Charts {
         : [all.low, all.high];
       const crowded = this.numShown() > FEW_ARMS;
       if (this.band !== "none" && this.band !== "seeds") {
-        traces.push({ x: [...all.steps, ...all.steps.toReversed()], y: [...high, ...low.toReversed()], fill: "toself",
+        traces.push({ x: [...places, ...places.toReversed()], y: [...high, ...low.toReversed()], fill: "toself",
           fillcolor: faded(colour, crowded ? 0.1 : 0.13), line: { width: 0 }, mode: "lines", hoverinfo: "skip" });
       }
       if (this.band === "seeds" || !crowded) {
-        const x = lines.flatMap(([steps]) => [...steps, null]); // one path with gaps is drawn faster than many
+        const x = lines.flatMap(([steps], i) => [...this.at(runs[i], steps), null]); // one path with gaps is drawn faster than many
         const y = lines.flatMap(([, values]) => [...values, null]);
         traces.push({ x, y, mode: "lines", line: { color: faded(colour, 0.4), width: 0.8, dash }, hoverinfo: "skip" });
       }
     }
     const mark = armMark(arm);
     const name = plain(this.data.arms[arm] + (series.name ? `, ${series.name}` : ""));
-    traces.push({ x: all.steps, y: all.mean, name, mode: mark || few([all.steps]) ? "lines+markers" : "lines",
+    traces.push({ x: places, y: all.mean, name, error_y: this.bars(series.errors, runs, lines[0], arm), mode: mark || few([all.steps]) ? "lines+markers" : "lines",
       line: { color: colour, width: 2.2, dash }, hovertemplate: this.hover(),
       marker: { size: mark ? 7 : 5, symbol: mark || "circle", maxdisplayed: few([all.steps]) ? 0 : MARKED_POINTS } });
     return traces;
@@ -219,14 +266,14 @@ class Charts {
 
   // With many lines, a box that names them all would cover the chart.
   hover() {
-    return this.numShown() > FEW_ARMS ? "%{fullData.name}<br>step %{x}: %{y:.3~g}<extra></extra>" : "%{y:.3~g}";
+    return this.numShown() > FEW_ARMS ? `%{fullData.name}<br>${this.axis} %{x:,.6~g}: %{y:.3~g}<extra></extra>` : "%{y:.3~g}";
   }
 
   // What runs took back is beside the curves, not in them; ◁ is where a run went back without the guard saying so.
   abandoned(panel, arm) {
     return panel.series.flatMap((series) => {
       const parts = series.abandoned.filter(([run]) => this.data.runs[run].arm === arm)
-        .map(([run, attempt, steps, values]) => [run, attempt, steps, smoothed(values, this.window)]);
+        .map(([run, attempt, steps, values]) => [run, attempt, this.at(run, steps), smoothed(values, this.window)]);
       if (!parts.length) return [];
       const line = { color: faded(this.colours[arm], 0.55), width: 1.2, dash: "dot" };
       const x = parts.flatMap(([, , steps]) => [...steps, null]);
@@ -245,14 +292,16 @@ class Charts {
     });
   }
 
-  points(values, arm) {
-    const lines = this.runsOf(values, arm);
+  points(panel, arm) {
+    const runs = this.runsOf(panel.points, arm);
+    const lines = runs.map((run) => panel.points[run]);
     if (!lines.length) return [];
     const all = combine(lines);
-    const error = { type: "data", symmetric: false, array: all.high.map((v, i) => v - all.mean[i]),
-      arrayminus: all.mean.map((v, i) => v - all.low[i]), thickness: 1, width: 3, color: faded(this.colours[arm], 0.45) };
-    return [{ x: all.steps, y: all.mean, mode: "markers", name: plain(`${this.data.arms[arm]}, held out`), hovertemplate: this.hover(),
-      cliponaxis: false, error_y: lines.length > 1 ? error : undefined,
+    const range = { type: "data", symmetric: false, array: all.high.map((v, i) => v - all.mean[i]),
+      arrayminus: all.mean.map((v, i) => v - all.low[i]), ...this.barStyle(arm) };
+    return [{ x: this.meanAt(runs, all.steps), y: all.mean, mode: "markers", name: plain(`${this.data.arms[arm]}, held out`),
+      hovertemplate: this.hover(), cliponaxis: false,
+      error_y: lines.length > 1 ? range : this.bars(panel.errors, runs, lines[0], arm),
       marker: { symbol: "diamond", size: 9, color: this.ink.card, line: { color: this.colours[arm], width: 1.8 } } }];
   }
 
@@ -269,7 +318,7 @@ class Charts {
         const [steps, values] = part ? [part[2], smoothed(part[3], this.window)] : whole;
         if (event.step < steps[0]) continue; // a loss that began later has no place for it
         const at = steps.findIndex((step) => step >= event.step);
-        x.push(event.step);
+        x.push(this.at(index, [event.step])[0]);
         y.push(values.at(at));
         symbol.push(SYMBOLS[event.level] || "circle");
         text.push(eventText(run, event));
@@ -283,12 +332,15 @@ class Charts {
   layout(panel) {
     const axis = { gridcolor: this.ink.grid, zeroline: false, linecolor: this.ink.grid, tickfont: { size: 11 }, nticks: 6 };
     return {
-      margin: { l: 44, r: 8, t: 6, b: 26 }, showlegend: false, hovermode: this.numShown() > FEW_ARMS ? "closest" : "x unified", dragmode: "zoom",
+      margin: { l: panel.unit ? 56 : 44, r: 8, t: 6, b: 42 }, showlegend: false, hovermode: this.numShown() > FEW_ARMS ? "closest" : "x unified", dragmode: "zoom",
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, color: this.ink.soft, size: 12 },
       hoverlabel: { bgcolor: this.ink.card, bordercolor: this.ink.grid, namelength: -1, font: { color: this.ink.ink, size: 12 } },
-      xaxis: { ...axis, range: this.range || this.whole, showgrid: false, ticks: "outside", tickcolor: this.ink.grid, hoverformat: "d", unifiedhovertitle: { text: "step %{x}" } },
-      yaxis: { ...axis, fixedrange: true, rangemode: panel.share ? "tozero" : "normal", tickformat: "~g" },
+      xaxis: { ...axis, range: this.range || this.whole, showgrid: false, ticks: "outside", tickcolor: this.ink.grid,
+        title: { text: AXIS_TITLES[this.axis], standoff: 4, font: { size: 11 } }, hoverformat: this.axis === "minutes" ? ".2~f" : ",d",
+        unifiedhovertitle: { text: `${this.axis === "steps" ? "step" : this.axis} %{x}` } },
+      yaxis: { ...axis, fixedrange: true, tickformat: "~g", title: { text: panel.unit, standoff: 4, font: { size: 11 } },
+        ...(panel.least === null ? {} : { rangemode: "tozero", autorangeoptions: { include: [panel.least, ...panel.lines.map((line) => line.y)] } }) },
       shapes: panel.lines.map((line) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: line.y, y1: line.y,
         line: { color: this.ink.soft, width: 1.2, dash: "dot" } })),
     };
