@@ -57,6 +57,8 @@ class Golden:
     """Prompt id to the index of its solution, for the prompts that have one; None where they do not need theirs."""
     mix: Mix | None
     """Which solutions are of which source, where these have weights."""
+    asked: pa.RecordBatch | None = None
+    """What each solution answers, once they are handed over: ``prompt`` and ``answer``, "" where unknown."""
 
     def hand_over(self) -> tuple[list[RolloutMeta], pa.RecordBatch]:
         """Metas and a batch of ROLLOUT_SCHEMA, a row per solution. The solutions are gone then: they may be gigabytes.
@@ -65,6 +67,10 @@ class Golden:
         """
         solutions, self.solutions = self.solutions, []
         metas = [_meta(solution) for solution in solutions]
+        asked = [(question(solution.row), solution.row["answer"]) for solution in solutions]
+        self.asked = pa.RecordBatch.from_arrays(
+            [pa.array(column, pa.string()) for column in zip(*asked, strict=True)], names=["prompt", "answer"]
+        )
         columns: dict[str, Any] = dict.fromkeys(ROLLOUT_SCHEMA.names, [[] for _ in metas])
         for name in ("rollout_id", "slot", "prompt_id", "source", "finish_reason", "correct"):
             columns[name] = [getattr(meta, name) for meta in metas]

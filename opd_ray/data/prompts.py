@@ -135,9 +135,15 @@ class PromptStream:
         """Rows of one epoch; slots go on beyond it."""
         return len(self._prompts)
 
+    def row(self, slot: int) -> Mapping[str, Any]:
+        """The file's row of the prompt."""
+        return self._prompts.rows[self._index(slot)]
+
+    def _index(self, slot: int) -> int:
+        return slot if self._order is None else self._order[slot]
+
     def __getitem__(self, slot: int) -> PromptGroup:
-        index = slot if self._order is None else self._order[slot]
-        row = self._prompts.rows[index]
+        index, row = self._index(slot), self.row(slot)
         return PromptGroup(
             slot=slot,
             prompt_id=row["id"],

@@ -36,6 +36,8 @@ _SHOWN_AT_FIRST = 7
 """Arms whose curves are drawn at first where there are more than eight."""
 _MANY_EVENTS = 12
 """With more events than this, warnings are folded away."""
+_MOST_ORIGINS = 5
+"""Of the commands (and the like) of all runs that are shown."""
 _SIZE = "@@SIZE@@"
 
 
@@ -86,6 +88,7 @@ def render(
         actions=[row for row in events if row not in warnings],
         folded=warnings if len(events) > _MANY_EVENTS else [],
         differences=_differences(arms),
+        origin=_origin(ordered),
         settings=[(f"{arm.title}, {arm.runs[0].name}", arm.runs[0].config) for arm in arms if arm.runs[0].config],
         viewer=_viewer(runs, samples) | {"most": most, "most_tokens": most_tokens},
         style=_asset("page.css"),
@@ -221,6 +224,26 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("length budget", " / ".join(budgets) + (" tokens" if budgets else "")),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _origin(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """What the runs were made with: name, and each value that any of them had."""
+    readers: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+        "hardware": lambda known: "; ".join(map(str, known.get("hardware") or ())),
+        "packages": lambda known: ", ".join(f"{name} {of}" for name, of in (known.get("versions") or {}).items()),
+        "commit": lambda known: known.get("commit"),
+        "command": lambda known: known.get("command"),
+    }
+    rows = [
+        (name, [*dict.fromkeys(str(read(run.origin)) for run in runs if read(run.origin))])
+        for name, read in readers.items()
+    ]
+    more = [
+        (name, [*values[:_MOST_ORIGINS], f"and {len(values) - _MOST_ORIGINS} more"])
+        for name, values in rows
+        if len(values) > _MOST_ORIGINS
+    ]
+    return [(name, dict(more).get(name, values)) for name, values in rows if values]
 
 
 def _seen(runs: Sequence[Run], field: str, show: Callable[[Any], str]) -> list[str]:

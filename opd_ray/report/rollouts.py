@@ -6,7 +6,9 @@ its repetitive rollouts beside the ordinary ones, as far as there are any. Same 
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -23,16 +25,26 @@ from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.report.runs import Run
 
 MAX_STEPS = 24
-"""Steps of one run that are shown, spread evenly over those that were logged."""
+"""Steps of one run that are shown: the last ones of those that were logged, and others spread evenly."""
+_LAST_STEPS = 4
+_FOLLOWED = 3
+"""Prompts of which a rollout is shown at every step that has one: the same prompt over steps."""
+_DOUBTED = round(math.log(0.5) * 100)
+"""Alternatives are shown where the teacher finds a token less likely than this, hundredths of a nat: elsewhere there
+is little to choose."""
+_NUM_ALTERNATIVES = 3
 MAX_TOKENS = 600
 """Longer responses are shown with their middle left out."""
 _MAX_PROMPT_CHARS = 2000
 _NATS = 100
 """Log-probs are embedded as integers, in hundredths of a nat."""
 
+_FIRST = ("", False, False)
+"""The stratum of the followed prompts, before all others."""
 _COLUMNS = (
     "rollout_id", "source", "prompt_id", "prompt_tokens", "response_tokens", "behaviour_logprobs",
-    "weight_versions", "finish_reason", "correct", "text", "teacher_logprobs", "repetitive",
+    "weight_versions", "finish_reason", "correct", "text", "teacher_logprobs", "repetitive", "prompt", "answer",
+    "reference_logprobs", "teacher_top_ids", "teacher_top_logprobs",
 )  # fmt: skip
 
 
@@ -58,12 +70,14 @@ def sample(run: Run, most: int, most_tokens: int = 200_000) -> Sample:
     if not files:
         return Sample([], [], 0, "this run logged no rollouts")
     notes, rows, num_logged = [], [], 0
-    chosen = [files[i] for i in _spread(len(files), MAX_STEPS)]
+    last = files[-_LAST_STEPS:]
+    chosen = [files[i] for i in _spread(len(files) - len(last), MAX_STEPS - len(last))] + last
+    followed = _followed(chosen)
     for file in files:
         try:
             num_logged += pq.read_metadata(file).num_rows
             if file in chosen:
-                rows += _choose(file, run, max(1, most // len(chosen)), most_tokens // len(chosen))
+                rows += _choose(file, run, max(1, most // len(chosen)), most_tokens // len(chosen), followed)
         except (pa.ArrowException, OSError, KeyError) as error:
             notes.append(f"{file.name} cannot be read ({type(error).__name__})")
     if len(chosen) < len(files):
@@ -77,16 +91,36 @@ def sample(run: Run, most: int, most_tokens: int = 200_000) -> Sample:
 
 def _spread(count: int, most: int) -> list[int]:
     """At most ``most`` of range(count), evenly, with both ends."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))}) if count else []
 
 
-def _choose(file: Path, run: Run, most: int, most_tokens: int) -> Iterator[dict[str, Any]]:
-    """Rows of one step: truncated, repetitive and ordinary student rollouts in turn, and a few of other sources."""
+def _followed(files: Sequence[Path]) -> set[str]:
+    """The prompts that the student answered at most of these steps, of those that come again."""
+    steps: Counter[str] = Counter()
+    for file in files:
+        with contextlib.suppress(pa.ArrowException, OSError, KeyError):  # what cannot be read is told later
+            table = pq.read_table(file, columns=["prompt_id", "source"])
+            steps.update(set(table.filter(pc.equal(table["source"], "student"))["prompt_id"].to_pylist()))
+    return {
+        prompt for prompt, count in sorted(steps.items(), key=lambda each: (-each[1], each[0]))[:_FOLLOWED] if count > 1
+    }
+
+
+def _choose(file: Path, run: Run, most: int, most_tokens: int, followed: set[str]) -> Iterator[dict[str, Any]]:
+    """Rows of one step: one of a followed prompt, then truncated, repetitive and ordinary student rollouts in turn, and
+    a few of other sources."""
     table = pq.read_table(file, columns=[name for name in _COLUMNS if name in pq.read_schema(file).names])
-    known = [name for name in ("source", "finish_reason", "text", "repetitive") if name in table.schema.names]
+    known = ("source", "finish_reason", "text", "repetitive", "prompt_id")
+    known = [name for name in known if name in table.schema.names]
     strata: dict[tuple[str, bool, bool], list[int]] = {}
+    repetitive, left = set(), set(followed)
     for index, row in enumerate(table.select(known).to_pylist()):
-        kind = (row["source"], row["finish_reason"] == "length", _is_repetitive(row, run))
+        repeats = _is_repetitive(row, run)
+        repetitive |= {index} if repeats else set()
+        kind = (row["source"], row["finish_reason"] == "length", repeats)
+        if row["source"] == "student" and row["prompt_id"] in left:
+            left.remove(row["prompt_id"])
+            kind = _FIRST
         strata.setdefault(kind, []).append(index)
     lengths = (pc.list_value_length(table[name]).fill_null(0) for name in ("prompt_tokens", "response_tokens"))
     tokens = sum(np.minimum(each.to_numpy(), MAX_TOKENS) for each in lengths)  # of each row, as many as are embedded
@@ -94,7 +128,6 @@ def _choose(file: Path, run: Run, most: int, most_tokens: int) -> Iterator[dict[
     while len(taken) > 1 and (cost := int(tokens[taken].sum())) > most_tokens:
         most = max(1, min(len(taken) - 1, len(taken) * most_tokens // cost))
         taken = _of_each(strata, most)
-    repetitive = {index for (_, _, repeats), rows in strata.items() if repeats for index in rows}
     step = int(file.stem.removeprefix("step-"))
     for index, row in zip(taken, table.take(taken).to_pylist(), strict=True):
         yield row | {"step": step, "repetitive": index in repetitive}
@@ -103,7 +136,7 @@ def _choose(file: Path, run: Run, most: int, most_tokens: int) -> Iterator[dict[
 def _of_each(strata: dict[tuple[str, bool, bool], list[int]], most: int) -> list[int]:
     """At most ``most`` rows, an eighth of them of other sources than the student where it sampled any."""
     students, others = (
-        [rows for kind, rows in sorted(strata.items()) if (kind[0] == "student") is own] for own in (True, False)
+        [rows for kind, rows in sorted(strata.items()) if (kind[0] in ("", "student")) is own] for own in (True, False)
     )
     few = _in_turn(others, min(most // 2, max(1, most // 8)) if students else most)
     return sorted([*_in_turn(students, most - len(few)), *few])
@@ -128,27 +161,50 @@ def _is_repetitive(row: dict[str, Any], run: Run) -> bool:
 
 
 def _pack(row: dict[str, Any], vocab: _Vocabulary) -> dict[str, Any]:
-    """One rollout in short names; "T" is null where the teacher did not score, "S" where the student did not sample."""
+    """One rollout in short names; "T" and "R" are null where teacher and reference did not score, "S" where the student
+    did not sample; "alt" has token and log-prob of what the teacher finds most likely, where it doubts."""
     tokens, versions = row["response_tokens"], row["weight_versions"]
     head, tail = len(tokens), len(tokens)
     if head > MAX_TOKENS:
         head, tail = MAX_TOKENS // 2, tail - MAX_TOKENS // 2
     keep = [*range(head), *range(tail, len(tokens))]
+    teacher = _hundredths(row.get("teacher_logprobs"), keep)
     return {
         "id": row["rollout_id"],
+        "of": row["prompt_id"],
         "step": row["step"],
         "src": row["source"],
         "cut": int(row["finish_reason"] == "length"),
         "rep": int(row["repetitive"]),
         "ok": int(row["correct"]),
-        "prompt": vocab.decode(row["prompt_tokens"]) or row["prompt_id"],
+        "prompt": vocab.decode(row["prompt_tokens"]) or row.get("prompt") or row["prompt_id"],
+        "answer": (row.get("answer") or "")[:_MAX_PROMPT_CHARS],
         "n": len(tokens),
         "gap": [head, tail - head],
         "ids": [vocab.index(tokens[t]) for t in keep],
-        "T": _hundredths(row.get("teacher_logprobs"), keep),
+        "T": teacher,
         "S": _hundredths(row["behaviour_logprobs"], keep) if row["source"] == "student" else None,
+        "R": _hundredths(row.get("reference_logprobs"), keep),
+        "alt": _alternatives(row, keep, teacher, vocab),
         "v": [min(versions), max(versions)] if versions else None,
     }
+
+
+def _alternatives(
+    row: dict[str, Any], keep: Sequence[int], teacher: list[int | None] | None, vocab: _Vocabulary
+) -> dict[int, list[list[int]]]:
+    """Place among the kept tokens to [token, hundredths of a nat] of each."""
+    ids, logprobs, tokens = row.get("teacher_top_ids"), row.get("teacher_top_logprobs"), len(row["response_tokens"])
+    if not ids or not teacher:
+        return {}
+    each, found = len(ids) // tokens, {}
+    for place, t in enumerate(keep):
+        if teacher[place] is None or teacher[place] < _DOUBTED:
+            best = range(t * each, t * each + min(each, _NUM_ALTERNATIVES))
+            found[place] = [
+                [vocab.index(ids[i]), round(logprobs[i] * _NATS)] for i in best if math.isfinite(logprobs[i])
+            ]
+    return found
 
 
 def _hundredths(logprobs: Sequence[float] | None, keep: Iterable[int]) -> list[int | None] | None:

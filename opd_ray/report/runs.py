@@ -6,6 +6,7 @@ newer versions can stand side by side. A missing file is a fact about the run, n
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ class Run:
     """Lines of metrics.jsonl that could not be read: a crash cuts one off, and a resumed run writes on behind it."""
     abandoned: tuple[Attempt, ...] = ()
     """In the order of time."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Command, commit, versions and hardware of the last start, as far as they are known."""
 
     @property
     def name(self) -> str:
@@ -156,7 +159,21 @@ def read_run(path: Path) -> Run:
     rollbacks = {event.get("step") for event in summary.get("guard_events") or [] if event.get("level") == "rollback"}
     abandoned = tuple(Attempt(*way, rolled_back=way[2] in rollbacks) for way in ways)
     seed = summary.get("seed", config.get("seed"))
-    return Run(path, _arm(path, config, summary), seed, config, summary, metrics, damaged, abandoned)
+    origin = _origin(path, summary)
+    return Run(path, _arm(path, config, summary), seed, config, summary, metrics, damaged, abandoned, origin)
+
+
+def _origin(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """An unfinished run has said it when it began."""
+    if "command" in summary:
+        return summary
+    said: dict[str, Any] = {}
+    with contextlib.suppress(OSError), (path / "events.jsonl").open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                if '"start"' in line and (event := json.loads(line)).get("kind") == "start":
+                    said = event
+    return summary | said
 
 
 def _arm(path: Path, config: dict[str, Any], summary: dict[str, Any]) -> str:

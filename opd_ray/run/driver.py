@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from opd_ray import config as configs
 from opd_ray.buffer.replay import ReplayBuffer
 from opd_ray.config import Config, schedule
+from opd_ray.data.rows import question
 from opd_ray.disk import writing
 from opd_ray.errors import GroupLost, Terminated, Unwritable, first_failure, only_said
 from opd_ray.evaluation.scores import Evaluation
@@ -290,7 +292,7 @@ class Driver:
         """Runs the pipeline to its end; the report at which the guard stopped it, if so."""
         watching = [
             Metrics(self._records.writer, self._rooms, self._status.metrics),
-            RolloutLog(self._rooms.recorder, self._run_dir / "rollouts", self._config.metrics),
+            RolloutLog(self._rooms.recorder, self._run_dir / "rollouts", self._config.metrics, self._asked()),
             VerdictLog(self._run_dir),
             self._keeper,
             Progress(self._config.learner.steps, self._where.step, self._say),
@@ -306,6 +308,18 @@ class Driver:
             return end.report
         return None
 
+    def _asked(self) -> Callable[[Entry], tuple[str, str]]:
+        """The prompt's text and the expected answer of a rollout."""
+        stream = self._facts.data.prompt_stream(attempt=0)  # the same rows in every attempt
+
+        def of(entry: Entry) -> tuple[str, str]:
+            if entry.meta.source == "golden":
+                return self._golden.asked(entry.meta.rollout_id)
+            row = stream.row(entry.meta.slot)
+            return question(row), row["answer"]
+
+        return of
+
     async def _export(self) -> None:
         """The trained student as a Hugging Face checkpoint in the run directory."""
         (_, files), *_ = await self._rooms.learner.call_all("export", payload=True)
@@ -315,7 +329,7 @@ class Driver:
     def _finish(self, stopped_at: int | None = None, stopped_by: str | None = None) -> dict[str, Any]:
         """Writes summary.json; ``stopped_by``, where the run ends before its last step, is "guard" or "signal"."""
         result = self._summary.result(self._config, self._after)
-        result |= {"prompts": self._facts.prompts, "golden": self._facts.golden}
+        result |= {"prompts": self._facts.prompts, "golden": self._facts.golden, **self._records.provenance}
         result |= {"stopped_at": stopped_at, "stopped_by": stopped_by}
         result["weight_sync_bytes"] = self._delivery.num_bytes
         result |= {"plan": self._forecast.result(self._memory)}

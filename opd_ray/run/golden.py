@@ -18,6 +18,7 @@ class GoldenRollouts:
     def __init__(self, config: Config, golden: Golden | None) -> None:
         self._config, self._golden = config, golden if config.loads_golden else None
         self._entries: list[Entry] | None = None
+        self._rows: dict[str, int] = {}
 
     async def load(self) -> None:
         """Puts them there, where that was not done yet."""
@@ -25,7 +26,15 @@ class GoldenRollouts:
             return
         metas, batch = self._golden.hand_over()
         payload = await in_thread(ray.put, batch)
+        self._rows = {meta.rollout_id: row for row, meta in enumerate(metas)}
         self._entries = [Entry(meta, row, payload) for row, meta in enumerate(metas)]
+
+    def asked(self, rollout_id: str) -> tuple[str, str]:
+        """Prompt and expected answer of one of them; "" where unknown."""
+        if (row := self._rows.get(rollout_id)) is None:  # of an earlier start, which had others
+            return "", ""
+        prompt, answer = (column[row].as_py() for column in self._golden.asked.columns)
+        return prompt, answer
 
     def from_the_first_on(self) -> GoldenSet:
         """In the order in which steps take them."""

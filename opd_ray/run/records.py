@@ -11,6 +11,7 @@ from opd_ray.evaluation import verdicts
 from opd_ray.evaluation.scores import Evaluation
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.threads import in_thread
+from opd_ray.run.provenance import provenance
 from opd_ray.status.state import Whereabouts
 from opd_ray.watch.events import Events
 from opd_ray.watch.metrics import MetricsWriter
@@ -22,6 +23,8 @@ from opd_ray.watch.tracking import Tracking
 class Records:
     """Those of one run; what happens carries the step and the version of the weights that it happened at."""
 
+    provenance: dict[str, Any]
+    """What this start of the run is made with; there from ``begin`` on."""
     writer: MetricsWriter
     """Of the attempt that is at work; there from ``go_on`` on."""
 
@@ -52,7 +55,9 @@ class Records:
         config = self._config
         how = f"goes on after step {step}" if continued else "begins"
         text = f"{self._run_dir.name} {how}: {config.method}, seed {config.seed}, {config.learner.steps} steps"
-        self.note("start", text, steps=config.learner.steps, continued=continued, run_dir=self._run_dir)
+        self.provenance = await in_thread(provenance)
+        facts = {"steps": config.learner.steps, "continued": continued, "run_dir": self._run_dir, **self.provenance}
+        self.note("start", text, **facts)
         await self.go_on(step, continued=continued)
         if self._trace is not None:
             self._trace.start()

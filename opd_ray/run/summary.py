@@ -13,7 +13,6 @@ import numpy as np
 
 from opd_ray.config import Config
 from opd_ray.evaluation.scores import Evaluation
-from opd_ray.rooms.node import versions
 from opd_ray.watch.observers import StepReport
 
 SUMMARY = "summary.json"
@@ -128,7 +127,6 @@ class Summary:
             "weight_sync_s": {"p50": sync.median(), "max": sync.max},
             "staleness": {"mean": mean.mean(), "max": oldest.max},
             "eval_after": after.saved() if after else None,
-            "versions": versions(),
             "restarts": self.restarts.total(),
             "restarts_by_room": dict(self.restarts),
         }

@@ -54,14 +54,19 @@ class Metrics:
 class RolloutLog:
     """The rollouts of every n-th step to rollouts/*.parquet, written by an actor while the run goes on."""
 
-    def __init__(self, recorder: Pool, directory: Path, config: MetricsConfig) -> None:
-        self._recorder, self._directory = recorder, directory
+    def __init__(
+        self, recorder: Pool, directory: Path, config: MetricsConfig, asked: Callable[[Entry], tuple[str, str]]
+    ) -> None:
+        """``asked``: the prompt's text and the expected answer of a rollout."""
+        self._recorder, self._directory, self._asked = recorder, directory, asked
         self._every, self._keep = config.rollout_log_every_steps, config.rollout_log_keep
 
     async def on_step(self, report: StepReport) -> None:
         if self._every and (report.step == 1 or report.step % self._every == 0):
+            entries = list(report.entries)
+            asked = [self._asked(entry) for entry in entries]
             await self._recorder.call(
-                "write", str(self._directory), report.step, list(report.entries), self._keep, payload=False
+                "write", str(self._directory), report.step, entries, asked, self._keep, payload=False
             )
 
 

@@ -21,6 +21,9 @@ from opd_ray.rooms.memory import own_memory
 from opd_ray.rooms.node import this_node
 
 _log = logs.get(__name__)
+_FLOATS = pa.list_(pa.float32())
+_ALTERNATIVES = 4
+"""Of the teacher's most probable tokens, at each of a response's, that the log keeps."""
 
 
 class Recorder:
@@ -36,16 +39,24 @@ class Recorder:
         return spans.collect()
 
     @spans.spanned("write")
-    def write(self, directory: str, step: int, entries: Sequence[Entry], keep: int) -> int:
+    def write(
+        self, directory: str, step: int, entries: Sequence[Entry], asked: Sequence[tuple[str, str]], keep: int
+    ) -> int:
         """Writes step-N.parquet into ``directory`` and deletes all but the newest ``keep``; returns its number of rows.
 
-        A row has the step that trained on it, the rollout columns, ``repetitive``, ``tail_period`` and ``worker`` of
-        its meta, and the log-probs of the response tokens by the teacher that scored it (its name is in ``teacher``; of
-        several that are weighted, the first) and by the reference; null where nobody scored. Of a rollout that is gone
-        with its node since it was trained on, the row has what its meta says. Raises Unwritable.
+        A row has the step that trained on it, ``prompt`` and ``answer`` (the text that was ``asked`` and the expected
+        answer, "" where unknown), the rollout columns, ``repetitive``, ``tail_period`` and ``worker`` of its meta, and
+        the log-probs of the response tokens by the teacher that scored it (its name is in ``teacher``; of several that
+        are weighted, the first) and by the reference; null where nobody scored. ``teacher_top_ids`` and
+        ``teacher_top_logprobs``, [T, n] token by token, are the teacher's most probable tokens, where its top-k was
+        asked for. Of a rollout that is gone with its node since it was trained on, the row has what its meta says.
+        Raises Unwritable.
         """
         table = pa.Table.from_batches([_row(entry) for entry in entries])
-        table = table.add_column(0, "step", pa.array([step] * len(table), pa.int32()))
+        prompts, answers = (pa.array(texts, pa.string()) for texts in zip(*asked, strict=True))
+        columns = {"step": pa.array([step] * len(table), pa.int32()), "prompt": prompts, "answer": answers}
+        for at, (name, column) in enumerate(columns.items()):
+            table = table.add_column(at, name, column)
         target = Path(directory) / f"step-{step:06d}.parquet"
         with writing(target), private():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,10 +120,26 @@ def _row(entry: Entry) -> pa.RecordBatch:
     }
     for column, role in (("teacher_logprobs", teacher), ("reference_logprobs", REFERENCE)):
         scores = _fetched(entry.scores[role], entry.row) if role in entry.scores else None
-        columns[column] = pa.nulls(1, pa.list_(pa.float32())) if scores is None else scores["logprobs"]
+        columns[column] = pa.nulls(1, _FLOATS) if scores is None else scores["logprobs"]
+        if role == teacher:
+            columns |= _alternatives(scores)
     for name, column in columns.items():
         row = row.append_column(name, column)
     return row
+
+
+def _alternatives(scores: pa.RecordBatch | None) -> dict[str, pa.Array]:
+    """The most probable tokens of one row, a few for each of its own; null where they are not known."""
+    tokens = 0 if scores is None else len(scores["logprobs"][0])
+    if not tokens or not len(scores["topk_ids"][0]):
+        return {"teacher_top_ids": pa.nulls(1, pa.list_(pa.int32())), "teacher_top_logprobs": pa.nulls(1, _FLOATS)}
+    ids, logprobs = (_flat(scores[name])[0].reshape(tokens, -1) for name in ("topk_ids", "topk_logprobs"))
+    best = np.argsort(-logprobs, axis=1, kind="stable")[:, :_ALTERNATIVES]
+    ids, logprobs = (np.take_along_axis(each, best, axis=1).ravel() for each in (ids, logprobs))
+    return {
+        "teacher_top_ids": pa.array([ids], pa.list_(pa.int32())),
+        "teacher_top_logprobs": pa.array([logprobs.astype(np.float32)], _FLOATS),
+    }
 
 
 def _fetched(ref: ObjectRef, row: int) -> pa.RecordBatch | None:

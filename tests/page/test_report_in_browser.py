@@ -236,6 +236,30 @@ def test_filters_change_the_rollouts_that_are_shown(page):
     assert len(cards(page)) == 2 and all("wrong" in text for text in cards(page))
 
 
+def test_the_newest_come_first_and_are_searched_sorted_and_followed_by_a_link(page):
+    assert [text.split()[1] for text in cards(page)[:5]] == ["60"] * 5 and "step 1 " not in cards(page)[0]
+    assert page.locator(".expected").first.inner_text() == "expected 2"
+    page.locator("#pick-sort").select_option("lowest A")
+    assert "mean A" in cards(page)[0] and "not scored" in cards(page)[-1]
+    means = [text.split("mean A")[1].split()[0] for text in cards(page) if "mean A" in text]
+    values = [float(mean.replace("−", "-")) for mean in means]
+    assert values == sorted(values)
+    page.locator("#search").fill("1+1=4 1+1")
+    assert len(cards(page)) == 3 and page.locator("#viewer-count").inner_text().startswith("3 of 15")
+    page.get_by_role("button", name="this prompt at 3 steps").first.click()
+    assert [text.split()[1] for text in cards(page)] == ["1", "30", "60"]
+    shared = page.url
+    assert "search=1%2B1%3D4" in shared and "of=1%2B1" in shared
+    page.locator("#only").click()
+    page.locator("#search").fill("")
+    assert len(cards(page)) == 15 and "of=" not in page.url
+    page.locator(".rollout a").nth(3).click()
+    assert len(cards(page)) == 1 and "id=" in page.url
+    page.goto(shared)  # a fragment alone: the page stays
+    assert len(cards(page)) == 3 and page.locator("#search").input_value() == "1+1=4 1+1"
+    assert page.evaluate("document.getElementById('rollouts').getBoundingClientRect().top") < 300
+
+
 def test_pointing_at_a_token_tells_both_probabilities_and_the_advantage(seen_page):
     token = seen_page.locator(".rollout", has_text="wrong").first.locator(".t").nth(4)
     assert token.inner_text() == EVIL  # shown, not run
@@ -244,7 +268,9 @@ def test_pointing_at_a_token_tells_both_probabilities_and_the_advantage(seen_pag
     assert tip.is_visible()
     assert "token 5 of 6" in tip.inner_text()
     rows = tip.locator("tr").all_inner_texts()
-    assert [row.split("\t")[-1].strip() for row in rows] == ["0.050", "0.607", "−2.50 nats"]
+    values = [row.split("\t")[-1].strip() for row in rows]
+    assert values == ["0.050", "0.607", "0.779", "−2.50 nats", "0.905", "0.135"]
+    assert rows[2].startswith("reference") and [row.split()[1] for row in rows[4:]] == ['"2"', '"4"']
     seen_page.mouse.move(5, 5)
     assert tip.is_hidden()
 

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pyarrow as pa
+
 import fake_ray
 from fake_rooms import Cast, golden_batch, stream
 from fake_workers import FakeGenerator, FakeLearner, FakeScorer
@@ -35,7 +37,13 @@ FACTS: Any = SimpleNamespace(
         prompt_stream=lambda attempt: stream(),
         problem_streams=lambda: defaultdict(stream),
         remarks=list,
-        golden=SimpleNamespace(report={"rows": 5, "used": 5}, pairs=None, mix=None, hand_over=lambda: golden_batch(5)),
+        golden=SimpleNamespace(
+            report={"rows": 5, "used": 5},
+            pairs=None,
+            mix=None,
+            hand_over=lambda: golden_batch(5),
+            asked=pa.record_batch({"prompt": ["?"] * 5, "answer": [""] * 5}),
+        ),
     ),
 )
 

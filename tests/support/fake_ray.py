@@ -75,7 +75,8 @@ _NODES: dict[str, bool] = {}
 
 def nodes() -> list[dict[str, Any]]:
     """What ``ray.nodes`` returns."""
-    return [{"NodeID": node, "Alive": alive} for node, alive in _NODES.items()]
+    known = {"Resources": {"CPU": 2.0}, "NodeManagerHostname": "node", "NodeManagerAddress": "127.0.0.1"}
+    return [{"NodeID": node, "Alive": alive, **known} for node, alive in _NODES.items()]
 
 
 def kill(handle: Handle) -> None:

@@ -196,8 +196,11 @@ class FakeRecorder(Worker):
         self.log.append(("select", rows))
         return len(rows), rollouts.take(pa.array(rows, pa.int64()))
 
-    def write(self, directory: str, step: int, entries: Sequence[Entry], keep: int) -> int:
+    def write(
+        self, directory: str, step: int, entries: Sequence[Entry], asked: Sequence[tuple[str, str]], keep: int
+    ) -> int:
         """The rollout ids that a step trained on, as JSON."""
+        assert len(asked) == len(entries)
         Path(directory).mkdir(exist_ok=True)
         names = [entry.meta.rollout_id for entry in entries]
         (Path(directory) / f"step-{step:06d}.parquet").write_text(json.dumps(names))

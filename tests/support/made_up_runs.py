@@ -27,6 +27,9 @@ _LISTS = {
     "behaviour_logprobs": pa.float32(),
     "weight_versions": pa.int32(),
     "teacher_logprobs": pa.float32(),
+    "reference_logprobs": pa.float32(),
+    "teacher_top_ids": pa.int32(),
+    "teacher_top_logprobs": pa.float32(),
 }
 
 
@@ -231,6 +234,11 @@ def _rollout(rollout_id: str, text: str, *, teacher: list[float] | None, **chang
         "correct": True,
         "text": text,
         "teacher_logprobs": teacher,
+        "prompt": "What is 1+1?",
+        "answer": "2",
+        "reference_logprobs": [-0.25] * len(tokens),
+        "teacher_top_ids": [CHARACTERS.index("2"), CHARACTERS.index("4")] * len(tokens),
+        "teacher_top_logprobs": [-0.1, -2.0] * len(tokens),
     }
     return row | changes
 

@@ -58,17 +58,33 @@ def test_a_row_has_the_teacher_that_scored_it_and_the_reference(recorder, tmp_pa
         Entry(meta(1, repetitive=True), 0, payload, {"first": scores(-4), "second": scores(-5)}),
         Entry(meta(2), 1, payload, {}),
     ]
-    assert recorder.write(str(tmp_path / "rollouts"), 7, entries, 1) == 3
+    asked = [("1+1", "2"), ("one", ""), ("two", "b")]
+    assert recorder.write(str(tmp_path / "rollouts"), 7, entries, asked, 1) == 3
     (file,) = (tmp_path / "rollouts").iterdir()
     assert file.name == "step-000007.parquet"
     table = pq.read_table(file).to_pydict()
     assert set(ROLLOUT_SCHEMA.names) < table.keys()
     assert table["step"] == [7] * 3
+    assert [*zip(table["prompt"], table["answer"], strict=True)] == asked
     assert table["rollout_id"] == ["2-0", "0-0", "1-0"]
     assert table["teacher"] == ["algebra", "first", None]
     assert table["teacher_logprobs"] == [[-2.0] * 3, [-4.0], None]
     assert table["reference_logprobs"] == [[-3.0] * 3, None, None]
     assert (table["tail_period"], table["repetitive"]) == ([3, 0, 0], [False, True, False])
+
+
+def test_the_teachers_most_probable_tokens_are_kept_a_few_for_each_position(recorder, tmp_path):
+    top = {"topk_ids": [1, 2, 3, 4, 5, 6], "topk_logprobs": [-5.0, -4.0, -3.0, -2.0, -1.0, -6.0]}
+    row = {name: [] for name in SCORE_SCHEMA.names} | {"rollout_id": "0-0", "logprobs": [-2.0]} | top
+    scored = pa.RecordBatch.from_pylist([row], schema=SCORE_SCHEMA)
+    entries = [
+        Entry(meta(0), 0, rollouts(), {"teacher": scored, "reference": scores(-3)}),
+        Entry(meta(1), 1, rollouts()),
+    ]
+    recorder.write(str(tmp_path), 7, entries, [("?", "")] * 2, 1)
+    table = pq.read_table(tmp_path / "step-000007.parquet").to_pydict()
+    assert table["teacher_top_ids"] == [[5, 4, 3, 2], None]
+    assert table["teacher_top_logprobs"] == [[-1.0, -2.0, -3.0, -4.0], None]
 
 
 def test_a_rollout_that_is_gone_keeps_its_row_with_what_is_known_of_it(recorder, tmp_path, monkeypatch):
@@ -84,7 +100,7 @@ def test_a_rollout_that_is_gone_keeps_its_row_with_what_is_known_of_it(recorder,
         Entry(meta(5, prompt_id="p5", rollout_id="5-0", num_response_tokens=8), 1, "gone", {"teacher": scores(-2)}),
         Entry(meta(1), 0, rollouts(), {"teacher": "gone", "reference": scores(-3)}),
     ]
-    assert recorder.write(str(tmp_path), 7, entries, 1) == 2
+    assert recorder.write(str(tmp_path), 7, entries, [("?", "")] * 2, 1) == 2
     table = pq.read_table(tmp_path / "step-000007.parquet").to_pydict()
     assert (table["rollout_id"], table["slot"], table["prompt_id"]) == (["5-0", "0-0"], [5, 0], ["p5", "0"])
     assert (table["response_tokens"], table["text"]) == ([[], [3]], ["", "a"])
@@ -102,7 +118,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing_that_takes_space(rec
 
     monkeypatch.setattr(module.pq, "write_table", full)
     with pytest.raises(Unwritable, match=r"step-000007.parquet cannot be written \(No space left on device\); free"):
-        recorder.write(str(tmp_path), 7, [Entry(meta(2), 1, rollouts(), {})], 1)
+        recorder.write(str(tmp_path), 7, [Entry(meta(2), 1, rollouts(), {})], [("?", "")], 1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,5 +138,5 @@ def test_it_measures_what_it_is_given(recorder):
 def test_the_oldest_files_of_the_log_make_room_for_the_newest(recorder, tmp_path):
     """The bug: the log of a long run grew without a bound."""
     for step in (1, 10, 999_999, 1_000_000):
-        recorder.write(str(tmp_path), step, [Entry(meta(2), 1, rollouts(), {})], 2)
+        recorder.write(str(tmp_path), step, [Entry(meta(2), 1, rollouts(), {})], [("?", "")], 2)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["step-1000000.parquet", "step-999999.parquet"]

@@ -93,7 +93,10 @@ def test_rollouts_come_with_text_and_both_probabilities(tmp_path):
     assert [sample.vocab[index] for index in wrong["ids"]] == [*"1+1=3", "<eos>"]
     assert (wrong["prompt"].replace(" ", ""), wrong["ok"], wrong["cut"], wrong["v"]) == ("1+1=", 0, 0, [3, 4])
     assert wrong["T"] == [-10, -10, -10, -10, -300, -10]
-    assert wrong["S"] == [-50] * 6
+    assert wrong["S"] == [-50] * 6 and wrong["R"] == [-25] * 6
+    assert (wrong["of"], wrong["answer"]) == ("1+1", "2")
+    (place,) = wrong["alt"]  # where the teacher doubts, and nowhere else
+    assert place == 4 and [(sample.vocab[id], p) for id, p in wrong["alt"][4]] == [("2", -10), ("4", -200)]
     assert by_id["1-never"]["T"][4] is None  # probability 0, which JSON cannot say
     assert (by_id["1-loop"]["cut"], by_id["1-loop"]["rep"]) == (1, 1)
     assert (by_id["1-golden"]["src"], by_id["1-golden"]["T"], by_id["1-golden"]["S"]) == ("golden", None, None)
@@ -109,6 +112,21 @@ def test_a_sample_has_the_truncated_ones_of_every_step(tmp_path):
     assert len(shown) == rollouts.MAX_STEPS and shown[0] == 1 and shown[-1] == 40
     assert len(sample.rollouts) == 96 and sum(rollout["src"] == "golden" for rollout in sample.rollouts) == 24
     assert sample.logged == 40 * 31 and "24 of 40 logged steps" in sample.note
+
+
+def test_a_prompt_that_comes_again_is_shown_at_every_step_that_has_it(tmp_path):
+    run = make_run(tmp_path / "run")
+    for step in range(1, 6):
+        others = [row | {"prompt_id": f"{step}-{n}"} for n in range(9) for row in make_rollouts(step)[:1]]
+        write_rollouts(run, step, [*others, make_rollouts(step)[1]])
+    sample = rollouts.sample(read_run(run), 10)
+    assert [rollout["step"] for rollout in sample.rollouts if rollout["of"] == "1+1"] == [1, 2, 3, 4, 5]
+
+
+def test_the_last_steps_of_a_long_run_are_all_shown(tmp_path):
+    run = make_run(tmp_path / "run", logged_steps=range(1, 101))
+    steps = sorted({rollout["step"] for rollout in rollouts.sample(read_run(run), 96).rollouts})
+    assert (len(steps), steps[0], steps[-4:]) == (rollouts.MAX_STEPS, 1, [97, 98, 99, 100])
 
 
 def test_long_responses_lose_their_middle(tmp_path):
@@ -139,7 +157,8 @@ def test_a_damaged_rollout_file_is_named_and_left_out(tmp_path):
 
 
 def test_made_up_rollouts_have_columns_that_real_ones_have():
-    assert set(make_rollouts(1)[0]) - {"teacher_logprobs"} <= set(ROLLOUT_SCHEMA.names)
+    added = {"prompt", "answer", "teacher_logprobs", "reference_logprobs", "teacher_top_ids", "teacher_top_logprobs"}
+    assert set(make_rollouts(1)[0]) - added <= set(ROLLOUT_SCHEMA.names)  # test_recorder.py has what is added
 
 
 def test_default_outputs(tmp_path):

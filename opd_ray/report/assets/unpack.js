@@ -77,6 +77,7 @@ async function start() {
     };
     themeButton(draw);
     await draw();
+    byId(location.hash.slice(1).split("?")[0])?.scrollIntoView(); // what stands above it has its height now
     document.documentElement.dataset.ready = "yes";
   } catch (error) {
     byId("failure").hidden = false;

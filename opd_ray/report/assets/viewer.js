@@ -24,8 +24,27 @@ function probability(hundredths) {
   return p >= 0.001 ? p.toFixed(3) : p.toExponential(1);
 }
 
+// Lowest first; what has no mean advantage comes last.
+const SORTS = {
+  newest: (a, b) => b.step - a.step,
+  oldest: (a, b) => a.step - b.step,
+  longest: (a, b) => b.n - a.n,
+  shortest: (a, b) => a.n - b.n,
+  "lowest A": (a, b) => (meanAdvantage(a) ?? Infinity) - (meanAdvantage(b) ?? Infinity),
+  "highest A": (a, b) => (meanAdvantage(b) ?? -Infinity) - (meanAdvantage(a) ?? -Infinity),
+};
+const FILTERS = ["step", "src", "cut", "rep", "ok"];
+const LINKED = "rollouts?"; // begins the fragments that say what one looks at
+
+function meanAdvantage(rollout) {
+  const known = rollout.ids.map((_, t) => advantage(rollout, t)).filter((a) => a !== null && Number.isFinite(a));
+  return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
+}
+
 function startViewer(data) {
-  const picks = Object.fromEntries(["arm", "seed", "step", "src", "cut", "rep", "ok"].map((name) => [name, byId(`pick-${name}`)]));
+  const picks = Object.fromEntries(["arm", "seed", "sort", ...FILTERS].map((name) => [name, byId(`pick-${name}`)]));
+  const search = byId("search");
+  let only = null; // [what it is of a rollout, its value]: one rollout, or one prompt
   let scale = USUAL_SCALE;
   let run, matching, shown, pointed;
 
@@ -60,7 +79,8 @@ function startViewer(data) {
 
   function pickRun() {
     run = data.runs[Number(picks.seed.value)];
-    fill(picks.step, [...new Set(run.rollouts.map((r) => r.step))].sort((a, b) => a - b).map((step) => [step, step]));
+    only = null;
+    fill(picks.step, [...new Set(run.rollouts.map((r) => r.step))].sort((a, b) => b - a).map((step) => [step, step]));
     fill(picks.src, [...new Set(run.rollouts.map((r) => r.src))].sort().map((source) => [source, source]));
     filter();
   }
@@ -68,14 +88,71 @@ function startViewer(data) {
   function filter() {
     hideTip();
     byId("scale-low").textContent = `−${scale}`;
-    const wanted = ["step", "src", "cut", "rep", "ok"].filter((name) => picks[name].value !== "");
-    matching = run.rollouts.filter((rollout) => wanted.every((name) => String(rollout[name]) === picks[name].value));
+    const wanted = FILTERS.filter((name) => picks[name].value !== "");
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    matching = run.rollouts.filter((rollout) =>
+      wanted.every((name) => String(rollout[name]) === picks[name].value)
+      && (!only || rollout[only[0]] === only[1])
+      && (!words.length || words.every((word) => textOf(rollout).includes(word))));
+    matching.sort(only?.[0] === "of" ? SORTS.oldest : SORTS[picks.sort.value]); // equal ones stay in their order
     const note = run.note ? ` (${run.note})` : "";
     byId("viewer-count").textContent = run.rollouts.length
       ? `${matching.length} of ${run.rollouts.length} rollouts${note}.` : `Nothing to show: ${run.note || "no rollouts"}.`;
+    byId("only").hidden = !only;
+    byId("only").textContent = `✕ ${only?.[0] === "id" ? "this rollout" : "this prompt over steps"}: show all again`;
     byId("list").replaceChildren();
     shown = 0;
     showMore();
+  }
+
+  // What can be searched, in small letters; made when it is first asked for.
+  function textOf(rollout) {
+    rollout.text ??= [rollout.id, rollout.of, rollout.prompt, rollout.answer, rollout.ids.map((id) => run.vocab[id]).join("")]
+      .join("\n").toLowerCase();
+    return rollout.text;
+  }
+
+  // What is looked at, as the fragment of the address: a link to it.
+  function link(of = only) {
+    const parts = new URLSearchParams();
+    parts.set("arm", data.arms[run.arm]);
+    parts.set("run", run.name);
+    for (const name of ["sort", ...FILTERS]) if (picks[name].value !== "") parts.set(name, picks[name].value);
+    if (search.value) parts.set("search", search.value);
+    if (of) parts.set(...of);
+    return `#${LINKED}${parts}`;
+  }
+
+  function changed() {
+    filter();
+    history.replaceState(null, "", link());
+  }
+
+  function chose(what) {
+    only = what;
+    changed();
+    byId("rollouts").scrollIntoView();
+  }
+
+  // Shows what a link says; parts of it that this report does not have are passed over.
+  function follow() {
+    const fragment = location.hash.slice(1);
+    if (!fragment.startsWith(LINKED)) return;
+    const parts = new URLSearchParams(fragment.slice(LINKED.length));
+    const at = data.runs.findIndex((each) => data.arms[each.arm] === parts.get("arm") && each.name === parts.get("run"));
+    if (at >= 0) {
+      run = data.runs[at];
+      picks.arm.value = run.arm;
+      pickArm();
+    }
+    for (const name of ["sort", ...FILTERS]) {
+      const value = parts.get(name) ?? (name === "sort" ? "newest" : "");
+      if ([...picks[name].options].some((option) => option.value === value)) picks[name].value = value;
+    }
+    search.value = parts.get("search") ?? "";
+    only = ["id", "of"].filter((name) => parts.has(name)).map((name) => [name, parts.get(name)])[0] ?? null;
+    filter();
+    byId("rollouts").scrollIntoView();
   }
 
   function showMore() {
@@ -96,11 +173,27 @@ function startViewer(data) {
     if (rollout.cut) header.append(make("span", "bad", "truncated"));
     if (rollout.rep) header.append(make("span", "bad", "repetitive"));
     header.append(make("span", "", `${rollout.n} tokens`));
-    const known = rollout.ids.map((_, t) => advantage(rollout, t)).filter((a) => a !== null && Number.isFinite(a));
-    if (known.length) header.append(make("span", "", `mean A ${signed(known.reduce((a, b) => a + b, 0) / known.length)}`));
+    const mean = meanAdvantage(rollout);
+    if (mean !== null) header.append(make("span", "", `mean A ${signed(mean)}`));
     if (rollout.v) header.append(make("span", "", `weights ${rollout.v[0] === rollout.v[1] ? rollout.v[0] : rollout.v.join("–")}`));
     if (!rollout.T) header.append(make("span", "", "not scored by the teacher"));
-    article.append(header, make("div", "prompt", rollout.prompt), tokens(rollout));
+    const steps = new Set(run.rollouts.filter((each) => each.of === rollout.of && each.src === "student").map((each) => each.step));
+    if (steps.size > 1 && rollout.src === "student" && !only) {
+      const button = make("button", "quiet", `this prompt at ${steps.size} steps`);
+      button.type = "button";
+      button.addEventListener("click", () => chose(["of", rollout.of]));
+      header.append(button);
+    }
+    const anchor = make("a", "quiet", "link");
+    anchor.href = link(["id", rollout.id]);
+    header.append(anchor);
+    article.append(header, make("div", "prompt", rollout.prompt));
+    if (rollout.answer) {
+      const expected = make("div", "expected", "expected ");
+      expected.append(make("b", "", rollout.answer));
+      article.append(expected);
+    }
+    article.append(tokens(rollout));
     return article;
   }
 
@@ -138,12 +231,18 @@ function startViewer(data) {
     const a = advantage(rollout, t);
     const table = make("table");
     const rows = [["teacher π_T", rollout.T && probability(rollout.T[t])], ["student π_θ", rollout.S && probability(rollout.S[t])],
-      ["advantage A", a === null ? null : `${signed(a)} nats`]];
+      ["reference π_ref", rollout.R && probability(rollout.R[t])], ["advantage A", a === null ? null : `${signed(a)} nats`]];
     for (const [name, value] of rows) {
       if (value === null || value === undefined) continue;
       const row = table.insertRow();
       row.insertCell().textContent = name;
       row.insertCell().textContent = value;
+    }
+    for (const [id, logprob] of rollout.alt[t] ?? []) {
+      const row = table.insertRow();
+      row.className = "rather";
+      row.insertCell().textContent = `teacher: ${JSON.stringify(run.vocab[id])}`;
+      row.insertCell().textContent = probability(logprob);
     }
     tip.append(table);
     tip.hidden = false;
@@ -185,9 +284,19 @@ function startViewer(data) {
   });
   offer(picks.arm, data.arms.map((title, arm) => [arm, title]));
   picks.arm.value = (data.runs.find((each) => each.rollouts.length) || data.runs[0]).arm;
-  picks.arm.addEventListener("change", pickArm);
-  picks.seed.addEventListener("change", pickRun);
-  for (const name of ["step", "src", "cut", "rep", "ok"]) picks[name].addEventListener("change", filter);
+  offer(picks.sort, Object.keys(SORTS).map((name) => [name, name]));
+  picks.arm.addEventListener("change", () => {
+    pickArm();
+    changed();
+  });
+  picks.seed.addEventListener("change", () => {
+    pickRun();
+    changed();
+  });
+  for (const name of ["sort", ...FILTERS]) picks[name].addEventListener("change", changed);
+  search.addEventListener("input", changed);
+  byId("only").addEventListener("click", () => chose(null));
+  addEventListener("hashchange", follow);
   byId("more").addEventListener("click", showMore);
   const list = byId("list");
   list.addEventListener("pointermove", (event) => {
@@ -204,4 +313,5 @@ function startViewer(data) {
   const scrolledAway = () => pointed && Math.abs(pointed.token.getBoundingClientRect().top - pointed.top) > 2;
   addEventListener("scroll", () => scrolledAway() && hideTip(), { passive: true });
   pickArm();
+  follow();
 }
