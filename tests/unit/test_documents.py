@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from documented_commands import ROOT, blocks, commands, problems
+from made_up_runs import make_run
 from run_documents import failures
 
 DOCUMENTS = sorted(
@@ -24,9 +26,34 @@ def test_what_a_document_tells_to_type_would_be_taken(document: str) -> None:
 def test_the_documents_have_something_to_check() -> None:
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
     assert {"README.md", "CONTRIBUTING.md", "cluster/README.md", "opd_ray/recipes/README.md"} <= texts.keys()
-    assert len(commands(texts["README.md"])) > 15
+    assert len(commands(texts["README.md"])) > 10
+    assert len(commands(texts["docs/runs.md"])) > 5
     assert len(commands(texts["cluster/README.md"])) > 5
-    assert blocks(texts["README.md"], "yaml")
+    assert blocks(texts["docs/cluster.md"], "yaml")
+    assert texts["README.md"].count("\n") < 120, "one page to the first result; the ways on are in docs/"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files_and_headings_that_are_there(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings]
+
+
+def test_the_example_of_the_rollout_log_shows_wrong_answers_beside_what_was_expected(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    make_run(tmp_path / "runs" / "first", logged_steps=[1, 20])
+    (example,) = blocks((ROOT / "docs" / "runs.md").read_text(encoding="utf-8"), "python")
+    assert len([*filter(None, example.splitlines())]) == 3
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    shown = capsys.readouterr().out
+    assert "What is 1+1?" in shown and "1+1=3" in shown and "1+1=2" not in shown
+    assert shown.index("│    20 │") < shown.index("│     1 │")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +94,7 @@ def test_what_is_fine_is_left_alone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", ["README.md", "cluster/README.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/cluster.md", "cluster/README.md"])
 def test_the_commands_of_a_document_run_in_a_fresh_account(document: str, tmp_path: Path) -> None:
     """The bug: "by hand" started a Ray that asks for a token, and nothing before it had made one."""
     assert failures((ROOT / document).read_text(encoding="utf-8"), tmp_path) == []
