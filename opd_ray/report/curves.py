@@ -186,10 +186,10 @@ def _thresholds(runs: Sequence[Run], signal: str) -> list[tuple[str, float]]:
     field, level = f"guard.{signal}", "guard.level"
     known = [(run.config[field], run.config.get(level)) for run in runs if run.config.get(field)]
     on = [each for each in known if each[1] != "off"]
-    if not on or any(each != on[0] for each in on):
+    if not on or any(values != on[0][0] for values, _ in on):
         return []
-    values, most = on[0]
-    return [*zip(("warns",) if most == "warn" else ("warns", "acts"), values, strict=False)]
+    acts = any(most != "warn" for _, most in on)
+    return [*zip(("warns", "acts") if acts else ("warns",), on[0][0], strict=False)]
 
 
 def _errors(runs: Sequence[Run], name: str) -> list[list[list[float]] | None] | None:

@@ -400,6 +400,13 @@ def test_one_unfinished_run_without_rollouts_is_still_a_page(browser, tmp_path):
     page.goto((tmp_path / "report.html").as_uri())
     page.wait_for_selector("html[data-ready]")
     assert lines(page, "Accuracy") == 1
+    most = page.evaluate(
+        "[...document.querySelectorAll('.plot')].slice(0, 5).map((plot) => plot.layout.yaxis.range[1])"
+    )
+    assert [round(each, 2) for each in most[1::2]] == [
+        0.27,
+        0.16,
+    ]  # nothing repeats, and the axis ends at what the guard acts on
     assert errors == []
     page.close()
 

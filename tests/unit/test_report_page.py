@@ -51,6 +51,8 @@ def test_what_a_healthy_run_measures_is_seen_against_what_the_guard_acts_on(tmp_
     assert (chart["lines"], chart["least"]) == ([{"y": 0.2, "text": "guard warns at"}], 0.1)
     off = make_run(tmp_path / "b", seed=2, config={"guard": {**level["guard"], "level": "off"}})
     assert [line["y"] for line in panels(report(tmp_path / "a", off)[1])["Truncation"]["lines"]] == [0.2]
+    acts = make_run(tmp_path / "d", seed=4, config={"guard": {**level["guard"], "level": "act"}})
+    assert [line["y"] for line in panels(report(tmp_path / "a", acts)[1])["Truncation"]["lines"]] == [0.2, 0.3]
     other = make_run(tmp_path / "c", seed=3, config={"guard": {"level": "warn", "truncation_rate": [0.1, 0.3, 0.5]}})
     assert panels(report(tmp_path / "a", other)[1])["Truncation"]["lines"] == []  # whose would they be?
 

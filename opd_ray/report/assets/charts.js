@@ -206,7 +206,7 @@ class Charts {
       traces.push(...this.abandoned(panel, arm), ...this.points(panel, arm), ...this.events(panel, arm));
     });
     const first = !plot.data;
-    Plotly.react(plot, traces, this.layout(panel), { displayModeBar: false, responsive: true, doubleClick: "autosize" });
+    Plotly.react(plot, traces, this.layout(panel, traces), { displayModeBar: false, responsive: true, doubleClick: "autosize" });
     if (first) plot.on("plotly_relayout", (change) => this.zoomed(change));
   }
 
@@ -329,7 +329,15 @@ class Charts {
       cliponaxis: false, marker: { symbol, size: 10, color: this.colours[arm], line: { color: this.ink.card, width: 1.2 } } }];
   }
 
-  layout(panel) {
+  // Down to 0 and up to the panel's least and its lines at least; plotly alone would draw noise, and zeros up to 1.
+  height(panel, traces) {
+    if (panel.least === null) return {};
+    const least = Math.max(panel.least, ...panel.lines.map((line) => line.y));
+    const most = traces.flatMap(({ y }) => y).reduce((a, b) => Math.max(a, b ?? 0), 0);
+    return least > 0 && most <= least ? { range: [-0.03 * least, 1.06 * least] } : { autorange: true, rangemode: "tozero" };
+  }
+
+  layout(panel, traces) {
     const axis = { gridcolor: this.ink.grid, zeroline: false, linecolor: this.ink.grid, tickfont: { size: 11 }, nticks: 6 };
     return {
       margin: { l: panel.unit ? 56 : 44, r: 8, t: 6, b: 42 }, showlegend: false, hovermode: this.numShown() > FEW_ARMS ? "closest" : "x unified", dragmode: "zoom",
@@ -340,7 +348,7 @@ class Charts {
         title: { text: AXIS_TITLES[this.axis], standoff: 4, font: { size: 11 } }, hoverformat: this.axis === "minutes" ? ".2~f" : ",d",
         unifiedhovertitle: { text: `${this.axis === "steps" ? "step" : this.axis} %{x}` } },
       yaxis: { ...axis, fixedrange: true, tickformat: "~g", title: { text: panel.unit, standoff: 4, font: { size: 11 } },
-        ...(panel.least === null ? {} : { rangemode: "tozero", autorangeoptions: { include: [panel.least, ...panel.lines.map((line) => line.y)] } }) },
+        ...this.height(panel, traces) },
       shapes: panel.lines.map((line) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: line.y, y1: line.y,
         line: { color: this.ink.soft, width: 1.2, dash: "dot" } })),
     };
