@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import psutil
 import ray
 from ray import ObjectRef
+from ray._private import state  # ray.util.state asks the dashboard, which a cluster may lack
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -63,12 +65,13 @@ def nodes() -> list[Node]:
 
 def place_of(actor: ActorHandle) -> str | None:
     """Host name and address of the node on which an actor starts or runs; None where it has none yet."""
-    from ray._private.state import actors  # ray.util.state asks the dashboard, which a cluster may lack
+    here = _node_id(actor)
+    return next((node.name for node in nodes() if node.id == here), None)
 
-    place = actors(actor._actor_id.hex()).get("Address", {})
-    if not place.get("Port"):  # then its node is only the one that looks for a place
-        return None
-    return next((node.name for node in nodes() if node.id == place["NodeID"]), None)
+
+def _node_id(actor: ActorHandle) -> str | None:
+    place = state.actors(actor._actor_id.hex()).get("Address", {})
+    return place["NodeID"] if place.get("Port") else None  # before, it is only the one that looks for a place
 
 
 def this_machine() -> Node:
@@ -123,6 +126,20 @@ def answers(refs: Mapping[_T, ObjectRef], deadline_s: float) -> dict[_T, Any]:
         except RayError as error:
             found[name] = getattr(error, "cause", None) or error
     return found
+
+
+def ends_of(actors: Sequence[ActorHandle]) -> list[float | None]:
+    """For each actor in how many seconds its node goes, where that is announced (a spot notice, a pod that is told to
+    end, `ray drain-node`), infinitely many where no time is said; None where the node stays. Blocks.
+
+    Ray places nothing new on such a node. Ray Data asks in the same way.
+    """
+    announced = state.state.get_draining_nodes()  # to milliseconds since 1970, or 0
+    if not announced:
+        return [None] * len(actors)
+    now = time.time()
+    left = {node: at / 1000 - now if at else float("inf") for node, at in announced.items()}
+    return [left.get(_node_id(actor)) for actor in actors]
 
 
 def pinned(node: Node) -> NodeAffinitySchedulingStrategy:

@@ -3,7 +3,8 @@
 The supervisor runs beside the pipeline, in the same event loop. A worker counts as lost when a call to it says so
 (its process died, its node went, it gave no answer by a deadline) or when it misses a heartbeat. Pools get a
 replacement, up to ``recovery.max_restarts`` in half an hour; the loss of a Group is raised as GroupLost, for
-whoever can restore a state. A pool that stays below its minimum ends the run.
+whoever can restore a state. A pool that stays below its minimum ends the run. A node whose end is announced is left
+before: its pools' workers finish their calls while others take their places, and of a group the state is saved.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import ray
+from ray.exceptions import RayError
 
 from opd_ray.config import Config
 from opd_ray.errors import MemberLost, RunError, StartFailed
+from opd_ray.placement import nodes
 from opd_ray.placement.demand import Demand, RoomLoad
 from opd_ray.placement.restarts import Restarts
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import UNPLACED, Member, busy_share
+from opd_ray.rooms.threads import in_thread
 from opd_ray.rooms.together import together
 from opd_ray.weights.delivery import Delivery
 
@@ -30,6 +34,11 @@ _TICK_S = 1.0
 _NOT_UP = "the others are not placed or still load their model"
 _DRAIN_S = 120.0
 """How long a worker that is to leave may finish its calls; then they are issued again elsewhere."""
+_NOTICE_S = 2.0
+"""How often it is asked which nodes are about to go; Ray's own notice of a process that is told to end is 30 s."""
+_ASK_S = 30.0
+_ENDS_EARLY_S = 3.0
+"""How long before its node a worker is given up: it is let go then, and not lost."""
 _LOOK_S = 5.0
 """How often demand is looked at; oftener where a pool is to grow after less than three looks."""
 _BEATS = 4
@@ -40,10 +49,18 @@ class Supervisor:
     """Watches pools and groups while ``run`` runs."""
 
     def __init__(
-        self, config: Config, rooms: Rooms, delivery: Delivery, restarts: Restarts, say: Callable[..., None]
+        self,
+        config: Config,
+        rooms: Rooms,
+        delivery: Delivery,
+        restarts: Restarts,
+        say: Callable[..., None],
+        *,
+        save_soon: Callable[[], Awaitable[None]],
     ) -> None:
+        """``save_soon`` puts the groups' state where it outlives their nodes."""
         self._config, self._rooms, self._pools = config, rooms, rooms.pools
-        self._delivery, self._restarts, self._say = delivery, restarts, say
+        self._delivery, self._restarts, self._say, self._save_soon = delivery, restarts, say, save_soon
         self.learner_waited_s: Callable[[], float] | None = None
         """Seconds that the learner has waited for rollouts so far: what demand goes by. None before there is one that
         waits: how busy rooms are then tells nothing."""
@@ -63,6 +80,7 @@ class Supervisor:
             async with asyncio.TaskGroup() as tasks:
                 if self._config.recovery.heartbeat_s:
                     tasks.create_task(self._listen(), name="heartbeats")
+                tasks.create_task(self._heed_notices(tasks), name="notices")
                 while True:
                     if self._problem:
                         raise self._problem
@@ -123,13 +141,10 @@ class Supervisor:
         # One that is not up yet goes before one that works, then the one with the least to finish, the last that came.
         surplus = sorted(here, key=lambda member: (member.state == "ready", member.num_calls, -member.since))
         for member in surplus[: max(0, len(here) - pool.target)]:
-            self._say("worker_leaves", f"{pool.room}: {member.name} on {member.node} is let go", room=pool.room)
-            if member.state == "starting":
-                pool.end(member)  # it has nothing to finish but its start
-            else:
-                member.become("leaving")
+            self._let_go(pool, member, "")
         for member in pool.those("leaving"):
-            if not member.num_calls or time.monotonic() - member.since > _DRAIN_S:
+            until = member.since + _DRAIN_S if member.ends_at is None else member.ends_at - _ENDS_EARLY_S
+            if not member.num_calls or time.monotonic() > until:
                 pool.end(member)  # calls that it still had go to another worker
         for member in pool.those("starting", "joining"):
             if member not in self._bringing:
@@ -137,8 +152,21 @@ class Supervisor:
                 tasks.create_task(self._bring_up(pool, member), name=f"bring up {member.name}")
         self._check_strength(pool)
 
+    def _let_go(self, pool: Pool, member: Member, why: str) -> None:
+        self._say(
+            "worker_leaves",
+            f"{pool.room}: {member.name} on {member.node} is let go{why}",
+            room=pool.room,
+            worker=member.name,
+            node=member.node,
+        )
+        if member.state == "starting":
+            pool.end(member)  # it has nothing to finish but its start
+        else:
+            member.become("leaving")
+
     async def _bring_up(self, pool: Pool, member: Member) -> None:
-        limit, nodes = self._config.deadlines.start_s, _nodes()
+        limit, alive = self._config.deadlines.start_s, _alive()
         try:
             if member.state == "starting":
                 await pool.bring_up(member, limit)
@@ -151,7 +179,7 @@ class Supervisor:
         except MemberLost as error:
             # Ray does not say where one was that never answered. When it reports such a death, it has long taken the
             # node off its list where that was the cause; a constructor that crashes takes no node with it.
-            unplaced = time.monotonic() - member.since > limit - _TICK_S or nodes - _nodes()
+            unplaced = time.monotonic() - member.since > limit - _TICK_S or alive - _alive()
             if member.node == UNPLACED and unplaced:
                 pool.end(member)  # nowhere to be placed, or its node went: no death, and asked for again
                 self._wake.set()
@@ -207,6 +235,42 @@ class Supervisor:
                 what = "has more to do than its workers can" if by > 0 else "could do with one worker less"
                 self._say("pool_resized", f"{pool.room}: {what}; it goes to {pool.target}", room=pool.room)
 
+    async def _heed_notices(self, tasks: asyncio.TaskGroup) -> None:
+        """Clears nodes whose end is announced, as long as they are there. The recorder stays: it goes with the node of
+        this process, and so does the run."""
+        while True:
+            await asyncio.sleep(_NOTICE_S)
+            here = [
+                (room, each) for room in self._rooms.every if room is not self._rooms.recorder for each in room.members
+            ]
+            try:
+                async with asyncio.timeout(_ASK_S):
+                    left = await in_thread(nodes.ends_of, [member.handle for _, member in here])
+            except (RayError, RuntimeError, OSError):
+                continue  # Ray's head does not answer: whom that ends will be noticed
+            now = time.monotonic()
+            told = [
+                (room, member, seconds)
+                for (room, member), seconds in zip(here, left, strict=True)
+                if seconds is not None and member.ends_at is None and member.state != "gone"
+            ]
+            for room, member, seconds in told:
+                member.ends_at = now + seconds
+                when = (
+                    f": its node goes in {seconds:.0f} s, as announced" if seconds < float("inf") else ": its node goes"
+                )
+                if room.holds_state:
+                    text = (
+                        f"{room.room}: {member.name} on {member.node} is about to be lost{when}; the state is saved now"
+                    )
+                    self._say("node_leaves", text, room=room.room, worker=member.name, node=member.node)
+                elif member.state != "leaving":
+                    self._let_go(room, member, f"{when}; another takes its place")
+            if any(room.holds_state for room, _, _ in told):
+                tasks.create_task(self._save_soon(), name="save soon")
+            if told:
+                self._wake.set()
+
     async def _listen(self) -> None:
         """Asks every worker that is up for a sign of life, again and again."""
         limit = self._config.recovery.heartbeat_s
@@ -224,6 +288,6 @@ class Supervisor:
                 room.lose(member, str(error))
 
 
-def _nodes() -> set[str]:
+def _alive() -> set[str]:
     """Those that are alive, as far as Ray knows."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -63,6 +63,8 @@ class Member:
     ready_since: float | None = None
     calls: list[tuple[str, float]] = field(default_factory=list)
     """Calls under way: method, and when it was made."""
+    ends_at: float | None = None
+    """When its node goes, where that is announced."""
     answered_at: float = 0.0
     """When a call of it ended last, other than by its loss."""
     _busy_s: float = 0.0

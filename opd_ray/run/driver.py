@@ -95,8 +95,10 @@ class Driver:
         self._summary = Summary(start.state.get("summary") if start else None)
         self._restarts = restarts = Restarts(config.recovery, self._summary.restarts)
         self._delivery = Delivery(config, rooms, self._say)
-        self._supervisor = Supervisor(config, rooms, self._delivery, restarts, self._say)
         self._keeper = Keeper(config.checkpoint, config.learner.steps, rooms, shelf, self._state, where, self._say)
+        self._supervisor = Supervisor(
+            config, rooms, self._delivery, restarts, self._say, save_soon=self._keeper.save_soon
+        )
         self._servers = ServerWatch(config, rooms, self._say)
         self._status = StatusWriter(
             config,

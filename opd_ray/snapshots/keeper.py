@@ -129,12 +129,15 @@ class Keeper:
         self._written: dict[str, float] = {}
         self._newest: Snapshot | None = None
         self._writer = LatestWriter(self._write, config.retry_s, say)
+        self._asked = False
+        """Has the state after the step under way to be written, whatever is configured?"""
         self._ending = False
         """Is ``save_now`` about to end the run?"""
 
     async def on_step(self, report: StepReport) -> None:
         every, in_memory = self._config.every_steps, self._config.memory_every_steps
-        due = every > 0 and (report.step % every == 0 or report.step == self._last_step)
+        asked, self._asked = self._asked, False
+        due = asked or (every > 0 and (report.step % every == 0 or report.step == self._last_step))
         self._writer.check()
         if due or (in_memory and report.step % in_memory == 0):
             snapshot = await self._take(report.step)
@@ -234,6 +237,14 @@ class Keeper:
             self._newest = None
             raise
 
+    async def save_soon(self) -> None:
+        """A node that holds a part of the state is about to go, and with it what is in memory there: puts the newest
+        state in memory on the shelf, then that after the step under way. The run goes on meanwhile."""
+        self._asked = True
+        await self._settle()
+        if (snapshot := self._unsaved()) is not None:
+            await self._writer.put(snapshot)
+
     # ---- the end ----
 
     async def save_now(self) -> None:
@@ -262,9 +273,13 @@ class Keeper:
     async def save_newest(self) -> None:
         """Puts the newest state in memory on the shelf, unless one that is as new is there."""
         await self._settle()
-        saved, snapshot = self._where.checkpoint_step, self._newest
-        if snapshot is not None and (saved is None or snapshot.step > saved):
+        if (snapshot := self._unsaved()) is not None:
             await self._write(snapshot)
+
+    def _unsaved(self) -> Snapshot | None:
+        """The newest state in memory, unless one that is as new is on the shelf."""
+        saved, snapshot = self._where.checkpoint_step, self._newest
+        return snapshot if snapshot is not None and (saved is None or snapshot.step > saved) else None
 
     async def close(self, limit_s: float) -> None:
         """Waits for what is being written, whether it succeeds or not, but not for longer than ``limit_s``."""

@@ -64,6 +64,7 @@ def run(main: Coroutine[Any, Any, Any], most_s: float = 100_000.0) -> Any:
         mock.patch("opd_ray.rooms.threads.start", _at_once),
         mock.patch("ray.kill", kill),
         mock.patch("ray.nodes", nodes),
+        mock.patch("opd_ray.placement.nodes.ends_of", ends_of),
         asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(clock)) as runner,
     ):
         return runner.run(main)
@@ -77,6 +78,12 @@ def nodes() -> list[dict[str, Any]]:
     """What ``ray.nodes`` returns."""
     known = {"Resources": {"CPU": 2.0}, "NodeManagerHostname": "node", "NodeManagerAddress": "127.0.0.1"}
     return [{"NodeID": node, "Alive": alive, **known} for node, alive in _NODES.items()]
+
+
+def ends_of(handles: list[Handle]) -> list[float | None]:
+    """What ``opd_ray.placement.nodes.ends_of`` returns."""
+    ends = [handle._actor.ends_at for handle in handles]
+    return [None if end is None else end - time.monotonic() for end in ends]
 
 
 def kill(handle: Handle) -> None:
@@ -133,6 +140,8 @@ class Actor:
         self.is_dead = False
         self.inside: Any = None
         """What was made; None before it has started."""
+        self.ends_at: float | None = None
+        """When its node goes, where that is announced."""
         self._death: RayActorError | None = None
         self._answers: set[asyncio.Future[Any]] = set()
         self.ahead_s = 1000.0 * len(_NODES)
@@ -150,6 +159,11 @@ class Actor:
         # Ray says the same of every death before the first answer, whatever its cause.
         end = "" if self.inside else " The actor never ran - it was cancelled before it started running."
         self._end(RayActorError(error_msg=f"The actor died unexpectedly before finishing this task. {why}.{end}"), why)
+
+    def announce(self, seconds: float) -> None:
+        """Its node will be gone by then, and says so."""
+        self.ends_at = time.monotonic() + seconds
+        asyncio.get_running_loop().call_later(seconds, lambda: self.die(with_its_node=True))
 
     def refuse(self, why: str) -> None:
         """As one does whose constructor raises."""

@@ -6,7 +6,9 @@ import pytest
 
 import fake_ray
 from driven_run import cast_of
+from fake_rooms import stream
 from fake_workers import MANIFEST
+from opd_ray.messages import SamplingSettings
 from opd_ray.placement.restarts import Restarts
 from opd_ray.placement.supervisor import Supervisor
 from opd_ray.weights.delivery import Delivery
@@ -17,14 +19,19 @@ class Kept:
 
     def __init__(self, cast):
         config, self.cast, self.world = cast.config, cast, cast.world
-        self.rooms, self.said = cast.rooms(), []
+        self.rooms, self.said, self.saved = cast.rooms(), [], 0
         self.delivery = Delivery(config, self.rooms, self._say)
         self.delivery.manifest = MANIFEST
         self.restarts = Restarts(config.recovery)
-        self.supervisor = Supervisor(config, self.rooms, self.delivery, self.restarts, self._say)
+        self.supervisor = Supervisor(
+            config, self.rooms, self.delivery, self.restarts, self._say, save_soon=self._save_soon
+        )
 
     def _say(self, kind, text, **_):
         self.said.append((kind, text))
+
+    async def _save_soon(self):
+        self.saved += 1
 
     @property
     def pool(self):
@@ -71,3 +78,9 @@ def supervised(scenario, *, fails=None, sent=True, prepare=lambda cast: None, **
 def generators(number, minimum=None, maximum=None):
     size = {"num_generators": number, "min_generators": minimum, "max_generators": maximum}
     return {name: value for name, value in size.items() if value is not None}
+
+
+def asking(kept, number):
+    """Calls of the generators, one for each slot."""
+    settings = SamplingSettings(1.0, 1.0, 8, (0,))
+    return [asyncio.create_task(kept.pool.call("generate", [stream()[slot]], settings)) for slot in range(number)]

@@ -189,3 +189,22 @@ def test_a_storage_that_hangs_is_one_that_does_not_answer(tmp_path, monkeypatch)
     assert_whole(cast, tmp_path, steps=40)
     assert latest(tmp_path).step == 40
     assert "gives no answer for more than 30 s" in events(tmp_path, "checkpoint_failed")[0]["text"]
+
+
+def test_before_a_learner_s_node_goes_the_newest_state_and_that_after_the_step_are_on_the_shelf(tmp_path):
+    """Whatever the configuration says: what is in memory may lie on that node."""
+    cast = cast_of(at_work, checkpoint={"every_steps": 0, "memory_every_steps": 2}, **LONG)
+
+    async def meanwhile(stopping):
+        await fake_ray.until(lambda: steps_done(cast) == 7, most=100_000)
+        (learner,) = cast.world.living("learner")
+        learner.ends_at = asyncio.get_running_loop().time() + 60
+        await asyncio.sleep(60)
+        learner.die(with_its_node=True)
+        cast.world.objects.lose_all()
+
+    drive(tmp_path, cast, meanwhile=meanwhile)
+    assert_whole(cast, tmp_path, steps=40)
+    assert [event["step"] for event in events(tmp_path, "checkpoint")] == [6, 8]
+    assert ("restore", 8) in cast.log
+    assert [event["worker"] for event in events(tmp_path, "node_leaves")] == ["learner-0"]

@@ -7,10 +7,8 @@ import time
 import pytest
 
 from fake_ray import actor_of, until
-from fake_rooms import stream
 from fake_workers import FakeGenerator
-from opd_ray.messages import SamplingSettings
-from supervised_rooms import generators, supervised
+from supervised_rooms import asking, generators, supervised
 
 
 def test_a_pool_that_grows_gets_workers_with_weights_and_the_others_notice_nothing():
@@ -82,11 +80,6 @@ def slow(takes_s):
         cast.generator = type("Slow", (FakeGenerator,), {"takes_s": takes_s})
 
     return prepare
-
-
-def asking(kept, number):
-    settings = SamplingSettings(1.0, 1.0, 8, (0,))
-    return [asyncio.create_task(kept.pool.call("generate", [stream()[slot]], settings)) for slot in range(number)]
 
 
 def test_one_that_is_let_go_finishes_its_calls_first():

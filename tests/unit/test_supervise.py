@@ -3,17 +3,18 @@
 import asyncio
 import time
 from collections import Counter
+from unittest import mock
 
 import pytest
 
 import fake_ray
 from driven_run import cast_of
-from fake_ray import until
+from fake_ray import actor_of, until
 from fake_workers import FakeGenerator
 from opd_ray.config import RecoveryConfig
 from opd_ray.errors import GroupLost, RunError, StartFailed
 from opd_ray.placement.restarts import Restarts
-from supervised_rooms import Kept, generators, supervised
+from supervised_rooms import Kept, asking, generators, supervised
 
 # ---- replacement ----
 
@@ -306,6 +307,115 @@ def test_without_heartbeats_a_silent_worker_is_left_to_the_deadlines_of_its_call
         assert kept.ready() == ["student-generator-0"]
 
     supervised(scenario, recovery={"heartbeat_s": 0})
+
+
+# ---- nodes whose end is announced ----
+
+
+def slow(takes_s):
+    def prepare(cast):
+        cast.generator = type("Slow", (FakeGenerator,), {"takes_s": takes_s})
+
+    return prepare
+
+
+def test_a_worker_whose_node_is_about_to_go_finishes_its_calls_while_another_takes_its_place():
+    async def scenario(kept):
+        calls = asking(kept, 4)
+        await asyncio.sleep(1)
+        going = kept.pool.members[0]
+        actor_of(going).announce(60)
+        await until(lambda: "student-generator-2" in kept.ready())
+        assert going.state == "leaving" and going.num_calls == 2, "there are three, and one gets nothing new"
+        await asyncio.gather(*calls)
+        await until(lambda: going.state == "gone")
+        assert kept.ready() == ["student-generator-1", "student-generator-2"]
+        await asyncio.sleep(100)
+        assert kept.pool.num_reissued == 0 and kept.restarts.by_room == {}
+        ((kind, text),) = kept.said
+        assert kind == "worker_leaves" and ": its node goes in 5" in text and text.endswith("another takes its place")
+
+    supervised(scenario, prepare=slow(20.0), rollout=generators(2))
+
+
+def test_calls_that_its_node_does_not_leave_time_for_go_elsewhere_just_before_and_are_no_loss():
+    async def scenario(kept):
+        calls = asking(kept, 4)
+        await asyncio.sleep(1)
+        actor_of(kept.pool.members[0]).announce(60)
+        await asyncio.gather(*calls)
+        assert kept.pool.num_reissued == 2
+        assert kept.restarts.by_room == {} and {kind for kind, _ in kept.said} == {"worker_leaves"}
+
+    supervised(scenario, prepare=slow(500.0), rollout=generators(2))
+
+
+def test_where_no_time_is_said_a_worker_may_finish_whatever_it_has():
+    async def scenario(kept):
+        calls = asking(kept, 2)
+        await asyncio.sleep(1)
+        for member in kept.pool.members:
+            actor_of(member).ends_at = float("inf")
+        await asyncio.gather(*calls)
+        assert kept.pool.num_reissued == 0
+
+    supervised(scenario, prepare=slow(500.0), rollout=generators(2))
+
+
+def test_one_that_still_starts_on_a_node_that_goes_starts_elsewhere_at_once():
+    async def scenario(kept):
+        kept.world.starting = lambda actor: actor.may_start.clear()
+        kept.pool.lose(kept.pool.members[0], "its node went")
+        await until(lambda: len(kept.world.living("student-generator")) == 1)
+        kept.world.starting = lambda actor: None
+        kept.world.living("student-generator")[0].announce(1000)
+        began = time.monotonic()
+        await until(lambda: kept.ready() == ["student-generator-2"])
+        assert time.monotonic() - began < 10 and kept.restarts.by_room == {"generate": 1}
+
+    supervised(scenario)
+
+
+def test_scorers_move_as_well_and_the_recorder_stays_with_its_driver():
+    async def scenario(kept):
+        for pool in (kept.rooms.scorers["teacher"], kept.rooms.recorder):
+            actor_of(pool.members[0]).ends_at = time.monotonic() + 1000
+        await until(
+            lambda: [each.name for each in kept.rooms.scorers["teacher"].those("ready")] == ["teacher-scorer-1"]
+        )
+        await asyncio.sleep(10)
+        assert [each.name for each in kept.rooms.recorder.members] == ["recorder-0"]
+
+    supervised(scenario)
+
+
+def test_the_state_of_a_learner_whose_node_is_about_to_go_is_saved_once():
+    async def scenario(kept):
+        for rank in kept.rooms.learner.members:
+            actor_of(rank).ends_at = time.monotonic() + 100
+        await asyncio.sleep(50)
+        assert kept.saved == 1
+        assert [kind for kind, _ in kept.said] == ["node_leaves"] * 2
+        assert "learn: learner-0 on node-of-learner-0 is about to be lost: its node goes in 9" in kept.said[0][1]
+
+    supervised(scenario, learner={"num_ranks": 2})
+
+
+def test_a_head_that_does_not_say_which_nodes_go_is_asked_again():
+    async def scenario(kept):
+        asked = []
+
+        def ends_of(handles):
+            asked.append(handles)
+            if len(asked) < 4:
+                raise RuntimeError("failed to connect to GCS")
+            return [0.0 if handle is kept.pool.members[0].handle else None for handle in handles]
+
+        with mock.patch("opd_ray.placement.nodes.ends_of", ends_of):
+            await until(lambda: kept.ready() == ["student-generator-1"])
+        assert len(asked) >= 4
+
+    supervised(scenario)
 
 
 # ---- afterwards ----
