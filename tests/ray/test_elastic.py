@@ -1,4 +1,5 @@
-"""A run on a cluster that grows and shrinks: nodes come on demand, die without a word, and go when nobody needs them.
+"""A run on a cluster that grows and shrinks: nodes come on demand, die without a word or announce their end, and go
+when nobody needs them.
 
 One run goes through all of it. Engines and learner are real, on small random models; every node is a real one of Ray.
 """
@@ -50,8 +51,13 @@ class Watched:
     """When things were first seen, seconds of a monotonic clock."""
     killed_at_step: int = 0
     killed_generator: str = ""
+    moved_generator: str = ""
+    reissued: float = 0.0
+    """Calls that were given to another worker before a node was announced to go."""
     nodes: dict[str, int] = field(default_factory=dict)
     """How many there were, the head's included."""
+
+    held_at = next(step for step, gate in GATES.items() if gate == "replaced")
 
     @property
     def run_dir(self) -> Path:
@@ -81,9 +87,13 @@ class Watched:
         return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
     def step(self) -> int:
+        return self.metrics().get("step", 0)
+
+    def metrics(self) -> dict[str, Any]:
+        """Those of the last step."""
         path = self.run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        return json.loads(lines[-1])["step"] if lines else 0
+        return json.loads(lines[-1]) if lines else {}
 
     def num_ready(self) -> int:
         """Generators at work, as the run's status says."""
@@ -106,7 +116,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[AutoscalingHead]:
-    generator = NodeType({"CPU": 1, "generator_node": 1}, maximum=2)
+    generator = NodeType({"CPU": 1, "generator_node": 1}, maximum=3)  # one that goes, and for whom it had
     cluster = fake_cluster({"generator": generator}, head={"CPU": 2, "learner_node": 1}, idle_timeout_s=2.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(gated_driver.__file__).parent))
@@ -117,7 +127,7 @@ def head() -> Iterator[AutoscalingHead]:
 
 @pytest.fixture(scope="module")
 def watched(head: AutoscalingHead, world, preloaded_job, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """A run that has ended: it grew, lost a node, had it replaced, and gave one back."""
+    """A run that has ended: it grew, lost a node, had it replaced, left one that announced its end, gave one back."""
     directory = tmp_path_factory.mktemp("elastic")
     command = [sys.executable, "-c", "import gated_driver; gated_driver.drive()", str(directory)]
     with (directory / "log").open("wb") as log:
@@ -155,9 +165,18 @@ def _go_through_it(run: Watched, head: AutoscalingHead) -> None:
     run.until("loss noticed", lambda: run.events("worker_lost"))
     run.until("another node", lambda: len(head.raylets()) == 3)
     run.until("two at work again", lambda: run.num_ready() == 2)
+    run.until("held", lambda: run.step() == run.held_at)
+    run.reissued = run.metrics()["recovery/reissued_calls"]
     run.open("replaced")
 
-    run.until("one given back", lambda: run.events("worker_leaves"))
+    run.until("it goes on", lambda: run.step() > run.held_at)
+    run.moved_generator = run.workers()[0]
+    [node] = [node for _, name, node in run.places("replaced")["actors"] if name == run.moved_generator]
+    head.drain_node(node, 120)
+    run.until("told to leave", lambda: run.events("worker_leaves"))
+    run.until("two at work once more", lambda: run.num_ready() == 2)
+
+    run.until("one given back", lambda: len(run.events("worker_leaves")) == 2)
     run.until("one at work", lambda: run.num_ready() == 1)
     run.until("its node gone", lambda: len(head.raylets()) == 2)
     run.nodes["given back"] = len(head.raylets())
@@ -182,6 +201,13 @@ def test_the_run_goes_on_when_a_node_dies_and_another_takes_its_place(watched: W
     assert min(row["step"] for row in watched.student_rows() if row["worker"] == third) > watched.killed_at_step
     waited = watched.at["step after the kill"] - watched.at["kill"]
     assert waited < 30, f"the next step ended {waited:.0f} s after the node died"
+
+
+def test_a_generator_leaves_a_node_that_announces_its_end_and_no_call_is_issued_again(watched: Watched) -> None:
+    leaves, _ = watched.events("worker_leaves")
+    assert leaves["worker"] == watched.moved_generator
+    assert ": its node goes in 1" in leaves["text"] and leaves["text"].endswith("; another takes its place")
+    assert watched.metrics()["recovery/reissued_calls"] == watched.reissued
 
 
 def test_idleness_gives_a_generator_and_its_node_back(watched: Watched) -> None:

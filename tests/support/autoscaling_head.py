@@ -98,6 +98,17 @@ class AutoscalingHead:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
+    def drain_node(self, node_id: str, seconds: int) -> None:
+        """Announces that a node goes in so many seconds, as whoever hears of a spot machine's end would."""
+        reason = ("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot notice")
+        subprocess.run(
+            [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={self.address}"]
+            + [f"--node-id={node_id}", *reason, f"--deadline-remaining-seconds={seconds}"],
+            env=self.environment,
+            timeout=_DEADLINE_S,
+            check=True,
+        )
+
     def autoscaler_log(self) -> str:
         """What the autoscaler says of its decisions."""
         logs = sorted((self.temp_dir / "session_latest" / "logs").glob("monitor*"))
