@@ -121,6 +121,7 @@ def instead_of_a_driver(monkeypatch, ends):
         async def train(self, *_, **__):
             return ends()
 
+    monkeypatch.setattr(running, "resolve", lambda config: config)
     monkeypatch.setattr(running, "cluster", contextlib.nullcontext)
     monkeypatch.setattr(running.preflight, "check_files", lambda config: None)
     monkeypatch.setattr(running.preflight, "check_resources", lambda *_: None)
