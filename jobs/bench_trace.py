@@ -1,4 +1,4 @@
-"""What --trace costs: `PYTHONPATH=. python tests/support/trace_cost.py`.
+"""What --trace costs: `python jobs/bench_trace.py`.
 
 An actor pays for each span, also where nobody collects them; the driver for each collection, here of six actors that
 did forty things each in the two seconds since the last.
