@@ -38,9 +38,14 @@ class Chart:
     guarded: str = field(default="", kw_only=True)
     """The guard's signal whose thresholds are drawn: without them the noise of a healthy run looks like a spike."""
     least: float | None = field(default=None, kw_only=True)
-    """What the axis reaches down to 0 from, at least."""
+    """The axis begins at 0 and ends no lower than this."""
     help: str = field(default="", kw_only=True)
     """Empty: what the first metric means."""
+
+
+def _guarded(title: str, signal: str, evaluation: str = "") -> Chart:
+    """A share of rollouts that the guard looks at."""
+    return Chart(title, {f"rollouts/{signal}": ""}, evaluation, guarded=signal, least=0.1)
 
 
 _ERROR = "_se"
@@ -52,27 +57,10 @@ _REST = "Everything else that was measured"
 _GROUPS: dict[str, tuple[Chart, ...]] = {
     "What the student writes": (
         Chart("Accuracy", {"rollouts/accuracy": ""}, "evaluation/accuracy_sampled", least=1.0),
-        Chart(
-            "Truncation",
-            {"rollouts/truncation_rate": ""},
-            "evaluation/truncation_rate",
-            guarded="truncation_rate",
-            least=0.1,
-        ),
+        _guarded("Truncation", "truncation_rate", "evaluation/truncation_rate"),
         Chart("Length", {"rollouts/length": ""}, "evaluation/mean_length", least=0.0),
-        Chart(
-            "Repetition",
-            {"rollouts/repetition_rate": ""},
-            "evaluation/repetition_rate",
-            guarded="repetition_rate",
-            least=0.1,
-        ),
-        Chart(
-            "Tokens in truncated rollouts",
-            {"rollouts/truncated_token_share": ""},
-            guarded="truncated_token_share",
-            least=0.1,
-        ),
+        _guarded("Repetition", "repetition_rate", "evaluation/repetition_rate"),
+        _guarded("Tokens in truncated rollouts", "truncated_token_share"),
         Chart("Greedy accuracy", {"evaluation/accuracy_greedy": ""}, least=1.0),
     ),
     "Held-out sets": (Chart("", {"evaluation/*/accuracy_sampled": "", "evaluation/*/pass_at_*": ""}),),

@@ -45,13 +45,18 @@ def test_scorers_and_the_recorder_are_replaced_too():
     supervised(scenario)
 
 
+async def one_that_starts(kept):
+    """The successor of the pool's only generator, which does not come up; those after it do."""
+    kept.world.starting = lambda actor: actor.may_start.clear()
+    kept.pool.lose(kept.pool.members[0], "its node went")
+    await until(lambda: len(kept.world.living("student-generator")) == 1)
+    kept.world.starting = lambda actor: None
+    return kept.world.living("student-generator")[0]
+
+
 def test_one_that_dies_while_it_starts_is_replaced():
     async def scenario(kept):
-        kept.world.starting = lambda actor: actor.may_start.clear()
-        kept.pool.lose(kept.pool.members[0], "its node went")
-        await until(lambda: len(kept.world.living("student-generator")) == 1)
-        kept.world.starting = lambda actor: None
-        kept.world.living("student-generator")[0].die()
+        (await one_that_starts(kept)).die()
         await until(lambda: len(kept.ready()) == 1)
         assert kept.restarts.by_room == {"generate": 2}
 
@@ -364,11 +369,7 @@ def test_where_no_time_is_said_a_worker_may_finish_whatever_it_has():
 
 def test_one_that_still_starts_on_a_node_that_goes_starts_elsewhere_at_once():
     async def scenario(kept):
-        kept.world.starting = lambda actor: actor.may_start.clear()
-        kept.pool.lose(kept.pool.members[0], "its node went")
-        await until(lambda: len(kept.world.living("student-generator")) == 1)
-        kept.world.starting = lambda actor: None
-        kept.world.living("student-generator")[0].announce(1000)
+        (await one_that_starts(kept)).announce(1000)
         began = time.monotonic()
         await until(lambda: kept.ready() == ["student-generator-2"])
         assert time.monotonic() - began < 10 and kept.restarts.by_room == {"generate": 1}
