@@ -41,8 +41,8 @@ def everyones(value: Any) -> list[Any]:
 
 
 def _store(rank: int, num_ranks: int, address: tuple[str, int], secret: str, timeout: timedelta) -> dist.Store:
-    """At rank 0's address, and under a name that a stranger does not know. It stays open, for groups that DeepSpeed and
-    NCCL make later."""
+    """At rank 0's address, under a prefix of the group's own: a rank of another group finds nothing there. A stranger
+    can list it; ``prove`` is what keeps strangers out. It stays open, for groups that DeepSpeed and NCCL make later."""
     descriptor = None
     if rank == 0:
         family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]

@@ -115,13 +115,16 @@ def check_weights(name: str, path: str, *, quantised: bool) -> None:
 
 
 def on_this_node(path: str) -> Path | None:
-    """The directory of a checkpoint or of a downloaded Hub id."""
+    """The directory of a checkpoint or of a Hub id whose weights were all downloaded."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(path, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
+    if not isinstance(found, str):
+        return None
+    files = weight_files(directory := Path(found).parent)  # preflight itself has fetched config.json
+    return directory if files and all(file.is_file() for file in files) else None
 
 
 def _check_architecture(name: str, directory: Path) -> None:

@@ -154,7 +154,8 @@ def check_weights(config: Config, *, evaluation_only: bool = False) -> None:
             writes = role == "teacher" and config.buffer.uses_teacher_rollouts
             engines = [scorer.engine] * (not scorer.url) + [config.rollout.engine] * writes
             if checkpoints.is_loaded(config, role) and scorer.path != STUDENT:
-                asked.setdefault(scorer.path, (f"{checkpoints.field_of(config, role)}.path", "torch" not in engines))
+                name, may = asked.get(scorer.path, (f"{checkpoints.field_of(config, role)}.path", True))
+                asked[scorer.path] = (name, may and "torch" not in engines)
     for path, (name, quantised) in asked.items():
         if not is_embedded(path):
             weights.check_weights(f"{name}={path}", path, quantised=quantised)

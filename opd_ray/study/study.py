@@ -24,7 +24,7 @@ from yaml import YAMLError
 
 from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve
-from opd_ray.errors import InputError, RunError, Terminated
+from opd_ray.errors import GuardStopped, InputError, RunError
 from opd_ray.evaluation.scores import Evaluation
 from opd_ray.placement.session import Session, cluster, unlike
 from opd_ray.report.arms import clock
@@ -121,7 +121,10 @@ def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: C
     with cluster():
         teacher = _teacher_data(directory, arms, rooms_for, say)
         # What is wrong with the last arm is said before the first one runs.
-        facts = [preflight.check_files(resolve(_config(arm, seeds[0], teacher))) for arm in arms]
+        configured = [resolve(_config(arm, seeds[0], teacher)) for arm in arms]
+        facts = [preflight.check_files(config) for config in configured]
+        for config in configured:
+            preflight.check_weights(config)
         for seed in dict.fromkeys(seed for seed, _ in todo):
             resolve(dataclasses.replace(rooms_for, seed=seed))  # builds its student, if it is an embedded one
         session = Session(resolve(rooms_for), max(each.max_context_tokens for each in facts))
@@ -146,10 +149,10 @@ def _run_arm(directory: Path, arm: Arm, seed: int, teacher: teacher_data.Rollout
     with (run_dir / "log.txt").open("w", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
         try:
             train(config, run_dir, session=session, before=_before(directory, seed))
+        except GuardStopped:
+            pass  # an outcome, with a summary
         except RunError as error:
-            # A guard that stopped the run has left a summary: that is an outcome, not a failure of the study.
-            if isinstance(error, Terminated) or not (run_dir / "summary.json").exists():
-                raise RunError(f"study: arm '{arm.name}', seed {seed}: {error} (see {run_dir / 'log.txt'})") from None
+            raise RunError(f"study: arm '{arm.name}', seed {seed}: {error} (see {run_dir / 'log.txt'})") from None
 
 
 def _config(arm: Arm, seed: int, teacher: teacher_data.Rollouts | None) -> Config:

@@ -84,8 +84,9 @@ class Trace:
                 await self.collect()
         for lane, span in self._last.items():
             self._file.span(*lane, span)
-        with contextlib.suppress(OSError):  # of which has been told
-            await in_thread(self._file.close)
+        with contextlib.suppress(TimeoutError, OSError):  # of which has been told
+            async with asyncio.timeout(_ANSWER_S):
+                await in_thread(self._file.close)
 
     async def _ask(self, room: Room, member: Member) -> None:
         asked = time.monotonic()

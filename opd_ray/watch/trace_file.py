@@ -33,6 +33,7 @@ class TraceFile:
         """``zero``: when the trace begins, of the clock that all times are of. What an earlier start of the run wrote
         is what was before."""
         self._path, self._before, self._zero, self._most = run_dir / TRACE, run_dir / BEFORE, zero, most_bytes
+        self._size = 0
         self._nodes: dict[str, int] = {}
         self._lanes: dict[tuple[str, str], int] = {}
         self._names: list[Mapping[str, Any]] = []
@@ -83,15 +84,15 @@ class TraceFile:
         return round((at - self._zero) * 1e6, 3)
 
     def _write(self, event: Mapping[str, Any]) -> None:
-        if self._file is not None and self._file.tell() > self._most:
+        if self._file is not None and self._size > self._most:
             self._end()
         if self._file is None:
             if self._path.exists():
                 self._path.replace(self._before)
             self._file = self._path.open("w", encoding="utf-8")
-            self._file.write("[\n" + ",\n".join(map(_line, [*self._names, event])))
+            self._size = self._file.write("[\n" + ",\n".join(map(_line, [*self._names, event])))
         else:
-            self._file.write(",\n" + _line(event))
+            self._size += self._file.write(",\n" + _line(event))
         if event["ph"] == "M":
             self._names.append(event)
 

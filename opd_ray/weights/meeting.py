@@ -105,20 +105,27 @@ async def _come(group: TransferGroup, facts: dict[str, str]) -> dict[str, str]:
     """Another member's side."""
     nonce = secrets.token_bytes(_NONCE_BYTES)
     message = {"rank": group.rank, "nonce": nonce.hex(), "facts": facts}
-    async with asyncio.timeout(group.timeout_s):
-        while True:
-            with contextlib.suppress(ConnectionRefusedError):  # rank 0 is not there yet
-                reader, writer = await asyncio.open_connection(group.host, group.port)
-                break
-            await asyncio.sleep(_AGAIN_S)
-        with contextlib.closing(writer):
-            try:
-                theirs = await reader.readexactly(_NONCE_BYTES)
-                writer.write(_framed(message, group.secret, "to rank 0", theirs))
-                most = _MOST_BYTES * group.world_size
-                return await _read(reader, most, group.secret, f"to rank {group.rank}", nonce)
-            except EOFError:
-                raise ConnectionError("rank 0 turned this member away, or ended") from None
+    try:
+        return await asyncio.wait_for(_ask(group, message, nonce), group.timeout_s)
+    except TimeoutError:
+        raise TimeoutError("rank 0 did not answer, or others did not come") from None
+
+
+async def _ask(group: TransferGroup, message: object, nonce: bytes) -> dict[str, str]:
+    """Goes to rank 0 as soon as it is there, and waits for what it says."""
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):  # rank 0 is not there yet
+            reader, writer = await asyncio.open_connection(group.host, group.port)
+            break
+        await asyncio.sleep(_AGAIN_S)
+    with contextlib.closing(writer):
+        try:
+            theirs = await reader.readexactly(_NONCE_BYTES)
+            writer.write(_framed(message, group.secret, "to rank 0", theirs))
+            most = _MOST_BYTES * group.world_size
+            return await _read(reader, most, group.secret, f"to rank {group.rank}", nonce)
+        except EOFError:
+            raise ConnectionError("rank 0 turned this member away, or ended") from None
 
 
 def _framed(message: object, secret: str, way: str, nonce: bytes) -> bytes:

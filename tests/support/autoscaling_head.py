@@ -109,11 +109,6 @@ class AutoscalingHead:
             check=True,
         )
 
-    def autoscaler_log(self) -> str:
-        """What the autoscaler says of its decisions."""
-        logs = sorted((self.temp_dir / "session_latest" / "logs").glob("monitor*"))
-        return "\n".join(log.read_text(errors="replace") for log in logs)
-
 
 def fake_cluster(
     node_types: Mapping[str, NodeType], *, head: Mapping[str, float], idle_timeout_s: float = 5.0

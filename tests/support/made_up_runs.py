@@ -119,7 +119,7 @@ STUDY_ARMS: Mapping[str, Mapping[str, Any]] = {
     "OPD, forward KL top-8": {"accuracy": (0.3, 0.33)},
     "OPD + guard": {"accuracy": (0.3, 0.9), "inflates_at": 70, "golden_used": 128},
     "SFT, 128 golden": {"method": "sft", "accuracy": (0.3, 0.7), "golden_used": 128},
-    "SFT, 4800 teacher rollouts": {"method": "sft", "accuracy": (0.3, 0.75), "golden_used": 4647},
+    "SFT, 3840 teacher rollouts": {"method": "sft", "accuracy": (0.3, 0.75), "golden_used": 4647},
     "SFT, 128 teacher rollouts": {"method": "sft", "accuracy": (0.3, 0.45), "golden_used": 121},
     "StableOPD, 32 golden": {"method": "stableopd", "accuracy": (0.3, 0.84), "golden_used": 32},
     "SFT, 32 golden": {"method": "sft", "accuracy": (0.3, 0.41), "golden_used": 32},

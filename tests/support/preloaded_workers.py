@@ -131,7 +131,12 @@ def _serve(address: str) -> None:
             for key, _ in waiting.select():
                 if key.fileobj is listener:
                     client = listener.accept()[0]
-                    if not (pid := _fork(client, [listener, waiting, *clients.values(), *staying])):
+                    try:
+                        pid = _fork(client, [listener, waiting, *clients.values(), *staying])
+                    except (OSError, ValueError):  # it died before it had said what it wants
+                        client.close()
+                        continue
+                    if not pid:
                         staying.add(client)
                         waiting.register(client, selectors.EVENT_READ)
                         client.sendall(b"+")

@@ -91,7 +91,9 @@ class VllmServers:
     def stop(self, number: int) -> None:
         """As SIGKILL does; its engine goes with it."""
         self._processes[number].kill()
+        until = time.monotonic() + 30
         while _is_up(self.urls[number]):
+            assert time.monotonic() < until, f"{self.urls[number]} answers after it was killed"
             time.sleep(0.01)
 
 

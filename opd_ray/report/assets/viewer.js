@@ -129,6 +129,7 @@ function startViewer(data) {
   }
 
   function chose(what) {
+    if (what) for (const name of FILTERS) picks[name].value = ""; // or less would be shown than was counted
     only = what;
     changed();
     byId("rollouts").scrollIntoView();
