@@ -8,7 +8,8 @@ from typing import Any
 
 from opd_ray.errors import InputError
 
-_IN_ADDRESS = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+_IN_ADDRESS = re.compile(r"://[^/@\s]*:(?!\d+(?:/|$))[^@\s?]*@")
+"""A key of AWS may have a slash in it; a port has none before it."""
 _IN_OPTIONS = re.compile(r"://.*[?&]([^=&]*(?:key|secret|token|password|signature|credential)[^=&]*|sig|sv)=[^&]", re.I)
 _VARIABLE = re.compile(r"(?:^|_)(?:API_?KEY|ACCESS_KEY(?:_ID)?|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS)(?:$|_)", re.I)
 _INSTEAD = (

@@ -90,7 +90,7 @@ def check_teachers(config: Config, data: Dataset) -> None:
         return
     rows = [*data.prompts.rows] if config.buffer.prompts_per_step else []
     rows += [each.row for each in data.golden.solutions] if data.golden else []
-    for name in config.more_teachers.keys() - {row.get("teacher") for row in rows}:
+    for name in sorted(config.more_teachers.keys() - {row.get("teacher") for row in rows}):
         raise InputError(
             f"more_teachers.{name}: no row names it in the column teacher, so that it would score nothing; name it "
             "there, leave it out, or set loss.teachers=weighted, where all score every rollout"

@@ -40,6 +40,7 @@ from opd_ray.repetition import tail_period
 from opd_ray.tasks.judge import Judge
 
 _CHUNK = 1024
+_IDS = pa.list_(pa.int32())
 _TOKENS = ("prompt_tokens", "response_tokens", "privileged_prompt_tokens")
 
 
@@ -210,15 +211,15 @@ def _encoded(texts: Sequence[str], tokenizer: Any) -> Iterator[np.ndarray]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     of = (
         kept.key(backend.to_str(), type(tokenizer).__name__, kept.versions("tokenizers", "transformers"))
-        if backend
+        if backend and len(texts) >= kept.FEW
         else ""
     )
     for start in watched(range(0, len(texts), _CHUNK), "thousands of golden responses", -(-len(texts) // _CHUNK)):
         some = texts[start : start + _CHUNK]
         name = kept.key(of, *some)
-        found = kept.find(name) if of else None
+        found = kept.find(name, _IDS, len(some)) if of else None
         if found is None:
-            found = pa.array(tokenizer(some, add_special_tokens=False)["input_ids"], pa.list_(pa.int32()))
+            found = pa.array(tokenizer(some, add_special_tokens=False)["input_ids"], _IDS)
             if of:
                 kept.keep(name, found)
         yield from (each.values.to_numpy() for each in found)

@@ -163,11 +163,12 @@ def _verdicts(questions: Sequence[tuple[str, Mapping[str, Any]]], judge: Judge) 
     code = [file.read_text() for file in sorted(Path(tasks.__file__).parent.glob("*.py"))]
     asked = [part for text, row in questions for part in (text, json.dumps(row, sort_keys=True, default=repr))]
     name = kept.key(kind.__name__, *code, kept.versions(*_JUDGED_BY), *asked)
-    verdicts = known.to_pylist() if (known := kept.find(name)) is not None else [None] * len(questions)
-    left = [i for i, verdict in enumerate(verdicts) if verdict is None]
-    for i, verdict in zip(left, judge.ask("verify", [questions[i] for i in left]), strict=True):
-        verdicts[i] = verdict
-    kept.keep(name, pa.array(verdicts, pa.bool_()))
+    known = kept.find(name, pa.bool_(), len(questions))
+    verdicts = known.to_pylist() if known is not None else [None] * len(questions)
+    if left := [i for i, verdict in enumerate(verdicts) if verdict is None]:
+        for i, verdict in zip(left, judge.ask("verify", [questions[i] for i in left]), strict=True):
+            verdicts[i] = verdict
+        kept.keep(name, pa.array(verdicts, pa.bool_()))
     return verdicts
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from opd_ray.disk import cache_root, whole
 
-_FEW = 256
+FEW = 256
 _UNREAD_S = 30 * 86_400.0
 
 
@@ -40,11 +40,14 @@ def versions(*packages: str) -> str:
     return ", ".join(found)
 
 
-def find(name: str) -> pa.Array | None:
-    """What was kept under this key; None where nothing was, or cannot be read."""
+def find(name: str, kind: pa.DataType, count: int) -> pa.Array | None:
+    """The ``count`` values that were kept under this key; None where nothing was, or not that: checksums are of the
+    pages alone."""
     path = _path(name)
     try:
-        found = pq.read_table(path, page_checksum_verification=True)["value"].combine_chunks()
+        found = pq.read_table(path, page_checksum_verification=True)["value"].combine_chunks().cast(kind)
+        if len(found) != count:
+            return None
         os.utime(path)
         return found
     except (OSError, KeyError, pa.ArrowException):
@@ -53,7 +56,7 @@ def find(name: str) -> pa.Array | None:
 
 def keep(name: str, values: pa.Array) -> None:
     """Keeps them, unless they are few, which are made in seconds, or the disk will not have them."""
-    if len(values) < _FEW:
+    if len(values) < FEW:
         return
     path = _path(name)
     with contextlib.suppress(OSError):

@@ -105,7 +105,7 @@ def _checked(
             names.update(raw)
             row_found = found(where, raw, columns)
             raw = row_found.columns
-            row = check(where, row_found) | {name: raw[name] for name in kept if name in raw}
+            row = {name: raw[name] for name in kept if name in raw} | check(where, row_found)
             given = _id(where, raw, row)
             rows.has_ids = rows.has_ids and given is not None
             name = row["id"] = (f"{place + 1}-" * (len(several) > 1) + str(number)) if given is None else given

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from opd_ray.report.measurements import SO_FAR
 from opd_ray.report.runs import Run
 from opd_ray.watch.catalogue import metric
 
@@ -104,13 +105,15 @@ def _most_points(runs: Sequence[Run]) -> int:
 def groups(runs: Sequence[Run], lines: Mapping[str, ReferenceLine], *, has_lanes: bool = False) -> list[dict[str, Any]]:
     """Groups of charts, in order, each chart with its runs' values; charts without any values are left out. Where the
     page ``has_lanes``, what is idle is seen there."""
-    names = sorted({name for run in runs for name in run.metrics} - {"evaluation/num_problems"})
+    names = {name for run in runs for name in run.metrics if not name.endswith(SO_FAR)}
+    names = sorted(names - {"evaluation/num_problems"})
     drawn: set[str] = set()
     result = []
     for title, charts in _GROUPS.items():
         panels = []
         for chart in charts:
             if has_lanes and chart.title == _IDLE:
+                drawn |= {*fnmatch.filter(names, *chart.metrics)}
                 continue
             for found in _expand(chart, names, drawn):
                 drawn |= {name + suffix for name in (*found.metrics, found.evaluation) for suffix in ("", _ERROR)}
@@ -198,15 +201,11 @@ def _of_shares(shares: Mapping[int, float] | None, counts: Mapping[int, float] |
 
 def axes(run: Run) -> dict[str, list[list[float]]]:
     """What a run had taken of tokens and minutes after its steps, of those steps that count; without what was not
-    measured. Between measurements that were kept it is straight."""
+    measured."""
     found = {}
     for name, (source, factor) in _AXES.items():
-        if values := run.metrics.get(source):
-            sums, total, last = {0: 0.0}, 0.0, 0
-            for step, value in values.items():
-                total, last = total + factor * value * (step - last), step
-                sums[step] = total
-            found[name] = _sparse(sums)
+        if sums := run.metrics.get(source + SO_FAR):
+            found[name] = _sparse({0: 0.0} | {step: factor * value for step, value in sums.items()})
     return found
 
 

@@ -23,6 +23,10 @@ Metrics = dict[str, dict[int, float]]
 """Metric name to step to value, steps in order."""
 
 EVALUATION = "evaluation/"
+SUMMED = ("learner/trained_tokens", "throughput/step_s")
+SO_FAR = " so far"
+"""Ends the name of the sum of all measurements up to a step, of what is SUMMED: what is kept of a long curve has its
+extremes, too, and sums to something else."""
 MOST_POINTS = 4096
 _LAST = 16
 
@@ -55,13 +59,24 @@ def read_metrics(path: Path) -> tuple[Metrics, list[tuple[Metrics, int, int]], i
 
 
 def _metrics(curves: Mapping[str, array[float]]) -> Metrics:
-    return {name: _thinned(np.array(curve).reshape(-1, 2)) for name, curve in curves.items() if curve}
+    found = {}
+    for name, curve in curves.items():
+        if curve:
+            steps, values = _latest(np.array(curve).reshape(-1, 2))
+            found[name] = _thinned(steps, values)
+            if name in SUMMED:
+                found[name + SO_FAR] = _thinned(steps, values.cumsum())
+    return found
 
 
-def _thinned(points: np.ndarray) -> dict[int, float]:
+def _latest(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[N, 2] steps and values as measured, by step; of a step that was measured twice the latest counts."""
     steps, at = np.unique(points[::-1, 0], return_index=True)
-    values, stride = points[::-1, 1][at], 1
+    return steps, points[::-1, 1][at]
+
+
+def _thinned(steps: np.ndarray, values: np.ndarray) -> dict[int, float]:
+    stride = 1
     while len(steps) > stride * MOST_POINTS:
         stride *= 2
     kept = {*range(0, len(steps), stride), *range(len(steps))[-_LAST:], int(values.argmin()), int(values.argmax())}

@@ -158,7 +158,7 @@ def _data(
             {"name": kind.label, "arm": labels.index(kind.arms[0].label), "points": kind.points} for kind in kinds
         ],
         "lanes": drawn,
-        "groups": curves.groups(runs, lines, has_lanes=bool(drawn)),
+        "groups": curves.groups(runs, lines, has_lanes=len(drawn) == len(runs)),
     }
 
 

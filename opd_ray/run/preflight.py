@@ -1,4 +1,4 @@
-"""Looks at everything a run will need before a model loads or a file is written.
+"""Looks at everything a run will need before a model loads or the run directory is written.
 
     check_files       packages, prompt files, checkpoints: are they there, whole, and do they agree?
     check_weights     are the weights those of the models?

@@ -274,6 +274,8 @@ def _measured(step: int, accuracy: float, inflated: bool) -> dict[str, float]:
         "learner/trained_tokens": 1000.0,
         "throughput/tokens_per_s": 1000.0 + step,
         "throughput/step_s": 3.0,
+        "idle/learn": 0.1,
+        "idle/generate": 0.2,
         "staleness/mean": 1.0,
         "staleness/max": 2.0,
         "something/new": float(step),

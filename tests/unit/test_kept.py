@@ -22,7 +22,7 @@ ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1), "response": f"#{i + 1}"} for
 @pytest.fixture
 def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setenv("OPD_RAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(kept, "_FEW", 1)
+    monkeypatch.setattr(kept, "FEW", 1)
     setting = make_setting(tmp_path) | {"data.golden_filter": "correct"}
     write_jsonl(Path(setting["data.golden"]), ROWS)
     return setting
@@ -73,16 +73,20 @@ def test_a_broken_file_is_made_anew(setting: dict[str, str], made: Counter[str],
     assert made == {"tokens": 8, "verdicts": 8}
 
 
-def test_a_flipped_bit_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_flipped_byte_is_found_wherever_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OPD_RAY_CACHE", str(tmp_path))
     tokens = pa.array([[number, 7] for number in range(1000)], pa.list_(pa.int32()))
     kept.keep("x", tokens)
-    assert kept.find("x").equals(tokens)
+    assert kept.find("x", tokens.type, 1000).equals(tokens)
+    assert kept.find("x", tokens.type, 999) is None
     file = tmp_path / "golden/x.parquet"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 3] ^= 1
-    file.write_bytes(content)
-    assert kept.find("x") is None
+    content, damaged = file.read_bytes(), 0
+    for at in range(len(content)):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        found = kept.find("x", tokens.type, 1000)
+        assert found is None or found.equals(tokens)
+        damaged += found is None
+    assert damaged > len(content) / 2
 
 
 def test_what_decides_them_is_told_apart(setting: dict[str, str], made: Counter[str], tmp_path: Path) -> None:
@@ -122,7 +126,7 @@ def test_few_are_not_kept_nor_what_nobody_reads(monkeypatch: pytest.MonkeyPatch,
     kept.keep("read", many)
     for name in ("old", "read"):
         os.utime(tmp_path / f"golden/{name}.parquet", (0, 0))
-    assert kept.find("read").equals(many)
+    assert kept.find("read", many.type, len(many)).equals(many)
     kept.keep("new", many)
     assert {each.stem for each in (tmp_path / "golden").iterdir()} == {"read", "new"}
 

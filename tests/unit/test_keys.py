@@ -31,6 +31,7 @@ NAMES = [
     "override",
     [
         f"checkpoint.directory=s3://{PLANTED}:geheim@bucket/runs",
+        f"checkpoint.directory=s3://{PLANTED}:geheim/auch@bucket/runs",
         f"checkpoint.directory=s3://bucket/runs?access_key={PLANTED}&secret_key=geheim",
         f"checkpoint.directory=abfs://container@account/x?sig={PLANTED}",
         f"teacher.url=['http://user:{PLANTED}@host:8000']",

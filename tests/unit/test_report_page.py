@@ -8,11 +8,11 @@ import re
 import pytest
 
 from made_up_pages import panels, report
-from made_up_runs import EVIL, make_rollouts, make_run, make_student, write_rollouts
+from made_up_runs import EVIL, make_rollouts, make_run, make_student, write_rollouts, write_trace
 from opd_ray import __main__ as command_line
 from opd_ray.errors import InputError
 from opd_ray.messages import ROLLOUT_SCHEMA
-from opd_ray.report import ReferenceLine, default_output, rollouts, write_report
+from opd_ray.report import ReferenceLine, curves, default_output, rollouts, write_report
 from opd_ray.report.runs import read_run
 from tiny_checkpoints import CHARACTERS
 
@@ -76,6 +76,25 @@ def test_what_a_run_contains_never_becomes_markup(tmp_path):
     assert "window.hacked" in page  # it is shown,
     assert "<script>window" not in page and "<img" not in page  # as text
     assert data["runs"][0]["events"][0]["action"] == EVIL
+
+
+def test_where_every_run_has_a_trace_its_lanes_stand_in_place_of_the_idle_curves(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "Idle" in panels(report(run)[1])
+    write_trace(run)
+    assert not [title for title in panels(report(run)[1]) if title.startswith("Idle")]
+
+
+def test_of_a_long_run_the_minutes_are_those_of_every_step(tmp_path):
+    """The bug: summed were the points that are kept, the extremes of which stand for nothing but themselves."""
+    run = make_run(tmp_path / "run", steps=3)
+    lines = [
+        {"step": step, "learner/loss": 1.0, "throughput/step_s": 900.0 if step == 7001 else 2.0}
+        for step in range(1, 20_001)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps, minutes = curves.axes(read_run(run))["minutes"]
+    assert (steps[-1], minutes[-1]) == (20_000, pytest.approx((19_999 * 2 + 900) / 60, rel=1e-3))
 
 
 @pytest.mark.slow

@@ -4,16 +4,18 @@ preflight and ended the run a minute later, with "see the above report" and a ru
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file, save_file
 
 from opd_ray.__main__ import main
 from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.models.checkpoints import inspect
-from opd_ray.models.weights import INDEX, check_files, check_names, check_weights, headers, weight_files
+from opd_ray.models.weights import INDEX, check_files, check_names, check_weights, headers, on_this_node, weight_files
 from opd_ray.run import preflight
 from tiny_checkpoints import configured, make_setting, refused
 
@@ -182,7 +184,7 @@ def test_other_formats_are_refused_with_the_way_out(checkpoint: Path, file: str,
     assert said in refused(lambda: check_files("X", checkpoint))
 
 
-def test_the_conversion_that_is_proposed_converts(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_conversion_that_is_proposed_converts(checkpoint: Path) -> None:
     weights = load_file(checkpoint / "model.safetensors")
     torch.save(weights, checkpoint / "pytorch_model.bin")
     (checkpoint / "model.safetensors").unlink()
@@ -195,6 +197,30 @@ def test_the_conversion_that_is_proposed_converts(checkpoint: Path, monkeypatch:
 def test_a_repository_of_pickles_alone_is_refused() -> None:
     check_names("X", ["config.json", "pytorch_model.bin", "model.safetensors"])
     assert "has no *.safetensors on the Hub" in refused(lambda: check_names("X", ["pytorch_model.bin"]))
+
+
+def test_of_the_hub_only_what_was_downloaded_whole_is_looked_at(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The bug: preflight fetches config.json itself, and then missed the weights beside it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    stored = tmp_path / "models--org--m"
+    (stored / "refs").mkdir(parents=True)
+    (stored / "refs/main").write_text("c0ffee")
+    there = stored / "snapshots/c0ffee"
+    there.mkdir(parents=True)
+    shutil.copy(checkpoint / "config.json", there)
+    assert try_to_load_from_cache("org/m", "config.json", cache_dir=tmp_path) == str(there / "config.json")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", partial(try_to_load_from_cache, cache_dir=tmp_path))
+    assert on_this_node("org/m") is None
+    check_weights("X", "org/m", quantised=False)
+    (there / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    shutil.copy(checkpoint / "model.safetensors", there / "one.safetensors")
+    assert on_this_node("org/m") is None, "a download that was broken off"
+    (there / INDEX).unlink()
+    (there / "one.safetensors").rename(there / "model.safetensors")
+    assert on_this_node("org/m") == there
+    check_weights("X", "org/m", quantised=False)
 
 
 # ---- on the way to a run ----
@@ -226,6 +252,11 @@ def test_every_model_that_is_loaded_is_looked_at(monkeypatch: pytest.MonkeyPatch
         ("teacher.path", True),
         ("reference.path", False),
     ]
+    asked.clear()
+    preflight.check_weights(configured(setting | changes | {"reference.path": setting["teacher.path"]}))
+    assert [(name.partition("=")[0], quantised) for name, quantised in asked][1:] == [("teacher.path", False)], (
+        "one path in two rooms may be what both may read"
+    )
     asked.clear()
     preflight.check_weights(configured(setting), evaluation_only=True)
     preflight.check_weights(configured(setting, student__path=str(TEACHER_DIR)), evaluation_only=True)
