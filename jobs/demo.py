@@ -37,7 +37,7 @@ from rich.table import Table
 from opd_ray import config as configs
 from opd_ray.errors import InputError
 from opd_ray.run.card import before_and_after
-from opd_ray.run.upload import check_upload, left_out
+from opd_ray.run.upload import check_upload
 
 _ROOT = Path(__file__).resolve().parent.parent
 _HEAD_DEADLINE_S = 120.0
@@ -186,7 +186,6 @@ def follow(client: Any, entrypoint: str) -> int:
         entrypoint=entrypoint,
         runtime_env={
             "working_dir": str(_ROOT),
-            "excludes": left_out(_ROOT),
             "env_vars": {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
         },
     )

@@ -12,13 +12,12 @@ import psutil
 import ray
 from ray import ObjectRef
 from ray._private import state  # ray.util.state asks the dashboard, which a cluster may lack
+from ray._private.utils import estimate_available_memory, resolve_object_store_memory
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _NVIDIA_SMI_S = 20.0
-_MOST_STORE_BYTES = 200e9
-_STORE_BYTES_ON_DISK = 10e9
 _T = TypeVar("_T")
 
 
@@ -63,10 +62,10 @@ def nodes() -> list[Node]:
     return sorted(found, key=lambda node: (node.name, node.id))
 
 
-def place_of(actor: ActorHandle) -> str | None:
-    """Host name and address of the node on which an actor starts or runs; None where it has none yet."""
-    here = _node_id(actor)
-    return next((node.name for node in nodes() if node.id == here), None)
+def places_of(actors: Sequence[ActorHandle]) -> list[str | None]:
+    """Host name and address of the node on which each actor starts or runs; None where it has none yet."""
+    names = {node.id: node.name for node in nodes()}
+    return [names.get(_node_id(actor)) for actor in actors]
 
 
 def _node_id(actor: ActorHandle) -> str | None:
@@ -75,12 +74,9 @@ def _node_id(actor: ActorHandle) -> str | None:
 
 
 def this_machine() -> Node:
-    """As a Ray of the run's own would find it: three tenths of the free memory for the object store, but at most
-    200 GB, and as much as /dev/shm or, on a disk, 10 GB (Ray 2.60's resolve_object_store_memory)."""
-    free = psutil.virtual_memory().available
-    store = min(0.3 * free, _MOST_STORE_BYTES)
-    if psutil.LINUX:
-        store = min(store, max(_STORE_BYTES_ON_DISK, 0.95 * psutil.disk_usage("/dev/shm").free))
+    """As a Ray of the run's own would find it, by Ray's own reckoning."""
+    free = float(estimate_available_memory())
+    store = float(resolve_object_store_memory(int(free)))
     return Node("", "this machine", float(psutil.cpu_count()), float(len(cards())), free - store, store)
 
 

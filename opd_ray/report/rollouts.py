@@ -28,7 +28,8 @@ MAX_STEPS = 24
 """Steps of one run that are shown: the last ones of those that were logged, and others spread evenly."""
 _LAST_STEPS = 4
 _FOLLOWED = 3
-"""Prompts of which a rollout is shown at every step that has one: the same prompt over steps."""
+"""Prompts of which a rollout is shown at every step that has one, as far as there is room, the first of them at least:
+the same prompt over steps."""
 _DOUBTED = round(math.log(0.5) * 100)
 """Alternatives are shown where the teacher finds a token less likely than this, hundredths of a nat: elsewhere there
 is little to choose."""
@@ -94,19 +95,18 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))}) if count else []
 
 
-def _followed(files: Sequence[Path]) -> set[str]:
-    """The prompts that the student answered at most of these steps, of those that come again."""
+def _followed(files: Sequence[Path]) -> list[str]:
+    """The prompts that the student answered at most of these steps, and again; the most frequent first."""
     steps: Counter[str] = Counter()
     for file in files:
         with contextlib.suppress(pa.ArrowException, OSError, KeyError):  # what cannot be read is told later
             table = pq.read_table(file, columns=["prompt_id", "source"])
             steps.update(set(table.filter(pc.equal(table["source"], "student"))["prompt_id"].to_pylist()))
-    return {
-        prompt for prompt, count in sorted(steps.items(), key=lambda each: (-each[1], each[0]))[:_FOLLOWED] if count > 1
-    }
+    most = sorted(steps.items(), key=lambda each: (-each[1], each[0]))[:_FOLLOWED]
+    return [prompt for prompt, count in most if count > 1]
 
 
-def _choose(file: Path, run: Run, most: int, most_tokens: int, followed: set[str]) -> Iterator[dict[str, Any]]:
+def _choose(file: Path, run: Run, most: int, most_tokens: int, followed: list[str]) -> Iterator[dict[str, Any]]:
     """Rows of one step: one of a followed prompt, then truncated, repetitive and ordinary student rollouts in turn, and
     a few of other sources."""
     table = pq.read_table(file, columns=[name for name in _COLUMNS if name in pq.read_schema(file).names])
@@ -122,6 +122,9 @@ def _choose(file: Path, run: Run, most: int, most_tokens: int, followed: set[str
             left.remove(row["prompt_id"])
             kind = _FIRST
         strata.setdefault(kind, []).append(index)
+    if _FIRST in strata:
+        prompts = table["prompt_id"]
+        strata[_FIRST].sort(key=lambda index: followed.index(prompts[index].as_py()))
     lengths = (pc.list_value_length(table[name]).fill_null(0) for name in ("prompt_tokens", "response_tokens"))
     tokens = sum(np.minimum(each.to_numpy(), MAX_TOKENS) for each in lengths)  # of each row, as many as are embedded
     taken = _of_each(strata, most)

@@ -165,15 +165,15 @@ def read_run(path: Path) -> Run:
 
 def _origin(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """An unfinished run has said it when it began."""
-    if "command" in summary:
-        return summary
-    said: dict[str, Any] = {}
-    with contextlib.suppress(OSError), (path / "events.jsonl").open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                if '"start"' in line and (event := json.loads(line)).get("kind") == "start":
-                    said = event
-    return summary | said
+    said = summary if "command" in summary else {}
+    if not said:
+        with contextlib.suppress(OSError), (path / "events.jsonl").open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    if '"start"' in line and (event := json.loads(line)).get("kind") == "start":
+                        said = event
+    known = summary | said
+    return {name: known[name] for name in ("command", "commit", "versions", "hardware") if name in known}
 
 
 def _arm(path: Path, config: dict[str, Any], summary: dict[str, Any]) -> str:

@@ -32,15 +32,6 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def most_bytes() -> int:
-    """What this machine has or, in a container, what its processes may take together."""
-    limits = [psutil.virtual_memory().total]
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            limits.append(int(Path(file).read_text()))
-    return min(limits)
-
-
 def _peak_bytes(process: psutil.Process) -> int:
     """Anonymous pages and its share of mapped files, at their most; the object store, which all processes of a node map
     into their memory, is left out."""

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.utils import get_system_memory
 
 from opd_ray.config import Config
-from opd_ray.placement.nodes import place_of
+from opd_ray.placement.nodes import places_of
 from opd_ray.placement.restarts import Restarts
 from opd_ray.placement.supervisor import Supervisor
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.group import Group
-from opd_ray.rooms.memory import most_bytes, resident_bytes
+from opd_ray.rooms.memory import resident_bytes
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import UNPLACED, Member, busy_share
 from opd_ray.rooms.threads import in_thread
@@ -65,7 +66,7 @@ class StatusWriter:
         self._sent_at = -math.inf
         self._placing: asyncio.Future[None] | None = None
         self._told: str | None = None
-        self._most_bytes = most_bytes()
+        self._most_bytes = get_system_memory()
         self._work = {room.room: (0.0, 0.0) for room in self._rooms.every}
 
     async def run(self) -> None:
@@ -109,8 +110,8 @@ class StatusWriter:
             self._sending = in_thread(self._far.write, state.FILE, [state.as_text(now).encode()])
             self._sent_at = time.monotonic()
 
-    def _tell(self, error: Exception) -> None:
-        text = f"{self._path} stays as it was: {type(error).__name__}: {error}"
+    def _tell(self, error: Exception, where: object = None) -> None:
+        text = f"{where or self._path} stays as it was: {type(error).__name__}: {error}"
         if text != self._told:
             self._told = text
             self._say("status_failed", text)
@@ -123,13 +124,18 @@ class StatusWriter:
                     await asyncio.wait([self._writing])  # its file must not come after this one
                 self._live(self.metrics())
                 await in_thread(state.write, self._path, last := self.status())
-                if self._far is not None:
+        except Exception as error:
+            self._tell(error)
+            return
+        if self._far is not None:
+            try:
+                async with asyncio.timeout(state.STALE_S):
                     if self._sending is not None:
                         await asyncio.wait([self._sending])
                     self._send(last)
                     await self._sending
-        except Exception as error:
-            self._tell(error)
+            except Exception as error:
+                self._tell(error, self._far.url(state.FILE))
 
     def status(self) -> Status:
         where, pipeline = self._where, self._keeper.pipeline
@@ -209,5 +215,5 @@ class StatusWriter:
 
 
 def _place(members: Sequence[Member]) -> None:
-    for member in members:
-        member.placed_on = place_of(member.handle)
+    for member, place in zip(members, places_of([member.handle for member in members]), strict=True):
+        member.placed_on = place

@@ -28,15 +28,15 @@ _KEYS = {
 _ANY = re.compile(b"|".join(b"(%s)" % pattern for pattern in _KEYS.values()))
 
 
-def left_out(directory: Path) -> list[str]:
-    """What .rayignore names: Ray reads that only where a job is handed in by its command line."""
+def _left_out(directory: Path) -> list[str]:
+    """What .rayignore names, which Ray leaves out, too."""
     lines = (directory / ".rayignore").read_text().splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def check_upload(directory: Path) -> None:
     """Raises InputError where a file that would travel with a job holds a key."""
-    for path in _files(directory, [each.rstrip("/") for each in left_out(directory)]):
+    for path in _files(directory, [each.rstrip("/") for each in _left_out(directory)]):
         if kind := _key_in(path):
             raise InputError(
                 f"{path} holds {kind} and would be uploaded with the working directory; move it out of {directory}, or "

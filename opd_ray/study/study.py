@@ -29,6 +29,7 @@ from opd_ray.evaluation.scores import Evaluation
 from opd_ray.placement.session import Session, cluster, unlike
 from opd_ray.report.arms import clock
 from opd_ray.run import preflight
+from opd_ray.run.summary import outcome
 from opd_ray.run.train import train
 from opd_ray.study import claims, teacher_data
 from opd_ray.study.arms import Arm
@@ -200,10 +201,4 @@ def _teacher_data(
 
 
 def _outcome(summary: Mapping[str, Any] | None) -> str:
-    if summary is None or summary["eval_after"] is None:
-        return "no evaluation"
-    before, after = summary["eval_before"], summary["eval_after"]
-    return (
-        f"sampled accuracy {before['accuracy_sampled']:.3f} -> {after['accuracy_sampled']:.3f}, "
-        f"highest truncation {summary['max_truncation_rate']:.2f}, {summary['wall_s']:.0f} s"
-    )
+    return f"{outcome(summary)}, highest truncation {summary['max_truncation_rate']:.2f}" if summary else "no summary"

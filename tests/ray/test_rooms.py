@@ -17,7 +17,7 @@ from opd_ray import config as configs
 from opd_ray.errors import RunError
 from opd_ray.messages import PromptGroup, SamplingSettings, ScoreRequest
 from opd_ray.placement import launch
-from opd_ray.placement.nodes import place_of
+from opd_ray.placement.nodes import places_of
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.room import UNPLACED
 from opd_ray.weights.delivery import Delivery
@@ -120,7 +120,7 @@ def test_every_room_has_its_actors_and_names(rooms):
     assert sorted(rooms.followers) == ["reference", "self"]
     members = [member for pool in rooms.all.values() for member in pool.members]
     assert UNPLACED not in {member.node for member in members}
-    assert [member.name for member in members if place_of(member.handle) != member.node] == []
+    assert places_of([member.handle for member in members]) == [member.node for member in members]
 
 
 def test_an_actor_has_a_place_before_it_is_up(ray_here):
@@ -130,10 +130,10 @@ def test_an_actor_has_a_place_before_it_is_up(ray_here):
 
     actors = [ray.remote(Loading).options(num_cpus=cpus).remote() for cpus in (0, 1000)]
     until = time.monotonic() + 60
-    while place_of(actors[0]) is None:
+    while places_of(actors[:1]) == [None]:
         assert time.monotonic() < until
         time.sleep(0.05)
-    assert place_of(actors[1]) is None
+    assert places_of(actors[1:2]) == [None]
     for actor in actors:
         ray.kill(actor)
 

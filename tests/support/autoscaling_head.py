@@ -42,6 +42,7 @@ _LISTS = (
 )
 _DEADLINE_S = 90.0
 _POLL_S = 0.2
+_STORE_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,7 @@ def fake_cluster(
 
 
 @contextlib.contextmanager
-def autoscaling_head(
-    cluster: Mapping[str, Any], *, object_store_bytes: int = 128 * 2**20, dashboard: bool = False
-) -> Iterator[AutoscalingHead]:
+def autoscaling_head(cluster: Mapping[str, Any], *, dashboard: bool = False) -> Iterator[AutoscalingHead]:
     """Starts the head of ``cluster``, whose provider is the fake one; its autoscaler starts the other nodes.
 
     Raises RuntimeError with the end of its log when it does not come up.
@@ -155,7 +154,7 @@ def autoscaling_head(
     node_types = cluster["available_node_types"]
     head_resources = node_types[cluster["head_node_type"]]["resources"]
     for kind in node_types.values():
-        kind["resources"].setdefault("object_store_memory", object_store_bytes)
+        kind["resources"].setdefault("object_store_memory", _STORE_BYTES)
     config = temp_dir / "cluster.yaml"
     config.write_text(yaml.safe_dump(cluster))
     environment = _environment(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}" if dashboard else None)
