@@ -56,8 +56,9 @@ class Trace:
                 await self.collect()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._ending.wait(), _EVERY_S)
-        except OSError as error:
-            self._say("trace_failed", f"the trace ends here, and the run goes on: {error}")
+        except Exception as error:  # whatever it is, no run ends for its trace
+            reason = f"{type(error).__name__}: {error}"
+            self._say("trace_failed", f"the trace ends here, and the run goes on: {reason}")
 
     async def collect(self) -> None:
         """Writes what the actors were at since they were asked last. Raises OSError."""
@@ -78,13 +79,13 @@ class Trace:
     async def close(self) -> None:
         """What there is still to write, and the end of the file."""
         self._ending.set()
-        with contextlib.suppress(TimeoutError, OSError):
+        with contextlib.suppress(Exception):  # of which has been told, or the last spans are missing
             async with asyncio.timeout(_ANSWER_S):
                 await asyncio.wait([self._collecting])  # what a worker answers to one who has given up is lost
                 await self.collect()
         for lane, span in self._last.items():
             self._file.span(*lane, span)
-        with contextlib.suppress(TimeoutError, OSError):  # of which has been told
+        with contextlib.suppress(Exception):
             async with asyncio.timeout(_ANSWER_S):
                 await in_thread(self._file.close)
 

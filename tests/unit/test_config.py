@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opd_ray import config as configs
-from opd_ray.config import Config, EvaluationSet, LoraConfig
+from opd_ray.config import Config, EvaluationSet, LoraConfig, describe, describe_absent, hints
 from opd_ray.errors import InputError
 from opd_ray.repetition import is_repetitive
 from opd_ray.score.requests import score_requests
@@ -386,3 +386,10 @@ def test_adapters_are_of_the_run_and_their_scale_is_alpha_over_rank() -> None:
 def test_setting_another_field_of_the_reference_leaves_it_the_student() -> None:
     """The bug: given one field, the section forgot that its path is the student's and took the teacher's."""
     assert configs.load(None, ["reference.num_actors=2"]).reference.path == configs.STUDENT
+
+
+def test_what_other_trainers_names_stand_for_is_there() -> None:
+    names = {doc.name for doc in (*describe(), *describe_absent())}
+    assert [
+        ours for ours in hints._ELSEWHERE.values() if not any(f"{name}.".startswith(f"{ours}.") for name in names)
+    ] == []

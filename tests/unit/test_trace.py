@@ -243,3 +243,11 @@ def test_a_trace_that_cannot_be_written_costs_itself_and_a_warning(tmp_path):
     assert summary["steps"] == 6
     (said,) = events(tmp_path, "trace_failed")
     assert "the run goes on" in said["text"]
+
+
+def test_a_trace_that_fails_in_whatever_way_costs_itself_and_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(TraceFile, "flush", lambda *_: 1 / 0)
+    summary, _ = drive(tmp_path, cast_of(in_no_hurry, metrics={"trace": True}))
+    assert summary["steps"] == 6
+    (said,) = events(tmp_path, "trace_failed")
+    assert "ZeroDivisionError" in said["text"] and events(tmp_path, "end")
