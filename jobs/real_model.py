@@ -187,10 +187,13 @@ def _show(found: dict[str, Any], summary: dict[str, Any]) -> None:
         )
     table.add_row("tokens per answer", *(f"{each['mean_length']:.1f}" for each in (before, after)))
     console.print(table)
-    plan = Table("", "plan", "measured", title="memory of a process, GiB", title_justify="left")
-    predicted, measured = (summary["plan"][which]["memory"] for which in ("predicted", "measured"))
-    for room in predicted.keys() & measured.keys():
-        plan.add_row(room, *(f"{each[room]['host_bytes'] / 2**30:.2f}" for each in (predicted, measured)))
+    plan = Table("", "plan", "measured", title="what the plan predicted, and what came", title_justify="left")
+    predicted, measured = (summary["plan"][which] for which in ("predicted", "measured"))
+    for room in sorted(predicted["memory"].keys() & measured["memory"].keys()):
+        both = (f"{each['memory'][room]['host_bytes'] / 2**30:.2f}" for each in (predicted, measured))
+        plan.add_row(f"{room}, GiB a process", *both)
+    if predicted["tokens_per_s"]:  # a run of few steps has no later ones to predict
+        plan.add_row("student tokens/s", *(f"{each['tokens_per_s']:.2f}" for each in (predicted, measured)))
     console.print(plan)
     agreed, most = found["tokens_that_agree"]
     console.print(

@@ -10,8 +10,15 @@ from opd_ray.errors import InputError
 
 _IN_ADDRESS = re.compile(r"://[^/@\s]*:(?!\d+(?:/|$))[^@\s?]*@")
 """A key of AWS may have a slash in it; a port has none before it."""
-_IN_OPTIONS = re.compile(r"://.*[?&]([^=&]*(?:key|secret|token|password|signature|credential)[^=&]*|sig|sv)=[^&]", re.I)
-_VARIABLE = re.compile(r"(?:^|_)(?:API_?KEY|ACCESS_KEY(?:_ID)?|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS)(?:$|_)", re.I)
+_IN_OPTIONS = re.compile(
+    r"://.*[?&]([^=&]*(?:key|secret|token(?!s)|password|signature|credential)[^=&]*|sig|sv)=[^&]", re.I
+)
+_VARIABLE = re.compile(
+    r"(?:^|_)(?:API_?KEY|ACCESS_KEY(?:_ID)?|(?:PRIVATE|SECRET)_KEY|SECRET|(?<!MAX_)TOKEN|PAT|PASS(?:WORD|WD)?|"
+    r"CREDENTIALS|CONNECTION_STRING)$",
+    re.I,
+)
+"""What a variable that is a key ends with: HF_TOKEN is one, and HF_TOKEN_PATH says where it lies."""
 _INSTEAD = (
     "give the nodes a role, or set them in the environment that Ray starts in there (AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...)"

@@ -120,6 +120,19 @@ def beside(work: Callable[[], Any]) -> None:
     assert not thread.is_alive() and failures == []
 
 
+def test_what_tensorboard_is_told_last_is_read_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug: of files begun in one second the tenth was read before the ninth, so that what was undone stayed."""
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
+    tracker = TRACKERS["tensorboard"](Tracked(tmp_path, configs.load(None, [])))
+    for number, loss in enumerate((0.5, 0.25)):
+        tracker.begin(0, continued=number > 0)
+        tracker.log(1, {"learner/loss": loss}, [])
+    tracker.close()
+    assert tensorboard(tmp_path).loss == [(1, 0.25)]
+
+
 def test_every_tracker_is_held_to_it() -> None:
     assert READERS.keys() == TRACKERS.keys()
 

@@ -83,6 +83,21 @@ def page(browser: Any, report: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
+def viewer(seen_page: Any) -> Iterator[Any]:
+    """One for all that choose in the viewer; nothing is chosen before and after."""
+    yield seen_page
+    seen_page.evaluate(
+        """new Promise((done) => {
+          addEventListener("hashchange", () => done(), { once: true });
+          location.hash = "rollouts?of=nothing"; // another than before in any case
+        })"""
+    )
+    seen_page.locator("#only").click()
+    for picked, usual in (("arm", "stable"), ("seed", "1"), ("scale", "+2 nats")):
+        seen_page.locator(f"#pick-{picked}").select_option(label=usual)
+
+
+@pytest.fixture
 def study(browser: Any, study_report: Path) -> Iterator[Any]:
     yield from opened(browser, study_report)
 
@@ -217,47 +232,49 @@ def test_pointing_at_a_chart_names_the_step_and_the_arms(seen_page):
     assert "step" in hover.text_content() and "stable" in hover.text_content()
 
 
-def test_filters_change_the_rollouts_that_are_shown(page):
-    page.locator("#pick-arm").select_option(label="plain")
-    assert page.locator("#pick-seed option").all_inner_texts() == ["1", "2"]
-    page.locator("#pick-seed").select_option(label="2")
-    assert len(cards(page)) == 15
-    page.locator("#pick-cut").select_option("1")
-    assert [("truncated" in text, "repetitive" in text) for text in cards(page)] == [(True, True)] * 3
-    page.locator("#pick-step").select_option("30")
-    assert len(cards(page)) == 1 and "step 30" in cards(page)[0]
-    assert "1 of 15 rollouts" in page.locator("#viewer-count").inner_text()
-    page.locator("#pick-cut").select_option("")
-    page.locator("#pick-src").select_option("golden")
-    assert "not scored by the teacher" in cards(page)[0]
-    page.locator("#pick-src").select_option("student")
-    page.locator("#pick-rep").select_option("0")
-    page.locator("#pick-ok").select_option("0")
-    assert len(cards(page)) == 2 and all("wrong" in text for text in cards(page))
+def test_filters_change_the_rollouts_that_are_shown(viewer):
+    viewer.locator("#pick-arm").select_option(label="plain")
+    assert viewer.locator("#pick-seed option").all_inner_texts() == ["1", "2"]
+    viewer.locator("#pick-seed").select_option(label="2")
+    assert len(cards(viewer)) == 15
+    viewer.locator("#pick-cut").select_option("1")
+    assert [("truncated" in text, "repetitive" in text) for text in cards(viewer)] == [(True, True)] * 3
+    viewer.locator("#pick-step").select_option("30")
+    assert len(cards(viewer)) == 1 and "step 30" in cards(viewer)[0]
+    assert "1 of 15 rollouts" in viewer.locator("#viewer-count").inner_text()
+    viewer.locator("#pick-cut").select_option("")
+    viewer.locator("#pick-src").select_option("golden")
+    assert "not scored by the teacher" in cards(viewer)[0]
+    viewer.locator("#pick-src").select_option("student")
+    viewer.locator("#pick-rep").select_option("0")
+    viewer.locator("#pick-ok").select_option("0")
+    assert len(cards(viewer)) == 2 and all("wrong" in text for text in cards(viewer))
 
 
-def test_the_newest_come_first_and_are_searched_sorted_and_followed_by_a_link(page):
-    assert [text.split()[1] for text in cards(page)[:5]] == ["60"] * 5 and "step 1 " not in cards(page)[0]
-    assert page.locator(".expected").first.inner_text() == "expected 2"
-    page.locator("#pick-sort").select_option("lowest A")
-    assert "mean A" in cards(page)[0] and "not scored" in cards(page)[-1]
-    means = [text.split("mean A")[1].split()[0] for text in cards(page) if "mean A" in text]
+def test_the_newest_come_first_and_are_searched_sorted_and_followed_by_a_link(viewer):
+    assert [text.split()[1] for text in cards(viewer)[:5]] == ["60"] * 5 and "step 1 " not in cards(viewer)[0]
+    assert viewer.locator(".expected").first.inner_text() == "expected 2"
+    viewer.locator("#pick-sort").select_option("lowest A")
+    assert "mean A" in cards(viewer)[0] and "not scored" in cards(viewer)[-1]
+    means = [text.split("mean A")[1].split()[0] for text in cards(viewer) if "mean A" in text]
     values = [float(mean.replace("−", "-")) for mean in means]
     assert values == sorted(values)
-    page.locator("#search").fill("1+1=4 1+1")
-    assert len(cards(page)) == 3 and page.locator("#viewer-count").inner_text().startswith("3 of 15")
-    page.get_by_role("button", name="this prompt at 3 steps").first.click()
-    assert [text.split()[1] for text in cards(page)] == ["1", "30", "60"]
-    shared = page.url
+    viewer.locator("#search").fill("1+1=4 1+1")
+    assert len(cards(viewer)) == 3 and viewer.locator("#viewer-count").inner_text().startswith("3 of 15")
+    viewer.get_by_role("button", name="this prompt at 3 steps").first.click()
+    assert [text.split()[1] for text in cards(viewer)] == ["1", "30", "60"]
+    shared = viewer.url
     assert "search=1%2B1%3D4" in shared and "of=1%2B1" in shared
-    page.locator("#only").click()
-    page.locator("#search").fill("")
-    assert len(cards(page)) == 15 and "of=" not in page.url
-    page.locator(".rollout a").nth(3).click()
-    assert len(cards(page)) == 1 and "id=" in page.url
-    page.goto(shared)  # a fragment alone: the page stays
-    assert len(cards(page)) == 3 and page.locator("#search").input_value() == "1+1=4 1+1"
-    assert page.evaluate("document.getElementById('rollouts').getBoundingClientRect().top") < 300
+    viewer.locator("#only").click()
+    viewer.locator("#search").fill("")
+    assert len(cards(viewer)) == 15 and "of=" not in viewer.url
+    viewer.locator(".rollout a").nth(3).click()
+    until(viewer, "document.querySelectorAll('.rollout').length === 1")
+    assert "id=" in viewer.url
+    viewer.goto(shared)  # a fragment alone: the page stays
+    until(viewer, "document.querySelectorAll('.rollout').length === 3")
+    assert viewer.locator("#search").input_value() == "1+1=4 1+1"
+    assert viewer.evaluate("document.getElementById('rollouts').getBoundingClientRect().top") < 300
 
 
 def test_pointing_at_a_token_tells_both_probabilities_and_the_advantage(seen_page):
@@ -275,13 +292,13 @@ def test_pointing_at_a_token_tells_both_probabilities_and_the_advantage(seen_pag
     assert tip.is_hidden()
 
 
-def test_a_token_that_the_teacher_rules_out_is_coloured_fully(page):
-    token = page.locator(".rollout", has_text="1+1=4").first.locator(".t").nth(4)
+def test_a_token_that_the_teacher_rules_out_is_coloured_fully(viewer):
+    token = viewer.locator(".rollout", has_text="1+1=4").first.locator(".t").nth(4)
     assert token.evaluate("(token) => token.style.getPropertyValue('--much')") == "90%"
-    page.locator("#pick-scale").select_option("8")
-    assert page.locator("#scale-low").inner_text() == "−8"
+    viewer.locator("#pick-scale").select_option("8")
+    assert viewer.locator("#scale-low").inner_text() == "−8"
     token.hover()
-    assert "−∞" in page.locator("#tip").inner_text()
+    assert "−∞" in viewer.locator("#tip").inner_text()
 
 
 def test_tokens_can_be_read_with_the_keyboard_alone(seen_page):
@@ -348,12 +365,13 @@ def test_the_table_of_many_arms_fits_and_is_sorted_by_its_heads(seen_study):
     assert column(seen_study, 0) == list(STUDY_ARMS)
 
 
-def test_rows_without_a_value_are_sorted_last_either_way(study):
-    head = study.locator("#arm-table").get_by_role("button", name="truncation passes ½ at step")
-    index = study.locator("#arm-table thead button").all_inner_texts().index("truncation passes ½ at step")
+def test_rows_without_a_value_are_sorted_last_either_way(seen_study):
+    head = seen_study.locator("#arm-table").get_by_role("button", name="truncation passes ½ at step")
+    index = seen_study.locator("#arm-table thead button").all_inner_texts().index("truncation passes ½ at step")
     for _ in range(2):
         head.click()
-        assert column(study, index)[-1] == "never" and column(study, index)[0] != "never"
+        assert column(seen_study, index)[-1] == "never" and column(seen_study, index)[0] != "never"
+    head.click()  # as it was
 
 
 def test_the_golden_sets_sizes_are_the_ticks_of_their_chart(seen_study):
@@ -372,24 +390,26 @@ def test_what_was_rolled_back_is_drawn_beside_the_curve_and_marked(seen_study):
     assert ["OPD + guard, guard", "markers", None, ["triangle-left"]] in found
 
 
-def test_the_page_of_many_arms_is_no_wider_than_a_phone(study):
-    study.set_viewport_size({"width": 390, "height": 800})
-    until(study, "document.documentElement.scrollWidth <= 390")
+def test_the_page_of_many_arms_is_no_wider_than_a_phone(seen_study):
+    seen_study.set_viewport_size({"width": 390, "height": 800})
+    until(seen_study, "document.documentElement.scrollWidth <= 390")
+    seen_study.set_viewport_size({"width": 1366, "height": 900})
 
 
-def test_one_seed_of_another_arm_stays_chosen(study):
-    study.locator("#pick-seed").select_option(label="2")
-    study.locator("#pick-arm").select_option(label="SFT, 512 golden")
-    assert study.locator("#pick-seed option:checked").inner_text() == "2"
+def test_one_seed_of_another_arm_stays_chosen(seen_study):
+    seen_study.locator("#pick-seed").select_option(label="2")
+    seen_study.locator("#pick-arm").select_option(label="SFT, 512 golden")
+    assert seen_study.locator("#pick-seed option:checked").inner_text() == "2"
 
 
-def test_dark_and_light_are_both_drawn(page):
+def test_dark_and_light_are_both_drawn(seen_page):
     shades = []
     for scheme in ("light", "dark"):
-        page.locator("#theme").click()
-        until(page, f"document.documentElement.dataset.theme === '{scheme}'")
-        shades.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        seen_page.locator("#theme").click()
+        until(seen_page, f"document.documentElement.dataset.theme === '{scheme}'")
+        shades.append(seen_page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert len(set(shades)) == 2
+    seen_page.locator("#theme").click()  # as it was
 
 
 def test_one_unfinished_run_without_rollouts_is_still_a_page(browser, tmp_path):

@@ -61,7 +61,6 @@ def test_kills_at_random_moments_change_neither_the_steps_nor_what_is_learned(ra
     config = load(
         None,
         [
-            "seed=1",
             f"learner.steps={STEPS}",
             f"learner.num_ranks={RANKS}",
             "learner.zero_stage=1",

@@ -201,7 +201,9 @@ def test_every_room_fits_its_nodes_when_it_has_grown_to_its_maximum(job_name: st
 def test_token_authentication_is_on_and_the_dashboard_listens_on_the_head_only(name: str) -> None:
     config = launched(name)
     head, workers = config["head_start_ray_commands"], config["worker_start_ray_commands"]
-    for command in (head[-1], workers[-1]):
+    starts = [command for command in (*head, *workers) if "ray start" in command]
+    assert len(starts) == 2
+    for command in starts:
         assert "RAY_AUTH_MODE=token" in command
         assert command.index("RAY_AUTH_MODE=token") < command.index("ray start")
     assert "--dashboard-host=127.0.0.1" in head[-1]
@@ -217,6 +219,15 @@ def test_a_job_that_is_stopped_has_time_to_save() -> None:
     (wait,) = (each for each in pod["containers"][0]["env"] if each["name"] == "RAY_JOB_STOP_WAIT_TIME_S")
     drain_s = 30  # of Ray's own, after pre-stop
     assert grace < int(wait["value"]) <= pod["terminationGracePeriodSeconds"] - drain_s
+
+
+def test_generators_on_spot_machines_end_by_themselves_and_hear_of_the_machine_s_end() -> None:
+    pod = pods()["generator"]["spec"]
+    (drain,) = (each for each in pod["containers"][0]["env"] if each["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")
+    assert int(drain["value"]) < pod["terminationGracePeriodSeconds"] <= 25
+    for name in ("aws", "gcp"):
+        *_, start, listen = launched(name)["worker_start_ray_commands"]
+        assert "ray start" in start and f"node/spot-notice {name} " in listen
 
 
 def pods() -> dict[str, dict[str, Any]]:

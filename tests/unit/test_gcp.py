@@ -21,6 +21,7 @@ _PROJECT = "some-project"
 _SSH_FROM = "203.0.113.7/32"
 _GCLOUD = """#!/bin/bash
 # Notes what it is asked to do; nothing is there yet.
+[[ " $* " == *" billing projects describe "* ]] && echo billingAccounts/0X0X && exit
 [[ " $* " == *" describe "* ]] && exit 1
 printf '%q ' "$@" >> "$NOTED"; echo >> "$NOTED"
 """
@@ -126,7 +127,29 @@ def test_the_head_may_start_machines_with_the_workers_account_and_no_other(tmp_p
     assert disabled in calls
 
 
-@pytest.mark.parametrize("args", [(), (_PROJECT, "us-central1"), (_PROJECT, "us-central1", "0.0.0.0/0")])
+def test_a_budget_writes_when_half_and_when_all_of_it_is_spent(tmp_path: Path) -> None:
+    done, calls = _account(tmp_path, _PROJECT, "us-central1", _SSH_FROM, "some-bucket", "500USD")
+    assert done.returncode == 0, done.stderr
+    (made,) = (call for call in calls if call[:3] == ["billing", "budgets", "create"])
+    assert made[3:] == [
+        "--billing-account=0X0X",
+        f"--display-name=opd-ray-{_PROJECT}",
+        "--budget-amount=500USD",
+        f"--filter-projects=projects/{_PROJECT}",
+        "--threshold-rule=percent=0.5",
+        "--threshold-rule=percent=1.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        (_PROJECT, "us-central1"),
+        (_PROJECT, "us-central1", "0.0.0.0/0"),
+        (_PROJECT, "us-central1", _SSH_FROM, "some-bucket", "500"),
+    ],
+)
 def test_what_would_open_it_to_everybody_is_refused_before_anything_is_made(
     tmp_path: Path, args: tuple[str, ...]
 ) -> None:

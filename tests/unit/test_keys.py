@@ -37,6 +37,7 @@ NAMES = [
         f"teacher.url=['http://user:{PLANTED}@host:8000']",
         f"env.AWS_SECRET_ACCESS_KEY={PLANTED}",
         f"env.HF_TOKEN={PLANTED}",
+        f"env.GITHUB_PAT={PLANTED}",
     ],
 )
 def test_a_key_in_the_configuration_is_refused_and_not_repeated(override):
@@ -54,6 +55,9 @@ def test_a_key_in_the_configuration_is_refused_and_not_repeated(override):
         "teacher.url=['http://host:8000']",
         "env.TOKENIZERS_PARALLELISM=0",
         "env.NCCL_DEBUG=INFO",
+        "env.HF_TOKEN_PATH=/secrets/token",
+        "env.MAX_TOKEN=5",
+        "checkpoint.directory=s3://bucket/runs?max_tokens=5",
     ],
 )
 def test_what_is_no_key_is_taken(override):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.machinery
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
@@ -196,3 +204,86 @@ def test_a_job_is_stopped_for_good_where_a_new_cluster_would_not_mend_it(home: P
     asked = [call for call in (home / "calls").read_text().splitlines() if call.startswith("ray ")]
     stop = "ray job stop --no-wait --address=http://127.0.0.1:8265 opd-ray-first-x"
     assert asked == ([stop] if stops else [])
+
+
+class _Metadata(BaseHTTPRequestHandler):
+    """A machine's metadata server, of which the cloud takes the machine back at the third question."""
+
+    def do_PUT(self) -> None:
+        assert self.path == "/latest/api/token" and int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"]) > 0
+        self._answer("a-token")
+
+    def do_GET(self) -> None:
+        self.server.asked += 1
+        announced = self.server.asked >= 3
+        if self.path == "/latest/meta-data/spot/instance-action":
+            assert self.headers["X-aws-ec2-metadata-token"] == "a-token"
+            at = datetime.now(UTC) + timedelta(seconds=120)
+            self._answer(json.dumps({"action": "terminate", "time": f"{at:%Y-%m-%dT%H:%M:%SZ}"}) if announced else None)
+        else:
+            assert self.path == "/computeMetadata/v1/instance/preempted"
+            assert self.headers["Metadata-Flavor"] == "Google"
+            self._answer("TRUE" if announced else "FALSE")
+
+    def _answer(self, text: str | None) -> None:
+        self.send_response(404 if text is None else 200)
+        self.end_headers()
+        self.wfile.write((text or "").encode())
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@contextlib.contextmanager
+def _spot_notice(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """node/spot-notice on a machine with a raylet, whose cloud says so at the third question."""
+    loader = importlib.machinery.SourceFileLoader("spot_notice", str(NODE / "spot-notice"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("spot_notice", loader))
+    loader.exec_module(module)
+    for pid, words in ((1, ["bash"]), (7, ["/x/raylet", "--node_id=ab12", "--gcs-address=10.0.0.1:6379", "-v"])):
+        (home / f"proc/{pid}").mkdir(parents=True)
+        (home / f"proc/{pid}/cmdline").write_text("\0".join(words) + "\0")
+    server = HTTPServer(("127.0.0.1", 0), _Metadata)
+    server.asked = 0
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    named = {"METADATA": f"http://127.0.0.1:{server.server_port}", "PROCESSES": home / "proc", "RAY": home / "bin/ray"}
+    for name, value in {**named, "POLL_S": 0.01}.items():
+        monkeypatch.setattr(module, name, value)
+    try:
+        yield module
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(("cloud", "seconds"), [("aws", range(110, 121)), ("gcp", range(30, 31))])
+def test_a_spot_notice_of_the_cloud_is_passed_on_to_ray(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cloud: str, seconds: range
+) -> None:
+    """The first call of Ray's fails, and is made again."""
+    _program(home, "ray", f"mkdir {home}/asked 2>/dev/null && exit 1; exit 0")
+    with _spot_notice(home, monkeypatch) as module:
+        module.watch(getattr(module, cloud))
+    refused, called = (home / "calls").read_text().splitlines()
+    said, _, left = called.rpartition("=")
+    assert said == (
+        "ray drain-node --address=10.0.0.1:6379 --node-id=ab12 --reason=DRAIN_NODE_REASON_PREEMPTION "
+        "--reason-message=spot notice --deadline-remaining-seconds"
+    )
+    assert int(left) in seconds and refused.startswith(said)
+    assert "Ray knows" in capsys.readouterr().out
+
+
+def test_a_spot_notice_waits_where_no_ray_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _program(home, "ray")
+    with _spot_notice(home, monkeypatch) as module:
+        (home / "proc/7/cmdline").write_text("")
+        assert module.raylet() == {}
+        watching = threading.Thread(target=module.watch, args=(module.gcp,), daemon=True)
+        watching.start()
+        watching.join(0.2)
+        assert watching.is_alive() and not (home / "calls").exists()
+        (home / "proc/7/cmdline").write_text("raylet\0--node_id=cd\0--gcs-address=10.0.0.1:6379")
+        watching.join(30)
+        assert not watching.is_alive() and "--node-id=cd" in (home / "calls").read_text()

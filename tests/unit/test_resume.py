@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import time
 from unittest import mock
 
 import pytest
@@ -94,6 +95,38 @@ def test_the_state_in_memory_and_then_that_after_the_step_under_way_are_saved(tm
     assert text.endswith("resuming from step 3")
     written = [file for name, file in cast.world.objects.calls if name == "write_arrays"]
     assert [file.partition("/")[0] for file in written] == ["step-2", "step-3"]
+
+
+def test_a_second_signal_waits_for_no_write(tmp_path, monkeypatch):
+    """A storage that hangs: the first waits for it as long as the grace time lasts, the second ends the run at once."""
+    cast = cast_of(in_no_hurry, checkpoint={"every_steps": 2, "grace_s": 1000.0})
+    writing, at = asyncio.Event(), []
+
+    async def hang(self, function, *args):
+        if function.__name__ == "write_arrays":
+            writing.set()
+            await asyncio.Event().wait()
+        return await call(self, function, *args)
+
+    call = fake_ray.Store.__call__
+    monkeypatch.setattr(fake_ray.Store, "__call__", hang)
+
+    async def meanwhile(stopping):
+        await writing.wait()
+        [driver] = [task for task in asyncio.all_tasks() if task.get_coro().__name__ == "whole"]
+        stopping.set()
+        await asyncio.sleep(500.0)
+        at.append(time.monotonic())
+        driver.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(10_000.0)
+        at.append(time.monotonic())
+
+    with pytest.raises(asyncio.CancelledError):
+        drive(tmp_path, cast, meanwhile=meanwhile)
+    first, second = at
+    assert second - first < 1.0
+    assert state.read(tmp_path / state.FILE).phase == "failed"
 
 
 def test_a_stopped_run_is_no_failed_one_and_says_where_it_stopped(tmp_path):
