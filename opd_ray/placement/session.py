@@ -48,19 +48,15 @@ def cluster() -> Iterator[str | None]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _check_address(address)
-    else:
-        # A Ray of one machine then has its loopback address, as on macOS, and listens there alone; what
-        # _node_ip_address="127.0.0.1" asks for, Ray takes for the address of the network. (What sets it from outside,
-        # RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, is read when Ray is imported.)
-        ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        context = ray.init(
-            # Left alone, Ray would also try, for many minutes, a cluster that somebody once started on this machine.
-            None if address else "local",
-            logging_level="WARNING",
-            log_to_driver=bool(os.environ.get("OPD_RAY_ACTOR_LOGS")),
-            job_config=logs.job_config(),
-        )
+        with contextlib.nullcontext() if address else _on_loopback():
+            context = ray.init(
+                # Left alone, Ray would also try, for many minutes, a cluster that was once started on this machine.
+                None if address else "local",
+                logging_level="WARNING",
+                log_to_driver=bool(os.environ.get("OPD_RAY_ACTOR_LOGS")),
+                job_config=logs.job_config(),
+            )
     except (ConnectionError, AuthenticationError, RuntimeError) as error:  # RuntimeError: of another version of Ray
         if not address:
             raise
@@ -69,6 +65,21 @@ def cluster() -> Iterator[str | None]:
         yield context.dashboard_url
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started here has the loopback address, as on macOS, and listens there alone.
+
+    What _node_ip_address="127.0.0.1" asks for, Ray takes for the address of the network. What sets this from outside,
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, is read when Ray is imported. It is as before afterwards: in a cluster that
+    this process joins later, as a notebook may, it would call itself 127.0.0.1, where no other node finds it.
+    """
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _check_address(address: str) -> None:

@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private import ray_constants
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
+import worker_setup
 from embedded_preset import preset
 from opd_ray.tasks.chain import draw_distinct, to_row
+
+ray_constants.SETUP_WORKER_FILENAME = worker_setup.__file__
 
 
 @dataclass(frozen=True)

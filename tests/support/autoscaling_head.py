@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 import yaml
 
+import worker_setup
 from opd_ray.rooms.node import free_port
 
 _MARK = "OPD_RAY_TEST_HEAD"
@@ -40,6 +41,12 @@ _LISTS = (
     *("cluster_synced_files", "initialization_commands", "setup_commands"),
     *("head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
 )
+_RAY = f"""
+from ray._private import ray_constants
+from ray.scripts import scripts
+ray_constants.SETUP_WORKER_FILENAME = {worker_setup.__file__!r}
+scripts.main()
+"""
 _DEADLINE_S = 90.0
 _POLL_S = 0.2
 _STORE_BYTES = 128 * 2**20
@@ -201,7 +208,7 @@ def _command(
         "max-worker-port": 0,
     }
     return [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
+        *(sys.executable, "-c", _RAY, "start", "--head", "--block", "--disable-usage-stats"),
         *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={temp_dir}"),
         *(f"--autoscaling-config={config}", f"--include-dashboard={str(dashboard).lower()}"),
         *(f"--{option}={resources.get(name, 0)}" for name, option in standard.items() if name != "memory"),

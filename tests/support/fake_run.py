@@ -226,7 +226,7 @@ class Driver:
         """Until something is so, or the driver has ended. Raises TimeoutError."""
         until = time.monotonic() + timeout_s
         while not what():
-            if self._drivers.has_answered(0.003):
+            if self._drivers.has_answered(0.02):
                 return
             if time.monotonic() > until:
                 raise TimeoutError(f"it did not come to that within {timeout_s:g} s:\n{self.printed()}")

@@ -7,9 +7,11 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import grpc
 import pytest
+from ray._private import ray_constants
 
 from opd_ray import config as configs
 from opd_ray.config.binding import RUN, binding
@@ -149,3 +151,14 @@ def test_every_field_of_the_method_binds_a_run():
     assert all(RUN in binding(configs.Config, name) for name in names)
     assert RUN in binding(configs.Config, "more_teachers.algebra.path")
     assert RUN not in binding(configs.Config, "more_teachers.algebra.num_actors")
+
+
+def test_a_ray_of_one_machine_leaves_no_trace_for_a_cluster_that_is_joined_later(monkeypatch):
+    """The bug: a notebook's driver called itself 127.0.0.1 in that cluster, where no other node found it."""
+    seen = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", lambda *_, **__: seen.append(ray_constants.ENABLE_RAY_CLUSTER) or mock.Mock())
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    with cluster():
+        assert seen == [False] and before == ray_constants.ENABLE_RAY_CLUSTER
