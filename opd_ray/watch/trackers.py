@@ -68,11 +68,16 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # brings torch, which the command line can do without
 
         self.close()
+        purge_step = step + 1 if continued else None
         directory = self._run.directory / "tensorboard"
-        # Files are read in the order of their names, which begin with the second that they were begun in.
-        last = max((int(file.name.split(".")[3]) for file in directory.glob("events.out.tfevents.*")), default=0)
-        time.sleep(min(1.0, max(0.0, last + 1 - time.time())))
-        self._board = SummaryWriter(str(directory), purge_step=step + 1 if continued else None)
+        before = set(directory.glob("*"))
+        self._board = SummaryWriter(str(directory), purge_step=purge_step)
+        if before and max(before) > max(new := {*directory.glob("*")} - before):
+            # Files are read in the order of their names, and only the second that they were begun in is in order there.
+            self._board.close()
+            new.pop().unlink()
+            time.sleep(1.0 - time.time() % 1.0)
+            self._board = SummaryWriter(str(directory), purge_step=purge_step)
         if not continued:
             self._board.add_text("config", _code(configs.to_yaml(self._run.config)), step)
 
