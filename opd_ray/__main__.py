@@ -172,13 +172,15 @@ def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, over
     from opd_ray.run import resuming
 
     if run_dir is not None:
-        resuming.check_run_dir(run_dir, config, resume)
+        config = resuming.check_run_dir(run_dir, config, resume)
     from opd_ray.embedded.resolve import resolve
+    from opd_ray.models import hub
     from opd_ray.placement.session import cluster
     from opd_ray.run.train import find_start
 
     asked, config = config, resolve(config)
     facts = checks.check_files(config)
+    asked, config = (hub.pinned(each, facts.commits) for each in (asked, config))
     checks.check_weights(config)
     with cluster():
         from opd_ray.placement.capacity import check_fits
@@ -189,11 +191,11 @@ def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, over
         config, said = with_room(config, facts, nodes())
         if run_dir is not None:
             find_start(asked, run_dir, resume=resume, hold=False)
-    found = {name: value for name, value in vars(facts).items() if name not in ("data", "sizes")}
+    found = {name: value for name, value in vars(facts).items() if name not in ("data", "sizes", "commits")}
     from opd_ray.plan.outlook import outlook
     from opd_ray.plan.show import short
 
-    for line in facts.data.remarks():
+    for line in (*(f"{name} is {its}" for name, its in facts.commits.items()), *facts.data.remarks()):
         click.echo(line)
     click.echo(short(outlook(config, facts)))
     if said:
@@ -272,8 +274,9 @@ def evaluate(
 ) -> None:
     """Accuracy, truncation, repetition and length of CHECKPOINT on held-out problems.
 
-    CHECKPOINT is a model in Hugging Face format, or a run directory or one of its checkpoints/step-N, which stand for
-    their student. Of a run, problems and settings are the run's, unless --config or overrides say otherwise.
+    CHECKPOINT is a model in Hugging Face format (a directory, or org/name[@REVISION] of its Hub), or a run directory or
+    one of its checkpoints/step-N, which stand for their student. Of a run, problems and settings are the run's, unless
+    --config or overrides say otherwise.
     """
     from opd_ray.evaluation import table, verdicts
     from opd_ray.run import evaluate as evaluation

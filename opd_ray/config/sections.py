@@ -43,7 +43,8 @@ class StudentConfig:
     """The model that is trained."""
 
     path: str = EMBEDDED
-    """Hugging Face checkpoint directory; "embedded" builds a small one for the seed."""
+    """Hugging Face checkpoint directory, or org/name[@REVISION] of its Hub (a branch, tag or commit: what it is at the
+    start is loaded in all of a run); "embedded" builds a small one for the seed."""
     max_context_tokens: Annotated[int | None, RUN | ROOMS] = Field(None, gt=0)
     """Cap on prompt + response; by default what the checkpoint allows."""
     lora: LoraConfig | None = None
@@ -74,8 +75,8 @@ class ScorerConfig:
     """A pool of scorers on one frozen model, in one role."""
 
     path: str = EMBEDDED
-    """Checkpoint directory; "embedded" is the shipped teacher. With url: of the tokenizer and the EOS ids alone, no
-    weights, by default the student's."""
+    """Checkpoint directory, or org/name[@REVISION] of the Hub; "embedded" is the shipped teacher. With url: of the
+    tokenizer and the EOS ids alone, no weights, by default the student's."""
     url: Annotated[tuple[str, ...], BeforeValidator(_addresses), ROOMS] = ()
     """Address of a vLLM server that scores in place of an engine of the run's own, or a list of them: replicas of one
     model."""
@@ -204,7 +205,7 @@ class ReferenceConfig(ScorerConfig):
     """The frozen reference: a scorer on the student as it was before training, unless told otherwise."""
 
     path: str = STUDENT
-    """Checkpoint directory; "student" is student.path."""
+    """Checkpoint directory, or org/name[@REVISION] of the Hub; "student" is student.path."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

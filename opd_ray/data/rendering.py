@@ -23,7 +23,7 @@ class Renderer:
 
     def __init__(self, task: Task, path: str, data: DataConfig | None = None) -> None:
         """``data``: by default prompts are asked as they stand."""
-        self.task, self._path, self._data = task, path, data or DataConfig()
+        self.task, self.path, self._data = task, path, data or DataConfig()
         self.most_tokens: int | None = None
         """The longest context that a prompt is for, once models are known; None bounds nothing."""
 
@@ -33,7 +33,7 @@ class Renderer:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self._path)
+        return load_tokenizer(self.path)
 
     def check(self, name: str) -> None:
         """Refuses template_kwargs that the chat template of the model ``name`` does not look at."""

@@ -10,6 +10,7 @@ import torch
 
 from opd_ray.config import LoraConfig
 from opd_ray.errors import InputError
+from opd_ray.models import hub
 from opd_ray.weights.adapters import A, B
 
 _NAME = "default"
@@ -63,13 +64,15 @@ def write_adapter(directory: Path, weights: Mapping[str, torch.Tensor], base: st
     from safetensors.torch import save_file
 
     layers = [name.removesuffix(A) for name in weights if name.endswith(A)]
+    repository, commit = hub.parts(base) if hub.is_pinned(base) else (base, None)
     ends = sorted({layer.rpartition(".")[2] for layer in layers})
     PeftConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=ends if lora.targets == "all-linear" else list(lora.targets),
-        base_model_name_or_path=base,
+        base_model_name_or_path=repository,
+        revision=commit,
         inference_mode=True,
     ).save_pretrained(directory)
     named = {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()}

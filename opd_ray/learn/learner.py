@@ -41,8 +41,8 @@ from opd_ray.learn.state import LearnerState
 from opd_ray.learn.student import gathering_in_passing, load_student
 from opd_ray.messages import MemoryUse, Spans, StepOutcome, StepPlan, TransferGroup, WeightManifest
 from opd_ray.models.adapters import adapted_layers
-from opd_ray.models.checkpoints import local_directory
 from opd_ray.models.heads import load_heads
+from opd_ray.models.hub import local_directory
 from opd_ray.rooms import logs, spans
 from opd_ray.rooms.memory import own_memory
 from opd_ray.rooms.node import free_port, node_ip, this_node, use_own_interface

@@ -6,9 +6,7 @@ line that begins with the configuration field the checkpoint came from, as ``tea
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from opd_ray.config import STUDENT, Config, ScorerConfig
 from opd_ray.errors import InputError, brief
+from opd_ray.models import hub
+from opd_ray.models.hub import local_directory
 from opd_ray.models.size import ModelSize, size_of
 from opd_ray.models.weights import check_files, check_names, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_HUB_TIMEOUT_S = 10.0
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configurations of transformers call the experts of a layer."""
 _MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
@@ -51,17 +49,27 @@ class ModelFacts:
 
 
 def inspect(config_field: str, path: str, *, weights: bool = True) -> ModelFacts:
-    """Facts of the checkpoint directory or Hub id ``path``; InputError if it is missing, incomplete or unreadable.
+    """Facts of the checkpoint directory or model of the Hub ``path``; InputError if it is missing, incomplete or
+    unreadable.
 
     Without ``weights``, tokenizer and configuration are enough.
     """
+    return _facts(config_field, locate(f"{config_field}={path}", path, weights=weights))
+
+
+def _facts(config_field: str, path: str) -> ModelFacts:
+    """Of a checkpoint that is there."""
     name = f"{config_field}={path}"
-    local_only = locate(name, path, weights=weights)
+    try:
+        directory = local_directory(path, weights=False)
+    except InputError as error:  # which begins with the path
+        raise InputError(f"{config_field}={error}") from None
+    _check_directory(name, directory, weights=False)
     from transformers import GenerationConfig
 
     try:
-        config = read_config(path, local_files_only=local_only).get_text_config()
-        tokenizer = load_tokenizer(path, local_files_only=local_only)
+        config = read_config(path).get_text_config()
+        tokenizer = load_tokenizer(path)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … by the kind of damage
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -70,9 +78,9 @@ def inspect(config_field: str, path: str, *, weights: bool = True) -> ModelFacts
             ) from None
         raise InputError(f"{name}: not a checkpoint that transformers can read ({brief(error)})") from None
     try:
-        generation = GenerationConfig.from_pretrained(path, local_files_only=local_only)
+        generation = GenerationConfig.from_pretrained(directory)
     except OSError as error:
-        if os.path.exists(os.path.join(path, "generation_config.json")):
+        if (directory / "generation_config.json").exists():
             raise InputError(f"{name}: generation_config.json is damaged ({brief(error)}); mend or remove it") from None
         generation = None  # the file is optional: config.json then says what EOS is
     eos = _eos_ids(name, generation, config, tokenizer)
@@ -103,23 +111,31 @@ def is_loaded(config: Config, role: str) -> bool:
     return not used(config)[role].url or (role == "teacher" and config.buffer.uses_teacher_rollouts)
 
 
-def inspect_run(config: Config) -> dict[str, ModelFacts]:
-    """Facts of every model that a run loads: "student", the scorers by role, and a teacher that writes rollouts."""
-    names = {role: f"{field_of(config, role)}.path" for role in used(config)}
-    locate(f"student.path={config.student.path}", config.student.path)
+def locate_models(config: Config) -> dict[str, str]:
+    """Checks that every model that a run loads is there, and complete: in no time, where a tokenizer takes seconds.
+    Returns the commits of those of the Hub: what they are called in the configuration, and org/name@COMMIT."""
+    asked = {config.student.path: ("student.path", True)}
     for role, scorer in used(config).items():
-        if scorer.path != STUDENT:  # all of them before the seconds that the first tokenizer takes
-            locate(f"{names[role]}={scorer.path}", scorer.path, weights=is_loaded(config, role))
-    student = inspect("student.path", config.student.path)
+        if scorer.path != STUDENT:
+            name, weights = asked.get(scorer.path, (f"{field_of(config, role)}.path", False))
+            asked[scorer.path] = (name, weights or is_loaded(config, role))
+    found = {path: locate(f"{name}={path}", path, weights=weights) for path, (name, weights) in asked.items()}
+    return {path: its for path, its in found.items() if its != path}
+
+
+def inspect_run(config: Config) -> dict[str, ModelFacts]:
+    """Facts of every model that a run loads, which are all there: "student", the scorers by role, and a teacher that
+    writes rollouts."""
+    student = _facts("student.path", config.student.path)
     if lora := config.student.lora:
         student = dataclasses.replace(student, size=student.size.with_adapters(lora))
     found = {"student": student}
     for role, scorer in used(config).items():
-        name = names[role]
+        name = f"{field_of(config, role)}.path"
         if scorer.path in (config.student.path, STUDENT):
             found[role] = dataclasses.replace(student, name=f"{name}={config.student.path}")
         else:
-            found[role] = inspect(name, scorer.path, weights=is_loaded(config, role))
+            found[role] = _facts(name, scorer.path)
     return found
 
 
@@ -135,7 +151,7 @@ def load_causal_lm(path: str | Path, **options: Any) -> Any:
 
     logging.disable_progress_bar()
     model, found = AutoModelForCausalLM.from_pretrained(
-        path, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options
+        local_directory(path), output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options
     )
     if missing := sorted(found["missing_keys"]):
         raise InputError(
@@ -152,21 +168,6 @@ def read_weights(path: str) -> Iterator[tuple[str, Any]]:
     for file in weight_files(local_directory(path)):
         with safe_open(file, framework="pt") as tensors:
             yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
-
-
-def local_directory(path: str) -> Path:
-    """Where the files of a checkpoint directory or of a Hub id lie on this node."""
-    if Path(path).is_dir():
-        return Path(path)
-    return _downloaded(path)
-
-
-@functools.cache
-def _downloaded(repo_id: str) -> Path:
-    """Asked for once in a process: adapters are merged with their base at every broadcast."""
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(repo_id))
 
 
 def check_agreement(student: ModelFacts, scorer: ModelFacts) -> frozenset[int]:
@@ -236,31 +237,17 @@ def _is_markup(tokenizer: Any, id_: int, token: str) -> bool:
     return id_ in tokenizer.all_special_ids or (added is not None and added.special) or bool(_MARKUP.fullmatch(token))
 
 
-def locate(name: str, path: str, *, weights: bool = True) -> bool:
-    """Checks that the checkpoint is there and complete; True when only local files can be had."""
+def locate(name: str, path: str, *, weights: bool = True) -> str:
+    """Checks that the checkpoint is there and complete; returns ``path``, of a model of the Hub org/name@COMMIT."""
     if os.path.isdir(path):  # unlike Path.is_dir it says no to names that no file can have
         _check_directory(name, Path(path), weights)
-        return True
+        return path
     if os.path.exists(path):
         raise InputError(f"{name}: is a file; give the directory that has config.json and the weights")
-    if not _REPO_ID.fullmatch(path):
-        raise InputError(f"{name}: no such directory; give a Hugging Face checkpoint directory")
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    try:
-        # One request with a deadline: from_pretrained alone would retry for half a minute without a network.
-        about = HfApi().model_info(path, timeout=_HUB_TIMEOUT_S)
-    except Exception as error:
-        with contextlib.suppress(ValueError):  # no name that the Hub could have
-            if isinstance(try_to_load_from_cache(path, "config.json"), str):
-                return True
-        raise InputError(
-            f"{name}: neither a directory here nor a checkpoint of the Hugging Face Hub or its local cache "
-            f"({brief(error)}); give an existing directory or org/name"
-        ) from None
+    pinned, files = hub.pin(name, path)
     if weights:
-        check_names(name, [each.rfilename for each in getattr(about, "siblings", None) or ()])
-    return False
+        check_names(name, files)
+    return pinned
 
 
 def _check_directory(name: str, directory: Path, weights: bool) -> None:
@@ -287,17 +274,17 @@ def _id(vocabulary: Mapping[str, int], token: str) -> str:
     return f"id {vocabulary[token]}" if token in vocabulary else "absent"
 
 
-def read_config(path: str | Path, **options: Any) -> Any:
+def read_config(path: str | Path) -> Any:
     """Its config.json. Outright without code of the checkpoint's own: transformers would ask at the terminal."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
+    return AutoConfig.from_pretrained(local_directory(path, weights=False), trust_remote_code=False)
 
 
-def load_tokenizer(path: str, **options: Any) -> Any:
+def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+    tokenizer = AutoTokenizer.from_pretrained(local_directory(path, weights=False), trust_remote_code=False)
     # Lengths are checked where all limits are known; a warning of one of them would stand beside that refusal.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer

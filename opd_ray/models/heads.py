@@ -10,7 +10,8 @@ import torch
 
 from opd_ray.config import STUDENT, Config, ScorerConfig
 from opd_ray.errors import InputError
-from opd_ray.models.checkpoints import local_directory, read_config
+from opd_ray.models.checkpoints import read_config
+from opd_ray.models.hub import local_directory
 from opd_ray.models.weights import weight_files
 
 _PROBE_TOKENS = 4
@@ -67,7 +68,7 @@ def load_head(path: str | Path, dtype: torch.dtype, device: torch.device) -> Fro
 
     Raises InputError when there is none in safetensors files, or when it is no plain linear layer.
     """
-    directory = local_directory(str(path))
+    directory = local_directory(path)
     config = read_config(directory)
     skeleton, embedding, head = outer_layers(config)
     layer = skeleton.get_output_embeddings()

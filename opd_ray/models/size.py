@@ -85,8 +85,9 @@ def cache_bytes(token_bytes: int, context_tokens: int, max_num_seqs: int, block_
 def size_of(config: Any, path: str | Path) -> ModelSize:
     """That of the checkpoint at ``path``, whose text configuration (transformers') is ``config``.
 
-    Parameters are counted in the headers of the checkpoint's safetensors files. Where these are not on this node (a Hub
-    id that was never downloaded, or weights in another format) they are those of a dense decoder of its configuration.
+    Parameters are counted in the headers of the checkpoint's safetensors files. Where these are not on this node (a
+    model of the Hub that was never downloaded, or weights in another format) they are those of a dense decoder of its
+    configuration.
     """
     heads = getattr(config, "num_attention_heads", None) or 1  # some architectures have no attention
     hidden = config.hidden_size

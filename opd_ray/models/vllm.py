@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from opd_ray.models.checkpoints import read_config
+from opd_ray.models.hub import local_directory
 from opd_ray.models.size import cache_bytes
 from opd_ray.rooms.node import use_own_interface
 
@@ -106,7 +107,7 @@ def build(
     cuda = torch.cuda.is_available()
     arguments |= {"enforce_eager": not cuda, "use_tqdm_on_load": False}
     config = EngineArgs(
-        model=path,
+        model=str(local_directory(path)),
         skip_tokenizer_init=True,
         dtype=dtype,
         tensor_parallel_size=tensor_parallel_size,

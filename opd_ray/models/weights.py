@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from opd_ray.errors import InputError, brief
+from opd_ray.models import hub
 
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -97,7 +98,7 @@ def check_weights(name: str, path: str, *, quantised: bool) -> None:
 
     Transformers itself is asked, with tensors that have a shape and no memory: it knows which names are old ones, tied
     or fused. A few rows of each tensor are read. ``quantised`` weights may be met, whose names are their quantiser's:
-    of these the numbers alone are looked at. A Hub id that was never downloaded is left to whoever loads it.
+    of these the numbers alone are looked at. A model of the Hub that was never downloaded is left to whoever loads it.
     """
     directory = on_this_node(path)
     if directory is None:
@@ -115,15 +116,11 @@ def check_weights(name: str, path: str, *, quantised: bool) -> None:
 
 
 def on_this_node(path: str) -> Path | None:
-    """The directory of a checkpoint or of a Hub id whose weights were all downloaded."""
+    """The directory of a checkpoint, or of a model of the Hub whose weights were all downloaded."""
     if Path(path).is_dir():
         return Path(path)
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(path, "config.json")
-    if not isinstance(found, str):
-        return None
-    files = weight_files(directory := Path(found).parent)  # preflight itself has fetched config.json
+    directory = hub.cached(path)
+    files = weight_files(directory) if directory else []  # preflight itself has fetched config.json
     return directory if files and all(file.is_file() for file in files) else None
 
 

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from opd_ray import __version__
+from opd_ray.models import hub
 from opd_ray.report import arms as arm_table
 from opd_ray.report import crossing, curves, golden, lanes, rollouts, sets
 from opd_ray.report.arms import MEASURES, Arm, steps_between
@@ -261,7 +262,7 @@ def _nats(value: float | None) -> str:
 
 def _model(runs: Sequence[Run], field: str) -> str:
     """The last two parts of a path say which model it is; seeds make several of one kind."""
-    names = _seen(runs, field, lambda path: "/".join(Path(str(path)).parts[-2:]))
+    names = _seen(runs, field, lambda path: hub.shown("/".join(Path(str(path)).parts[-2:])))
     return "".join(names[:1]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from omegaconf import OmegaConf
 from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.disk import writing
+from opd_ray.models import hub
 
 _OUTCOMES = (
     ("accuracy_greedy", "accuracy, greedy", ".3f"),
@@ -22,7 +22,6 @@ _OUTCOMES = (
     ("mean_length", "tokens per answer", ".1f"),
 )
 """What people are told of an evaluation: its key, its name, its form."""
-_ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_card(student: Path, run_dir: Path, step: int | None = None) -> None:
@@ -40,17 +39,17 @@ def card(config: Config, summary: Mapping[str, Any], step: int | None = None) ->
     from huggingface_hub import ModelCardData
 
     steps = step if step is not None else summary.get("stopped_at") or config.learner.steps
-    begun = config.student.path
+    begun = _repository(config.student.path)
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=begun if _is_on_the_hub(begun) else None,
+        base_model=begun,
         tags=["opd_ray", "distillation", "on-policy-distillation", config.method],
     )
     name = config.name or config.method
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
-        f"# {name}: {Path(begun).name} after {steps} steps",
+        f"# {name}: {Path(begun or config.student.path).name} after {steps} steps",
         f"Trained with `opd_ray` (on-policy distillation on Ray, kept stable: "
         f"[StableOPD](https://arxiv.org/abs/2604.08527)); method `{config.method}`, seed {config.seed}.",
         _table(["", ""], _origins(config)),
@@ -112,5 +111,7 @@ def _table(head: list[str], rows: Iterator[list[str]] | list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def _is_on_the_hub(path: str) -> bool:
-    return bool(_ON_THE_HUB.fullmatch(path)) and not Path(path).exists()
+def _repository(path: str) -> str | None:
+    """Of a model of the Hub; None of any other."""
+    repository, revision = hub.parts(path) or ("", None)
+    return repository if (revision or "/" in repository) and not Path(path).exists() else None

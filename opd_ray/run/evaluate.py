@@ -62,8 +62,8 @@ def measured(checkpoints: Sequence[str], config: Config) -> list[Evaluation]:
     """As ``evaluate``, of each checkpoint, with the verdicts that the scores are made of."""
     with contextlib.ExitStack() as stack:
         students = [stack.enter_context(student_in(checkpoint)) for checkpoint in checkpoints]
-        for student in students:
-            locate(f"CHECKPOINT={student}", student)  # before embedded problems are made for it
+        # Before embedded problems are made for them.
+        students = [locate(f"CHECKPOINT={student}", student) for student in students]
         return [_measured(student, config) for student in students]
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from opd_ray import config as configs
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError, refusing
+from opd_ray.models import hub
 from opd_ray.models.adapters import adapted_layers
+from opd_ray.models.checkpoints import locate_models
 from opd_ray.run import preflight
 from opd_ray.run.card import write_card
 from opd_ray.snapshots import Shelf, Storage, read_arrays
@@ -58,15 +60,16 @@ def export(run_dir: Path, step: int | None, output: Path | None = None) -> Path:
         raise InputError(f"export: {output} is there already; give another --output, or delete it")
     config = resolve(asked)
     preflight.check_peft(config)
+    config = hub.pinned(config, locate_models(config))
     models = preflight.inspect_run(config)
 
     import torch  # behind every refusal that needs none
 
     from opd_ray.learn.export import write_trained
-    from opd_ray.models.checkpoints import load_causal_lm, local_directory
+    from opd_ray.models.checkpoints import load_causal_lm
     from opd_ray.weights.adapters import adapter_names
 
-    lora, source = config.student.lora, local_directory(config.student.path)
+    lora, source = config.student.lora, hub.local_directory(config.student.path)
     model = load_causal_lm(source, dtype="auto")
     dtype = getattr(torch, config.learner.dtype) if lora else model.dtype
     parameters = {}

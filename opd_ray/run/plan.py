@@ -12,6 +12,7 @@ from rich.console import Console
 
 from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve
+from opd_ray.models import hub
 from opd_ray.placement.nodes import Card, Node, cards, nodes, on_each, this_machine
 from opd_ray.placement.session import cluster
 from opd_ray.plan import fit, show
@@ -31,6 +32,7 @@ def plan(config: Config, *, measure: bool, price: float | None) -> bool:
     names no cluster; without, and without a cluster, no Ray is started, and this machine is what there is."""
     asked, config = config, resolve(config)
     facts = preflight.check_files(config)
+    asked, config = (hub.pinned(each, facts.commits) for each in (asked, config))
     console = Console(soft_wrap=True)
     if measure or ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
         with cluster():

@@ -5,7 +5,8 @@
     check_resources   does the cluster have what the rooms ask for?
 
 Each refusal is an InputError of one line: what was got, what was expected,
-where, and what to do. Paths are real here; what "embedded" and "student" stand for is resolved before.
+where, and what to do. Paths are real here; what "embedded" and "student" stand for is resolved before. Models of the
+Hub get their commits in check_files, behind the checks of data: who goes on does so with Preflight.commits.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from opd_ray.data.checks import Longest
 from opd_ray.data.dataset import Dataset
 from opd_ray.embedded.prepare import is_embedded
 from opd_ray.errors import InputError, RunError
-from opd_ray.models import checkpoints, weights
+from opd_ray.models import checkpoints, hub, weights
 from opd_ray.models.adapters import adapted_layers
-from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run
+from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run, locate_models
 from opd_ray.models.engine_args import check_engine_args
 from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
 from opd_ray.tasks import look_here
@@ -69,6 +70,8 @@ class Preflight:
     """Of "student" and of every other model by its role."""
     servers: Mapping[str, Baseline] = field(default_factory=dict, repr=False, compare=False)
     """By role that is scored by servers: what they are when the run begins."""
+    commits: Mapping[str, str] = field(default_factory=dict)
+    """Of models of the Hub: what they are called in the configuration, and org/name@COMMIT, which was looked at."""
 
 
 def _without_torch(check: Callable[[Config], Preflight]) -> Callable[[Config], Preflight]:
@@ -125,11 +128,13 @@ def check_files(config: Config) -> Preflight:
     data = Dataset(config)
     with Judge(data.renderer.task) as judge:
         checks.check_texts(config, data, judge)
+        commits = locate_models(config)
+        config = hub.pinned(config, commits)
         models = inspect_run(config)
         student = models["student"]
         _check_dense(student)
         _check_adapters(config, student)
-        data.renderer.tokenizer = student.tokenizer
+        data.renderer.path, data.renderer.tokenizer = config.student.path, student.tokenizer
         data.renderer.check(student.name)
         data.renderer.most_tokens = _longest_context(config, models)
         renamed = {role: checkpoints.check_agreement(student, facts) for role, facts in models.items()}
@@ -141,7 +146,7 @@ def check_files(config: Config) -> Preflight:
         data.read_golden(models, eos_token_ids, judge)
     checks.check_golden(config, data, models)
     checks.check_teachers(config, data)
-    facts = _facts(config, models, eos_token_ids, data, longest)
+    facts = replace(_facts(config, models, eos_token_ids, data, longest), commits=commits)
     return replace(facts, servers=_baselines(config, servers, eos_token_ids)) if servers else facts
 
 

@@ -20,6 +20,7 @@ from opd_ray.disk import cache_root
 from opd_ray.embedded import prepare as embedded
 from opd_ray.embedded.resolve import without_foreign_golden
 from opd_ray.errors import InputError
+from opd_ray.models import hub
 from opd_ray.status import reasons, state
 
 _COPIES_OF_JOBS = "/runtime_resources/working_dir_files/"
@@ -29,8 +30,11 @@ _BESIDE_RUNS = ("*.log", "*.txt", "*.out", "*.err", ".*", "lost+found", "arm.jso
 """What may be in the directory of a run before it begins: its output, a file system's own, a study's note."""
 
 
-def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
-    """Refuses to write over another run or where results do not last, and to continue a run as a different one."""
+def check_run_dir(run_dir: Path, config: Config, resume: bool) -> Config:
+    """Refuses to write over another run or where results do not last, and to continue a run as a different one.
+
+    Returns ``config`` as the run goes on with it: a model of the Hub without a revision is of the commit that it has.
+    """
     if _COPIES_OF_JOBS in "/".join(run_dir.absolute().parts):
         raise InputError(
             f"--run-dir {run_dir}: lies in the copy of the working directory that Ray makes for a job and deletes "
@@ -52,10 +56,15 @@ def check_run_dir(run_dir: Path, config: Config, resume: bool) -> None:
             )
         if not saved.exists() and not (run_dir / "checkpoints").exists():  # whose run decides where they do
             _check_free(run_dir)
-        return
+        return config
     _check_alone(run_dir)
-    if not _came_to_nothing(run_dir):
-        check_same_run(f"the run in {run_dir}", configs.to_dict(configs.load(saved)), config)
+    if _came_to_nothing(run_dir):
+        return config
+    before = configs.to_dict(configs.load(saved))
+    commits = hub.commits_of(config, before)
+    config = hub.pinned(config, {path: its for path, its in commits.items() if "@" not in path})
+    check_same_run(f"the run in {run_dir}", before, config)
+    return config
 
 
 def _came_to_nothing(run_dir: Path) -> bool:
@@ -103,7 +112,7 @@ def check_same_run(where: str, saved: Mapping[str, Any], config: Config) -> None
                 f"--resume: {where} has {name}={_yaml(old)}, a field that this version of opd_ray does not have; "
                 "finish the run with the version that began it, or give another --run-dir"
             )
-        if not _stands_for(new, old, saved):
+        if not (_stands_for(new, old, saved) or (name.endswith(".path") and _is_commit(name, new, old))):
             raise InputError(
                 f"--resume: {name} is {_yaml(new)}, but {where} has {_yaml(old)}; "
                 f"continue it with {name}={_yaml(old)} or give another --run-dir"
@@ -123,6 +132,15 @@ def _stands_for(new: Any, old: Any, before: Mapping[str, Any]) -> bool:
     # The package may have lain elsewhere: in the copy that Ray made for an earlier job.
     made_here = path.parts[-4:] == embedded.TEACHER_DIR.parts[-4:] or path.is_relative_to(cache_root())
     return made_here and not path.name.startswith("golden-")
+
+
+def _is_commit(field: str, new: Any, old: Any) -> bool:
+    """Is ``new`` a branch or tag whose commit ``old`` is, or a commit of what a run of an earlier version had as a
+    whole?"""
+    ours, theirs = (hub.parts(str(path)) for path in (new, old))
+    if not (ours and theirs and ours[0] == theirs[0] and ours[1]):
+        return False
+    return theirs[1] is None or (not hub.is_pinned(new) and hub.pin(f"{field}={new}", new)[0] == old)
 
 
 def _yaml(value: Any) -> str:

@@ -11,6 +11,7 @@ from opd_ray.disk import private, whole
 from opd_ray.embedded.resolve import resolve, without_foreign_golden
 from opd_ray.errors import GuardStopped, InputError, Terminated, only_said
 from opd_ray.evaluation.scores import Evaluation
+from opd_ray.models import hub
 from opd_ray.placement.capacity import check_fits
 from opd_ray.placement.nodes import nodes
 from opd_ray.placement.session import Session, cluster
@@ -44,9 +45,10 @@ def train(
     It may be called where an event loop is running, in a notebook: that waits.
     """
     run_dir = Path(run_dir).absolute()
-    resuming.check_run_dir(run_dir, config, resume)
-    asked, config = config, resolve(config)
+    asked = resuming.check_run_dir(run_dir, config, resume)
+    config = resolve(asked)
     facts = preflight.check_files(config)
+    asked, config = (hub.pinned(each, facts.commits) for each in (asked, config))
     preflight.check_weights(config)
     with cluster() as dashboard, private():
         check_fits(preflight.check_resources, config)
@@ -64,7 +66,8 @@ def train(
                 raise InputError(f"--run-dir {run_dir}: cannot be made ({error.strerror}); give another") from None
             continued = (run_dir / "config.yaml").exists() or start is not None
             with whole(run_dir / "config.yaml") as saved:
-                # As asked for, "embedded" and all: what that stands for lies, in a job, in a copy that goes with it.
+                # As asked for, "embedded" and all: what that stands for lies, in a job, in a copy that goes with it. Of
+                # models of the Hub the commits: with these the run goes on.
                 saved.write_text(configs.to_yaml(without_foreign_golden(asked)))
             if dashboard:
                 print(f"dashboard: http://{dashboard}")
@@ -93,7 +96,8 @@ def find_start(config: Config, run_dir: Path, *, resume: bool, hold: bool = True
     """Where the checkpoints of a run go, and the one to resume from, if there is one. Needs a connection to Ray. With
     ``hold`` nobody else writes there until the shelf is released.
 
-    ``config`` is what was asked for, not resolved: a checkpoint may have been written where the package lay elsewhere.
+    ``config`` is what was asked for, not resolved (a checkpoint may have been written where the package lay elsewhere),
+    but with the commits of models of the Hub.
     Raises InputError where checkpoints cannot be written, another driver writes them, or the newest is damaged or of
     another run.
     """

@@ -26,6 +26,7 @@ from opd_ray.config import Config
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import GuardStopped, InputError, RunError
 from opd_ray.evaluation.scores import Evaluation
+from opd_ray.models import hub
 from opd_ray.placement.session import Session, cluster, unlike
 from opd_ray.report.arms import clock
 from opd_ray.run import preflight
@@ -119,13 +120,18 @@ def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: C
     say(f"{len(arms)} arms on {len(seeds)} seeds: {len(runs) - len(todo)} runs are done, {len(todo)} to go")
     if not todo:
         return
+    commits = _commits_of(directory, [(seed, arm) for seed, arm in runs if arm.summary(directory, seed)])
     with cluster():
-        teacher = _teacher_data(directory, arms, rooms_for, say)
+        teacher = _teacher_data(directory, arms, rooms_for, commits, say)
         # What is wrong with the last arm is said before the first one runs.
         configured = [resolve(_config(arm, seeds[0], teacher)) for arm in arms]
-        facts = [preflight.check_files(config) for config in configured]
+        facts = []
         for config in configured:
-            preflight.check_weights(config)
+            facts.append(preflight.check_files(hub.pinned(config, commits)))
+            commits |= facts[-1].commits
+        for config in configured:
+            preflight.check_weights(hub.pinned(config, commits))
+        rooms_for = hub.pinned(rooms_for, commits)
         for seed in dict.fromkeys(seed for seed, _ in todo):
             resolve(dataclasses.replace(rooms_for, seed=seed))  # builds its student, if it is an embedded one
         session = Session(resolve(rooms_for), max(each.max_context_tokens for each in facts))
@@ -135,18 +141,35 @@ def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: C
                 each = (time.monotonic() - began) / max(1, done)
                 left = f", about {clock(each * (len(todo) - done))} left" if done else ""
                 say(f"run {done + 1}/{len(todo)}: {arm.name}, seed {seed}{left}")
-                _run_arm(directory, arm, seed, teacher, session)
+                _run_arm(directory, arm, seed, teacher, commits, session)
                 say(f"    {_outcome(arm.summary(directory, seed))}")
         finally:
             session.close()
 
 
-def _run_arm(directory: Path, arm: Arm, seed: int, teacher: teacher_data.Rollouts | None, session: Session) -> None:
+def _commits_of(directory: Path, done: Sequence[tuple[int, Arm]]) -> dict[str, str]:
+    """Of the models of the Hub in runs that are done: all runs of a study have the same."""
+    found: dict[str, str] = {}
+    for seed, arm in done:
+        path = arm.run_directory(directory, seed) / "config.yaml"
+        if path.is_file():
+            found |= hub.commits_of(arm.config(seed), OmegaConf.to_container(OmegaConf.load(path)))
+    return found
+
+
+def _run_arm(
+    directory: Path,
+    arm: Arm,
+    seed: int,
+    teacher: teacher_data.Rollouts | None,
+    commits: Mapping[str, str],
+    session: Session,
+) -> None:
     run_dir = arm.run_directory(directory, seed)
     shutil.rmtree(run_dir, ignore_errors=True)  # what an interrupted study left there has no summary
     run_dir.mkdir(parents=True)
     (run_dir / "arm.json").write_text(json.dumps(arm.raw) + "\n")
-    config = _config(arm, seed, teacher)
+    config = hub.pinned(_config(arm, seed, teacher), commits)
     with (run_dir / "log.txt").open("w", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
         try:
             train(config, run_dir, session=session, before=_before(directory, seed))
@@ -186,17 +209,20 @@ def _before(directory: Path, seed: int) -> Evaluation | None:
 
 
 def _teacher_data(
-    directory: Path, arms: Sequence[Arm], rooms_for: Config, say: Callable[[str], None]
+    directory: Path, arms: Sequence[Arm], rooms_for: Config, commits: dict[str, str], say: Callable[[str], None]
 ) -> teacher_data.Rollouts | None:
-    """Raw rollouts of the teacher, for arms that train on them and for its own truncation; made once."""
+    """Raw rollouts of the teacher, for arms that train on them and for its own truncation; made once. Adds to
+    ``commits`` those of models of the Hub that it finds."""
     count = max(arm.teacher_rollouts for arm in arms)
     if not count:
         return None
-    config = resolve(rooms_for)
+    config = hub.pinned(resolve(rooms_for), commits)
     path = directory / f"teacher-rollouts-{count}.parquet"
     if not path.exists():
         say(f"sampling {count} rollouts of the teacher")
-        asyncio.run(teacher_data.sample(config, preflight.check_files(config), path, count))
+        facts = preflight.check_files(config)
+        commits |= facts.commits
+        asyncio.run(teacher_data.sample(hub.pinned(config, commits), facts, path, count))
     return teacher_data.Rollouts(path)
 
 

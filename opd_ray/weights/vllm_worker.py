@@ -22,8 +22,8 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from opd_ray.messages import TransferGroup, WeightManifest
-from opd_ray.models.checkpoints import local_directory
 from opd_ray.models.heads import outer_layers
+from opd_ray.models.hub import local_directory
 from opd_ray.models.vllm import TRANSFER_BACKEND
 from opd_ray.weights.adapters import merged
 from opd_ray.weights.transfer import WeightTransfer
@@ -107,7 +107,7 @@ def _give_up(model: torch.nn.Module, config: VllmConfig) -> None:
 def _checkpoint(config: VllmConfig, model: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight of a checkpoint of ``model``'s architecture."""
     model_config = copy.copy(config.model_config)
-    model_config.model = str(local_directory(path))  # vLLM would ask the hub for its name at every update
+    model_config.model = str(local_directory(path))
     weights = get_model_loader(config.load_config).get_all_weights(model_config, model)
     return _with_tied_head(weights, model_config.hf_text_config)
 

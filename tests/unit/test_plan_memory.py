@@ -65,7 +65,7 @@ def test_parameters_are_counted_in_the_headers_and_a_tied_output_layer_once(tmp_
 
 
 def test_without_its_files_a_model_has_the_parameters_of_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     # 80 embedding, 80 output, 2 layers of (2·8·(2+2)·4 + 3·8·16 + 16), 8 of the last norm
     assert size_of(decoder(), "nobody/nothing").parameters == 80 + 80 + 2 * (256 + 384 + 16) + 8
 

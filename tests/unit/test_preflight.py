@@ -562,7 +562,8 @@ def test_the_saved_configuration_is_what_was_asked_for(tmp_path: Path, monkeypat
     monkeypatch.setattr(running, "cluster", contextlib.nullcontext)
     monkeypatch.setattr(running, "find_start", lambda *_, **__: (mock.Mock(), None))
     monkeypatch.setattr(running, "nodes", list)
-    for check in ("check_files", "check_weights", "check_resources"):
+    monkeypatch.setattr(preflight, "check_files", lambda *_: mock.Mock(commits={}))
+    for check in ("check_weights", "check_resources"):
         monkeypatch.setattr(preflight, check, lambda *_: None)
     monkeypatch.setattr("opd_ray.run.driver.Driver", driver)
     assert refused(lambda: running.train(Config(), tmp_path / "run")) == "far enough"

@@ -156,7 +156,7 @@ def instead_of_a_driver(monkeypatch, ends):
 
     monkeypatch.setattr(running, "resolve", lambda config: config)
     monkeypatch.setattr(running, "cluster", contextlib.nullcontext)
-    monkeypatch.setattr(running.preflight, "check_files", lambda config: None)
+    monkeypatch.setattr(running.preflight, "check_files", lambda config: mock.Mock(commits={}))
     monkeypatch.setattr(running.preflight, "check_resources", lambda *_: None)
     monkeypatch.setattr(running, "nodes", list)
     monkeypatch.setattr(running, "find_start", lambda *_, **__: (mock.Mock(), None))
