@@ -213,7 +213,8 @@ class RolloutConfig:
     """How the student generates."""
 
     engine: Annotated[Literal["vllm", "torch"], ROOMS] = "vllm"
-    """Generation engine; torch is a small reference implementation for tests and comparisons."""
+    """Generation engine; torch, on transformers alone, is the faster one for models of less than a million parameters
+    on CPUs, and the one for systems that vLLM has no wheels for."""
     num_generators: Annotated[int, ROOMS] = Field(1, ge=1)
     """StudentGenerator actors that the run starts with."""
     min_generators: Annotated[int | None, ROOMS] = Field(None, ge=1)

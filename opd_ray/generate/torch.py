@@ -1,7 +1,7 @@
-"""GenerationEngine on transformers: the reference that vLLM is compared with.
+"""GenerationEngine on transformers: no paged memory, no captured graphs, and hardly anything else to do in a step.
 
-Continuous batching without paged memory or captured graphs, so it keeps up on models of this
-repository's tests and not on large ones. Runs on CPUs and on CUDA.
+For models so small that what vLLM does around a step takes longer than the step, and the reference that vLLM is
+compared with. Runs on CPUs and on CUDA.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel, TopPLogitsWarper
 
+from opd_ray.generate.columns import Columns
 from opd_ray.generate.engine import Unfinished, response_budget
+from opd_ray.generate.sampling import sample, uniform
 from opd_ray.messages import Finished, FinishReason, GenerationRequest, TransferGroup, WeightManifest
 from opd_ray.models.checkpoints import load_model
 from opd_ray.weights.manifest import check_fits
@@ -24,37 +24,14 @@ from opd_ray.weights.transfer import WeightTransfer
 class _Response:
     """One running response of TorchGenerationEngine."""
 
-    def __init__(self, request: GenerationRequest, budget: int, device: torch.device) -> None:
-        self.request = request
-        self.budget = budget
-        self.generator = torch.Generator(device).manual_seed(request.seed)
+    def __init__(self, request: GenerationRequest, budget: int) -> None:
+        self.request, self.budget = request, budget
+        self.stops = frozenset(request.sampling.stop_token_ids)
+        self.drawn = uniform(request.seed, budget)
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.versions: list[int] = []
         self.topk_ids: list[np.ndarray] = []
-
-    def append(self, logits: Tensor, version: int) -> None:
-        """Samples the next token from logits [vocabulary] of weights ``version``.
-
-        Its log-prob is that under the distribution it came from; greedy (temperature 0) reports the untempered one,
-        as vLLM does.
-        """
-        sampling = self.request.sampling
-        if sampling.temperature == 0:
-            logprobs = logits.log_softmax(-1)
-            token = int(logprobs.argmax())
-        else:
-            warped = logits / sampling.temperature
-            if sampling.top_p < 1:
-                warped = TopPLogitsWarper(sampling.top_p)(None, warped[None])[0]
-            logprobs = warped.log_softmax(-1)
-            token = int(torch.multinomial(logprobs.exp(), 1, generator=self.generator))
-        self.tokens.append(token)
-        self.logprobs.append(float(logprobs[token]))
-        self.versions.append(version)
-        if sampling.top_k:
-            ids = logits.topk(min(sampling.top_k, len(logits))).indices
-            self.topk_ids.append(ids.to(torch.int32).cpu().numpy())
 
     @property
     def prefix(self) -> Tensor:
@@ -63,7 +40,7 @@ class _Response:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        if self.tokens and self.tokens[-1] in self.request.sampling.stop_token_ids:
+        if self.tokens and self.tokens[-1] in self.stops:
             return "stop"
         return "length" if len(self.tokens) >= self.budget else None
 
@@ -81,9 +58,8 @@ class _Response:
 class TorchGenerationEngine:
     """GenerationEngine on a transformers model.
 
-    The running responses share one key-value cache [rows, heads, width, head size] whose rows end
-    at the same column (left padding); rows join and leave between steps. A weight update drops
-    the cache, and the next step prefills every response again.
+    Responses join and leave between steps. A weight update drops their keys and values, and the next step computes
+    every prefix again.
     """
 
     weight_version: int
@@ -104,12 +80,12 @@ class TorchGenerationEngine:
         self._transfer = WeightTransfer()
         self._waiting: list[_Response] = []
         self._running: list[_Response] = []
-        self._cache: _Cache | None = None
+        """Each in the row of the cache that it has here."""
+        self._columns = Columns(self._model, max_num_seqs)
         self.weight_version = 0
 
     def submit(self, request: GenerationRequest) -> None:
-        budget = response_budget(request, self._max_context_tokens)
-        self._waiting.append(_Response(request, budget, self._model.device))
+        self._waiting.append(_Response(request, response_budget(request, self._max_context_tokens)))
 
     @torch.inference_mode()
     def step(self) -> list[Finished]:
@@ -117,21 +93,35 @@ class TorchGenerationEngine:
         entering, self._waiting = self._waiting[:free], self._waiting[free:]
         logits = []
         if self._running:
-            last = torch.tensor([[response.tokens[-1]] for response in self._running], device=self._model.device)
-            logits.append(self._cache.extend(self._model, last, 1))
+            last = torch.tensor([response.tokens[-1] for response in self._running], device=self._model.device)
+            logits.append(self._columns.extend(last))
         if entering:
-            prefixes, entered = [response.prefix for response in entering], _Cache()
-            columns = pad_sequence(prefixes, batch_first=True, padding_side="left").to(self._model.device)
-            lengths = torch.tensor([len(prefix) for prefix in prefixes], device=self._model.device)
-            logits.append(entered.extend(self._model, columns, lengths))
-            self._cache = entered if self._cache is None else self._cache.joined(entered)
-            self._running = self._running + entering
-        for response, row in zip(self._running, torch.cat(logits) if logits else (), strict=True):
-            response.append(row.float(), self.weight_version)
+            logits.append(self._columns.enter([response.prefix for response in entering], len(self._running)))
+            self._running += entering
+        if logits:
+            self._append(torch.cat(logits).float())
         finished = [response.finished() for response in self._running if response.finish_reason is not None]
         self._keep(lambda response: response.finish_reason is None)
         return finished
 
+    def _append(self, logits: Tensor) -> None:
+        """The next token of every running response, from logits [rows, vocabulary]."""
+        asked = [response.request.sampling for response in self._running]
+        drawn = [response.drawn[len(response.tokens)] for response in self._running]
+        each = (each.temperature for each in asked), (each.top_p for each in asked)
+        settings = [torch.tensor([*values], device=logits.device) for values in each]
+        tokens, logprobs = sample(logits, *settings, torch.tensor(drawn, device=logits.device))
+        most = max(sampling.top_k for sampling in asked)
+        top = logits.topk(min(most, logits.shape[1])).indices.to(torch.int32).cpu().numpy() if most else ()
+        rows = zip(self._running, tokens.tolist(), logprobs.tolist(), strict=True)
+        for row, (response, token, logprob) in enumerate(rows):
+            response.tokens.append(token)
+            response.logprobs.append(logprob)
+            response.versions.append(self.weight_version)
+            if top_k := response.request.sampling.top_k:
+                response.topk_ids.append(top[row, :top_k])
+
+    @torch.inference_mode()
     def abort(self, request_ids: Sequence[str]) -> None:
         dropped = set(request_ids)
         self._waiting = [response for response in self._waiting if response.request.request_id not in dropped]
@@ -148,69 +138,15 @@ class TorchGenerationEngine:
             if name in parameters:  # a checkpoint of adapters' base may hold more than parameters
                 parameters[name].copy_(tensor)
         self.weight_version = manifest.version
-        # Kept responses are prefilled again, ahead of those that have not begun.
+        # Kept responses are computed again, ahead of those that have not begun.
         kept = self._running
         if unfinished == "restart":
-            kept = [_Response(response.request, response.budget, self._model.device) for response in kept]
-        self._waiting, self._running, self._cache = kept + self._waiting, [], None
+            kept = [_Response(response.request, response.budget) for response in kept]
+        self._waiting, self._running = kept + self._waiting, []
 
     def _keep(self, stays: Callable[[_Response], bool]) -> None:
-        """Goes on with these running responses only, and takes the others' rows out of the cache."""
-        rows = [row for row, response in enumerate(self._running) if stays(response)]
-        if len(rows) < len(self._running):
-            self._running = [self._running[row] for row in rows]
-            self._cache = self._cache.rows(rows) if rows else None
-
-
-class _Cache:
-    """Key-value cache of R responses, aligned at their last column.
-
-    ``tensors`` are the keys and the values [R, heads, width, head size] of each layer in turn; ``lengths`` [R] how many
-    of the last columns of a row are real.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor] = (), lengths: Tensor | int = 0) -> None:
-        self._tensors = tensors
-        self._lengths = lengths
-
-    def extend(self, model: PreTrainedModel, columns: Tensor, lengths: Tensor | int) -> Tensor:
-        """Appends tokens [R, n], of each row the last ``lengths``; returns the logits [R, vocabulary] after them."""
-        self._lengths = self._lengths + lengths
-        cache = DynamicCache()
-        for layer in range(len(self._tensors) // 2):
-            cache.update(*self._tensors[2 * layer : 2 * layer + 2], layer)
-        num_new = columns.shape[1]
-        width = num_new + self._width
-        attention_mask = torch.arange(width, device=columns.device) >= width - self._lengths[:, None]
-        logits = model(
-            input_ids=columns,
-            attention_mask=attention_mask.to(torch.int64),
-            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0)[:, -num_new:],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        self._tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        return logits
-
-    def joined(self, other: _Cache) -> _Cache:
-        """The rows of both, the narrower one padded on the left."""
-        width = max(self._width, other._width)
-        pairs = zip(self._tensors, other._tensors, strict=True)
-        tensors = [torch.cat([_widen(tensor, width) for tensor in pair]) for pair in pairs]
-        return _Cache(tensors, torch.cat([self._lengths, other._lengths]))
-
-    def rows(self, rows: list[int]) -> _Cache:
-        """Only these rows, without the columns that none of them uses."""
-        index = torch.tensor(rows, device=self._lengths.device)
-        lengths = self._lengths[index]
-        unused = self._width - int(lengths.max())
-        return _Cache([tensor[index, :, unused:] for tensor in self._tensors], lengths)
-
-    @property
-    def _width(self) -> int:
-        return self._tensors[0].shape[2] if self._tensors else 0
-
-
-def _widen(tensor: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[2], 0))
+        """Goes on with these running responses only."""
+        gone = [row for row, response in enumerate(self._running) if not stays(response)]
+        if gone:
+            was = self._columns.leave(gone, len(self._running))
+            self._running = [self._running[row] for row in was]

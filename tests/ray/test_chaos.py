@@ -61,6 +61,7 @@ def test_kills_at_random_moments_change_neither_the_steps_nor_what_is_learned(ra
     config = load(
         None,
         [
+            "rollout.engine=vllm",
             f"learner.steps={STEPS}",
             f"learner.num_ranks={RANKS}",
             "learner.zero_stage=1",

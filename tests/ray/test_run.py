@@ -39,6 +39,7 @@ STEPS = 6
 OPTIONS = [
     f"student.path={TEACHER_DIR}",  # the shipped teacher stands in for the student: there is an accuracy to compare
     "buffer.prompts_per_step=8",
+    "rollout.engine=vllm",
     "rollout.max_response_tokens=48",
     "rollout.max_num_seqs=16",
     "evaluation.sets.chains.samples=4",
