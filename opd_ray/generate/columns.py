@@ -36,7 +36,7 @@ class Columns:
         logits = self._forward(ids, computed, lengths)
         width, rows = ids.shape[1], slice(row, row + len(prefixes))
         if not self._buffers:
-            self._allocate([(layer.keys, layer.values) for layer in computed.layers], max(_FIRST_COLUMNS, 4 * width))
+            self._allocate([(layer.keys, layer.values) for layer in computed.layers], max(_FIRST_COLUMNS, 2 * width))
             self._end = self._columns // 2
         self._make_room(row, width)
         self._lengths[rows] = lengths
@@ -91,8 +91,8 @@ class Columns:
             return
         kept = int(self._lengths[:rows].max()) if rows else 0
         before, old = slice(self._end - kept, self._end), self._buffers
-        if 2 * max(kept, width) >= self._columns:
-            self._allocate(old, 4 * max(kept, width))
+        if 2 * max(kept, width) > self._columns:
+            self._allocate(old, 2 * max(kept, width))
         self._end = self._columns // 2
         for was, now in zip(old, self._buffers, strict=True):
             for source, target in zip(was, now, strict=True):

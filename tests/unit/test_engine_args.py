@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,11 +45,11 @@ def test_others_are_refused_in_one_line(name: str, message: str) -> None:
 def test_an_engine_that_would_not_read_them_is_refused() -> None:
     with pytest.raises(InputError, match=r"engine_args=\{'enforce_eager': True\} are vLLM's, but engine is torch"):
         configs.load(None, ["teacher.engine_args.enforce_eager=true"])
-    config = configs.load(None, ["rollout.engine_args.enforce_eager=true"])
+    config = configs.load(None, ["rollout.engine=vllm", "rollout.engine_args.enforce_eager=true"])
     assert config.rollout.engine_args == {"enforce_eager": True}
 
 
-def test_they_reach_the_engine_before_what_it_has_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_reach_the_engine_before_what_it_has_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: dict[str, object] = {}
 
     class FakeEngineArgs:
@@ -61,6 +62,6 @@ def test_they_reach_the_engine_before_what_it_has_by_default(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(EngineArgs=FakeEngineArgs, LLMEngine=None))
     monkeypatch.setattr(engines, "_prepare_process", lambda: None)
     with pytest.raises(RuntimeError, match="far enough"):
-        engines.build("/model", engine_args={"enforce_eager": False, "block_size": 32}, enable_prefix_caching=True)
+        engines.build(str(tmp_path), engine_args={"enforce_eager": False, "block_size": 32}, enable_prefix_caching=True)
     assert (given["enforce_eager"], given["block_size"], given["enable_prefix_caching"]) == (False, 32, True)
     assert given["model"] == "/model"

@@ -274,7 +274,7 @@ def test_a_learner_of_adapters_takes_what_came_with_smollm2() -> None:
 
 def test_a_scorer_has_no_more_than_one_call_before_it() -> None:
     """8 rollouts of 8 tokens, a quarter of them responses."""
-    parts = scorers_of()["teacher"]
+    parts = scorers_of("rollout.prompts_per_call=8")["teacher"]
     assert parts["activations"] == 64 * (4 * (16 + 48) + 64)
     assert parts["logits"] == 3 * 4 * 16 * 10
     assert scorers_of("teacher.max_batch_tokens=32")["teacher"]["activations"] == 32 * (4 * (16 + 48) + 64)
@@ -294,5 +294,5 @@ def test_a_teacher_behind_a_url_takes_no_memory_for_its_model(dtype: str) -> Non
 
 
 def test_a_generator_on_a_cpu_holds_its_weights_three_times() -> None:
-    parts = scorers_of("rollout.kv_cache_bytes=5000")["generate"]
+    parts = scorers_of("rollout.engine=vllm", "rollout.kv_cache_bytes=5000")["generate"]
     assert (parts["weights"], parts["weights repacked and coming in"], parts["key-value cache"]) == (4000, 8000, 5000)

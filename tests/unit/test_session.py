@@ -120,7 +120,7 @@ def session(monkeypatch) -> Session:
         ("rollout.node_resource=big", "rollout.node_resource=None, but this run asks for big"),
         ("student.max_context_tokens=90", "student.max_context_tokens=None, but this run asks for 90"),
         ("env.NCCL_DEBUG=INFO", "env.NCCL_DEBUG=None, but this run asks for INFO"),
-        ("rollout.engine_args.block_size=32", "rollout.engine_args.block_size=None, but this run asks for 32"),
+        ("teacher.max_batch_tokens=64", "teacher.max_batch_tokens=8192, but this run asks for 64"),
         ("deadlines.score_s=5", "deadlines.score_s=600.0, but this run asks for 5.0"),
         ("reference.dtype=bfloat16", "reference.dtype=float32, but this run asks for bfloat16"),
         ("teacher.update=average", "teacher.update=fixed, but this run asks for average"),
