@@ -64,4 +64,4 @@ def test_they_reach_the_engine_before_what_it_has_by_default(monkeypatch: pytest
     with pytest.raises(RuntimeError, match="far enough"):
         engines.build(str(tmp_path), engine_args={"enforce_eager": False, "block_size": 32}, enable_prefix_caching=True)
     assert (given["enforce_eager"], given["block_size"], given["enable_prefix_caching"]) == (False, 32, True)
-    assert given["model"] == "/model"
+    assert given["model"] == str(tmp_path)
