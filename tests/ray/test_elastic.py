@@ -21,6 +21,8 @@ import gated_driver
 from autoscaling_head import AutoscalingHead, NodeType, autoscaling_head, fake_cluster
 from gated_driver import GATES
 from opd_ray.errors import InputError
+from opd_ray.report.lanes import lanes
+from opd_ray.report.runs import read_run
 from opd_ray.status import state
 from rollout_log import assert_each_prompt_once, rows
 
@@ -35,7 +37,7 @@ OVERRIDES = [
     *("learner.num_ranks=2", "learner.placement=strict_pack", "learner.node_resource=learner_node"),
     *("teacher.node_resource=learner_node", "loss.reference.coef=0"),
     *(f"buffer.prompts_per_step={PROMPTS_PER_STEP}", f"buffer.max_staleness={MAX_STALENESS}", "guard.level=off"),
-    *(f"learner.steps={STEPS}", "metrics.rollout_log_every_steps=1"),
+    *(f"learner.steps={STEPS}", "metrics.rollout_log_every_steps=1", "metrics.trace=true"),
     *("evaluation.num_problems=0", "evaluation.every_steps=0", "checkpoint.every_steps=0"),
     *("elastic.grow_after_s=1.5", "elastic.shrink_after_s=6"),
 ]
@@ -222,6 +224,13 @@ def test_no_prompt_is_lost_or_trained_twice_on_the_way(watched: Watched) -> None
     )
     summary = json.loads((watched.run_dir / "summary.json").read_text())
     assert (summary["steps"], summary["restarts_by_room"]) == (STEPS, {"generate": 1})
+
+
+def test_the_trace_has_lanes_of_generators_on_both_nodes(watched: Watched) -> None:
+    [chart] = lanes([read_run(watched.run_dir)])
+    generating = {lane["name"] for lane in chart["lanes"] if dict(lane["shares"]).get("generate")}
+    assert set(watched.workers()) <= generating, "also of those that have gone"
+    assert len({node for _, name, node in watched.places("grown")["actors"] if name in generating}) == 2
 
 
 @pytest.mark.parametrize("gate", GATES.values())
