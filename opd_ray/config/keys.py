@@ -15,10 +15,10 @@ _IN_OPTIONS = re.compile(
 )
 _VARIABLE = re.compile(
     r"(?:^|_)(?:API_?KEY|ACCESS_KEY(?:_ID)?|(?:PRIVATE|SECRET)_KEY|SECRET|(?<!MAX_)TOKEN|PAT|PASS(?:WORD|WD)?|"
-    r"CREDENTIALS|CONNECTION_STRING)$",
+    r"CREDENTIALS|CONNECTION_STRING)(?:$|_(?!(?:PATH|FILE|DIR)$))",
     re.I,
 )
-"""What a variable that is a key ends with: HF_TOKEN is one, and HF_TOKEN_PATH says where it lies."""
+"""HF_TOKEN and HF_TOKEN_2 are keys, and HF_TOKEN_PATH says where one lies."""
 _INSTEAD = (
     "give the nodes a role, or set them in the environment that Ray starts in there (AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...)"

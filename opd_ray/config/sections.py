@@ -213,8 +213,8 @@ class RolloutConfig:
     """How the student generates."""
 
     engine: Annotated[Literal["vllm", "torch"], ROOMS] = "vllm"
-    """Generation engine; torch, on transformers alone, is the faster one for models of less than a million parameters
-    on CPUs, and the one for systems that vLLM has no wheels for."""
+    """Generation engine; torch, on transformers alone, is the faster one on CPUs for models of less than a million
+    parameters (jobs/bench_engines.py), and the one for systems that vLLM has no wheels for."""
     num_generators: Annotated[int, ROOMS] = Field(1, ge=1)
     """StudentGenerator actors that the run starts with."""
     min_generators: Annotated[int | None, ROOMS] = Field(None, ge=1)
@@ -252,7 +252,7 @@ class RolloutConfig:
     cpus_per_generator: Annotated[float, ROOMS] = Field(0.5, ge=0)
     """Ray CPUs each generator reserves."""
     gpus_per_generator: Annotated[float, ROOMS] = Field(0.0, ge=0)
-    """Ray GPUs each generator reserves; 0 runs vLLM on the CPU."""
+    """Ray GPUs each generator reserves; 0 runs its engine on the CPU."""
     teacher_generators: Annotated[int, ROOMS] = Field(1, ge=1)
     """Generators on the teacher, where buffer.teacher_per_prompt asks for them; each as large as a student's."""
     teacher_temperature: Annotated[float, RUN] = Field(1.0, gt=0)

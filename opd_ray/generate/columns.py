@@ -17,8 +17,8 @@ class Columns:
     """Keys and values of R responses, the first R rows of buffers [rows, heads, columns, head size], two a layer.
 
     All of them end at the same column, so that a step writes one column of each buffer; of row r the last
-    ``lengths[r]`` columns before it are real. When the last column is reached, or a longer response comes, what is
-    real moves to the middle of buffers that are large enough.
+    ``lengths[r]`` columns before it are real. When the last column is reached, or a longer response or more of them
+    come, what is real moves to the middle of buffers that are large enough: at most ``rows``, twice the longest one.
     """
 
     def __init__(self, model: PreTrainedModel, rows: int) -> None:
@@ -36,9 +36,10 @@ class Columns:
         logits = self._forward(ids, computed, lengths)
         width, rows = ids.shape[1], slice(row, row + len(prefixes))
         if not self._buffers:
-            self._allocate([(layer.keys, layer.values) for layer in computed.layers], max(_FIRST_COLUMNS, 2 * width))
+            like = [(layer.keys, layer.values) for layer in computed.layers]
+            self._allocate(like, rows.stop, max(_FIRST_COLUMNS, 2 * width))
             self._end = self._columns // 2
-        self._make_room(row, width)
+        self._make_room(row, rows.stop, width)
         self._lengths[rows] = lengths
         for (keys, values), layer in zip(self._buffers, computed.layers, strict=True):
             keys[rows, :, self._end - width : self._end] = layer.keys
@@ -48,7 +49,7 @@ class Columns:
     def extend(self, tokens: Tensor) -> Tensor:
         """Appends a token to each of the first rows; ``tokens`` [R], the logits [R, vocabulary] after them."""
         number = len(tokens)
-        self._make_room(number, 1)
+        self._make_room(number, number, 1)
         self._end += 1
         self._lengths[:number] += 1
         start = self._end - int(self._lengths[:number].max())
@@ -85,28 +86,32 @@ class Columns:
             logits_to_keep=1,
         ).logits[:, -1]
 
-    def _make_room(self, rows: int, width: int) -> None:
-        """So that ``width`` columns lie before ``_end`` and one behind it; the first ``rows`` keep what they have."""
-        if width <= self._end < self._columns:
+    def _make_room(self, kept_rows: int, rows: int, width: int) -> None:
+        """So that there are ``rows``, and ``width`` columns before ``_end`` and one behind it; the first rows keep what
+        they have."""
+        there = self._buffers[0][0].shape[0]
+        if rows <= there and width <= self._end < self._columns:
             return
-        kept = int(self._lengths[:rows].max()) if rows else 0
+        kept = int(self._lengths[:kept_rows].max()) if kept_rows else 0
         before, old = slice(self._end - kept, self._end), self._buffers
-        if 2 * max(kept, width) > self._columns:
-            self._allocate(old, 2 * max(kept, width))
+        if rows > there or 2 * max(kept, width) > self._columns:
+            more = there if rows <= there else min(2 * rows, self._most_rows)
+            self._allocate(old, more, max(self._columns, 2 * max(kept, width)))
         self._end = self._columns // 2
         for was, now in zip(old, self._buffers, strict=True):
             for source, target in zip(was, now, strict=True):
-                target[:rows, :, self._end - kept : self._end] = source[:rows, :, before].clone()
+                target[:kept_rows, :, self._end - kept : self._end] = source[:kept_rows, :, before].clone()
 
-    def _allocate(self, like: Sequence[tuple[Tensor, Tensor]], columns: int) -> None:
-        shapes = [tuple((self._most_rows, each.shape[1], columns, each.shape[3]) for each in of) for of in like]
-        self._buffers = [
-            (of[0].new_zeros(keys), of[1].new_zeros(values)) for of, (keys, values) in zip(like, shapes, strict=True)
-        ]
+    def _allocate(self, like: Sequence[tuple[Tensor, Tensor]], rows: int, columns: int) -> None:
+        self._buffers = [(_zeros(keys, rows, columns), _zeros(values, rows, columns)) for keys, values in like]
 
     @property
     def _columns(self) -> int:
         return self._buffers[0][0].shape[2]
+
+
+def _zeros(like: Tensor, rows: int, columns: int) -> Tensor:
+    return like.new_zeros((rows, like.shape[1], columns, like.shape[3]))
 
 
 class _Written(DynamicLayer):

@@ -119,7 +119,7 @@ class TorchGenerationEngine:
             response.logprobs.append(logprob)
             response.versions.append(self.weight_version)
             if top_k := response.request.sampling.top_k:
-                response.topk_ids.append(top[row, :top_k])
+                response.topk_ids.append(top[row, :top_k].copy())  # a view would keep those of all rows
 
     @torch.inference_mode()
     def abort(self, request_ids: Sequence[str]) -> None:

@@ -14,7 +14,8 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +52,15 @@ def is_pinned(path: str) -> bool:
 def shown(path: str) -> str:
     """For people: a commit by its first digits."""
     return path[: _SHOWN_DIGITS - 40] if is_pinned(path) else path
+
+
+def weight_names(files: Iterable[str]) -> list[str]:
+    """Of the names of a repository's files those of the weights that are fetched."""
+    return [
+        file
+        for file in files
+        if any(fnmatch(file, kind) for kind in _WEIGHTS) and not any(fnmatch(file, kind) for kind in _LEFT_OUT)
+    ]
 
 
 def pin(name: str, path: str) -> tuple[str, list[str]]:
@@ -102,7 +112,7 @@ def commits_of(config: Config, saved: Mapping[str, Any]) -> dict[str, str]:
     theirs, found = dict(leaves(saved)), {}
     for name, path in leaves(to_dict(config)):
         its = str(theirs.get(name))
-        if name.endswith(".path") and is_pinned(its) and parts(its)[0] == (parts(str(path)) or "")[0]:
+        if name.endswith(".path") and is_pinned(its) and parts(its)[0] == (parts(str(path)) or (None,))[0]:
             found[path] = its
     return found
 

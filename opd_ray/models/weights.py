@@ -86,7 +86,7 @@ def check_files(name: str, directory: Path) -> None:
 
 def check_names(name: str, files: Collection[str]) -> None:
     """The same of a repository of the Hub, as far as the names of its files tell."""
-    if files and not any(file.endswith(".safetensors") for file in files):
+    if files and not hub.weight_names(files):
         raise InputError(
             f"{name}: has no *.safetensors on the Hub, and other formats can run code or are not read by all rooms; "
             "https://huggingface.co/spaces/safetensors/convert makes them, or give another checkpoint"

@@ -61,10 +61,15 @@ def check_run_dir(run_dir: Path, config: Config, resume: bool) -> Config:
     if _came_to_nothing(run_dir):
         return config
     before = configs.to_dict(configs.load(saved))
-    commits = hub.commits_of(config, before)
-    config = hub.pinned(config, {path: its for path, its in commits.items() if "@" not in path})
+    config = with_commits(config, before)
     check_same_run(f"the run in {run_dir}", before, config)
     return config
+
+
+def with_commits(config: Config, saved: Mapping[str, Any]) -> Config:
+    """A model of the Hub that has no revision in ``config`` is of the commit that it has in ``saved``."""
+    commits = hub.commits_of(config, saved)
+    return hub.pinned(config, {path: its for path, its in commits.items() if "@" not in path})
 
 
 def _came_to_nothing(run_dir: Path) -> bool:

@@ -45,21 +45,20 @@ def train(
     It may be called where an event loop is running, in a notebook: that waits.
     """
     run_dir = Path(run_dir).absolute()
-    asked = resuming.check_run_dir(run_dir, config, resume)
-    config = resolve(asked)
-    facts = preflight.check_files(config)
-    asked, config = (hub.pinned(each, facts.commits) for each in (asked, config))
-    preflight.check_weights(config)
+    given = resuming.check_run_dir(run_dir, config, resume)
+    asked, config, facts = _checked(given)
     with cluster() as dashboard, private():
         check_fits(preflight.check_resources, config)
-        config, said = with_room(config, facts, nodes())
-        if said:
-            print(said, flush=True)
-        shelf, start = find_start(asked, run_dir, resume=resume or auto_resume)
-        from opd_ray.run.driver import Driver  # not above: torch takes seconds to import, and no refusal needs it
-
+        shelf, start = find_start(given, run_dir, resume=resume or auto_resume)
         own = session or Session()
         try:
+            if start and (as_before := resuming.with_commits(given, start.state["config"])) != given:
+                asked, config, facts = _checked(as_before)  # where its checkpoints alone are left of a run
+            config, said = with_room(config, facts, nodes())
+            if said:
+                print(said, flush=True)
+            from opd_ray.run.driver import Driver  # not above: torch takes seconds to import, and no refusal needs it
+
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -92,12 +91,21 @@ def train(
     return result
 
 
+def _checked(given: Config) -> tuple[Config, Config, preflight.Preflight]:
+    """What was asked for and what it stands for, both with the commits of models of the Hub, once all is looked at."""
+    config = resolve(given)
+    facts = preflight.check_files(config)
+    config = hub.pinned(config, facts.commits)
+    preflight.check_weights(config)
+    return hub.pinned(given, facts.commits), config, facts
+
+
 def find_start(config: Config, run_dir: Path, *, resume: bool, hold: bool = True) -> tuple[Shelf, Checkpoint | None]:
     """Where the checkpoints of a run go, and the one to resume from, if there is one. Needs a connection to Ray. With
     ``hold`` nobody else writes there until the shelf is released.
 
-    ``config`` is what was asked for, not resolved (a checkpoint may have been written where the package lay elsewhere),
-    but with the commits of models of the Hub.
+    ``config`` is what was asked for, not resolved: a checkpoint may have been written where the package lay elsewhere,
+    and of models of the Hub it says which commits the run has.
     Raises InputError where checkpoints cannot be written, another driver writes them, or the newest is damaged or of
     another run.
     """
@@ -111,7 +119,8 @@ def find_start(config: Config, run_dir: Path, *, resume: bool, hold: bool = True
     def look() -> Checkpoint | None:
         start = shelf.check(resume=resume)
         if start:
-            resuming.check_same_run(f"the checkpoint {start.where}", start.state["config"], config)
+            saved = start.state["config"]
+            resuming.check_same_run(f"the checkpoint {start.where}", saved, resuming.with_commits(config, saved))
         return start
 
     start = look()

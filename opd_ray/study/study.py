@@ -218,10 +218,14 @@ def _teacher_data(
         return None
     config = hub.pinned(resolve(rooms_for), commits)
     path = directory / f"teacher-rollouts-{count}.parquet"
-    if not path.exists():
+    noted = path.with_suffix(".json")
+    if path.exists():
+        commits |= {**json.loads(noted.read_text()), **commits} if noted.exists() else {}
+    else:
         say(f"sampling {count} rollouts of the teacher")
         facts = preflight.check_files(config)
         commits |= facts.commits
+        noted.write_text(json.dumps(commits) + "\n")
         asyncio.run(teacher_data.sample(hub.pinned(config, commits), facts, path, count))
     return teacher_data.Rollouts(path)
 

@@ -20,10 +20,12 @@ DIRECTORY = Path(__file__).parents[2] / "cluster"
 _PROJECT = "some-project"
 _SSH_FROM = "203.0.113.7/32"
 _GCLOUD = """#!/bin/bash
-# Notes what it is asked to do; nothing is there yet.
+# Notes what it is asked to do; nothing is there yet, but for $BUDGETS.
 [[ " $* " == *" billing projects describe "* ]] && echo billingAccounts/0X0X && exit
 [[ " $* " == *" describe "* ]] && exit 1
 printf '%q ' "$@" >> "$NOTED"; echo >> "$NOTED"
+[[ " $* " == *" budgets list "* ]] && echo "$BUDGETS"
+exit 0
 """
 
 
@@ -139,6 +141,15 @@ def test_a_budget_writes_when_half_and_when_all_of_it_is_spent(tmp_path: Path) -
         "--threshold-rule=percent=0.5",
         "--threshold-rule=percent=1.0",
     ]
+
+
+def test_a_budget_that_is_there_gets_the_new_amount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUDGETS", "billingAccounts/0X0X/budgets/b")
+    done, calls = _account(tmp_path, _PROJECT, "us-central1", _SSH_FROM, "some-bucket", "700USD")
+    assert done.returncode == 0, done.stderr
+    asked = [call for call in calls if call[:2] == ["billing", "budgets"] and call[2] != "list"]
+    update = ["billing", "budgets", "update", "billingAccounts/0X0X/budgets/b"]
+    assert asked == [[*update, "--billing-account=0X0X", "--budget-amount=700USD"]]
 
 
 @pytest.mark.parametrize(

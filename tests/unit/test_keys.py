@@ -38,6 +38,8 @@ NAMES = [
         f"env.AWS_SECRET_ACCESS_KEY={PLANTED}",
         f"env.HF_TOKEN={PLANTED}",
         f"env.GITHUB_PAT={PLANTED}",
+        f"env.HF_TOKEN_2={PLANTED}",
+        f"env.CLIENT_SECRET_VALUE={PLANTED}",
     ],
 )
 def test_a_key_in_the_configuration_is_refused_and_not_repeated(override):

@@ -32,6 +32,7 @@ from opd_ray.study.arms import Arm
 from tiny_checkpoints import configured, make_checkpoint, make_setting, refused
 
 FIRST, SECOND = "1" * 40, "2" * 40
+FIND_START = running.find_start
 NOBODY = "http://127.0.0.1:9"
 """Where nobody answers."""
 OTHERS = {
@@ -347,6 +348,37 @@ def test_two_commits_of_one_repository_stay_two(setting: dict[str, str], tmp_pat
     begun(tmp_path / "run", configured(setting | paths))
     asked = configured(setting | paths | {"student.path": "org/s"})
     assert resuming.check_run_dir(tmp_path / "run", asked, resume=True) == configured(setting | paths)
+
+
+def test_where_checkpoints_alone_are_left_the_run_goes_on_with_their_commits(
+    repository: FakeRepository,
+    setting: dict[str, str],
+    tmp_path: Path,
+    train: mock.Mock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bug: the branch had moved when the head came back without its disk, and the job was refused each time."""
+    asked = configured(setting)
+    saved = configs.to_dict(configured(setting, student__path=f"org/s@{FIRST}", teacher__path=f"org/t@{FIRST}"))
+    repository.revisions["main"] = SECOND
+    start = SimpleNamespace(where="s3://b/step-2", state={"config": saved}, step=2)
+    shelf = mock.Mock(check=lambda resume: start, tidy=lambda keep: None)
+    monkeypatch.setattr(running, "Shelf", lambda *_: shelf)
+    monkeypatch.setattr(running, "Lease", mock.Mock())
+    monkeypatch.setattr(running, "find_start", FIND_START)
+    assert refused(lambda: running.train(asked, tmp_path / "again", auto_resume=True)) == "far enough"
+    assert train.call_args.args[0].student.path == f"org/s@{FIRST}"
+    assert configs.load(tmp_path / "again/config.yaml").student.path == f"org/s@{FIRST}"
+
+
+def test_a_directory_in_the_place_of_a_model_of_the_hub_is_another_model(
+    setting: dict[str, str], tmp_path: Path
+) -> None:
+    """The bug: an IndexError."""
+    begun(tmp_path / "run", configured(setting, teacher__path=f"org/t@{FIRST}"))
+    moved = configured(setting, teacher__path="/models/t")
+    message = refused(lambda: resuming.check_run_dir(tmp_path / "run", moved, resume=True))
+    assert message.startswith(f"--resume: teacher.path is /models/t, but the run in {tmp_path}/run has org/t@{FIRST};")
 
 
 def test_a_checkpoint_elsewhere_goes_on_with_its_commit_alone(setting: dict[str, str]) -> None:
