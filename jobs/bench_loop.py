@@ -1,6 +1,6 @@
 """The rate of every room and of the whole loop, after warm-up, in one run of the configured system.
 
-    python jobs/bench_loop.py [--warmup N] [--steps N] [--config FILE] [section.field=value ...]
+    python jobs/bench_loop.py [--warmup N] [--steps N] [--config FILE] [--json FILE] [section.field=value ...]
 
 A room's rate is tokens per second of *its own work*: what it could do if nothing ever made it wait. The loop's rate
 is tokens trained per second of wall clock. Memory is the proportional set size (PSS) of every
@@ -71,8 +71,9 @@ def _pss_bytes(process: psutil.Process) -> int:
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), help="YAML file; the embedded default without."
 )
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the loop's figures to this file.")
 @click.argument("overrides", nargs=-1)
-def main(warmup: int, steps: int, config_file: Path | None, overrides: tuple[str, ...]) -> None:
+def main(warmup: int, steps: int, config_file: Path | None, json_file: Path | None, overrides: tuple[str, ...]) -> None:
     """Measures the rooms and the loop."""
     fixed = [
         f"learner.steps={warmup + steps}",
@@ -89,9 +90,27 @@ def main(warmup: int, steps: int, config_file: Path | None, overrides: tuple[str
         lines = (Path(directory) / "bench" / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "throughput/step_s" in row][warmup:]
     _show(config, rows, tokens.steps[warmup:], memory.peak_bytes)
+    if json_file:
+        json_file.write_text(json.dumps(_figures(rows, tokens.steps[warmup:], memory.peak_bytes, summary), indent=2))
     if summary["restarts"]:
         lost = ", ".join(f"{count} of {room}" for room, count in summary["restarts_by_room"].items())
         click.echo(f"workers were lost and replaced meanwhile ({lost}): measure again", err=True)
+
+
+def _figures(
+    rows: list[dict[str, Any]], tokens: list[Counter[str]], peak_bytes: int, summary: dict[str, Any]
+) -> dict[str, Any]:
+    """The loop in the mean of the measured steps."""
+    wall, total = sum(row["throughput/step_s"] for row in rows), sum(tokens, Counter())
+    return {
+        "steps": len(rows),
+        "step_s": wall / len(rows),
+        "tokens_per_s": total["generate"] / wall,
+        "mean_length": total["generate"] / sum(row["mixture/student_rollouts"] for row in rows),
+        "loss": sum(row["learner/loss"] for row in rows) / len(rows),
+        "peak_bytes": peak_bytes,
+        "restarts": summary["restarts"],
+    }
 
 
 def _show(config: Config, rows: list[dict[str, Any]], tokens: list[Counter[str]], peak_bytes: int) -> None:
