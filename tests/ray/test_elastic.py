@@ -97,13 +97,13 @@ class Watched:
         lines = path.read_text().splitlines() if path.exists() else []
         return json.loads(lines[-1]) if lines else {}
 
-    def num_ready(self) -> int:
-        """Generators at work, as the run's status says."""
+    def num_ready(self, since: float = 0.0) -> int:
+        """Generators at work, as the run's status says; 0 where that is older than ``since``, in seconds of time()."""
         try:
             now = state.read(self.run_dir / state.FILE)
         except InputError:
             return 0
-        return next(room.ready for room in now.rooms if room.room == "generate")
+        return next(room.ready for room in now.rooms if room.room == "generate") if now.time > since else 0
 
     def student_rows(self) -> list[dict[str, Any]]:
         return [row for row in rows(self.run_dir) if row["source"] == "student"]
@@ -166,7 +166,8 @@ def _go_through_it(run: Watched, head: AutoscalingHead) -> None:
     run.until("step after the kill", lambda: run.step() > run.killed_at_step)
     run.until("loss noticed", lambda: run.events("worker_lost"))
     run.until("another node", lambda: len(head.raylets()) == 3)
-    run.until("two at work again", lambda: run.num_ready() == 2)
+    now = time.time()  # the status before that had two as well
+    run.until("two at work again", lambda: run.num_ready(now) == 2)
     run.until("held", lambda: run.step() == run.held_at)
     run.reissued = run.metrics()["recovery/reissued_calls"]
     run.open("replaced")
@@ -176,7 +177,8 @@ def _go_through_it(run: Watched, head: AutoscalingHead) -> None:
     [node] = [node for _, name, node in run.places("replaced")["actors"] if name == run.moved_generator]
     head.drain_node(node, 120)
     run.until("told to leave", lambda: run.events("worker_leaves"))
-    run.until("two at work once more", lambda: run.num_ready() == 2)
+    left = time.time()
+    run.until("two at work once more", lambda: run.num_ready(left) == 2)
 
     run.until("one given back", lambda: len(run.events("worker_leaves")) == 2)
     run.until("one at work", lambda: run.num_ready() == 1)
