@@ -2,8 +2,9 @@
 
     python jobs/bench_engines.py [--rows N] [--tokens N] [--seconds S] [--json FILE]
 
-Random Qwen3 models; as many responses as there are rows run at any time, of lengths that are spread evenly around the
-mean; no weight updates. Each engine in a process of its own with one thread, one after the other, twice in turn.
+The models of bench_peers.py: the embedded student, and random ones. As many responses as there are rows run at any
+time, of lengths that are spread evenly around the mean; no weight updates. Each engine in a process of its own with one
+thread, one after the other, twice in turn.
 """
 
 from __future__ import annotations
@@ -18,18 +19,14 @@ import time
 from itertools import count
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import click
+from bench_peers import ROWS, prepare
 from rich.console import Console
 from rich.table import Table
 
-SIZES = {
-    "58 k": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 64},
-    "1 M": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 512},
-    "4 M": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 512},
-    "36 M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 4096},
-}
+MODELS = {"58 k": (1, "student"), "1 M": (2, "student"), "4 M": (2, "teacher"), "36 M": (4, "student")}
+"""By their parameters: of which row of the race, and who there. The context of the first ends at 96 tokens."""
 ENGINES = ("torch", "vllm")
 _PROMPT_TOKENS = 24
 _MOST_S = 600
@@ -38,19 +35,18 @@ _MOST_S = 600
 @click.command()
 @click.option("--rows", default=96, show_default=True, help="Responses that run at once.")
 @click.option("--tokens", default=20, show_default=True, help="Mean length of a response.")
-@click.option("--seconds", default=10.0, show_default=True, help="Time for each measurement, after two of warm-up.")
+@click.option("--seconds", default=10, show_default=True, help="Time for each measurement, after two of warm-up.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what was measured to this file.")
-def main(rows: int, tokens: int, seconds: float, json_file: Path | None) -> None:
+def main(rows: int, tokens: int, seconds: int, json_file: Path | None) -> None:
     """Compares the torch engine and vLLM by the size of the model."""
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        for size, shape in SIZES.items():
-            path = Path(directory) / size.replace(" ", "-")
-            _elsewhere("save", str(path), json.dumps(shape))
+        for size, (row, who) in MODELS.items():
+            path = getattr(prepare(ROWS[row], Path(directory) / str(row)), who)
             found[size] = {engine: [] for engine in ENGINES}
             for engine in (*ENGINES, *ENGINES):
-                rate = _elsewhere(engine, str(path), str(rows), str(tokens), str(seconds))
-                found[size][engine].append(float(rate))
+                measured = _elsewhere(engine, str(path), str(rows), str(tokens), str(seconds))
+                found[size][engine].append(float(measured))
     table = Table("parameters", *(f"{engine}, tokens/s" for engine in ENGINES), "ratio")
     for size, rates in found.items():
         torch, vllm = (mean(rates[engine]) for engine in ENGINES)
@@ -60,19 +56,7 @@ def main(rows: int, tokens: int, seconds: float, json_file: Path | None) -> None
         json_file.write_text(json.dumps({"rows": rows, "tokens": tokens, "tokens_per_s": found}, indent=2))
 
 
-def save(path: str, shape: str) -> None:
-    """A random model, whose tokenizer nobody asks for."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = json.loads(shape)
-    heads = {"num_attention_heads": max(2, sizes["hidden_size"] // 64), "head_dim": 32, "num_key_value_heads": 2}
-    config = Qwen3Config(**sizes, **heads, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=0)
-    Qwen3ForCausalLM(config).save_pretrained(path)
-
-
-def rate(kind: str, path: str, rows: int, tokens: int, seconds: float) -> float:
+def rate(kind: str, path: str, rows: int, tokens: int, seconds: int) -> float:
     """Tokens a second."""
     from opd_ray.config import RolloutConfig
     from opd_ray.generate import make_generation_engine
@@ -83,7 +67,7 @@ def rate(kind: str, path: str, rows: int, tokens: int, seconds: float) -> float:
     rng, number = random.Random(0), count()
 
     def submit() -> None:
-        prompt = tuple(rng.randrange(1, 60) for _ in range(_PROMPT_TOKENS))
+        prompt = tuple(rng.randrange(2, 16) for _ in range(_PROMPT_TOKENS))
         sampling = SamplingSettings(1.0, 1.0, rng.randint(1, most), stop_token_ids=())
         engine.submit(GenerationRequest(str(index := next(number)), prompt, index, sampling))
 
@@ -109,16 +93,9 @@ def _elsewhere(*what: str) -> str:
     return done.stdout.strip().rpartition("\n")[2]
 
 
-def _there(what: str, *arguments: Any) -> None:
-    if what == "save":
-        save(*arguments)
-    else:
-        path, rows, tokens, seconds = arguments
-        print(f"\n{rate(what, path, int(rows), int(tokens), float(seconds))}")
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--elsewhere"]:
-        _there(*sys.argv[2:])
+        kind, model, *numbers = sys.argv[2:]
+        print(f"\n{rate(kind, model, *map(int, numbers))}")
     else:
         main()

@@ -89,47 +89,46 @@ def main(warmup: int, steps: int, config_file: Path | None, json_file: Path | No
         summary = train(config, Path(directory) / "bench", observers=(tokens,))
         lines = (Path(directory) / "bench" / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "throughput/step_s" in row][warmup:]
-    _show(config, rows, tokens.steps[warmup:], memory.peak_bytes)
+    figures = _figures(rows, tokens.steps[warmup:]) | {"peak_bytes": memory.peak_bytes, "restarts": summary["restarts"]}
+    _show(config, rows, tokens.steps[warmup:], figures)
     if json_file:
-        json_file.write_text(json.dumps(_figures(rows, tokens.steps[warmup:], memory.peak_bytes, summary), indent=2))
+        json_file.write_text(json.dumps(figures, indent=2))
     if summary["restarts"]:
         lost = ", ".join(f"{count} of {room}" for room, count in summary["restarts_by_room"].items())
         click.echo(f"workers were lost and replaced meanwhile ({lost}): measure again", err=True)
 
 
-def _figures(
-    rows: list[dict[str, Any]], tokens: list[Counter[str]], peak_bytes: int, summary: dict[str, Any]
-) -> dict[str, Any]:
+def _figures(rows: list[dict[str, Any]], tokens: list[Counter[str]]) -> dict[str, Any]:
     """The loop in the mean of the measured steps."""
     wall, total = sum(row["throughput/step_s"] for row in rows), sum(tokens, Counter())
     return {
         "steps": len(rows),
         "step_s": wall / len(rows),
         "tokens_per_s": total["generate"] / wall,
+        "tokens_of_all_sources_per_s": total["learn"] / wall,
         "mean_length": total["generate"] / sum(row["mixture/student_rollouts"] for row in rows),
         "loss": sum(row["learner/loss"] for row in rows) / len(rows),
-        "peak_bytes": peak_bytes,
-        "restarts": summary["restarts"],
     }
 
 
-def _show(config: Config, rows: list[dict[str, Any]], tokens: list[Counter[str]], peak_bytes: int) -> None:
-    wall, total = sum(row["throughput/step_s"] for row in rows), sum(tokens, Counter())
+def _show(config: Config, rows: list[dict[str, Any]], tokens: list[Counter[str]], figures: dict[str, Any]) -> None:
     table = Table("room", "tokens/s of its own work", "idle share", title="rooms", title_justify="left")
     for room in measured(rows, tokens, config):
         rate = f"{room.tokens_per_s:,.0f}" if room.tokens else "-"
-        table.add_row(room.room, rate, f"{room.idle_share(wall / len(rows)):.2f}")
+        table.add_row(room.room, rate, f"{room.idle_share(figures['step_s']):.2f}")
     console = Console()
     console.print(table)
     sync = median(row["learner/weight_sync_s"] for row in rows)
     rollouts = {source: sum(row.get(f"mixture/{source}_rollouts", 0) for row in rows) for source in SOURCES}
     composition = " + ".join(f"{count / len(rows):.0f} {source}" for source, count in rollouts.items() if count)
     console.print(
-        f"loop: {total['generate'] / wall:,.0f} student tokens trained per second "
-        f"({total['learn'] / wall:,.0f} of all sources), {wall / len(rows) * 1000:.0f} ms a step "
+        f"loop: {figures['tokens_per_s']:,.0f} student tokens trained per second "
+        f"({figures['tokens_of_all_sources_per_s']:,.0f} of all sources), {figures['step_s'] * 1000:.0f} ms a step "
         f"of {composition} rollouts, over {len(rows)} steps"
     )
-    console.print(f"weight sync: {sync * 1000:.0f} ms (median); peak memory {peak_bytes / 2**30:.1f} GiB (PSS)")
+    console.print(
+        f"weight sync: {sync * 1000:.0f} ms (median); peak memory {figures['peak_bytes'] / 2**30:.1f} GiB (PSS)"
+    )
 
 
 if __name__ == "__main__":

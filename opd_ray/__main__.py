@@ -173,15 +173,10 @@ def preflight(config_file: Path | None, run_dir: Path | None, resume: bool, over
 
     if run_dir is not None:
         config = resuming.check_run_dir(run_dir, config, resume)
-    from opd_ray.embedded.resolve import resolve
-    from opd_ray.models import hub
     from opd_ray.placement.session import cluster
-    from opd_ray.run.train import find_start
+    from opd_ray.run.train import checked, find_start
 
-    asked, config = config, resolve(config)
-    facts = checks.check_files(config)
-    asked, config = (hub.pinned(each, facts.commits) for each in (asked, config))
-    checks.check_weights(config)
+    asked, config, facts = checked(config)
     with cluster():
         from opd_ray.placement.capacity import check_fits
         from opd_ray.placement.nodes import nodes

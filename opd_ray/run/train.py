@@ -46,14 +46,15 @@ def train(
     """
     run_dir = Path(run_dir).absolute()
     given = resuming.check_run_dir(run_dir, config, resume)
-    asked, config, facts = _checked(given)
+    asked, config, facts = checked(given)
     with cluster() as dashboard, private():
         check_fits(preflight.check_resources, config)
         shelf, start = find_start(given, run_dir, resume=resume or auto_resume)
         own = session or Session()
         try:
-            if start and (as_before := resuming.with_commits(given, start.state["config"])) != given:
-                asked, config, facts = _checked(as_before)  # where its checkpoints alone are left of a run
+            as_before = resuming.with_commits(given, start.state["config"]) if start else given
+            if hub.pinned(as_before, facts.commits) != asked:  # its checkpoints alone were left, and a branch has moved
+                asked, config, facts = checked(as_before)
             config, said = with_room(config, facts, nodes())
             if said:
                 print(said, flush=True)
@@ -91,7 +92,7 @@ def train(
     return result
 
 
-def _checked(given: Config) -> tuple[Config, Config, preflight.Preflight]:
+def checked(given: Config) -> tuple[Config, Config, preflight.Preflight]:
     """What was asked for and what it stands for, both with the commits of models of the Hub, once all is looked at."""
     config = resolve(given)
     facts = preflight.check_files(config)

@@ -25,6 +25,7 @@ from opd_ray.errors import InputError
 
 PROJECT = "opd_ray"
 """Project or experiment of runs that no environment variable has put into another."""
+_EVENTS = "events.out.tfevents.*"
 _AT_ONCE = 100
 """Parameters that MLflow takes in one call."""
 
@@ -70,12 +71,13 @@ class TensorBoard:
         self.close()
         purge_step = step + 1 if continued else None
         directory = self._run.directory / "tensorboard"
-        before = set(directory.glob("*"))
+        before = set(directory.glob(_EVENTS))
         self._board = SummaryWriter(str(directory), purge_step=purge_step)
-        if before and max(before) > max(new := {*directory.glob("*")} - before):
+        [new] = set(directory.glob(_EVENTS)) - before
+        if new != max(before | {new}):
             # Files are read in the order of their names, and only the second that they were begun in is in order there.
             self._board.close()
-            new.pop().unlink()
+            new.unlink()
             time.sleep(1.0 - time.time() % 1.0)
             self._board = SummaryWriter(str(directory), purge_step=purge_step)
         if not continued:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -38,7 +39,9 @@ class Run:
 
     def complete(self) -> int:
         """The step of the newest complete checkpoint; 0 for none."""
-        return max((int(path.parent.name[5:]) for path in self.checkpoints.glob("step-*/state.json")), default=0)
+        with contextlib.suppress(FileNotFoundError):  # a driver that asks whether it can write there leaves nothing
+            return max((int(path.parent.name[5:]) for path in self.checkpoints.glob("step-*/state.json")), default=0)
+        return 0
 
     def journal(self) -> list[dict[str, Any]]:
         """What learners did, in order."""

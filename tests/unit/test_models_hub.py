@@ -32,7 +32,6 @@ from opd_ray.study.arms import Arm
 from tiny_checkpoints import configured, make_checkpoint, make_setting, refused
 
 FIRST, SECOND = "1" * 40, "2" * 40
-FIND_START = running.find_start
 NOBODY = "http://127.0.0.1:9"
 """Where nobody answers."""
 OTHERS = {
@@ -276,12 +275,21 @@ def test_what_a_worker_cannot_have_is_told_in_a_line(
 
 
 @pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
+def shelf(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
+    """Of checkpoints, of which it has none."""
+    made = mock.Mock()
+    made.check.return_value = None
+    monkeypatch.setattr(running, "Shelf", lambda *_: made)
+    monkeypatch.setattr(running, "Lease", mock.Mock())
+    return made
+
+
+@pytest.fixture
+def train(shelf: mock.Mock, monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
     """Instead of a driver: it is called with the configuration that workers get."""
     made = mock.Mock(side_effect=InputError("far enough"))
     monkeypatch.setattr("opd_ray.run.driver.Driver", made)
     monkeypatch.setattr(running, "cluster", contextlib.nullcontext)
-    monkeypatch.setattr(running, "find_start", lambda *_, **__: (mock.Mock(), None))
     monkeypatch.setattr(running, "check_fits", lambda *_: None)
     monkeypatch.setattr(running, "with_room", lambda config, *_: (config, ""))
     monkeypatch.setattr(running, "nodes", list)
@@ -351,24 +359,25 @@ def test_two_commits_of_one_repository_stay_two(setting: dict[str, str], tmp_pat
 
 
 def test_where_checkpoints_alone_are_left_the_run_goes_on_with_their_commits(
-    repository: FakeRepository,
-    setting: dict[str, str],
-    tmp_path: Path,
-    train: mock.Mock,
-    monkeypatch: pytest.MonkeyPatch,
+    repository: FakeRepository, setting: dict[str, str], tmp_path: Path, shelf: mock.Mock, train: mock.Mock
 ) -> None:
     """The bug: the branch had moved when the head came back without its disk, and the job was refused each time."""
-    asked = configured(setting)
-    saved = configs.to_dict(configured(setting, student__path=f"org/s@{FIRST}", teacher__path=f"org/t@{FIRST}"))
+    before = configured(setting, student__path=f"org/s@{FIRST}", teacher__path=f"org/t@{FIRST}")
+    shelf.check.return_value = mock.Mock(where="s3://b/step-2", state={"config": configs.to_dict(before)})
     repository.revisions["main"] = SECOND
-    start = SimpleNamespace(where="s3://b/step-2", state={"config": saved}, step=2)
-    shelf = mock.Mock(check=lambda resume: start, tidy=lambda keep: None)
-    monkeypatch.setattr(running, "Shelf", lambda *_: shelf)
-    monkeypatch.setattr(running, "Lease", mock.Mock())
-    monkeypatch.setattr(running, "find_start", FIND_START)
-    assert refused(lambda: running.train(asked, tmp_path / "again", auto_resume=True)) == "far enough"
-    assert train.call_args.args[0].student.path == f"org/s@{FIRST}"
+    message = refused(lambda: running.train(configured(setting), tmp_path / "again", auto_resume=True))
+    assert message == "far enough" and train.call_args.args[0].student.path == f"org/s@{FIRST}"
     assert configs.load(tmp_path / "again/config.yaml").student.path == f"org/s@{FIRST}"
+
+
+def test_what_has_not_moved_is_looked_at_once(
+    repository: FakeRepository, setting: dict[str, str], tmp_path: Path, shelf: mock.Mock, train: mock.Mock
+) -> None:
+    before = configured(setting, student__path=f"org/s@{FIRST}", teacher__path=f"org/t@{FIRST}")
+    shelf.check.return_value = mock.Mock(where="s3://b/step-2", state={"config": configs.to_dict(before)})
+    with mock.patch.object(preflight, "check_files", wraps=preflight.check_files) as looked:
+        refused(lambda: running.train(configured(setting), tmp_path / "again", auto_resume=True))
+    assert looked.call_count == 1 and repository.asked == ["/api/models/org/s"]
 
 
 def test_a_directory_in_the_place_of_a_model_of_the_hub_is_another_model(
