@@ -239,9 +239,9 @@ class RolloutConfig:
     """Prompts handed to a generator in one call; they are scored together when all have ended."""
     max_num_seqs: Annotated[int, ROOMS] = Field(64, ge=1)
     """Responses that one engine runs at once."""
-    in_flight: Literal["keep", "drain", "abort"] = "keep"
-    """Unfinished responses at a weight update: keep on (prefix recomputed), drain (finish them first, new ones wait),
-    or abort (begin them again)."""
+    in_flight: Literal["keep", "recompute", "drain", "abort"] = "keep"
+    """Unfinished responses at a weight update: keep on (with the keys and values of the old weights), recompute them
+    and go on, drain (finish them first, new ones wait), or abort (begin them again)."""
     kv_cache_bytes: Annotated[int | None, ROOMS] = Field(None, gt=0)
     """Key-value cache of a vLLM generator on a CPU; by default for max_num_seqs of the longest sequences, at most 1 GiB
     or what one of them takes."""

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 from opd_ray.errors import InputError
 from opd_ray.messages import Finished, GenerationRequest, TransferGroup, WeightManifest
 
-Unfinished = Literal["keep", "restart"]
+Unfinished = Literal["keep", "recompute", "restart"]
 
 
 class GenerationEngine(Protocol):
@@ -40,8 +40,9 @@ class GenerationEngine(Protocol):
     def update_weights(self, manifest: WeightManifest, unfinished: Unfinished) -> None:
         """Receives one broadcast and serves the new weights from the next step on.
 
-        "keep": unfinished responses go on; their next tokens equal a recompute of the prefix
-        under the new weights (no stale KV cache). "restart": they are begun again from their prompt.
+        "keep": unfinished responses go on with the keys and values that they have; what is submitted from now on
+        has none of the old weights. "recompute": their next tokens equal a recompute of the prefix under the new
+        weights. "restart": they are begun again from their prompt.
         """
 
 

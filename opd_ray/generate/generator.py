@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from opd_ray.generate.engine import GenerationEngine
+from opd_ray.generate.engine import GenerationEngine, Unfinished
 from opd_ray.generate.engine_thread import EngineThread
 from opd_ray.messages import (
     ROLLOUT_SCHEMA,
@@ -41,6 +41,13 @@ from opd_ray.tasks.judge import Judge
 
 _log = logs.get(__name__)
 
+_UNFINISHED: dict[str, Unfinished] = {
+    "keep": "keep",
+    "recompute": "recompute",
+    "drain": "keep",  # and there is nothing
+    "abort": "restart",
+}
+"""What becomes of unfinished responses at a weight update, by rollout.in_flight."""
 _OF_META = ("rollout_id", "slot", "prompt_id", "source", "finish_reason", "correct")
 """Columns of a payload that repeat its metas."""
 
@@ -180,7 +187,7 @@ class StudentGenerator(Generator):
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Receives one broadcast; unfinished responses go on or begin again, as rollout.in_flight says."""
-        unfinished = "restart" if self._settings.in_flight == "abort" else "keep"
+        unfinished = _UNFINISHED[self._settings.in_flight]
         update = self._engine.update(lambda engine: engine.update_weights(manifest, unfinished))
         await asyncio.wrap_future(update)
         logs.at(version=manifest.version)

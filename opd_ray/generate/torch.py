@@ -58,8 +58,7 @@ class _Response:
 class TorchGenerationEngine:
     """GenerationEngine on a transformers model.
 
-    Responses join and leave between steps. A weight update drops their keys and values, and the next step computes
-    every prefix again.
+    Responses join and leave between steps.
     """
 
     weight_version: int
@@ -138,11 +137,12 @@ class TorchGenerationEngine:
             if name in parameters:  # a checkpoint of adapters' base may hold more than parameters
                 parameters[name].copy_(tensor)
         self.weight_version = manifest.version
-        # Kept responses are computed again, ahead of those that have not begun.
-        kept = self._running
+        if unfinished == "keep":
+            return
+        again = self._running
         if unfinished == "restart":
-            kept = [_Response(response.request, response.budget) for response in kept]
-        self._waiting, self._running = kept + self._waiting, []
+            again = [_Response(response.request, response.budget) for response in again]
+        self._waiting, self._running = again + self._waiting, []  # ahead of those that have not begun
 
     def _keep(self, stays: Callable[[_Response], bool]) -> None:
         """Goes on with these running responses only."""

@@ -48,6 +48,7 @@ class VllmGenerationEngine:
         )
         self._vocab_size = vocabulary_size(self._engine)
         self._unfinished: dict[str, GenerationRequest] = {}
+        self._num_updates = 0
         self._serve_version(0)
 
     def submit(self, request: GenerationRequest) -> None:
@@ -57,6 +58,8 @@ class VllmGenerationEngine:
             self._engine,
             request.request_id,
             request.prompt_tokens,
+            # Nobody shares keys and values that are older than itself. A version may come twice, with other weights.
+            cache_salt=str(self._num_updates),
             temperature=request.sampling.temperature,
             top_p=request.sampling.top_p,
             max_tokens=budget,
@@ -94,9 +97,9 @@ class VllmGenerationEngine:
         begun_again = list(self._unfinished.values()) if unfinished == "restart" else []
         self._engine.abort_request([request.request_id for request in begun_again])
         self._on_workers("opd_update_weights", manifest, f"load weight version {manifest.version}")
-        # Preempts what runs and empties the prefix cache, so every prefix is recomputed: KV
-        # entries of the old weights under the new ones shift the log-probs without an error.
-        self._engine.reset_prefix_cache(reset_running_requests=True)
+        if unfinished == "recompute":
+            self._engine.reset_prefix_cache(reset_running_requests=True)  # preempts what runs
+        self._num_updates += 1
         self._serve_version(manifest.version)
         for request in begun_again:
             self.submit(request)

@@ -37,8 +37,11 @@ def vocabulary_size(engine: LLMEngine) -> int:
     return engine.vllm_config.model_config.get_vocab_size()
 
 
-def add(engine: LLMEngine, request_id: str, prompt: Sequence[int], **sampling: Any) -> None:
-    """Gives the engine a request, which answers once, when it is finished; ``sampling``: vLLM's SamplingParams."""
+def add(
+    engine: LLMEngine, request_id: str, prompt: Sequence[int], cache_salt: str | None = None, **sampling: Any
+) -> None:
+    """Gives the engine a request, which answers once, when it is finished; ``sampling``: vLLM's SamplingParams. Only
+    requests of one ``cache_salt`` share a prefix cache."""
     from vllm import SamplingParams
     from vllm.inputs import tokens_input
     from vllm.sampling_params import RequestOutputKind
@@ -46,7 +49,7 @@ def add(engine: LLMEngine, request_id: str, prompt: Sequence[int], **sampling: A
     shared = {"flat_logprobs": True, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
     # The checkpoint's own EOS is ignored: the request names every token that ends it.
     parameters = SamplingParams(ignore_eos=True, **shared, **sampling)
-    engine.add_request(request_id, tokens_input([int(token) for token in prompt]), parameters)
+    engine.add_request(request_id, tokens_input([int(token) for token in prompt], cache_salt=cache_salt), parameters)
 
 
 def _prepare_process() -> None:

@@ -303,7 +303,7 @@ def test_top_k_ids_after_an_update_are_those_of_the_new_weights(subject: Subject
     for _ in range(10):
         subject.engine.step()
     model = perturbed(subject.model)
-    subject.update(model, 1)
+    subject.update(model, 1, "recompute")
     responses = subject.finish(len(requests))
     for request in requests:
         finished = responses[request.request_id]
@@ -423,28 +423,75 @@ def test_versions_change_exactly_at_the_update(subject: Subject) -> None:
         assert finished[request.request_id].weight_versions.tolist() == [4] * 24
 
 
-@pytest.mark.parametrize("subject", MODELS, indirect=True)
-def test_kept_responses_equal_a_recompute_under_the_new_weights(subject: Subject) -> None:
-    """Going on with the key-value cache of the old weights is off by more than the tolerance.
-
-    vLLM on CPUs died here when the recomputed prefixes exceeded the tokens of one step.
-    """
+def updated_in_the_middle(subject: Subject, model: PreTrainedModel, unfinished: str) -> list[Finished]:
+    """Of as many requests as there are seats; the first 20 tokens are of the weights before."""
     subject.connect()
     requests = requests_for(SAMPLED, count=MAX_NUM_SEQS)
     for request in requests:
         subject.engine.submit(request)
     for _ in range(20):
         subject.engine.step()
+    subject.update(model, 1, unfinished)
+    finished = subject.finish(len(requests))
+    return [finished[request.request_id] for request in requests]
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_recomputed_responses_go_on_as_if_all_were_of_the_new_weights(subject: Subject) -> None:
+    """vLLM on CPUs died here when the recomputed prefixes exceeded the tokens of one step."""
     model = perturbed(subject.model)
-    subject.update(model, 1, "keep")
-    responses = subject.finish(len(requests))
-    for request in requests:
-        finished = responses[request.request_id]
+    responses = updated_in_the_middle(subject, model, "recompute")
+    for request, finished in zip(requests_for(SAMPLED, count=MAX_NUM_SEQS), responses, strict=True):
         assert set(finished.weight_versions) == {0, 1}
         before = reference_logprobs(subject.model, request.prompt_tokens, finished.tokens)
         after = reference_logprobs(model, request.prompt_tokens, finished.tokens)
         expected = np.where(finished.weight_versions == 0, before, after)
         np.testing.assert_allclose(finished.logprobs, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_kept_responses_go_on_with_the_keys_and_values_that_they_have(subject: Subject) -> None:
+    """Their log-probs are those of what was sampled from: no importance ratio is wrong for it."""
+    model = perturbed(subject.model)
+    responses = updated_in_the_middle(subject, model, "keep")
+    differences = []
+    for request, finished in zip(requests_for(SAMPLED, count=MAX_NUM_SEQS), responses, strict=True):
+        assert finished.weight_versions.tolist() == [0] * 20 + [1] * 4
+        tokens = torch.tensor([[*request.prompt_tokens, *map(int, finished.tokens)]])
+        old = len(request.prompt_tokens) + 19  # the 20th was sampled, and its keys and values not made yet
+        with torch.inference_mode():
+            before = subject.model(tokens[:, :old], use_cache=True)
+            after = model(tokens[:, old:-1], past_key_values=before.past_key_values).logits
+        logprobs = torch.cat([before.logits, after], 1)[0, len(request.prompt_tokens) - 1 :].log_softmax(-1)
+        expected = logprobs.gather(-1, torch.tensor(finished.tokens, dtype=torch.int64)[:, None])[:, 0].numpy()
+        np.testing.assert_allclose(finished.logprobs, expected, atol=TOLERANCE)
+        differences.append(expected - reference_logprobs(model, request.prompt_tokens, finished.tokens))
+    assert np.abs(np.stack(differences)[:, 20:]).max() > 10 * TOLERANCE
+
+
+@pytest.mark.vllm
+def test_nobody_shares_a_prefix_of_older_weights(tiny_model: dict[str, Path], vllm_host: EngineHost) -> None:
+    """Also where the version is the same: a run that went back to a checkpoint sends it again, with other weights."""
+    path = tiny_model["untied"]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    engine = vllm_host.build(
+        "opd_ray.generate.vllm:VllmGenerationEngine",
+        path=str(path),
+        max_num_seqs=MAX_NUM_SEQS,
+        max_context_tokens=MAX_CONTEXT_TOKENS,
+        kv_cache_bytes=16 * 2**20,
+        engine_args={"enable_prefix_caching": True, "block_size": 32},
+    )
+    subject = Subject(engine, model)
+    subject.connect()
+    prompt = tuple(4 + i % 20 for i in range(70))
+    for version, seed in ((0, None), (1, 1), (1, 2)):
+        served = model if seed is None else perturbed(model, seed)
+        if seed is not None:
+            subject.update(served, version)
+        for number in range(2):  # the second shares what the first has left
+            request = GenerationRequest("r", prompt, number, SAMPLED)
+            assert_same_distribution(served, request, subject.run([request])[0])
 
 
 @pytest.mark.parametrize("subject", ANY, indirect=True)
