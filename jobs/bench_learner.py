@@ -1,14 +1,22 @@
-"""What a learner rank needs of its host's memory while the student loads, and what packing costs or saves on a CPU.
+"""What a learner rank needs: memory while the student loads, what packing saves, a step beside a bare loop, its logits.
 
-    python jobs/bench_learner.py [--json FILE] [--layers N] [--ranks N]
+    python jobs/bench_learner.py [--json FILE] [--layers N] [--ranks N] [--turns N] [loading|packing|step|logits ...]
 
-Memory: a random model of some 400 million parameters in bfloat16 is loaded by two ranks on the CPU at ZeRO-3: split
+Loading: a random model of some 400 million parameters in bfloat16 is loaded by two ranks on the CPU at ZeRO-3: split
 from the first parameter on, as a run does, and whole on every rank first, as a plain from_pretrained would. Resident
 memory has the pages of the checkpoint's file in it, which ranks share and the kernel drops when it needs to; private
 memory has not.
 
 Packing: forward and backward passes over the same rollouts, padded and packed in turn, on one thread: of lengths that
 scatter as rollouts' do, and all of one length, where padding wastes nothing.
+
+Step: Learner.train_step beside a loop in plain torch, in one process with one thread, a step of each in turn: the
+models of bench_peers.py, the same rollouts in the same micro-batches, the same loss (reverse KL on the whole vocabulary,
+from the teacher's hidden states), clipping and fused AdamW. The loop has its tensors ready, computes logits of response
+tokens alone and measures nothing; train_step begins with the payloads and logs what a run logs. No Ray in either.
+
+Logits: one forward and backward pass of that loss on given states, the student's output layer in pieces of
+learner.logits_mb as the learner has it, and with all logits at once; each in a process of its own, float32, one thread.
 """
 
 from __future__ import annotations
@@ -20,20 +28,27 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import click
+from bench_peers import EOS_SHARE, ROWS, Material, Row, overrides, prepare
 from rich.console import Console
 from rich.table import Table
 
-from opd_ray.config import from_dict
+from opd_ray import config as configs
+from opd_ray.config import Config, from_dict
+from opd_ray.messages import ROLLOUT_SCHEMA, Coefficients, Entry, RolloutMeta, StepPlan
 from opd_ray.rooms.node import free_port
 
 _MIB = 2**20
 _SAMPLE_S = 0.002
 _ROLLOUTS, _ROUNDS = 32, 8
+_STUDENTS = {"58 k": (1, 20), "1 M": (2, 1 / EOS_SHARE), "36 M": (4, 1 / EOS_SHARE)}
+"""By parameters: row of the race, and the mean length that responses would have there without a limit."""
+_PROMPT_TOKENS = 16
 
 
 class Peak:
@@ -155,6 +170,162 @@ def _packing() -> dict[str, dict[str, float]]:
         rates = {packing: float(sizes.sum() / median(each[1:])) for packing, each in seconds.items()}
         found[kind] = {"padded": rates[False], "packed": rates[True]}
     return found
+
+
+def _step(size: str, turns: int, answers: Any) -> None:
+    """Answers with the step's tokens, both sides' loss before any step, and (wall, CPU) seconds of their steps."""
+    tokens, sides = _sides(size)
+    losses = {side: take() for side, take in sides.items()}
+    seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    for _ in range(turns):
+        for side, take in sides.items():
+            began, spent = time.perf_counter(), time.process_time()
+            take()
+            seconds[side].append((time.perf_counter() - began, time.process_time() - spent))
+    answers.put({"tokens": tokens, "losses": losses, "seconds": seconds})
+
+
+def _sides(size: str, *more: str) -> tuple[int, dict[str, Callable[[], float]]]:
+    """Tokens of a step, and what takes one, by side; ``more`` changes the learner's configuration."""
+    import torch
+
+    from opd_ray.buffer.plan import plan_step
+    from opd_ray.learn.learner import Learner
+    from opd_ray.learn.microbatch import collate, fetch_payloads
+    from opd_ray.models.heads import load_head
+
+    number, mean = _STUDENTS[size]
+    row = ROWS[number]
+    with tempfile.TemporaryDirectory() as directory:
+        material = prepare(row, Path(directory))
+        fixed = [f"teacher.path={material.teacher}", "evaluation.num_problems=0"]
+        config = configs.load(None, [*overrides(row, material), *fixed, *more])
+        learner = Learner(config, 0)
+        learner.setup("127.0.0.1", 0, "")
+        learner.begin(config, str(material.student), (1,))
+        head = load_head(material.teacher, torch.float32, torch.device("cpu")).weight
+        bare = _BareLoop(material.student, head)
+        entries = _entries(row, mean, len(head), config, material)
+
+    def plan(packing: bool) -> StepPlan:
+        how = {"micro_batch_tokens": config.learner.micro_batch_tokens, "packing": packing}
+        return plan_step(entries, step=0, coefficients=Coefficients(1.0, 0.0, 0.0, 0.0), num_ranks=1, **how)[0]
+
+    padded, own = plan(False), plan(config.learner.packing)
+    payloads, _ = fetch_payloads(padded, _as_they_are)
+    batches = [collate(each, payloads, packing=False) for each in padded.micro_batches]
+    tokens = own.denominators.tokens
+    return tokens, {
+        "learner": lambda: learner.train_step(own, _as_they_are).metrics["loss"],
+        "bare loop": lambda: bare.step(batches, tokens, config.learner.gradient_clip),
+    }
+
+
+def _as_they_are(refs: list[Any]) -> list[Any]:
+    return refs
+
+
+class _BareLoop:
+    """Plain torch and transformers."""
+
+    def __init__(self, student: Path, teacher_head: Any) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).train()
+        self._teacher_head = teacher_head
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+
+    def step(self, batches: list[Any], num_tokens: int, clip: float) -> float:
+        import torch
+
+        total = 0.0
+        for batch in batches:
+            states = self._model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            [segment] = batch.segments
+            loss = _reverse_kl(
+                states.flatten(0, 1)[batch.logit_index],
+                self._model.lm_head.weight,
+                segment.tokens.teachers["teacher"].hidden,
+                self._teacher_head,
+            )
+            (loss / num_tokens).backward()
+            total += loss.item() / num_tokens
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return total
+
+
+def _reverse_kl(hidden: Any, head: Any, teacher_hidden: Any, teacher_head: Any) -> Any:
+    """Summed over the tokens, with all of their logits at once."""
+    import torch
+
+    log_p = torch.nn.functional.linear(hidden, head).log_softmax(-1)
+    with torch.no_grad():
+        log_q = torch.nn.functional.linear(teacher_hidden, teacher_head).log_softmax(-1)
+    return torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
+def _entries(row: Row, mean: float, vocabulary: int, config: Config, material: Material) -> list[Entry]:
+    """A step of rollouts that end at random, as in the race, with the teacher's scores of them."""
+    import asyncio
+
+    import numpy as np
+    import pyarrow as pa
+
+    from opd_ray.score.requests import score_requests
+    from opd_ray.score.scorer import Scorer
+    from opd_ray.score.torch import TorchScoringEngine
+
+    random, entries = np.random.default_rng(0), []
+    teacher = TorchScoringEngine(path=str(material.teacher))
+    scorer = Scorer(make_engine=lambda: teacher, scorer=config.teacher, member=False)
+    request = score_requests(config, (1,))["student"]["teacher"]
+    # Evenly spread over the exponential distribution that ends at the limit, so that few rollouts have its mean.
+    levels = (np.arange(row.batch) + 0.5) / row.batch
+    lengths = np.clip(np.log(1 - levels) * -mean, 1, row.limit).astype(int)
+    for chunk in np.array_split(random.permutation(lengths), -(-row.batch // config.rollout.prompts_per_call)):
+        rows = [_rollout(random.integers(2, vocabulary, _PROMPT_TOKENS + length)) for length in chunk.tolist()]
+        payload = pa.RecordBatch.from_pylist(rows, schema=ROLLOUT_SCHEMA)
+        _, scores = asyncio.run(scorer.score(payload, request))
+        for index, length in enumerate(chunk.tolist()):
+            meta = RolloutMeta(
+                rollout_id=str(len(entries)),
+                slot=0,
+                prompt_id="0",
+                source="student",
+                num_prompt_tokens=_PROMPT_TOKENS,
+                num_response_tokens=length,
+                finish_reason="stop",
+                correct=False,
+                repetitive=False,
+                oldest_version=0,
+                mean_version=0.0,
+                mean_behaviour_logprob=0.0,
+            )
+            entries.append(Entry(meta, index, payload, {"teacher": scores}))
+    return entries
+
+
+def _rollout(tokens: Any) -> dict[str, Any]:
+    """A row of ROLLOUT_SCHEMA."""
+    response = tokens[_PROMPT_TOKENS:]
+    return {
+        "rollout_id": "",
+        "slot": 0,
+        "prompt_id": "0",
+        "source": "student",
+        "prompt_tokens": tokens[:_PROMPT_TOKENS],
+        "response_tokens": response,
+        "behaviour_logprobs": [-3.0] * len(response),
+        "weight_versions": [0] * len(response),
+        "topk_ids": [],
+        "privileged_prompt_tokens": [],
+        "finish_reason": "stop",
+        "correct": False,
+        "text": "",
+    }
 
 
 @click.command()

@@ -5,6 +5,7 @@ A loss returns one value per response token and knows nothing of rollouts, ranks
 
     support       which outcomes two models are compared on, and what becomes of the rest
     divergences   reverse KL, forward KL, JSD on these outcomes; k2 and k3 on the sampled token
+    vocabulary    the reverse KL once more, in few passes, where the outcomes are the whole vocabulary
     advantage     k1, task reward and importance weights: the policy gradient
     terms         the loss of one source, and the KL to the reference, as the configuration asks for them
     diagnostics   what is logged beside them

@@ -86,10 +86,9 @@ def _on_ids(batch: TokenBatch, scored: ScoredTokens, ids: torch.Tensor, log_q: t
 
 def _on_vocabulary(batch: TokenBatch, scored: ScoredTokens, head: Head | None) -> Outcomes:
     """Both distributions over the ids that the two models share; padding ids of the larger one are left out."""
-    if head is None or scored.hidden is None:
-        raise RunError("the full vocabulary needs the scorer's hidden states, but the scores have none; ask for them")
+    hidden, head = states_of(scored, head)
     with torch.no_grad():
-        logits = head(scored.hidden)
+        logits = head(hidden)
         size = min(logits.shape[-1], batch.vocab_size)
         log_q = merged(logits[:, :size].log_softmax(-1), batch.stop_token_ids)
     ours = batch.logits[:, :size]
@@ -100,6 +99,13 @@ def _on_vocabulary(batch: TokenBatch, scored: ScoredTokens, head: Head | None) -
     known = torch.ones(1, size, dtype=torch.bool, device=log_p.device)
     known[:, list(batch.stop_token_ids[1:])] = False
     return Outcomes(log_p, log_q, known)
+
+
+def states_of(scored: ScoredTokens, head: Head | None) -> tuple[torch.Tensor, Head]:
+    """What a scorer's distribution over the whole vocabulary is made of. RunError where it is not there."""
+    if head is None or scored.hidden is None:
+        raise RunError("the full vocabulary needs the scorer's hidden states, but the scores have none; ask for them")
+    return scored.hidden, head
 
 
 def merged(logprobs: torch.Tensor, stop_token_ids: tuple[int, ...]) -> torch.Tensor:

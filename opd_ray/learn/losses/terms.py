@@ -15,7 +15,8 @@ from opd_ray.errors import RunError
 from opd_ray.learn.losses import Head, ScoredTokens, TokenBatch, TokenLoss
 from opd_ray.learn.losses.advantage import importance_weights, policy_gradient
 from opd_ray.learn.losses.divergences import diverge, entropy, forward_kl, k2, k3
-from opd_ray.learn.losses.support import compare
+from opd_ray.learn.losses.support import compare, states_of
+from opd_ray.learn.losses.vocabulary import reverse_kl
 from opd_ray.messages import Source
 
 _ESTIMATORS = {"k2": k2, "k3": k3}
@@ -55,8 +56,9 @@ def reference_loss(batch: TokenBatch, config: ReferenceTermConfig, head: Head | 
         raise RunError("the KL to the reference needs the reference's scores, but the batch has none")
     if config.needs_student_samples:
         return _ESTIMATORS[config.estimator](batch.logprobs, scored.logprobs)
-    support = "full" if config.estimator == "full" else "teacher_top_k"
-    return diverge("reverse_kl", compare(batch, scored, support, config.tail, head))
+    if config.estimator == "full":
+        return reverse_kl(batch.logits, *states_of(scored, head), batch.stop_token_ids)[0]
+    return diverge("reverse_kl", compare(batch, scored, "teacher_top_k", config.tail, head))
 
 
 def _on_sampled_tokens(
@@ -77,6 +79,9 @@ def _on_distributions(batch: TokenBatch, term: TermConfig, scored: ScoredTokens,
 
     Entropies are of the outcomes that are compared; their gap is H(student) − H(teacher) (Rethinking OPD, 2604.13016).
     """
+    if (term.divergence, term.support, term.entropy_gate) == ("reverse_kl", "full", None):
+        values, own, teachers = reverse_kl(batch.logits, *states_of(scored, head), batch.stop_token_ids)
+        return TokenLoss(values, {"entropy_gap": own - teachers})
     outcomes = compare(batch, scored, term.support, term.tail, head)
     with torch.no_grad():
         own, teachers = (entropy(outcomes, logprobs) for logprobs in (outcomes.log_p, outcomes.log_q))
