@@ -1,4 +1,4 @@
-"""What a learner rank needs: memory while the student loads, what packing saves, a step beside a bare loop, its logits.
+"""What a learner rank needs: memory while the student loads, packed rows and padded ones, a step, and its logits.
 
     python jobs/bench_learner.py [--json FILE] [--layers N] [--ranks N] [--turns N] [loading|packing|step|logits ...]
 
@@ -10,13 +10,15 @@ memory has not.
 Packing: forward and backward passes over the same rollouts, padded and packed in turn, on one thread: of lengths that
 scatter as rollouts' do, and all of one length, where padding wastes nothing.
 
-Step: Learner.train_step beside a loop in plain torch, in one process with one thread, a step of each in turn: the
-models of bench_peers.py, the same rollouts in the same micro-batches, the same loss (reverse KL on the whole vocabulary,
-from the teacher's hidden states), clipping and fused AdamW. The loop has its tensors ready, computes logits of response
-tokens alone and measures nothing; train_step begins with the payloads and logs what a run logs. No Ray in either.
+Step: Learner.train_step, packed (the default) and padded, beside a loop in plain torch and transformers, in one process
+with one thread and without Ray, a step of each in turn. The models of bench_peers.py, rollouts that end as theirs do,
+the reverse KL on the whole vocabulary from the teacher's hidden states, clipping, fused AdamW. The loop pads; it has
+its tensors ready, makes logits of response tokens alone and measures nothing. train_step begins with the payloads and
+measures what a run logs.
 
-Logits: one forward and backward pass of that loss on given states, the student's output layer in pieces of
-learner.logits_mb as the learner has it, and with all logits at once; each in a process of its own, float32, one thread.
+Logits: a forward and a backward pass of that loss on given states: the learner's, with learner.logits_mb at its
+default, and the loop's, which has all logits at once. float32, one thread, a process for each. What logits take does
+not depend on the states' width, which is small but for the last row.
 """
 
 from __future__ import annotations
@@ -43,12 +45,17 @@ from opd_ray.config import Config, from_dict
 from opd_ray.messages import ROLLOUT_SCHEMA, Coefficients, Entry, RolloutMeta, StepPlan
 from opd_ray.rooms.node import free_port
 
+console = Console(width=120)
 _MIB = 2**20
 _SAMPLE_S = 0.002
 _ROLLOUTS, _ROUNDS = 32, 8
 _STUDENTS = {"58 k": (1, 20), "1 M": (2, 1 / EOS_SHARE), "36 M": (4, 1 / EOS_SHARE)}
 """By parameters: row of the race, and the mean length that responses would have there without a limit."""
 _PROMPT_TOKENS = 16
+_COEFFICIENTS = Coefficients(student=1.0, golden=0.0, teacher=0.0, reference=0.0)
+_VOCABULARY = 151_936
+_LOGITS = {64: ((1024, True), (2048, True), (4096, True), (16_384, False)), 896: ((1024, True),)}
+"""Width of the states: numbers of tokens, and whether all their logits at once are tried."""
 
 
 class Peak:
@@ -173,7 +180,7 @@ def _packing() -> dict[str, dict[str, float]]:
 
 
 def _step(size: str, turns: int, answers: Any) -> None:
-    """Answers with the step's tokens, both sides' loss before any step, and (wall, CPU) seconds of their steps."""
+    """Answers with the step's tokens, each side's loss before any step, and (wall, CPU) seconds of its steps."""
     tokens, sides = _sides(size)
     losses = {side: take() for side, take in sides.items()}
     seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
@@ -185,40 +192,47 @@ def _step(size: str, turns: int, answers: Any) -> None:
     answers.put({"tokens": tokens, "losses": losses, "seconds": seconds})
 
 
-def _sides(size: str, *more: str) -> tuple[int, dict[str, Callable[[], float]]]:
-    """Tokens of a step, and what takes one, by side; ``more`` changes the learner's configuration."""
+def _sides(size: str) -> tuple[int, dict[str, Callable[[], float]]]:
+    """Tokens of a step, and what takes one, by side."""
     import torch
 
-    from opd_ray.buffer.plan import plan_step
-    from opd_ray.learn.learner import Learner
     from opd_ray.learn.microbatch import collate, fetch_payloads
     from opd_ray.models.heads import load_head
 
+    torch.set_num_threads(1)
     number, mean = _STUDENTS[size]
-    row = ROWS[number]
+    row, sides = ROWS[number], {}
     with tempfile.TemporaryDirectory() as directory:
         material = prepare(row, Path(directory))
-        fixed = [f"teacher.path={material.teacher}", "evaluation.num_problems=0"]
-        config = configs.load(None, [*overrides(row, material), *fixed, *more])
-        learner = Learner(config, 0)
-        learner.setup("127.0.0.1", 0, "")
-        learner.begin(config, str(material.student), (1,))
         head = load_head(material.teacher, torch.float32, torch.device("cpu")).weight
+        for side, packing in (("learner", True), ("learner, padded", False)):
+            fixed = [f"teacher.path={material.teacher}", "evaluation.num_problems=0", f"learner.packing={packing}"]
+            config = configs.load(None, [*overrides(row, material), *fixed])
+            entries = _entries(row, mean, len(head), config, material)
+            sides[side], plan = _learner_side(config, material.student, entries, first=not sides)
         bare = _BareLoop(material.student, head)
-        entries = _entries(row, mean, len(head), config, material)
+    payloads, _ = fetch_payloads(plan, _as_they_are)
+    batches = [collate(each, payloads, packing=False) for each in plan.micro_batches]
+    tokens = plan.denominators.tokens
+    return tokens, sides | {"bare loop": lambda: bare.step(batches, tokens, config.learner.gradient_clip)}
 
-    def plan(packing: bool) -> StepPlan:
-        how = {"micro_batch_tokens": config.learner.micro_batch_tokens, "packing": packing}
-        return plan_step(entries, step=0, coefficients=Coefficients(1.0, 0.0, 0.0, 0.0), num_ranks=1, **how)[0]
 
-    padded, own = plan(False), plan(config.learner.packing)
-    payloads, _ = fetch_payloads(padded, _as_they_are)
-    batches = [collate(each, payloads, packing=False) for each in padded.micro_batches]
-    tokens = own.denominators.tokens
-    return tokens, {
-        "learner": lambda: learner.train_step(own, _as_they_are).metrics["loss"],
-        "bare loop": lambda: bare.step(batches, tokens, config.learner.gradient_clip),
-    }
+def _learner_side(
+    config: Config, student: Path, entries: list[Entry], *, first: bool
+) -> tuple[Callable[[], float], StepPlan]:
+    """What takes a step of the learner, and its plan."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from opd_ray.buffer.plan import plan_step
+    from opd_ray.learn.learner import Learner
+
+    learner = Learner(config, 0)
+    if first:  # a process joins once
+        learner.setup("127.0.0.1", 0, "")
+    learner.begin(config, str(student), (1,))
+    budget, packing = config.learner.micro_batch_tokens, config.learner.packing
+    how = {"num_ranks": 1, "micro_batch_tokens": budget, "packing": packing, "coefficients": _COEFFICIENTS}
+    [plan] = plan_step(entries, step=0, **how)
+    return lambda: learner.train_step(plan, _as_they_are).metrics["loss"], plan
 
 
 def _as_they_are(refs: list[Any]) -> list[Any]:
@@ -328,12 +342,62 @@ def _rollout(tokens: Any) -> dict[str, Any]:
     }
 
 
-@click.command()
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there.")
-@click.option("--layers", default=28, show_default=True, help="Layers of the model.")
-@click.option("--ranks", default=2, show_default=True, help="Learner ranks.")
-def main(json_file: Path | None, layers: int, ranks: int) -> None:
-    """Measures a learner rank's memory while it loads, and packing on a CPU."""
+def _logits(whole: bool, tokens: int, width: int, answers: Any) -> None:
+    """Answers with the peak of private bytes, the CPU seconds and the loss."""
+    import torch
+
+    from opd_ray.learn.heads import ResponseHead
+    from opd_ray.learn.losses import ScoredTokens, Tokens
+    from opd_ray.learn.microbatch import MicroBatch, Segment
+    from opd_ray.learn.objective import Objective
+    from opd_ray.messages import Count, Denominators
+    from opd_ray.models.heads import FrozenHead
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    head, other = (
+        ResponseHead(width, _VOCABULARY, bias=False),
+        FrozenHead(torch.randn(_VOCABULARY, width) / width, None),
+    )
+    hidden, states = torch.randn(tokens, width, requires_grad=True), torch.randn(tokens, width)
+    ids, scores = torch.randint(0, _VOCABULARY, (tokens,)), torch.zeros(tokens)
+    probed = slice(0, 16)  # whose log-probs the objective compares with what the teacher's output layer makes
+    scores[probed] = other(states[probed]).log_softmax(-1).gather(-1, ids[probed, None])[:, 0]
+    segment = Segment(
+        source="student",
+        rollout_ids=("0",),
+        lengths=torch.tensor([tokens]),
+        truncated=torch.tensor([False]),
+        tokens=Tokens(ids, scores, {"teacher": ScoredTokens(scores, hidden=states)}),
+        repetitive=torch.zeros(tokens),
+    )
+    batch = MicroBatch(torch.zeros(1, 1, dtype=torch.int64), None, torch.zeros(0, dtype=torch.int64), (segment,))
+    loss = {"student": {"divergence": "reverse_kl", "support": "full"}, "reference": {"coef": 0.0}}
+    objective = Objective(from_dict({"loss": loss}), vocab_size=_VOCABULARY, heads={"teacher": other})
+    peak, began = Peak(), time.process_time()
+    if whole:
+        total = _reverse_kl(hidden, head.weight, states, other.weight) / tokens
+    else:
+        total = objective.of(batch, Denominators(Count(1, tokens)), _COEFFICIENTS)(hidden, head)
+    total.backward()
+    seconds = time.process_time() - began
+    answers.put({"bytes": peak.bytes()["private"], "s": seconds, "loss": total.item()})
+
+
+def _elsewhere(function: Callable[..., None], *args: Any) -> Any:
+    """What a process of its own answers."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    process = context.Process(target=function, args=(*args, answers), daemon=True)
+    process.start()
+    try:
+        return answers.get(timeout=900)
+    finally:
+        process.kill()
+        process.join()
+
+
+def _show_loading(layers: int, ranks: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         parameters = _make_model(Path(directory), layers)
         found = [
@@ -347,16 +411,65 @@ def main(json_file: Path | None, layers: int, ranks: int) -> None:
     for each in found:
         sizes = [f"{each[when][kind] / _MIB:,.0f}" for when in ("load", "begin") for kind in ("resident", "private")]
         table.add_row(each["dtype"], each["kind"], str(each["rank"]), *sizes, f"{each['load_s']:.1f}")
-    console = Console(width=120)
     console.print(f"{parameters / 1e6:.0f} million parameters, {2 * parameters / _MIB:,.0f} MiB on disk; peaks in MiB")
     console.print(table)
+    return {"parameters": parameters, "ranks": ranks, "memory": found}
+
+
+def _show_packing() -> dict[str, Any]:
     packing = _packing()
     for kind, rates in packing.items():
         said = ", ".join(f"{name} {rate:,.0f} tokens a second" for name, rate in rates.items())
         console.print(f"{_ROLLOUTS} rollouts of {kind} length: {said} ({rates['packed'] / rates['padded']:.2f} times)")
+    return packing
+
+
+def _show_steps(turns: int) -> dict[str, Any]:
+    table = Table("parameters", "tokens", "side", "ms a step", "CPU", "tokens/s", "of the bare loop", "loss")
+    found = {}
+    for size in _STUDENTS:
+        found[size] = each = _elsewhere(_step, size, turns)
+        medians = {side: [median(part) for part in zip(*taken, strict=True)] for side, taken in each["seconds"].items()}
+        for side, (wall, spent) in medians.items():
+            times = [f"{1000 * wall:,.1f}", f"{1000 * spent:,.1f}", f"{each['tokens'] / wall:,.0f}"]
+            ratio, loss = medians["bare loop"][0] / wall, each["losses"][side]
+            table.add_row(size, f"{each['tokens']:,}", side, *times, f"{ratio:.2f}", f"{loss:.6f}")
+    console.print(table)
+    return found
+
+
+def _show_logits() -> list[dict[str, Any]]:
+    table = Table("width", "tokens", "loss", "MiB at the peak", "KiB a token", "CPU s", "value")
+    found = []
+    for width, sizes in _LOGITS.items():
+        for tokens, both in sizes:
+            for whole in (True, False) if both else (False,):
+                each = _elsewhere(_logits, whole, tokens, width)
+                kind = "all logits at once" if whole else "the learner's"
+                figures = [f"{each['bytes'] / _MIB:,.0f}", f"{each['bytes'] / 1024 / tokens:,.0f}", f"{each['s']:.1f}"]
+                table.add_row(str(width), f"{tokens:,}", kind, *figures, f"{each['loss']:.5f}")
+                found.append({"width": width, "tokens": tokens, "whole": whole} | each)
+    console.print(table)
+    return found
+
+
+@click.command()
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there.")
+@click.option("--layers", default=28, show_default=True, help="Layers of the model that is loaded.")
+@click.option("--ranks", default=2, show_default=True, help="Learner ranks that load it.")
+@click.option("--turns", default=5, show_default=True, type=click.IntRange(1), help="Steps of each side.")
+@click.argument("parts", nargs=-1, type=click.Choice(["loading", "packing", "step", "logits"]))
+def main(json_file: Path | None, layers: int, ranks: int, turns: int, parts: tuple[str, ...]) -> None:
+    """Measures a learner rank: all of it, or the parts that are named."""
+    measures: dict[str, Callable[[], Any]] = {
+        "loading": lambda: _show_loading(layers, ranks),
+        "packing": _show_packing,
+        "step": lambda: _show_steps(turns),
+        "logits": _show_logits,
+    }
+    found = {part: measure() for part, measure in measures.items() if not parts or part in parts}
     if json_file:
-        measured = {"parameters": parameters, "ranks": ranks, "memory": found, "packing": packing}
-        json_file.write_text(json.dumps(measured, indent=2) + "\n")
+        json_file.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,9 @@ class LearnerConfig:
     """Tokens of one forward and backward pass per rank (padded, unless packing); more are accumulated."""
     logits_mb: int = Field(512, ge=1)
     """Float32 logits of one model that are held at once, MiB; larger micro-batches pass the output layer in chunks."""
-    packing: bool = False
-    """Concatenate rollouts into one row, in which each attends to itself alone, instead of padding them."""
+    packing: bool = True
+    """Concatenate rollouts into one row, in which each attends to itself alone; false pads them, for an architecture
+    that lets them see each other."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     """PyTorch's attention, or flash-attn's (bfloat16 on GPUs); auto takes flash-attn's where it is installed."""
     gradient_checkpointing: bool = False

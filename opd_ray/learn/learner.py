@@ -143,6 +143,8 @@ class Learner:
             lr_scheduler=lambda basic: torch.optim.lr_scheduler.LambdaLR(basic, functools.partial(lr_factor, learner)),
             config=self._engine_config(),
         )
+        # Of one rank's gradients DeepSpeed would make a copy, reduce it with nobody and copy it back.
+        self._engine.enable_backward_allreduce = self._zero_stage > 0 or self._num_ranks > 1
         own = self._adapters.weights() if self._adapters else self._model.named_parameters()
         self._state = LearnerState(self._engine, dict(own), zero_stage=self._zero_stage, seed=config.seed)
 
@@ -316,6 +318,9 @@ class Learner:
             self._engine.step()
             # ZeRO skips a step whose gradient is not finite, and keeps the norm of the step before.
             return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
+        for parameter in self._module.parameters():
+            if parameter.requires_grad and parameter.grad is None:  # what no pass reads has a state, too
+                parameter.grad = torch.zeros_like(parameter)
         clip = self._config.learner.gradient_clip
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), clip))
         if math.isfinite(grad_norm):

@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
     "head_dim": 8,
 }
 LENGTHS = (9, 9, 1, 14, 2, 5, 5, 5, 9)
-"""Neighbours of one length, which are a batch, and one of it elsewhere."""
+"""Some of one length, beside each other and elsewhere."""
 WINDOW = 4
 
 
@@ -59,10 +59,13 @@ def responses() -> list[np.ndarray]:
 
 @pytest.mark.parametrize("kind", ["full", "windowed"])
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("most_padded", [0, 60, 4096])
 def test_a_packed_sequence_is_what_it_is_alone_and_so_is_its_gradient(
-    responses: list[np.ndarray], kind: str, checkpointing: bool
+    monkeypatch: pytest.MonkeyPatch, responses: list[np.ndarray], kind: str, checkpointing: bool, most_padded: int
 ) -> None:
-    """With a layer that looks back four tokens, too, and where activations are made again in the backward pass."""
+    """With a layer that looks back four tokens, too, and where activations are made again in the backward pass; in a
+    batch for each length, in a few, and in one."""
+    monkeypatch.setattr(attention, "_MOST_PADDED", most_padded)
     packed, padded = model(kind, packing=True), model(kind, packing=False)
     if checkpointing:
         packed.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -76,6 +79,16 @@ def test_a_packed_sequence_is_what_it_is_alone_and_so_is_its_gradient(
     for (name, ours), theirs in zip(packed.named_parameters(), padded.parameters(), strict=True):
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_sequences_of_about_one_length_are_a_batch_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_MOST_PADDED", 6)
+    position_ids = torch.tensor([[0, 1, 0, 1, 2, 3, 4, 0, 0, 1, 2, 3]])
+    batches = attention.row_bounds(position_ids, "opd_ray_packed")["batches"]
+    assert batches.shapes == ((2, 5), (2, 2))
+    assert batches.taken.tolist() == [2, 3, 4, 5, 6, 8, 9, 10, 11, 8, 0, 1, 7, 7]
+    assert batches.padding.flatten().nonzero().flatten().tolist() == [9, 13]
+    assert batches.taken[batches.place].tolist() == list(range(12))
 
 
 class Largest(TorchDispatchMode):
@@ -115,12 +128,12 @@ def test_an_architecture_that_does_not_keep_sequences_apart_is_refused(monkeypat
 @pytest.mark.parametrize(
     ("device", "there", "settings", "expected"),
     [
-        ("cpu", True, {}, "sdpa"),
-        ("cpu", True, {"packing": True}, "opd_ray_packed"),
-        ("cuda", False, {"dtype": "bfloat16", "packing": True}, "opd_ray_packed"),
-        ("cuda", True, {"dtype": "bfloat16", "packing": True}, "flash_attention_2"),
-        ("cuda", True, {"dtype": "float32"}, "sdpa"),
-        ("cuda", True, {"dtype": "bfloat16", "attention": "sdpa"}, "sdpa"),
+        ("cpu", True, {}, "opd_ray_packed"),
+        ("cpu", True, {"packing": False}, "sdpa"),
+        ("cuda", False, {"dtype": "bfloat16"}, "opd_ray_packed"),
+        ("cuda", True, {"dtype": "bfloat16"}, "flash_attention_2"),
+        ("cuda", True, {"dtype": "float32", "packing": False}, "sdpa"),
+        ("cuda", True, {"dtype": "bfloat16", "attention": "sdpa", "packing": False}, "sdpa"),
         ("cuda", False, {"dtype": "bfloat16", "attention": "flash", "gpus_per_rank": 1}, "flash_attention_2"),
     ],
 )

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from opd_ray.config import LossConfig, ReferenceTermConfig
 from opd_ray.errors import RunError
-from opd_ray.learn.losses import ScoredTokens, TokenBatch
-from opd_ray.learn.losses.divergences import diverge, forward_kl, jsd, reverse_kl
+from opd_ray.learn.losses import ScoredTokens, TokenBatch, vocabulary
+from opd_ray.learn.losses.divergences import diverge, entropy, forward_kl, jsd, reverse_kl
 from opd_ray.learn.losses.support import Outcomes, compare
 from opd_ray.learn.losses.terms import reference_loss, source_loss
 from token_batches import N, V, batch, gradient_of, identity, scored
@@ -22,6 +22,7 @@ NAMES = ("reverse_kl", "forward_kl", "jsd")
 TOP_K = ("teacher_top_k", "student_top_k")
 TAILS = ("bucket", "renormalise", "stop_gradient")
 BETA = 0.3
+STOPS = (3, 7, 5)
 ONE = {"teacher": 1.0}
 
 
@@ -107,6 +108,25 @@ def test_top_k_of_the_whole_vocabulary_equals_the_full_one(name: str, tail: str,
     torch.testing.assert_close(
         gradient_of(values, tokens.logits), gradient_of(full, tokens.logits), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("stop_ids", [(), STOPS])
+@pytest.mark.parametrize("more", [-3, 0, 3])
+def test_the_reverse_kl_on_the_vocabulary_is_that_on_its_outcomes(
+    monkeypatch: pytest.MonkeyPatch, more: int, stop_ids: tuple[int, ...]
+) -> None:
+    """In blocks of three tokens, with a frozen model of another vocabulary, and with the entropies of both."""
+    monkeypatch.setattr(vocabulary, "_BLOCK", 1)
+    monkeypatch.setattr(vocabulary, "_FEWEST_ROWS", 3)
+    tokens = batch(stop_ids=stop_ids)
+    hidden = torch.randn(N, V + more, generator=torch.Generator().manual_seed(5)) * 2
+    outcomes = compare(tokens, ScoredTokens(tokens.behaviour_logprobs, hidden=hidden), "full", "bucket", identity)
+    found = vocabulary.reverse_kl(tokens.logits, hidden, identity, tokens.stop_token_ids)
+    expected = reverse_kl(outcomes), entropy(outcomes, outcomes.log_p), entropy(outcomes, outcomes.log_q)
+    torch.testing.assert_close(found, expected, atol=5e-6, rtol=1e-5)
+    slope = gradient_of(expected[0], tokens.logits)
+    torch.testing.assert_close(gradient_of(found[0], tokens.logits), slope, atol=5e-6, rtol=1e-5)
+    assert not found[1].requires_grad and not found[2].requires_grad
 
 
 def test_jsd_tends_to_forward_and_reverse_kl() -> None:
@@ -250,9 +270,6 @@ def test_padding_ids_of_the_larger_vocabulary_are_left_out_of_the_full_one(more:
     size = min(V, V + more)
     p, q = (logits[:, :size].double().softmax(-1) for logits in (tokens.logits.detach(), teacher))
     torch.testing.assert_close(values.double(), (p * (p / q).log()).sum(-1), atol=5e-6, rtol=1e-5)
-
-
-STOPS = (3, 7, 5)
 
 
 @pytest.mark.parametrize("name", NAMES)

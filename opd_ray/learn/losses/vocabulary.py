@@ -6,7 +6,7 @@ student p and frozen model q over the ids that both have, and n_p, n_q the logar
     KL(p‖q) = Σ p (z − t) + n_q − n_p        ∂KL/∂z = p (z − t + n_q − n_p − KL)
     H(p) = n_p − Σ p z                       H(q) = n_q − Σ q t
 
-An EOS set is one outcome, whose logit is log Σ exp of its members' and whose gradient they share as their probabilities.
+An EOS set is one outcome; its logit is log Σ exp of its members', who share its gradient as they do its probability.
 """
 
 from __future__ import annotations
