@@ -1,7 +1,7 @@
 """The Protocol of generation engines: what a generator asks of an inference engine.
 
 Engines know tokens. They know nothing of tasks, text, slots, Ray or the driver. An engine
-is used from one thread at a time.
+is used from one thread at a time, but for what it does beside its steps.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ class GenerationEngine(Protocol):
     weight_version: int
     """Version of the weights that the next token will be sampled from; 0 at the start."""
 
+    beside_steps: bool
+    """May ``connect`` and ``receive``, one at a time, run in another thread than the rest?"""
+
     def submit(self, request: GenerationRequest) -> None:
         """Adds a request; it runs from the next step on."""
 
@@ -37,8 +40,11 @@ class GenerationEngine(Protocol):
         Called again, it leaves the former group first.
         """
 
-    def update_weights(self, manifest: WeightManifest, unfinished: Unfinished) -> None:
-        """Receives one broadcast and serves the new weights from the next step on.
+    def receive(self, manifest: WeightManifest) -> None:
+        """Takes one broadcast in, beside the weights in use: one that breaks off changes nothing."""
+
+    def install(self, unfinished: Unfinished) -> None:
+        """Serves what was received last from the next step on.
 
         "keep": unfinished responses go on with the keys and values that they have; what is submitted from now on
         has none of the old weights. "recompute": their next tokens equal a recompute of the prefix under the new

@@ -1,4 +1,4 @@
-"""The one thread that an inference engine lives in, inside its actor."""
+"""The thread that an inference engine lives in, inside its actor; what it can do beside its steps has another one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any
 
 from opd_ray.errors import EngineFailed, RunError
-from opd_ray.generate.engine import GenerationEngine
-from opd_ray.messages import GenerationRequest
+from opd_ray.generate.engine import GenerationEngine, Unfinished
+from opd_ray.messages import GenerationRequest, TransferGroup, WeightManifest
 from opd_ray.rooms import spans
+from opd_ray.rooms.threads import start
 
 Handle = Callable[[GenerationEngine, Future], None]
 """Runs on the engine, and settles the future now or later."""
@@ -22,7 +23,8 @@ class EngineThread:
     """Owns an engine: builds it, steps it while it has requests, runs commands in between.
 
     Every call returns a future. When the engine fails, all of them get EngineFailed: one that failed is not stepped
-    again. After a weight update that failed half way, it is not stepped until one succeeds.
+    again. New weights come in beside the steps, and are installed between two. A broadcast that breaks off costs the
+    engine nothing; after an installation that failed half way, it is not stepped until one succeeds.
     """
 
     def __init__(self, make_engine: Callable[[], GenerationEngine]) -> None:
@@ -35,8 +37,9 @@ class EngineThread:
         """Do requests wait for a weight update?"""
         self._held: deque[tuple[GenerationRequest, Future]] = deque()
         self._failure: EngineFailed | None = None
-        self._half_updated = False
+        self._half_installed = False
         self._wake = threading.Condition()
+        self._receiving = threading.Lock()
         self._started: Future = Future()
         threading.Thread(target=self._run, args=(make_engine,), name="engine", daemon=True).start()
         self._started.result()
@@ -60,24 +63,47 @@ class EngineThread:
         """Done when nothing is unfinished; requests that come from now on wait for the next weight update."""
         return self._enqueue(self._hold)
 
-    def update(self, run: Callable[[GenerationEngine], Any]) -> Future:
-        """Runs a weight update between two steps, and then lets in what waited for it."""
+    def connect(self, group: TransferGroup) -> Future:
+        """Joins the group that weights are broadcast in."""
+        if not self._engine.beside_steps:
+            return self.command(lambda engine: engine.connect(group))
+        return self._beside(lambda: self._engine.connect(group))
 
-        def whole(engine: GenerationEngine) -> Any:
-            self._half_updated = True
-            with spans.span("broadcast"):
-                outcome = run(engine)
-            self._half_updated = self._on_hold = False
-            held, self._held = self._held, deque()
-            for request, waiting in held:
-                self._admit(request, engine, waiting)
-            return outcome
+    def update(self, manifest: WeightManifest, unfinished: Unfinished) -> Future:
+        """Takes a broadcast in, installs it, and then lets in what waited for it."""
 
-        return self.command(whole)
+        def whole() -> None:
+            self._engine.receive(manifest)
+            self._enqueue(partial(self._install, unfinished)).result()
+
+        return self._beside(whole)
 
     def abandon(self) -> Future:
         """Drops every unfinished request; their futures get a RunError, that of ``abandon`` their number."""
         return self._enqueue(self._drop)
+
+    def _beside(self, call: Callable[[], Any]) -> Future:
+        """Runs it in another thread, one at a time: a broadcast that its caller gave up may go on for a while."""
+
+        def alone() -> Any:
+            with self._receiving:
+                return call()
+
+        return start(alone)
+
+    def _install(self, unfinished: Unfinished, engine: GenerationEngine, done: Future) -> None:
+        self._half_installed = True
+        try:
+            with spans.span("broadcast"):
+                engine.install(unfinished)
+        except Exception as error:
+            done.set_exception(error)
+            return
+        self._half_installed = self._on_hold = False
+        held, self._held = self._held, deque()
+        for request, waiting in held:
+            self._admit(request, engine, waiting)
+        done.set_result(None)
 
     def _enqueue(self, handle: Handle) -> Future:
         done: Future = Future()
@@ -115,7 +141,7 @@ class EngineThread:
 
     def _run(self, make_engine: Callable[[], GenerationEngine]) -> None:
         try:
-            engine = make_engine()
+            engine = self._engine = make_engine()
         except BaseException as error:
             self._started.set_exception(error)
             return
@@ -135,16 +161,16 @@ class EngineThread:
 
     def _work(self, engine: GenerationEngine) -> None:
         with self._wake:
-            self._wake.wait_for(lambda: self._inbox or self._drained or (self._running and not self._half_updated))
+            self._wake.wait_for(lambda: self._inbox or self._drained or (self._running and not self._half_installed))
         while self._inbox:
             handle, done = self._inbox[0]
             handle(engine, done)
             self._inbox.popleft()  # only now: what fails is told of the failure like what waits behind it
-        if self._drained and (not self._running or self._half_updated):
+        if self._drained and (not self._running or self._half_installed):
             drained, self._drained = self._drained, []
             for done in drained:
                 done.set_result(None)
-        if self._running and not self._half_updated:
+        if self._running and not self._half_installed:
             with spans.span("generate"):
                 step = engine.step()
             for finished in step:

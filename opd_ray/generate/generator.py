@@ -1,7 +1,7 @@
 """Generators: an engine that samples responses; the student's takes in new weights while it does.
 
-The engine runs in a thread of its own, which alternates commands (submit, update, connect) and engine
-steps; a command therefore always runs between two steps and never races with one.
+The engine runs in a thread of its own, which alternates commands (submit, install, abandon) and engine
+steps; a command therefore always runs between two steps and never races with one. Weights come in beside them.
 Knows nothing of slots' accounting, of scoring or of training.
 """
 
@@ -179,7 +179,7 @@ class StudentGenerator(Generator):
 
     async def connect(self, group: TransferGroup) -> None:
         """Joins the group that weights are broadcast in."""
-        await asyncio.wrap_future(self._engine.command(lambda engine: engine.connect(group)))
+        await asyncio.wrap_future(self._engine.connect(group))
 
     async def drain(self) -> None:
         """Finishes what is unfinished; what comes meanwhile is begun after the next weight update."""
@@ -187,9 +187,7 @@ class StudentGenerator(Generator):
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Receives one broadcast; unfinished responses go on or begin again, as rollout.in_flight says."""
-        unfinished = _UNFINISHED[self._settings.in_flight]
-        update = self._engine.update(lambda engine: engine.update_weights(manifest, unfinished))
-        await asyncio.wrap_future(update)
+        await asyncio.wrap_future(self._engine.update(manifest, _UNFINISHED[self._settings.in_flight]))
         logs.at(version=manifest.version)
         _log.info("has weights of version %d", manifest.version)
 

@@ -17,7 +17,8 @@ from opd_ray.generate.engine import Unfinished, response_budget
 from opd_ray.generate.sampling import sample, uniform
 from opd_ray.messages import Finished, FinishReason, GenerationRequest, TransferGroup, WeightManifest
 from opd_ray.models.checkpoints import load_model
-from opd_ray.weights.manifest import check_fits
+from opd_ray.weights.beside import Memory, own_stream
+from opd_ray.weights.manifest import check_fits, dtype_name
 from opd_ray.weights.transfer import WeightTransfer
 
 
@@ -58,10 +59,12 @@ class _Response:
 class TorchGenerationEngine:
     """GenerationEngine on a transformers model.
 
-    Responses join and leave between steps.
+    Responses join and leave between steps. Weights that came are used where they lie: the model changes over between
+    two memories.
     """
 
     weight_version: int
+    beside_steps = True
 
     def __init__(
         self,
@@ -77,6 +80,9 @@ class TorchGenerationEngine:
         limit = self._model.config.get_text_config().max_position_embeddings
         self._max_context_tokens = min(max_context_tokens or limit, limit)
         self._transfer = WeightTransfer()
+        self._in_use, self._free = Memory(), Memory()
+        self._received: tuple[int, dict[str, Tensor]] = 0, {}
+        """Version and weights."""
         self._waiting: list[_Response] = []
         self._running: list[_Response] = []
         """Each in the row of the cache that it has here."""
@@ -130,19 +136,33 @@ class TorchGenerationEngine:
         self._transfer.connect(group)
 
     @torch.no_grad()
-    def update_weights(self, manifest: WeightManifest, unfinished: Unfinished) -> None:
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        check_fits(manifest, parameters, "a generator")
-        for name, tensor in self._transfer.receive_whole(manifest):
-            if name in parameters:  # a checkpoint of adapters' base may hold more than parameters
-                parameters[name].copy_(tensor)
-        self.weight_version = manifest.version
+    def receive(self, manifest: WeightManifest) -> None:
+        own = self._parameters()
+        check_fits(manifest, own, "a generator")
+        sent = zip(manifest.names, manifest.dtypes, strict=True)
+        alike = all(dtype == dtype_name(own[name].dtype) for name, dtype in sent if name in own)
+        with own_stream(self._model.device):
+            received = self._transfer.receive_whole(manifest, self._free if alike else None)
+            # A checkpoint of adapters' base may hold more than parameters.
+            weights = {name: tensor.to(own[name]) for name, tensor in received if name in own}
+        self._received = manifest.version, weights
+
+    def install(self, unfinished: Unfinished) -> None:
+        self.weight_version, weights = self._received
+        own = self._parameters()
+        for name, tensor in weights.items():
+            own[name].data = tensor
+        self._in_use, self._free = self._free, self._in_use
         if unfinished == "keep":
             return
         again = self._running
         if unfinished == "restart":
             again = [_Response(response.request, response.budget) for response in again]
         self._waiting, self._running = again + self._waiting, []  # ahead of those that have not begun
+
+    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Tied ones under each of their names."""
+        return dict(self._model.named_parameters(remove_duplicate=False))
 
     def _keep(self, stays: Callable[[_Response], bool]) -> None:
         """Goes on with these running responses only."""

@@ -47,6 +47,10 @@ class VllmGenerationEngine:
             **engine,
         )
         self._vocab_size = vocabulary_size(self._engine)
+        # The workers of several would also have to step together while they receive, with two communicators on one
+        # device, which NCCL does not promise to end.
+        self.beside_steps = self._engine.vllm_config.parallel_config.world_size == 1
+        self._manifest: WeightManifest | None = None
         self._unfinished: dict[str, GenerationRequest] = {}
         self._num_updates = 0
         self._serve_version(0)
@@ -93,7 +97,13 @@ class VllmGenerationEngine:
     def connect(self, group: TransferGroup) -> None:
         self._on_workers("init_weight_transfer_engine", group, "join the transfer group")
 
-    def update_weights(self, manifest: WeightManifest, unfinished: Unfinished) -> None:
+    def receive(self, manifest: WeightManifest) -> None:
+        if self.beside_steps:  # otherwise it is received where it is installed
+            self._on_workers("opd_receive", manifest, f"receive weight version {manifest.version}")
+        self._manifest = manifest
+
+    def install(self, unfinished: Unfinished) -> None:
+        manifest = self._manifest
         begun_again = list(self._unfinished.values()) if unfinished == "restart" else []
         self._engine.abort_request([request.request_id for request in begun_again])
         self._on_workers("opd_update_weights", manifest, f"load weight version {manifest.version}")
@@ -118,10 +128,7 @@ class VllmGenerationEngine:
         except WeightSyncError:
             raise
         except Exception as error:
-            raise WeightSyncError(
-                f"weights: a vLLM engine could not {action}: {error}; "
-                "its weights may be of two versions: do not step it before an update has succeeded"
-            ) from error
+            raise WeightSyncError(f"weights: a vLLM engine could not {action}: {error}") from error
 
 
 def _per_token(spans: Any) -> np.ndarray:

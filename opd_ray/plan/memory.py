@@ -110,7 +110,7 @@ def learner(
         stays = {"weights": weights, "gradients": gradients, "optimizer": 12.0 * share}
     bucket = float(min(trained, _BUCKET_PARAMETERS) * width)
     buckets = (2 * bucket if stage else bucket) if ranks > 1 or stage else 0.0
-    stays["buckets"] = max(buckets, float(BUCKET_BYTES if trained * width > 2**26 else 0))
+    stays["buckets"] = max(buckets, float(min(2 * BUCKET_BYTES, trained * width)))
     if heads := _frozen_heads(config, sizes):
         stays["scorers' output layers"] = heads
     passing = {
@@ -193,23 +193,26 @@ def generator(
 ) -> Process:
     """One engine: weights b·P/TP, the key-value cache, and the logits of the responses it runs. On a GPU vLLM takes
     ``gpu_memory_utilization`` of the card, and what the rest leaves of that is cache: here the cache that one response
-    of full length needs. On a CPU vLLM holds the weights as they are, repacked for its kernels, and once more while a
-    broadcast comes in, and passes the most tokens of a step through the model while it starts: together 3.0 GB of a
-    process with SmolLM2-135M, as measured. The torch engine's cache has twice the columns of its longest row, and while
-    it grows that of before beside it; its sampling holds a logit in 24 bytes."""
+    of full length needs; broadcasts come into what the share leaves of the card, where that is enough. On a CPU vLLM
+    holds the weights as they are, repacked for its kernels, and those of the next broadcast, and passes the most tokens
+    of a step through the model while it starts: together 3.0 GB of a process with SmolLM2-135M, as measured. The torch
+    engine has those of the next broadcast as well; its cache has twice the columns of its longest row, and while it
+    grows that of before beside it; its sampling holds a logit in 24 bytes."""
     number = rollout.num_generators if room == "generate" else rollout.teacher_generators
     width, tensor_parallel = DTYPE_BYTES[dtype], rollout.tensor_parallel_size
     weights = width * model.parameters / tensor_parallel
     logits = (12.0 if rollout.engine == "vllm" else 24.0) * rollout.max_num_seqs * model.vocab_size
     one = max_context_tokens * model.kv_bytes_per_token(width) / tensor_parallel
     cache = one if rollout.engine == "vllm" else 3 * one * rollout.max_num_seqs
+    parts = {"weights": weights, "key-value cache": cache, "logits": logits}
+    if rollout.engine == "torch" and room == "generate":
+        parts["weights coming in"] = weights
     gpus = rollout.gpus_per_generator
     if gpus:
-        parts = {"CUDA": float(_CUDA_BYTES), "weights": weights, "key-value cache": cache, "logits": logits}
+        parts |= {"CUDA": float(_CUDA_BYTES)}
         share = rollout.memory_share if rollout.engine == "vllm" else None
         host = {"process": float(BASE_BYTES[rollout.engine])}
         return Process(room, number, parts, gpus * tensor_parallel, host, share)
-    parts = {"weights": weights, "key-value cache": cache, "logits": logits}
     if rollout.engine == "vllm":
         token_bytes = model.kv_bytes_per_token(width)
         cache = float(rollout.kv_cache_bytes or cache_bytes(token_bytes, max_context_tokens, rollout.max_num_seqs))

@@ -6,7 +6,8 @@ learner does not train get the weights at once: all that wait for them at that m
 learner; the others notice nothing, and the learner stands still for one broadcast, however many they are.
 
 A broadcast in which a member died or stopped ends by its deadline. Members that gave no answer are dropped, and the
-broadcast is repeated with the others: until it succeeds, their engines do not step. Where all answer and it fails all
+broadcast is repeated with the others: until it succeeds, their engines go on with the weights that they have, whole
+(those of tensor parallelism, which receive between two steps, do not step). Where all answer and it fails all
 the same, they get the weights one by one in the end, which tells who it is that cannot take them.
 """
 

@@ -26,6 +26,8 @@ from opd_ray.models.heads import outer_layers
 from opd_ray.models.hub import local_directory
 from opd_ray.models.vllm import TRANSFER_BACKEND
 from opd_ray.weights.adapters import merged
+from opd_ray.weights.beside import Memory, own_stream
+from opd_ray.weights.manifest import num_bytes
 from opd_ray.weights.transfer import WeightTransfer
 
 
@@ -38,7 +40,8 @@ class BroadcastEngine(WeightTransferEngine[TransferGroup, WeightManifest]):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._transfer = WeightTransfer()
+        self._transfer, self._memory = WeightTransfer(), Memory()
+        self._received: list[tuple[str, torch.Tensor]] | None = None
 
     def init_transfer_engine(self, init_info: TransferGroup) -> None:
         self._transfer.connect(dataclasses.replace(init_info, rank=init_info.rank + self.parallel_config.rank))
@@ -53,8 +56,18 @@ class BroadcastEngine(WeightTransferEngine[TransferGroup, WeightManifest]):
         # load_weights copies on the current stream, which orders it before the next step.
         self.receive_weights(self.parse_update_info(update_info))
 
+    def receive_beside(self, update_info: dict[str, Any]) -> None:
+        """Takes a broadcast in while the engine goes on, for the update that follows; left to that where the device
+        has no room for it."""
+        manifest, self._received = self.parse_update_info(update_info), None
+        if self._memory.has_room(num_bytes(manifest), self.device):
+            with own_stream(self.device):
+                self._received = list(self._transfer.receive(manifest, self._memory))
+
     def receive_weights(self, update_info: WeightManifest) -> None:
-        received = ((name, tensor.to(self.device)) for name, tensor in self._transfer.receive(update_info))
+        staged, self._received = self._received, None
+        received = self._transfer.receive(update_info) if staged is None else staged
+        received = ((name, tensor.to(self.device)) for name, tensor in received)
         if update_info.base is not None:
             # Not as a LoRA of vLLM's: on CPUs it copies B for every token, and on GPUs it launches two kernels more for
             # every layer, at every step.
@@ -72,6 +85,10 @@ class BroadcastEngine(WeightTransferEngine[TransferGroup, WeightManifest]):
 
 class WorkerExtension:
     """Methods that vLLM mixes into its worker class, called by ``collective_rpc``."""
+
+    def opd_receive(self, update_info: dict[str, Any]) -> None:
+        """May run beside the steps."""
+        self.weight_transfer_engine.receive_beside(update_info)
 
     def opd_update_weights(self, update_info: dict[str, Any]) -> None:
         """One whole update in one call: between separate calls the engine could step on half-loaded layers.

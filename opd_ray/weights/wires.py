@@ -1,9 +1,10 @@
 """What a broadcast's bytes travel by. A wire joins its group when it is made, and every wait on it ends by the group's
 timeout; after one that failed it is of no more use.
 
-    device                the device that tensors must be on
-    broadcast(tensor)     sends it from rank 0, fills it on the others; raises RuntimeError or OSError
-    close()               leaves the group
+    device          the device that tensors must be on
+    start(tensor)   begins to send it from rank 0, or to fill it on the others; one or two are under way
+    finish()        waits for the one that was started first; both raise RuntimeError or OSError
+    close()         leaves the group
 
 Each has a group of its own and never meets the default process group that DeepSpeed or vLLM made in the same process.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Protocol
@@ -32,7 +34,9 @@ class Wire(Protocol):
 
     device: torch.device
 
-    def broadcast(self, tensor: torch.Tensor) -> None: ...
+    def start(self, tensor: torch.Tensor) -> None: ...
+
+    def finish(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -64,6 +68,7 @@ class GlooWire:
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         options._timeout = timedelta(seconds=group.timeout_s)
         self._process_group = dist.ProcessGroupGloo(_Addresses(group), group.rank, group.world_size, options)
+        self._under_way: deque[dist.Work] = deque()
         # Gloo lets in whoever comes to a member's port with the number of a connection, which is easily guessed.
         prove(group.secret, group.rank, group.world_size, self._exchange)
 
@@ -72,11 +77,15 @@ class GlooWire:
         self._process_group.alltoall_base(got, rows, [], [], dist.AllToAllOptions()).wait()
         return got
 
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        self._process_group.broadcast([tensor], dist.BroadcastOptions()).wait()
+    def start(self, tensor: torch.Tensor) -> None:
+        self._under_way.append(self._process_group.broadcast([tensor], dist.BroadcastOptions()))
+
+    def finish(self) -> None:
+        self._under_way.popleft().wait()
 
     def close(self) -> None:
         """Those that wait for this member fail at once, and not by their own timeouts."""
+        self._under_way.clear()  # each holds the group's connections
         del self._process_group
 
 
@@ -121,7 +130,8 @@ class NcclWire:
         self._timeout_s = group.timeout_s
         self.device: torch.device = self._communicator.device
 
-    def broadcast(self, tensor: torch.Tensor) -> None:
+    def start(self, tensor: torch.Tensor) -> None:
+        """Waits for it here: what hides behind it on GPUs, a copy within one, takes no time."""
         # Named outright: vLLM would move the thread to a stream of its own, and a rank that gathers on another
         # stream than the others deadlocks under ZeRO-3.
         stream = torch.cuda.current_stream(self.device)
@@ -135,6 +145,9 @@ class NcclWire:
             timer.cancel()
             if self._communicator.disabled:  # an aborted kernel ends without an error, with anything in the tensor
                 raise TimeoutError("it was aborted")
+
+    def finish(self) -> None:
+        pass
 
     def close(self) -> None:
         self._communicator.destroy()

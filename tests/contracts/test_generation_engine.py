@@ -78,7 +78,8 @@ class Subject:
     ) -> None:
         """With ``cut`` the sender dies when it has sent so many parameters."""
         if model is None:
-            self.engine.update_weights(WeightManifest(version, (), (), ()), unfinished)
+            self.engine.receive(WeightManifest(version, (), (), ()))
+            self.engine.install(unfinished)
             return
         weights = weights_of(model)
         self._send(weights, manifest_of(weights, version), unfinished, cut)
@@ -97,7 +98,7 @@ class Subject:
         cut: int | None = None,
     ) -> None:
         with ThreadPoolExecutor(1) as thread:
-            received = thread.submit(self.engine.update_weights, manifest, unfinished)
+            received = thread.submit(self.engine.receive, manifest)
             if cut is None:
                 self.transfer.send(manifest, weights)
             else:
@@ -105,6 +106,26 @@ class Subject:
                     self.transfer.send(manifest, _dying_after(weights[:cut]))
                 self.transfer.close()
             received.result()
+        self.engine.install(unfinished)
+
+    def update_beside(
+        self, model: PreTrainedModel, version: int, requests: Sequence[GenerationRequest]
+    ) -> list[Finished]:
+        """An update in the midst of which these requests are answered."""
+        weights, answers = weights_of(model), []
+        manifest = manifest_of(weights, version)
+
+        def paused() -> Iterator[tuple[str, torch.Tensor]]:
+            yield from weights[:3]
+            answers.extend(self.run(requests))
+            yield from weights[3:]
+
+        with ThreadPoolExecutor(1) as thread:
+            received = thread.submit(self.engine.receive, manifest)
+            self.transfer.send(manifest, paused())
+            received.result()
+        self.engine.install("keep")
+        return answers
 
     def finish(self, count: int) -> dict[str, Finished]:
         """Steps until ``count`` responses ended."""
@@ -539,11 +560,42 @@ def test_after_a_broadcast_that_broke_off_a_whole_one_installs_exactly_what_it_s
         broken, model = perturbed(model, seed=10 * version), perturbed(model, seed=11 * version)
 
 
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_a_broadcast_that_broke_off_leaves_the_weights_that_were_there(subject: Subject) -> None:
+    """Also where it came after one that was installed: the memory that it came into is not in use."""
+    first, second = perturbed(subject.model, seed=1), perturbed(subject.model, seed=2)
+    count = len(manifest_of(weights_of(first), 0).names)
+    for version, model in enumerate((first, second, first), 1):
+        subject.connect(bucket_bytes=1)
+        subject.update(model, version)
+        with pytest.raises(WeightSyncError, match="rank 1 of 2"):
+            subject.update(perturbed(model), version + 1, cut=count - 1)
+        requests = requests_for(SAMPLED, seed=version)
+        for request, finished in zip(requests, subject.run(requests), strict=True):
+            assert set(finished.weight_versions) == {version}
+            assert_same_distribution(model, request, finished)
+    subject.connect()
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_a_step_beside_a_broadcast_is_on_the_old_weights(subject: Subject) -> None:
+    subject.connect(bucket_bytes=1)
+    model = perturbed(subject.model)
+    before, requests = requests_for(SAMPLED), requests_for(SAMPLED, seed=7)
+    answers = subject.update_beside(model, 1, before)
+    for request, finished in zip(before, answers, strict=True):
+        assert set(finished.weight_versions) == {0}
+        assert_same_distribution(subject.model, request, finished)
+    for request, finished in zip(requests, subject.run(requests), strict=True):
+        assert set(finished.weight_versions) == {1}
+        assert_same_distribution(model, request, finished)
+
+
 @pytest.mark.parametrize("subject", [pytest.param(("torch", "untied"), id="torch")], indirect=True)
 def test_a_broadcast_that_leaves_parameters_out_is_refused(subject: Subject) -> None:
     manifest = manifest_of(weights_of(subject.model)[1:], 1)
     with pytest.raises(WeightSyncError, match=r"broadcast of version .*: model\.embed_tokens\.weight is missing"):
-        subject.engine.update_weights(manifest, "keep")
+        subject.engine.receive(manifest)
 
 
 @pytest.mark.parametrize("subject", MODELS, indirect=True)
@@ -552,6 +604,6 @@ def test_a_sender_that_never_comes_is_reported(subject: Subject) -> None:
     with pytest.raises(WeightSyncError, match=r"rank 1 of 2 .*127\.0\.0\.1:1"):
         subject.engine.connect(group)
     with pytest.raises(WeightSyncError, match="before connect"):
-        subject.engine.update_weights(manifest_of(weights_of(subject.model), 1), "keep")
+        subject.engine.receive(manifest_of(weights_of(subject.model), 1))
     assert subject.engine.weight_version == 0
     subject.run(requests_for(SAMPLED))

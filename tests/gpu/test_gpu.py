@@ -100,7 +100,8 @@ def broadcast(learner, connect, update, version: int) -> WeightManifest:
 def test_weights_on_the_device_reach_an_engine_on_the_device(learner, tiny_model):
     """After a broadcast from the CUDA learner the CUDA engine scores as the learner's own weights do."""
     engine = TorchGenerationEngine(path=str(tiny_model["tied"]), dtype="bfloat16", device="cuda")
-    broadcast(learner, engine.connect, lambda manifest: engine.update_weights(manifest, "keep"), 1)
+    broadcast(learner, engine.connect, engine.receive, 1)
+    engine.install("keep")
     assert engine.weight_version == 1
     sent = sent_by(learner)
     loaded = dict(engine._model.named_parameters())

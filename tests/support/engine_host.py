@@ -20,13 +20,15 @@ import pytest
 
 
 class EngineHost:
-    """Starts the child at the first ``build``; calls are answered one at a time. ``python``: the command it runs by."""
+    """Starts the child at the first ``build``; calls are answered one at a time, but for those that an engine answers
+    beside its steps, which have a pipe and a thread of their own. ``python``: the command it runs by."""
 
     def __init__(self, python: str) -> None:
         self._python = python.split()
         self._process: subprocess.Popen | None = None
-        self._pipe: Connection
-        self._lock = threading.Lock()
+        self._pipes: list[Connection] = []
+        """For ordinary calls, and for those beside them."""
+        self._locks = threading.Lock(), threading.Lock()
 
     def build(self, target: str, **kwargs: Any) -> HostedEngine:
         """An object made from "module:Class" in the child; it lives until the host is closed."""
@@ -36,10 +38,10 @@ class EngineHost:
             self._start()
         return HostedEngine(self, self.ask(("build", target, kwargs)))
 
-    def ask(self, message: tuple) -> Any:
-        with self._lock:
-            self._pipe.send(message)
-            outcome, value = self._pipe.recv()
+    def ask(self, message: tuple, beside: bool = False) -> Any:
+        with self._locks[beside]:
+            self._pipes[beside].send(message)
+            outcome, value = self._pipes[beside].recv()
         if outcome == "error":
             raise value
         return value
@@ -50,7 +52,8 @@ class EngineHost:
 
     def close(self) -> None:
         if self._process is not None:
-            self._pipe.close()
+            for pipe in self._pipes:
+                pipe.close()
             self._process.wait(timeout=30)
 
     def _start(self) -> None:
@@ -62,7 +65,7 @@ class EngineHost:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
             command = [*self._python, __file__, str(listener.address)]
             self._process = subprocess.Popen(command, env=environment)
-            self._pipe = listener.accept()
+            self._pipes = [listener.accept(), listener.accept()]
 
 
 class HostedEngine:
@@ -77,21 +80,26 @@ class HostedEngine:
         return self._host.ask(("get", self._key, "weight_version"))
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *args: self._host.ask(("call", self._key, name, args))
+        return lambda *args: self._host.ask(("call", self._key, name, args), beside=name == "receive")
 
 
-def _serve(address: str) -> None:
+def _main(address: str) -> None:
     engines: list[Any] = []
-    with Client(address) as pipe:
-        while True:
-            try:
-                verb, *rest = pipe.recv()
-            except EOFError:
-                os._exit(0)  # vLLM's own exit takes many seconds and frees nothing that the kernel does not
-            try:
-                pipe.send(("value", _answer(engines, verb, rest)))
-            except Exception as error:
-                pipe.send(("error", error))
+    with Client(address) as pipe, Client(address) as beside:
+        threading.Thread(target=_serve, args=(beside, engines), daemon=True).start()
+        _serve(pipe, engines)
+
+
+def _serve(pipe: Connection, engines: list[Any]) -> None:
+    while True:
+        try:
+            verb, *rest = pipe.recv()
+        except EOFError:
+            os._exit(0)  # vLLM's own exit takes many seconds and frees nothing that the kernel does not
+        try:
+            pipe.send(("value", _answer(engines, verb, rest)))
+        except Exception as error:
+            pipe.send(("error", error))
 
 
 def _answer(engines: list[Any], verb: str, rest: list[Any]) -> Any:
@@ -110,4 +118,4 @@ def _answer(engines: list[Any], verb: str, rest: list[Any]) -> Any:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _main(sys.argv[1])

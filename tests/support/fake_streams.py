@@ -50,12 +50,15 @@ class FakeStreams:
         for parameter in parameters:
             parameter.data = torch.empty(0)
 
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        """As a wire."""
+    def start(self, tensor: torch.Tensor) -> None:
+        """As a wire, of NCCL."""
         self._num_broadcasts += 1
         if self.broken_at == self._num_broadcasts - 1:
             raise RuntimeError("the connection broke")
         self._note("broadcast", str(tensor.numel() * tensor.itemsize))
+
+    def finish(self) -> None:
+        """As a wire."""
 
     def close(self) -> None:
         """As a wire."""

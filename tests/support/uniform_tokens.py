@@ -21,8 +21,10 @@ VOCAB_SIZE = 32
 class UniformTokens:
     """GenerationEngine that draws uniform tokens, one per response and step."""
 
+    beside_steps = True
+
     def __init__(self, *, max_num_seqs: int = 64, max_context_tokens: int = 1024) -> None:
-        self.weight_version = 0
+        self.weight_version = self.received = 0
         self.connected: list[TransferGroup] = []
         """Every group that ``connect`` was called with, in order."""
         self._max_num_seqs = max_num_seqs
@@ -54,8 +56,11 @@ class UniformTokens:
     def connect(self, group: TransferGroup) -> None:
         self.connected.append(group)
 
-    def update_weights(self, manifest: WeightManifest, unfinished: Unfinished) -> None:
-        self.weight_version = manifest.version
+    def receive(self, manifest: WeightManifest) -> None:
+        self.received = manifest.version
+
+    def install(self, unfinished: Unfinished) -> None:
+        self.weight_version = self.received
         if unfinished == "restart":
             self._versions = {request_id: [] for request_id in self._versions}
 

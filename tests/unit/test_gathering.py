@@ -12,7 +12,7 @@ from opd_ray.learn.learner import Learner
 from opd_ray.messages import TransferGroup
 from opd_ray.weights import gathering, transfer
 
-BUCKET_BYTES = 40
+BUCKET_BYTES = 72
 BUCKETS = ["first.weight+first.bias", "second.weight", "third.weight"]
 
 
@@ -50,7 +50,7 @@ def test_each_bucket_is_gathered_sent_and_dropped_before_the_next_all_on_the_def
     when the other ranks gathered on their default streams."""
     header, *rest = send(0, FakeStreams(), monkeypatch).journal
     assert header == ("broadcast", "16", SIDE)
-    sizes = dict(zip(BUCKETS, ("40", "64", "32"), strict=True))
+    sizes = dict(zip(BUCKETS, ("72", "64", "32"), strict=True))
     assert rest == [
         (what, with_what, DEFAULT)
         for names in BUCKETS

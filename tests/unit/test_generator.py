@@ -38,9 +38,9 @@ class SteppedEngine(UniformTokens):
         self.events.append("step")
         return super().step()
 
-    def update_weights(self, manifest, unfinished):
-        self.events.append(f"update {manifest.version} {unfinished}")
-        super().update_weights(manifest, unfinished)
+    def install(self, unfinished):
+        self.events.append(f"update {self.received} {unfinished}")
+        super().install(unfinished)
 
 
 class Words:
@@ -187,14 +187,14 @@ def test_an_engine_that_fails_fails_every_waiting_call_with_its_error():
 
 
 @pytest.mark.parametrize("in_flight", ["keep", "drain"])
-def test_an_engine_with_half_of_an_update_is_not_stepped_until_one_succeeds(in_flight):
+def test_an_engine_with_half_of_an_installation_is_not_stepped_until_one_succeeds(in_flight):
     """Its weights are of two versions; it still takes commands and requests, and is of use after the next update."""
 
     class Torn(SteppedEngine):
-        def update_weights(self, manifest, unfinished):
-            super().update_weights(manifest, unfinished)
-            if manifest.version == 1:
-                raise WeightSyncError("the sender is gone")
+        def install(self, unfinished):
+            super().install(unfinished)
+            if self.weight_version == 1:
+                raise WeightSyncError("the device is full")
 
     async def scenario():
         generator, engine = make(in_flight, engine=Torn())
@@ -204,7 +204,7 @@ def test_an_engine_with_half_of_an_update_is_not_stepped_until_one_succeeds(in_f
         update = asyncio.create_task(updated(generator, in_flight))
         await asyncio.sleep(0)
         engine.may_step.release(100)
-        with pytest.raises(WeightSyncError, match="the sender is gone"):
+        with pytest.raises(WeightSyncError, match="the device is full"):
             await asyncio.wait_for(update, 10)
         steps = engine.events.count("step")
         late = asyncio.create_task(generator.generate([group(1)], NEVER_STOP))
@@ -222,8 +222,8 @@ def test_an_engine_with_half_of_an_update_is_not_stepped_until_one_succeeds(in_f
 
 def test_what_is_under_way_in_a_half_updated_engine_can_be_abandoned():
     class Torn(SteppedEngine):
-        def update_weights(self, manifest, unfinished):
-            raise WeightSyncError("the sender is gone")
+        def install(self, unfinished):
+            raise WeightSyncError("the device is full")
 
     async def scenario():
         generator, engine = make(engine=Torn())
@@ -235,6 +235,62 @@ def test_what_is_under_way_in_a_half_updated_engine_can_be_abandoned():
         assert isinstance((await failures_of(update))[0], WeightSyncError)
         assert await asyncio.wait_for(generator.abandon(), 10) == 1
         assert "abandoned" in str((await failures_of(running))[0])
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_responses_go_on_while_a_broadcast_comes_in(breaks):
+    """One that breaks off leaves the engine with the weights that it had, and what was on hold on hold."""
+
+    class Receiving(SteppedEngine):
+        def __init__(self):
+            super().__init__()
+            self.came = threading.Event()
+
+        def receive(self, manifest):
+            self.events.append("receive")
+            assert self.came.wait(10)
+            if breaks:
+                raise WeightSyncError("the sender is gone")
+            super().receive(manifest)
+
+    async def scenario():
+        generator, engine = make(engine=Receiving())
+        update = asyncio.create_task(generator.update_weights(manifest(1)))
+        await until(lambda: "receive" in engine.events)
+        engine.may_step.release(8)
+        (before,), _ = await asyncio.wait_for(generator.generate([group(0)], NEVER_STOP), 10)
+        long = replace(NEVER_STOP, max_response_tokens=1000)
+        after = asyncio.create_task(generator.generate([group(1)], long))
+        await until(lambda: engine.events.count("step") == 8)
+        assert not update.done()
+        engine.came.set()
+        await until(lambda: engine.may_step.release() or update.done())
+        engine.may_step.release(1000)
+        (late,), payload = await asyncio.wait_for(after, 10)
+        assert (before.oldest_version, before.mean_version, late.oldest_version) == (0, 0, 0)
+        if breaks:
+            assert isinstance(update.exception(), WeightSyncError)
+            assert late.mean_version == 0
+        else:
+            assert payload["weight_versions"][0].as_py()[-2:] == [1, 1]
+
+    asyncio.run(scenario())
+
+
+def test_a_broadcast_waits_for_the_installation_of_the_one_before():
+    """The memory that it comes into may be what is installed."""
+
+    async def scenario():
+        generator, engine = make()
+        running = asyncio.create_task(generator.generate([group(0)], NEVER_STOP))
+        await until(lambda: "submit 0" in engine.events)
+        first, second = (asyncio.create_task(generator.update_weights(manifest(version))) for version in (1, 2))
+        await until(lambda: engine.received == 1)
+        engine.may_step.release(100)
+        await asyncio.wait_for(asyncio.gather(running, first, second), 10)
+        assert [event for event in engine.events if "update" in event] == ["update 1 keep", "update 2 keep"]
 
     asyncio.run(scenario())
 
