@@ -193,7 +193,7 @@ class TestHalfUpdated:
                 seen.append([each[0].item() for each in parameters.values()])
                 return super().score(sequences, request)
 
-        def receive(manifest):
+        def receive(manifest, memory=None):
             yield "a", torch.ones(2)
             if breaks and breaks.pop():
                 raise WeightSyncError("no sign of life")
