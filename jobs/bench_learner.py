@@ -194,6 +194,7 @@ def _step(size: str, turns: int, answers: Any) -> None:
 
 def _sides(size: str) -> tuple[int, dict[str, Callable[[], float]]]:
     """Tokens of a step, and what takes one, by side."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
 
     from opd_ray.learn.microbatch import collate, fetch_payloads
@@ -221,7 +222,6 @@ def _learner_side(
     config: Config, student: Path, entries: list[Entry], *, first: bool
 ) -> tuple[Callable[[], float], StepPlan]:
     """What takes a step of the learner, and its plan."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
     from opd_ray.buffer.plan import plan_step
     from opd_ray.learn.learner import Learner
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from opd_ray.config import LossConfig, ReferenceTermConfig
 from opd_ray.errors import RunError
+from opd_ray.learn import losses
 from opd_ray.learn.losses import ScoredTokens, TokenBatch, vocabulary
 from opd_ray.learn.losses.divergences import diverge, entropy, forward_kl, jsd, reverse_kl
 from opd_ray.learn.losses.support import Outcomes, compare
@@ -110,14 +111,23 @@ def test_top_k_of_the_whole_vocabulary_equals_the_full_one(name: str, tail: str,
     )
 
 
+def test_the_normalizer_in_blocks_is_logsumexp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "block_rows", lambda logits: 3)
+    tokens = batch(scale=30.0)
+    expected, weights = tokens.logits.logsumexp(-1), torch.arange(float(N))
+    torch.testing.assert_close(tokens.log_normalizer, expected, atol=0, rtol=0)
+    found = gradient_of(tokens.log_normalizer * weights, tokens.logits)
+    torch.testing.assert_close(found, gradient_of(expected * weights, tokens.logits))
+
+
 @pytest.mark.parametrize("stop_ids", [(), STOPS])
 @pytest.mark.parametrize("more", [-3, 0, 3])
 def test_the_reverse_kl_on_the_vocabulary_is_that_on_its_outcomes(
     monkeypatch: pytest.MonkeyPatch, more: int, stop_ids: tuple[int, ...]
 ) -> None:
-    """In blocks of three tokens, with a frozen model of another vocabulary, and with the entropies of both."""
-    monkeypatch.setattr(vocabulary, "_BLOCK", 1)
-    monkeypatch.setattr(vocabulary, "_FEWEST_ROWS", 3)
+    """In blocks of two tokens, with a frozen model of another vocabulary, and with the entropies of both."""
+    monkeypatch.setattr(vocabulary, "block_rows", lambda logits: 2)
+    monkeypatch.setattr(vocabulary, "_FEWEST_ROWS", 5)
     tokens = batch(stop_ids=stop_ids)
     hidden = torch.randn(N, V + more, generator=torch.Generator().manual_seed(5)) * 2
     outcomes = compare(tokens, ScoredTokens(tokens.behaviour_logprobs, hidden=hidden), "full", "bucket", identity)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from opd_ray.learn.losses import TokenBatch, is_any_of
+from opd_ray.learn.losses import TokenBatch, block_rows, is_any_of
 from opd_ray.learn.losses.advantage import combined_logprobs, log_importance_ratio
 from opd_ray.learn.losses.support import merged
 
@@ -24,9 +24,6 @@ RATIOS = {
     "truncated_weight_share": "_weight",
 }
 """Metric to the share of tokens (or of weight) that it is a mean over."""
-
-_ENTROPY_ROWS = 1024
-"""Tokens whose [rows, V] probabilities are held at once for the entropy, which needs no gradient."""
 
 
 def student_metrics(
@@ -107,5 +104,7 @@ def finish(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _entropy(batch: TokenBatch) -> torch.Tensor:
     """[N] −Σ p log p of the student, nats: log Z − Σ p · logit."""
-    expected = [torch.linalg.vecdot(logits.softmax(-1), logits) for logits in batch.logits.split(_ENTROPY_ROWS)]
-    return batch.log_normalizer - torch.cat(expected)
+    rows, expected = block_rows(batch.logits), torch.empty_like(batch.log_normalizer)
+    for out, block in zip(expected.split(rows), batch.logits.split(rows), strict=True):
+        torch.linalg.vecdot(block.softmax(-1), block, out=out)
+    return batch.log_normalizer - expected

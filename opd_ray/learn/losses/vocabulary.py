@@ -15,12 +15,10 @@ from typing import Any
 
 import torch
 
-from opd_ray.learn.losses import Head
+from opd_ray.learn.losses import Head, block_rows
 
-_BLOCK = 2**18
-"""Logits that are worked on at a time: they stay in a core's cache, and fresh pages cost more than the arithmetic."""
 _FEWEST_ROWS = 64
-"""Of a block, so that the frozen model's output layer is not read for a few tokens alone."""
+"""That the frozen model's output layer, which may be large, is read for."""
 
 
 def reverse_kl(
@@ -36,12 +34,16 @@ class _ReverseKl(torch.autograd.Function):
     def forward(
         context: Any, logits: torch.Tensor, hidden: torch.Tensor, head: Head, stop_token_ids: tuple[int, ...]
     ) -> tuple[torch.Tensor, ...]:
-        gradient = torch.empty_like(logits)
-        rows = max(_FEWEST_ROWS, _BLOCK // logits.shape[-1])
-        blocks = zip(*(tensor.split(rows) for tensor in (logits, hidden, gradient)), strict=True)
-        parts = [_block(ours, head(states), slope, stop_token_ids) for ours, states, slope in blocks]
+        gradient, rows = torch.empty_like(logits), block_rows(logits)
+        values, work = logits.new_empty(3, len(logits)), logits.new_empty(2, rows, logits.shape[-1])
+        for begin in range(0, len(logits), max(rows, _FEWEST_ROWS)):
+            piece = slice(begin, begin + max(rows, _FEWEST_ROWS))
+            theirs = head(hidden[piece])
+            parts = logits[piece], theirs, gradient[piece], values[:, piece].T
+            for block in zip(*(part.split(rows) for part in parts), strict=True):
+                _block(*block, work, stop_token_ids)
         context.save_for_backward(gradient)
-        divergence, *entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+        divergence, *entropies = values
         context.mark_non_differentiable(*entropies)
         return divergence, *entropies
 
@@ -52,14 +54,21 @@ class _ReverseKl(torch.autograd.Function):
 
 
 def _block(
-    ours: torch.Tensor, theirs: torch.Tensor, gradient: torch.Tensor, stop_token_ids: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(KL, H(p), H(q)) of some tokens; writes ∂KL/∂z into ``gradient``."""
-    size = min(ours.shape[-1], theirs.shape[-1])
+    ours: torch.Tensor,
+    theirs: torch.Tensor,
+    gradient: torch.Tensor,
+    values: torch.Tensor,
+    work: torch.Tensor,
+    stop_token_ids: tuple[int, ...],
+) -> None:
+    """Writes ∂KL/∂z into ``gradient`` and (KL, H(p), H(q)) into ``values`` [n, 3]; ``theirs`` becomes t, and ``work``
+    [2, rows, V] p and q without their normalizers."""
+    number, size = len(ours), min(ours.shape[-1], theirs.shape[-1])
     gradient[:, size:] = 0.0
-    shared = gradient[:, :size]
-    z, t = (part - part.amax(-1, keepdim=True) for part in (ours[:, :size], theirs[:, :size]))
-    p, q = z.exp(), t.exp()
+    ours, z, t = ours[:, :size], gradient[:, :size], theirs[:, :size]
+    torch.sub(ours, ours.amax(-1, keepdim=True), out=z)
+    t.sub_(t.amax(-1, keepdim=True))
+    p, q = (torch.exp(part, out=space[:number, :size]) for part, space in zip((z, t), work, strict=True))
     mass_p, mass_q = p.sum(-1), q.sum(-1)
     merges = len(stop_token_ids) > 1
     if merges:
@@ -70,11 +79,10 @@ def _block(
             logits[:, stops[0]], masses[:, stops[0]] = together, together.exp()
             logits[:, stops[1:]] = masses[:, stops[1:]] = 0.0
     normalizer_p, normalizer_q = mass_p.log(), mass_q.log()
-    entropy_p = normalizer_p - torch.linalg.vecdot(p, z) / mass_p
-    entropy_q = normalizer_q - torch.linalg.vecdot(q, t) / mass_q
-    offset, difference = normalizer_q - normalizer_p, z.sub_(t)
-    divergence = torch.linalg.vecdot(p, difference) / mass_p + offset
-    torch.mul(difference.add_((offset - divergence)[:, None]), p.div_(mass_p[:, None]), out=shared)
+    offset = normalizer_q - normalizer_p
+    values[:, 1] = normalizer_p - torch.linalg.vecdot(p, z) / mass_p
+    values[:, 2] = normalizer_q - torch.linalg.vecdot(q, t) / mass_q
+    values[:, 0] = torch.linalg.vecdot(p, z.sub_(t)) / mass_p + offset
+    z.add_((offset - values[:, 0])[:, None]).mul_(p).div_(mass_p[:, None])
     if merges:
-        shared[:, stops] = shared[:, stops[:1]] * members
-    return divergence, entropy_p, entropy_q
+        z[:, stops] = z[:, stops[:1]] * members
