@@ -10,6 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from opd_ray.generate.decoding import mask_of, use_shared_heads
+
 _FIRST_COLUMNS = 128
 
 
@@ -26,6 +28,7 @@ class Columns:
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._end = 0
         self._lengths = torch.zeros(rows, dtype=torch.int64, device=model.device)
+        self._shares_heads = use_shared_heads(model)
 
     def enter(self, prefixes: Sequence[Tensor], row: int) -> Tensor:
         """Computes prefixes [length] and puts them into the rows from ``row`` on; the logits [len(prefixes),
@@ -75,7 +78,10 @@ class Columns:
     def _forward(self, ids: Tensor, cache: Cache, lengths: Tensor) -> Tensor:
         """Logits [R, vocabulary] after ids [R, n], which the cache takes in; ``lengths`` with them."""
         width = ids.shape[1] + cache.get_seq_length()
-        mask = torch.arange(width, device=ids.device) >= width - lengths[:, None]
+        if self._shares_heads and ids.shape[1] == 1:
+            mask = mask_of(lengths, width, self._model.dtype)
+        else:
+            mask = torch.arange(width, device=ids.device) >= width - lengths[:, None]
         positions = lengths[:, None] + torch.arange(-ids.shape[1], 0, device=ids.device)
         return self._model(
             input_ids=ids,

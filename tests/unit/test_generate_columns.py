@@ -13,11 +13,16 @@ from opd_ray.generate.columns import Columns
 VOCABULARY = 32
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    from transformers import AutoModelForCausalLM
+@pytest.fixture(scope="module", params=["as many heads", "shared heads, sliding window"])
+def model(request, tiny_model):
+    from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tiny_model["untied"], dtype=torch.float32).eval()
+    if request.param == "as many heads":
+        return AutoModelForCausalLM.from_pretrained(tiny_model["untied"], dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 12}
+    return MistralForCausalLM(MistralConfig(vocab_size=VOCABULARY, **sizes, **heads)).eval()
 
 
 @pytest.mark.parametrize("first", [4, 16, 128])
