@@ -1,45 +1,57 @@
 """The runtime's own limit: the real loop over a real Ray, in rooms whose engines only take their time.
 
-    python jobs/bench_runtime.py [bookkeeping] [generators] [staleness] [--generators 8,64,256] [--per-call 32,1]
-                                 [--steps N] [--json FILE]
+    python jobs/bench_runtime.py [bookkeeping] [generators] [staleness] [--generators 8,64,256] [--per-call 8,32,1]
+                                 [--staleness 0,2] [--rate N] [--steps N] [--json FILE]
 
-Pipeline, pools, slots, buffer, plan and broadcast are the real ones, and so are every call, every reference and every
-payload; only the models are missing. A generator runs eight responses at once, 20 ms a token, of log-normal lengths
-(median 1,500 tokens, σ .8, cut at 8,192): 41 s in the mean, 164 s at the longest. A step has 32 of them for each
-generator, so that eight generators make the 64 prompts × 4 of the paper's step, and a quarter as many golden ones.
-Scorers and ranks work at so many tokens a second, one call at a time; a broadcast stops generators for 2 s. These are
-seconds of devices: a run lets them pass up to a hundred times as fast, but no faster than keeps the ideal rate below
---rate, while what Ray and the driver do takes the time that it takes. Many workers of a room sit in one process, since
-a machine has no room for a thousand: the driver calls each by itself all the same, as it would anywhere.
+Pipeline, pools, slots, buffer, plan and broadcast are the real ones, and so is every call, reference and payload; only
+the models are missing (waiting_rooms.py). A generator runs eight responses at once, 20 ms a token, of log-normal
+lengths (median 1,500 tokens, σ .8, cut at 8,192): 41 s in the mean, 164 s at the longest. A step has 32 of them for
+each generator, so that eight generators make the 64 prompts × 4 of the paper's step, and a golden one a prompt; in
+calls of 8 rollouts a generator has four calls a step, as the one of the paper's recipes has. Learner ranks take half of
+the time that generators take, scorers a tenth, a broadcast 2 s.
+
+These are seconds of devices. A run lets them pass up to 50 times as fast, but no faster than brings --rate rollouts a
+second; what Ray and the driver do takes the time that it takes, and weighs so many times as much as beside devices.
 
 bookkeeping   rollouts a second through slots, buffer, mixture and plan, without Ray
-generators    the loop by the number of generators and by rollouts a call: the driver's CPU time (all its threads, Ray's
-              included) and Ray calls for each student rollout, and the share of the ideal: of the time that the
-              slowest room would take alone, with all its workers always at work
-staleness     the loop with eight generators by buffer.max_staleness, beside the same with 0, which is synchronous
+generators    the loop by the number of generators and by rollouts a call: the driver's CPU time (of all its threads,
+              Ray's included, and of the event loop's alone) and Ray calls for each student rollout; the share of the
+              ideal, which is the pace of the slowest room alone with all its workers always at work (what a few steps
+              tell to within some hundredths)
+staleness     the same with eight generators by buffer.max_staleness; 0 is synchronous
 """
 
 from __future__ import annotations
 
 import asyncio
-import bisect
-import collections
 import contextlib
 import dataclasses
-import heapq
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import pyarrow as pa
 import ray
 from rich.console import Console
 from rich.table import Table
+from waiting_rooms import (
+    AT_ONCE,
+    BROADCAST_S,
+    MOST_TOKENS,
+    NUM_RANKS,
+    PROMPT_TOKENS,
+    SCORED_PER_S,
+    TOKEN_S,
+    TRAINED_PER_S,
+    House,
+    Seat,
+    length,
+    meta_of,
+    rollouts,
+)
 
 from opd_ray.buffer.mixture import NO_STRENGTH, Mixture
 from opd_ray.buffer.plan import plan_step
@@ -48,252 +60,23 @@ from opd_ray.buffer.slots import Slots
 from opd_ray.config import Config, from_dict
 from opd_ray.data.orders import Shuffled
 from opd_ray.data.prompts import Prompts, PromptStream
-from opd_ray.messages import (
-    ROLLOUT_SCHEMA,
-    SCORE_SCHEMA,
-    Entry,
-    PoolSize,
-    PromptGroup,
-    RolloutMeta,
-    SamplingSettings,
-    ScoreRequest,
-    Source,
-    StepOutcome,
-    StepPlan,
-    TransferGroup,
-    WeightManifest,
-)
+from opd_ray.messages import Entry, RolloutMeta, WeightManifest
 from opd_ray.pipeline import Pipeline
 from opd_ray.placement.session import cluster
 from opd_ray.rooms import Rooms
-from opd_ray.rooms.group import Group
-from opd_ray.rooms.pool import Pool
-from opd_ray.rooms.room import Member
 from opd_ray.status.state import Whereabouts
 from opd_ray.watch.guard import Guard
 from opd_ray.watch.observers import StepReport
 from opd_ray.weights.delivery import Delivery
 
 PARTS = ("bookkeeping", "generators", "staleness")
-MEDIAN_TOKENS, SPREAD, MOST_TOKENS, PROMPT_TOKENS = 1500, 0.8, 8192, 200
-TOKEN_S, AT_ONCE, PER_STEP = 0.02, 8, 32
-"""Of a generator: seconds of a token, responses that it runs at once, and responses that a step has of it."""
-SCORED_PER_S, TRAINED_PER_S, BROADCAST_S = 30_000, 4_000, 2.0
-"""Tokens a second of one scorer, and of one learner rank."""
-GENERATORS_PER_SCORER, GENERATORS_PER_RANK = 8, 4
-_FASTEST = 100
+PER_STEP = 32
+"""Responses that a step has of each generator."""
+GENERATORS_PER_SCORER = 8
+ON_PAPER = 10_000
+"""Generators that no loop here has."""
+_FASTEST = 50
 _NUM_GOLDEN = 100
-_HOSTS = 3
-"""Processes that the generators sit in."""
-
-
-def length(seed: int) -> int:
-    """Tokens of the response that is sampled with a seed."""
-    return min(MOST_TOKENS, int(np.random.default_rng(seed).lognormal(np.log(MEDIAN_TOKENS), SPREAD)) + 1)
-
-
-# ---- what takes the place of the models; many workers of a room sit in one of these ----
-
-
-class Host:
-    """What all of them can do; the first argument of every call is the number of the worker that is asked."""
-
-    def __init__(self, second_s: float) -> None:
-        """``second_s``: how long a second of the devices takes."""
-        self._second_s = second_s
-
-    async def node(self, seat: int) -> str:
-        return "here"
-
-
-class Generators(Host):
-    """Each runs so many responses at once, in the order of the calls."""
-
-    def __init__(self, second_s: float) -> None:
-        super().__init__(second_s)
-        self._free = collections.defaultdict(lambda: [0.0] * AT_ONCE)
-        """Of each: when its places become free, by a clock that stands still while weights come in."""
-        self._stood_s = 0.0
-        self._updates: list[tuple[float, int]] = []
-        """When weights came in, and their version."""
-
-    def _now(self) -> float:
-        return time.monotonic() - self._stood_s
-
-    async def connect(self, seat: int, group: TransferGroup) -> None:
-        pass
-
-    async def update_weights(self, seat: int, manifest: WeightManifest) -> None:
-        if not self._updates or self._updates[-1][1] != manifest.version:  # the first one speaks for all
-            self._updates.append((self._now(), manifest.version))
-            self._stood_s += BROADCAST_S * self._second_s
-        await asyncio.sleep(BROADCAST_S * self._second_s)
-
-    async def generate(
-        self, seat: int, groups: Sequence[PromptGroup], sampling: SamplingSettings
-    ) -> tuple[list[RolloutMeta], pa.RecordBatch]:
-        owners = [(group, index) for group in groups for index in range(group.num_responses)]
-        lengths = [length(group.seed + index) for group, index in owners]
-        free, began, ends = self._free[seat], [], 0.0
-        for tokens in lengths:
-            began.append(max(self._now(), heapq.heappop(free)))
-            heapq.heappush(free, began[-1] + tokens * TOKEN_S * self._second_s)
-            ends = max(ends, began[-1] + tokens * TOKEN_S * self._second_s)
-        while (left := ends - self._now()) > 0:
-            await asyncio.sleep(left)
-        metas = [
-            meta_of(f"{group.slot}-{index}", group.slot, group.prompt_id, "student", tokens, self._version(at))
-            for (group, index), tokens, at in zip(owners, lengths, began, strict=True)
-        ]
-        return metas, _rollouts(metas)
-
-    def _version(self, at: float) -> int:
-        """Of the weights that it had at a time."""
-        return self._updates[bisect.bisect(self._updates, (at, -1)) - 1][1]
-
-
-class Scorers(Host):
-    """Each scores one batch after the other."""
-
-    def __init__(self, second_s: float) -> None:
-        super().__init__(second_s)
-        self._free = collections.defaultdict(float)
-
-    async def score(self, seat: int, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[int, pa.RecordBatch]:
-        tokens, now = len(rollouts["response_tokens"].flatten()), time.monotonic()
-        takes = (tokens + PROMPT_TOKENS * len(rollouts)) / SCORED_PER_S
-        self._free[seat] = max(now, self._free[seat]) + takes * self._second_s
-        await asyncio.sleep(self._free[seat] - now)
-        logprobs = rollouts["behaviour_logprobs"]
-        return tokens, _columns(SCORE_SCHEMA, len(rollouts), rollout_id=rollouts["rollout_id"], logprobs=logprobs)
-
-
-class Ranks(Host):
-    """Each fetches its share of every step."""
-
-    async def node_address(self, seat: int) -> tuple[str, int]:
-        return "here", 1
-
-    async def open_transport(self, seat: int, group: TransferGroup) -> None:
-        pass
-
-    async def send_weights(self, seat: int, manifest: WeightManifest) -> None:
-        await asyncio.sleep(BROADCAST_S * self._second_s)
-
-    async def train_step(self, seat: int, plan: StepPlan) -> StepOutcome:
-        began, entries = time.monotonic(), [entry for batch in plan.micro_batches for entry in batch]
-        payloads = {ref for entry in entries for ref in (entry.rollouts, *entry.scores.values())}
-        await asyncio.gather(*payloads)
-        takes = sum(entry.meta.num_tokens for entry in entries) / TRAINED_PER_S * self._second_s
-        await asyncio.sleep(began + takes - time.monotonic())
-        return StepOutcome({"loss": 1.0})
-
-
-def meta_of(rollout_id: str, slot: int, prompt_id: str, source: Source, tokens: int, version: int) -> RolloutMeta:
-    return RolloutMeta(
-        rollout_id=rollout_id,
-        slot=slot,
-        prompt_id=prompt_id,
-        source=source,
-        num_prompt_tokens=PROMPT_TOKENS,
-        num_response_tokens=tokens,
-        finish_reason="length" if tokens == MOST_TOKENS else "stop",
-        correct=False,
-        repetitive=False,
-        oldest_version=version,
-        mean_version=float(version),
-        mean_behaviour_logprob=-0.5,
-    )
-
-
-def _rollouts(metas: Sequence[RolloutMeta]) -> pa.RecordBatch:
-    """A payload as large as a generator's."""
-    of_meta = ("rollout_id", "slot", "prompt_id", "source", "finish_reason", "correct")
-    lengths = [meta.num_response_tokens for meta in metas]
-    per_token = {"response_tokens": np.int32, "behaviour_logprobs": np.float32, "weight_versions": np.int32}
-    columns = {name: pa.array([getattr(meta, name) for meta in metas]) for name in of_meta}
-    columns |= {name: _lists(lengths, kind) for name, kind in per_token.items()}
-    return _columns(ROLLOUT_SCHEMA, len(metas), **columns)
-
-
-def _lists(lengths: Sequence[int], kind: Any) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, np.ones(offsets[-1], kind))
-
-
-def _columns(schema: pa.Schema, rows: int, **known: pa.Array) -> pa.RecordBatch:
-    """Columns of a schema; those that are not ``known`` are empty lists and texts."""
-    return pa.RecordBatch.from_arrays(
-        [
-            known[field.name]
-            if field.name in known
-            else pa.array([""] * rows, field.type)
-            if pa.types.is_string(field.type)
-            else pa.array([[]] * rows, field.type)
-            for field in schema
-        ],
-        schema=schema,
-    )
-
-
-# ---- the rooms ----
-
-
-class Seat:
-    """The handle of one worker: what is called goes to its host. Counts the calls of all."""
-
-    calls: Counter[str] = Counter()
-
-    def __init__(self, host: Any, number: int) -> None:
-        self._host, self._number = host, number
-
-    def __getattr__(self, method: str) -> _Bound:
-        return _Bound(getattr(self._host, method), method, self._number)
-
-
-@dataclasses.dataclass
-class _Bound:
-    method: Any
-    name: str
-    number: int
-
-    def options(self, **options: Any) -> _Bound:
-        return _Bound(self.method.options(**options), self.name, self.number)
-
-    def remote(self, *args: Any) -> Any:
-        Seat.calls[self.name] += 1
-        return self.method.remote(self.number, *args)
-
-
-class House:
-    """The processes of a run, and its rooms in them."""
-
-    def __init__(self, config: Config, second_s: float) -> None:
-        self._second_s, self._hosts = second_s, []
-        generators = self._spawning("student-generator", Generators, _HOSTS)
-        size, limit = config.rollout.size, config.deadlines.generate_s
-        self.rooms = Rooms(
-            generators=Pool(
-                "generate", generators, size, limit, needs_weights=True, calls_at_once=config.rollout.calls_at_once
-            ),
-            learner=Group("learn", self._spawning("learner", Ranks, 1), config.learner.num_ranks, limit),
-            scorers={
-                role: Pool(role, self._spawning(f"{role}-scorer", Scorers, 1), scorer.size, limit)
-                for role, scorer in config.scorers.items()
-            },
-            teacher_generators=None,
-            recorder=Pool("record", self._spawning("recorder", Host, 1), PoolSize.fixed(1), limit),
-        )
-
-    def _spawning(self, role: str, kind: type[Host], processes: int) -> Callable[[int, int], Member]:
-        made = ray.remote(kind).options(num_cpus=0, max_concurrency=100_000)
-        hosts = [made.remote(self._second_s) for _ in range(processes)]
-        self._hosts += hosts
-        return lambda number, restart: Member(Seat(hosts[number % processes], number), f"{role}-{number}")
-
-    def close(self) -> None:
-        for host in self._hosts:
-            ray.kill(host)
 
 
 class _Tokens:
@@ -321,7 +104,7 @@ def configured(generators: int, per_call: int, steps: int, max_staleness: int = 
             },
             "buffer": {
                 "prompts_per_step": generators * PER_STEP // responses,
-                "golden_per_prompt": responses / 16,
+                "golden_per_prompt": responses / 4,
                 "max_staleness": max_staleness,
             },
             "loss": {
@@ -330,7 +113,7 @@ def configured(generators: int, per_call: int, steps: int, max_staleness: int = 
             },
             "learner": {
                 "steps": steps,
-                "num_ranks": max(1, generators // GENERATORS_PER_RANK),
+                "num_ranks": NUM_RANKS,
                 "micro_batch_tokens": 16_384,
                 "packing": True,
             },
@@ -343,7 +126,7 @@ def configured(generators: int, per_call: int, steps: int, max_staleness: int = 
 def pipeline(config: Config, rooms: Rooms) -> Pipeline:
     """The real one; its rooms are up, and have weights."""
     metas = [_golden(number) for number in range(_NUM_GOLDEN)]
-    payload = ray.put(_rollouts(metas))
+    payload = ray.put(rollouts(metas))
     golden = [Entry(meta, row, payload) for row, meta in enumerate(metas)]
     delivery = Delivery(config, rooms, lambda *_, **__: None)
     delivery.manifest = WeightManifest(0, ("w",), ("float32",), ((1,),))
@@ -383,12 +166,8 @@ def _golden(number: int) -> RolloutMeta:
 # ---- the three parts ----
 
 
-def bookkeeping(steps: int) -> list[dict[str, Any]]:
-    """Rollouts a second by the size of a step."""
-    return [_bookkept(generators, steps) for generators in (8, 256)]
-
-
-def _bookkept(generators: int, steps: int) -> dict[str, Any]:
+def bookkeeping(generators: int, steps: int) -> dict[str, Any]:
+    """Steps as large as so many generators make them."""
     config = configured(generators, 32, steps)
     per_step, stream, mixture = config.buffer.prompts_per_step, prompts(config), Mixture(config)
     golden = [Entry(_golden(number), number, None) for number in range(_NUM_GOLDEN)]
@@ -425,7 +204,7 @@ def _bookkept(generators: int, steps: int) -> dict[str, Any]:
         return sum(done) / (time.process_time() - began)
 
     lengths = [length(number) for number in range(997)]
-    return {"rollouts_a_step": generators * PER_STEP, "rollouts_per_s": asyncio.run(all_steps())}
+    return {"rollouts_per_step": generators * PER_STEP, "rollouts_per_s": asyncio.run(all_steps())}
 
 
 class Enough(Exception):
@@ -440,23 +219,30 @@ class Watch:
     steps: int
     marks: list[tuple[float, float, float, int]] = dataclasses.field(default_factory=list)
     """Time, CPU time of the process and of this thread, and calls of Ray, after each step."""
-    metas: list[RolloutMeta] = dataclasses.field(default_factory=list)
-    """Of all rollouts that were trained on in the steps that are measured."""
+    work: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Rollouts that these steps trained on, and tokens that each room was given of them."""
+    times: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Seconds of these steps that the learner waited for rollouts, trained and sent weights."""
     staleness: float = 0.0
 
     async def on_step(self, report: StepReport) -> None:
         self.marks.append((time.monotonic(), time.process_time(), time.thread_time(), sum(Seat.calls.values())))
         if report.step > self.warmup:
-            self.metas += [entry.meta for entry in report.entries]
+            students = [entry.meta for entry in report.entries if entry.meta.source == "student"]
+            self.work["rollouts"] += len(students)
+            self.work["generate"] += sum(meta.num_response_tokens for meta in students)
+            self.work["score"] += sum(meta.num_tokens for meta in students)
+            self.work["learn"] += sum(entry.meta.num_tokens for entry in report.entries)
+            for phase in ("wait", "train", "weight_sync"):
+                self.times[phase] += report.metrics[f"learner/{phase}_s"]
         self.staleness = max(self.staleness, report.metrics["staleness/max"])
         if report.step == self.warmup + self.steps:
             raise Enough
 
 
-def loop(
-    generators: int, per_call: int, warmup: int, steps: int, rate: float, max_staleness: int = 2
-) -> dict[str, Any]:
+def loop(generators: int, per_call: int, steps: int, rate: float, max_staleness: int = 2) -> dict[str, Any]:
     """Runs the loop and measures ``steps`` of it; ``rate``: rollouts a second that the devices may bring at most."""
+    warmup = max_staleness + 2  # those that were admitted at once come at once
     config = configured(generators, per_call, warmup + steps + max_staleness + 1, max_staleness)
     second_s = max(1 / _FASTEST, generators * AT_ONCE / (_mean_length() * TOKEN_S) / rate)
     house, watch = House(config, second_s), Watch(warmup, steps)
@@ -477,33 +263,32 @@ def loop(
     wall, cpu, thread, calls = (
         after - before for before, after in zip(watch.marks[warmup - 1], watch.marks[-1], strict=True)
     )
-    rooms = _alone(config, watch.metas, steps)
-    slowest, device_s = max(rooms.items(), key=lambda each: each[1])
-    rollouts = sum(meta.source == "student" for meta in watch.metas)
+    slowest, alone_s = max(_alone(config, watch.work, steps).items(), key=lambda each: each[1])
+    number = watch.work["rollouts"]
     return {
         "generators": generators,
         "rollouts_per_call": per_call,
         "max_staleness": max_staleness,
-        "device_second_s": second_s,
-        "rollouts_per_s": rollouts / wall,
-        "driver_ms_per_rollout": cpu / rollouts * 1000,
-        "loop_ms_per_rollout": thread / rollouts * 1000,
-        "driver_cores": cpu / wall,
-        "calls_per_rollout": calls / rollouts,
+        "times_as_fast": 1 / second_s,
+        "rollouts_per_s": number / wall,
+        "rollouts_per_device_s": number / wall * second_s,
+        "driver_ms_per_rollout": cpu / number * 1000,
+        "loop_ms_per_rollout": thread / number * 1000,
+        "calls_per_rollout": calls / number,
         "slowest_room": slowest,
-        "share_of_ideal": device_s * second_s / wall,
+        "share_of_ideal": alone_s * second_s / wall,
+        **{f"{phase}_s_per_step": seconds / steps for phase, seconds in watch.times.items()},
     }
 
 
-def _alone(config: Config, metas: Sequence[RolloutMeta], steps: int) -> dict[str, float]:
-    """Seconds of devices that each room would take for these rollouts, never waiting for another."""
-    students = [meta for meta in metas if meta.source == "student"]
-    generated = sum(meta.num_response_tokens for meta in students)
-    read = sum(meta.num_tokens for meta in students)
-    trained = sum(meta.num_tokens for meta in metas)
-    rooms = {"generate": generated * TOKEN_S / AT_ONCE / config.rollout.num_generators}
-    rooms |= {role: read / SCORED_PER_S / scorer.num_actors for role, scorer in config.scorers.items()}
-    return rooms | {"learn": trained / TRAINED_PER_S / config.learner.num_ranks + steps * BROADCAST_S}
+def _alone(config: Config, work: Counter[str], steps: int) -> dict[str, float]:
+    """Seconds of devices that each room would take for this work, never waiting for another."""
+    generators = config.rollout.num_generators
+    return {
+        "generate": work["generate"] * TOKEN_S / AT_ONCE / generators,
+        "score": work["score"] / SCORED_PER_S / config.teacher.num_actors,
+        "learn": work["learn"] / TRAINED_PER_S / generators + steps * BROADCAST_S,
+    }
 
 
 def _mean_length() -> float:
@@ -513,10 +298,10 @@ def _mean_length() -> float:
 @click.command()
 @click.argument("parts", nargs=-1, type=click.Choice(PARTS))
 @click.option("--generators", default="8,64,256", show_default=True, help="How many, one loop after the other.")
-@click.option("--per-call", default="32", show_default=True, help="Rollouts a call.")
+@click.option("--per-call", default="8", show_default=True, help="Rollouts a call, one loop after the other.")
 @click.option("--staleness", default="0,1,2,4", show_default=True, help="Values of buffer.max_staleness.")
-@click.option("--rate", default=2000.0, show_default=True, help="Most rollouts a second that the devices may bring.")
-@click.option("--steps", default=6, show_default=True, help="Steps that are measured of each loop.")
+@click.option("--rate", default=800.0, show_default=True, help="Rollouts a second that devices may bring at most.")
+@click.option("--steps", default=4, show_default=True, help="Steps of a loop that are measured.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what was measured to this file.")
 def main(
     parts: tuple[str, ...],
@@ -528,23 +313,50 @@ def main(
     json_file: Path | None,
 ) -> None:
     """Measures the runtime without models."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    if "bookkeeping" in (parts or PARTS):
-        found["bookkeeping"] = bookkeeping(steps)
+    wanted, found = parts or PARTS, {}
+    if "bookkeeping" in wanted:
+        found["bookkeeping"] = [bookkeeping(number, steps) for number in (8, 256)]
+        for row in found["bookkeeping"]:
+            click.echo(f"bookkeeping: {row['rollouts_per_s']:,.0f} rollouts/s in steps of {row['rollouts_per_step']:,}")
     with cluster():
-        if "generators" in (parts or PARTS):
-            found["generators"] = [
-                loop(number, calls, 4, steps, rate) for number in _numbers(generators) for calls in _numbers(per_call)
-            ]
-        if "staleness" in (parts or PARTS):
-            found["staleness"] = [loop(8, 32, 3, steps, rate, bound) for bound in _numbers(staleness)]
-    for part, rows in found.items():
-        table = Table(*rows[0], title=part, title_justify="left")
-        for row in rows:
-            table.add_row(*(f"{value:,.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-        Console().print(table)
+        if "generators" in wanted:
+            settings = [(number, calls) for number in _numbers(generators) for calls in _numbers(per_call)]
+            found["generators"] = [loop(*setting, steps, rate) for setting in settings]
+        if "staleness" in wanted:
+            bounds = _numbers(staleness)
+            found["staleness"] = [loop(8, _numbers(per_call)[0], steps, rate, bound) for bound in bounds]
+    for part in ("generators", "staleness"):
+        if rows := found.get(part):
+            _show(part, rows)
     if json_file:
         json_file.write_text(json.dumps(found, indent=2))
+
+
+def _show(part: str, rows: list[dict[str, Any]]) -> None:
+    heads = ("rollouts a call", "staleness", "rollouts/s", "driver ms a rollout (loop)", "Ray calls a rollout")
+    table = Table(
+        "generators", *heads, "share of the ideal", "× the first row's pace", title=part, title_justify="left"
+    )
+    for row in rows:
+        table.add_row(
+            f"{row['generators']:,}",
+            str(row["rollouts_per_call"]),
+            str(row["max_staleness"]),
+            f"{row['rollouts_per_s']:,.0f}",
+            f"{row['driver_ms_per_rollout']:.2f} ({row['loop_ms_per_rollout']:.2f})",
+            f"{row['calls_per_rollout']:.2f}",
+            f"{row['share_of_ideal']:.2f} ({row['slowest_room']})",
+            f"{row['rollouts_per_device_s'] / rows[0]['rollouts_per_device_s']:.2f}",
+        )
+    Console().print(table)
+    if part == "generators":
+        most = rows[-1]
+        brought = ON_PAPER * AT_ONCE / (_mean_length() * TOKEN_S)
+        click.echo(
+            f"on paper: {ON_PAPER:,} generators bring {brought:,.0f} rollouts a second of devices, which keep "
+            f"{brought * most['driver_ms_per_rollout'] / 1000:.2f} cores of the driver busy, its event loop for "
+            f"{brought * most['loop_ms_per_rollout'] / 1000:.2f} of the time"
+        )
 
 
 def _numbers(listed: str) -> list[int]:

@@ -80,16 +80,30 @@ def _split(longest_first: Sequence[Entry], max_tokens: int, packing: bool) -> li
 
     Packed there is room for tokens; padded for rows, which are as long as the first of their micro-batch.
     """
+    if packing:
+        return _packed(longest_first, max_tokens)
     batches: list[list[Entry]] = []
-    room: list[int] = []
+    most = 0
     for entry in longest_first:
-        tokens = entry.meta.num_tokens
-        needs = tokens if packing else 1
-        fit = next((index for index, left in enumerate(room) if left >= needs), None)
-        if fit is None:
-            fit = len(batches)
+        if not batches or len(batches[-1]) == most:
             batches.append([])
-            room.append(max(needs, max_tokens if packing else max_tokens // tokens))
-        batches[fit].append(entry)
-        room[fit] -= needs
+            most = max(1, max_tokens // entry.meta.num_tokens)
+        batches[-1].append(entry)
     return batches
+
+
+def _packed(longest_first: Sequence[Entry], max_tokens: int) -> list[list[Entry]]:
+    """Finds the first micro-batch with room in a tree: looked for one by one, 20,000 rollouts took seconds."""
+    most = 1 << max(0, len(longest_first) - 1).bit_length()
+    batches: list[list[Entry]] = [[] for _ in range(most)]
+    room = [max_tokens] * (2 * most)  # the batches' at most + their number; half way up, the larger one of two
+    for entry in longest_first:
+        needs, at = min(entry.meta.num_tokens, max_tokens), 1
+        while at < most:
+            at = 2 * at if room[2 * at] >= needs else 2 * at + 1
+        batches[at - most].append(entry)
+        room[at] -= needs
+        while at > 1:
+            at //= 2
+            room[at] = max(room[2 * at], room[2 * at + 1])
+    return [batch for batch in batches if batch]

@@ -265,8 +265,9 @@ class RolloutConfig:
 
     @property
     def calls_at_once(self) -> int:
-        """Calls whose responses one engine runs at once."""
-        return -(-self.max_num_seqs // (self.prompts_per_call * max(1, self.responses_per_prompt)))
+        """Calls whose responses keep one engine full. A call lasts as long as its longest response, and half of its
+        places are free for most of that time: with as many calls as just fill them, engines were a quarter empty."""
+        return -(-2 * self.max_num_seqs // (self.prompts_per_call * max(1, self.responses_per_prompt)))
 
     def budget(self, step: int) -> int:
         """Length budget of the responses that a 0-based step trains on."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import dataclasses
+import heapq
+import random
 import time
 from itertools import chain
 from types import SimpleNamespace
@@ -191,13 +193,54 @@ def test_without_anybody_who_replaces_those_that_wait_learn_that_nobody_is_left(
 @pytest.mark.parametrize(
     ("changes", "calls"),
     [
-        ({"max_num_seqs": 64, "prompts_per_call": 8, "responses_per_prompt": 4}, 2),
-        ({"max_num_seqs": 64, "prompts_per_call": 10, "responses_per_prompt": 1}, 7),
+        ({"max_num_seqs": 64, "prompts_per_call": 8, "responses_per_prompt": 4}, 4),
+        ({"max_num_seqs": 64, "prompts_per_call": 10, "responses_per_prompt": 1}, 13),
         ({"max_num_seqs": 8, "prompts_per_call": 32, "responses_per_prompt": 8}, 1),
     ],
 )
 def test_a_generator_works_on_as_many_calls_as_fill_its_engine(changes, calls):
     assert from_dict({"rollout": changes}).rollout.calls_at_once == calls
+
+
+class Engine:
+    """Runs eight responses at once, in the order of the calls; a call ends with its last one."""
+
+    def __init__(self, actor):
+        self._free = [0.0] * 8
+
+    def node(self):
+        return "node"
+
+    async def work(self, lengths):
+        ends = 0.0
+        for seconds in lengths:
+            ended = max(time.monotonic(), heapq.heappop(self._free)) + seconds
+            heapq.heappush(self._free, ended)
+            ends = max(ends, ended)
+        await asyncio.sleep(ends - time.monotonic())
+        return None, None
+
+
+@pytest.mark.parametrize("per_call", [1, 4, 8, 32])
+def test_long_responses_leave_no_engine_empty(per_call):
+    """The bug: a call counted as all of its responses until the longest had ended. With calls that just fill an engine
+    a quarter of its places were empty, whatever the number of slots."""
+    rollout = from_dict({"rollout": {"max_num_seqs": 8, "prompts_per_call": per_call}}).rollout
+    rng = random.Random(0)
+
+    async def scenario():
+        world = World()
+        spawn = world.spawning("generator", Engine)
+        pool = Pool("generate", spawn, PoolSize.fixed(2), 600.0, calls_at_once=rollout.calls_at_once)
+        await pool.up(600)
+        lengths = [min(164.0, rng.lognormvariate(3.4, 0.8)) for _ in range(4096)]
+        began = time.monotonic()
+        await asyncio.gather(
+            *(pool.call("work", lengths[at : at + per_call]) for at in range(0, len(lengths), per_call))
+        )
+        assert sum(lengths) / 16 > 0.92 * (time.monotonic() - began)
+
+    fake_ray.run(scenario())
 
 
 def test_a_run_in_rooms_of_another_fills_the_engines_with_its_own_calls():
@@ -207,7 +250,7 @@ def test_a_run_in_rooms_of_another_fills_the_engines_with_its_own_calls():
         made = await make_pipeline(rollout={"prompts_per_call": 64, "responses_per_prompt": 1})
         rollout = dataclasses.replace(made.config.rollout, prompts_per_call=8)
         await launch.begin(dataclasses.replace(made.config, rollout=rollout), made.rooms, (0,))
-        assert (made.config.rollout.calls_at_once, made.rooms.generators.calls_at_once) == (1, 8)
+        assert (made.config.rollout.calls_at_once, made.rooms.generators.calls_at_once) == (2, 16)
 
     fake_ray.run(scenario())
 
