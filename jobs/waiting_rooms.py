@@ -132,7 +132,7 @@ class Scorers(Host):
 
 
 class Ranks(Host):
-    """Each fetches its share of every step."""
+    """They share the work of as many as there would be, and fetch what one of those would of one micro-batch."""
 
     def __init__(self, second_s: float, tokens_per_s: float) -> None:
         super().__init__(second_s)
@@ -149,8 +149,9 @@ class Ranks(Host):
 
     async def train_step(self, seat: int, plan: StepPlan) -> StepOutcome:
         began, entries = time.monotonic(), [entry for batch in plan.micro_batches for entry in batch]
-        payloads = {ref for entry in entries for ref in (entry.rollouts, *entry.scores.values())}
-        await asyncio.gather(*payloads)
+        await asyncio.gather(
+            *(ref for entry in plan.micro_batches[0] for ref in (entry.rollouts, *entry.scores.values()))
+        )
         takes = sum(entry.meta.num_tokens for entry in entries) / self._tokens_per_s * self._second_s
         await asyncio.sleep(began + takes - time.monotonic())
         return StepOutcome({"loss": 1.0})
