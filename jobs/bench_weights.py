@@ -101,8 +101,8 @@ def race(megabytes: int, turns: int) -> list[dict[str, Any]]:
 def _timed(members: list[Connection], kind: str) -> tuple[float, list[float]]:
     """Seconds until all are through, and the pauses of each generator meanwhile."""
     began = time.monotonic()
-    pauses = _ask(members, kind)
-    return time.monotonic() - began, pauses[1:]
+    ends, pauses = zip(*_ask(members, kind), strict=True)
+    return max(ends) - began, pauses[1:]
 
 
 def _ask(members: list[Connection], *what: object) -> list[Any]:
@@ -144,14 +144,14 @@ class Sender:
     def generate(self, rows: int) -> None:
         pass
 
-    def bare(self) -> float:
-        """Seconds that it stood still in steps: a sender takes none."""
+    def bare(self) -> tuple[float, float]:
+        """When it was through, and seconds between steps: a sender takes none."""
         self._bare.broadcast([self._flat], dist.BroadcastOptions()).wait()
-        return 0.0
+        return time.monotonic(), 0.0
 
-    def sync(self) -> float:
+    def sync(self) -> tuple[float, float]:
         self._take(replace(self._manifest, version=next(self._versions)))
-        return 0.0
+        return time.monotonic(), 0.0
 
     def _connect(self) -> None:
         self._transfer = WeightTransfer()
@@ -188,19 +188,25 @@ class Generator(Sender):
     def generate(self, rows: int) -> None:
         """Has so many responses under way from now on."""
         self._engine.abandon().result()
+        self._rows = rows
         for row in range(rows):
             sampling = SamplingSettings(1.0, 1.0, 10**6, stop_token_ids=())
             self._engine.submit(GenerationRequest(str(row), tuple(range(24)), row, sampling))
-        while rows and len(self._steps) < 8:
-            time.sleep(0.1)
+        self._see_step(time.monotonic())
 
-    def sync(self) -> float:
-        """Seconds between steps beyond the median."""
+    def sync(self) -> tuple[float, float]:
+        """When it was through, and seconds between steps beyond the median."""
         began = time.monotonic()
-        super().sync()
+        ended, _ = super().sync()
+        self._see_step(ended)
         gaps = [(start, start - end) for (_, end), (start, _) in pairwise(list(self._steps))]
         usual = median(gap for _, gap in gaps) if gaps else 0.0
-        return sum(gap - usual for start, gap in gaps if start > began)
+        return ended, sum(gap - usual for start, gap in gaps if start > began)
+
+    def _see_step(self, after: float) -> None:
+        """Waits for one that begins then or later."""
+        while self._rows and not (self._steps and self._steps[-1][0] >= after):
+            time.sleep(0.01)
 
     def _take(self, manifest: Any) -> None:
         self._engine.update(manifest, "keep").result()

@@ -11,6 +11,7 @@ from opd_ray.config import ScorerConfig
 from opd_ray.errors import RunError, WeightSyncError
 from opd_ray.messages import TransferGroup, WeightManifest
 from opd_ray.rooms import spans
+from opd_ray.weights.beside import Memory, own_stream
 from opd_ray.weights.manifest import check_fits, differing
 from opd_ray.weights.transfer import WeightTransfer
 
@@ -29,7 +30,7 @@ class Follower:
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], rule: ScorerConfig) -> None:
         """``parameters``: the model's, tied ones under each of their names."""
-        self._transfer = WeightTransfer()
+        self._transfer, self._memory = WeightTransfer(), Memory()
         self.follow(parameters, rule)
 
     def follow(self, parameters: Mapping[str, torch.nn.Parameter], rule: ScorerConfig) -> None:
@@ -37,7 +38,9 @@ class Follower:
         self._parameters, self._rule = dict(parameters), rule
         self.version = 0
         self.whole = True
-        """Are its weights those of one version? Not after an update that failed half way, until one succeeds."""
+        """Are its weights those of one version? Not after an installation that failed half way, until one succeeds."""
+        self._received: tuple[int, dict[str, torch.Tensor]] = 0, {}
+        """A version, and the weights of it that count."""
         # Steps of an average are below the resolution of bfloat16, so it is kept in float32 beside such a model.
         self._averages = {
             name: parameter.data if parameter.dtype == torch.float32 else parameter.data.float()
@@ -49,21 +52,25 @@ class Follower:
         """Joins the group that weights are broadcast in."""
         self._transfer.connect(group)
 
+    @torch.no_grad()
+    def receive(self, manifest: WeightManifest) -> None:
+        """Takes one broadcast in, beside the weights in use, in another thread: one that breaks off changes nothing.
+        Raises WeightSyncError for another architecture's, or one older than what is held."""
+        self._check(manifest)
+        own, counts = self._own(), self._share_kept(manifest.version) != 1.0
+        with own_stream(next(iter(own.values())).device):
+            received = self._transfer.receive_whole(manifest, self._memory if counts else None)
+            self._received = manifest.version, {name: each for name, each in received if counts and name in own}
+
     @spans.spanned("broadcast")
     @torch.no_grad()
-    def update(self, manifest: WeightManifest) -> None:
-        """Receives one broadcast. Raises WeightSyncError for another architecture's, or one older than what is held."""
-        self._check(manifest)
-        received, own = self._transfer.receive_whole(manifest), self._own()
-        keep = self._share_kept(manifest.version)
-        if 0.0 < keep < 1.0:
-            # All or nothing: a broadcast that breaks off is repeated, and an average must not take it in twice.
-            received = list(received)
-        for name, tensor in received:
-            if name in own and keep != 1.0:
-                self.whole = False
-                self._blend(name, tensor, keep)
-        self.version, self.whole = manifest.version, self.whole or keep != 1.0
+    def install(self) -> None:
+        """Does what the rule says with what was received last."""
+        (version, weights), keep = self._received, self._share_kept(self._received[0])
+        for name, tensor in weights.items():
+            self.whole = False
+            self._blend(name, tensor, keep)
+        self.version, self.whole = version, self.whole or keep != 1.0
 
     @spans.spanned("snapshot")
     def snapshot(self) -> tuple[dict[str, int], dict[str, np.ndarray]]:

@@ -25,6 +25,7 @@ from opd_ray.messages import (
 from opd_ray.rooms import logs, spans
 from opd_ray.rooms.memory import own_memory
 from opd_ray.rooms.node import this_node
+from opd_ray.rooms.threads import in_thread
 from opd_ray.score.engine import Rollout, Scores, ScoringEngine
 
 if TYPE_CHECKING:
@@ -67,9 +68,10 @@ class Worker:
 
 
 class Scorer:
-    """Scores batches of rollouts (an async Ray actor); a weight update goes ahead of the batches that wait.
+    """Scores batches of rollouts (an async Ray actor); new weights come in beside them, and are installed ahead of the
+    batches that wait.
 
-    After an update that failed half way they wait until one succeeds: a part of new weights is nobody's.
+    After an installation that failed half way they wait until one succeeds: a part of new weights is nobody's.
 
     ``make_engine`` builds the engine on ``scorer.path``. One that is a ``member`` of the weight-transfer group takes
     part in every broadcast, whether its run's ``scorer.update`` follows the student or not.
@@ -79,6 +81,8 @@ class Scorer:
         self._worker = Worker(make_engine)
         self._engine = self._worker.engine
         self._scorer = scorer
+        self._receiving = asyncio.Lock()
+        """Held by whoever joins a group, takes a broadcast in or changes what it is for."""
         self._follower: Follower | None = None
         if member:  # torch is loaded by those that need it
             from opd_ray.score.follower import Follower
@@ -97,7 +101,8 @@ class Scorer:
 
     async def begin(self, scorer: ScorerConfig) -> None:
         """Another run: its checkpoint, unless that is at hand and unchanged, and its way to follow the student."""
-        await self._worker.call(self._begin, scorer, urgent=True)
+        async with self._receiving:
+            await self._worker.call(self._begin, scorer, urgent=True)
 
     async def score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[int, pa.RecordBatch]:
         """Returns the number of response tokens scored, and a row of SCORE_SCHEMA per rollout.
@@ -112,12 +117,15 @@ class Scorer:
 
     async def connect(self, group: TransferGroup) -> None:
         """Joins the group that weights are broadcast in."""
-        await self._worker.call(self._following().connect, group, urgent=True)
+        async with self._receiving:
+            await in_thread(self._following().connect, group)
         _log.info("joined the weight-transfer group of %d as rank %d", group.world_size, group.rank)
 
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Receives one broadcast, and does with it what ``update`` says."""
-        await self._worker.call(self._following().update, manifest, urgent=True)
+        async with self._receiving:
+            await in_thread(self._following().receive, manifest)
+            await self._worker.call(self._following().install, urgent=True)
         logs.at(version=manifest.version)
         _log.info("follows weights of version %d", manifest.version)
 

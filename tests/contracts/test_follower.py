@@ -46,9 +46,10 @@ class Followed:
 
     def _send(self, weights: list[tuple[str, torch.Tensor]], manifest: WeightManifest) -> None:
         with ThreadPoolExecutor(1) as thread:
-            received = thread.submit(self.follower.update, manifest)
+            received = thread.submit(self.follower.receive, manifest)
             self.transfer.send(manifest, weights)
             received.result()
+        self.follower.install()
 
     def train(self, version: int) -> Weights:
         """Moves the student, broadcasts it, and returns its weights in float64."""
@@ -202,7 +203,7 @@ def test_going_back_needs_the_weights_of_then(path: Path) -> None:
     held, then = followed.held(), read_only(followed.follower.snapshot())
     followed.train(2)
     with pytest.raises(WeightSyncError, match="holds version 2, but version 1 was sent; restore its weights"):
-        followed.follower.update(manifest_of(weights_of(followed.student), 1))
+        followed.follower.receive(manifest_of(weights_of(followed.student), 1))
     followed.follower.restore(*then)
     assert followed.follower.version == 1
     assert_same(followed.held(), held, atol=0)
@@ -213,10 +214,10 @@ def test_another_architecture_is_refused(path: Path) -> None:
     followed = follow(path, "average")
     weights = weights_of(followed.student)
     with pytest.raises(WeightSyncError, match=r"broadcast of version 1 .*: model\.embed_tokens\.weight is missing;"):
-        followed.follower.update(manifest_of(weights[1:], 1))
+        followed.follower.receive(manifest_of(weights[1:], 1))
     wider = [(name, torch.zeros(3, 3) if name == "model.norm.weight" else weight) for name, weight in weights]
     with pytest.raises(WeightSyncError, match=r"model\.norm\.weight is \[3, 3\] instead of \[64\]"):
-        followed.follower.update(manifest_of(wider, 1))
+        followed.follower.receive(manifest_of(wider, 1))
 
 
 def test_a_snapshot_of_another_model_is_refused_and_changes_nothing(path: Path) -> None:

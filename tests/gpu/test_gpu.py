@@ -132,7 +132,8 @@ def test_a_scorer_on_the_device_follows_the_learner(learner, tiny_model):
     engine = TorchScoringEngine(path=str(tiny_model["tied"]), dtype="bfloat16", device="cuda")
     before = {name: parameter.detach().double().cpu() for name, parameter in engine.parameters().items()}
     follower = Follower(engine.parameters(), AVERAGE)
-    manifest = broadcast(learner, follower.connect, follower.update, 1)
+    manifest = broadcast(learner, follower.connect, follower.receive, 1)
+    follower.install()
     sent = sent_by(learner)
     for name, parameter in engine.parameters().items():
         expected = 0.5 * before[name] + 0.5 * sent[name].double().cpu()

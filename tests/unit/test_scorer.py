@@ -151,7 +151,7 @@ def test_an_error_of_the_engine_reaches_its_caller_and_the_next_call_works():
     assert score(scorer, rollouts((2, 3)))[0] == 3
 
 
-def test_a_weight_update_goes_ahead_of_the_batches_that_wait():
+def test_new_weights_come_in_beside_a_batch_and_are_installed_ahead_of_those_that_wait():
     order, busy, may_go_on = [], threading.Event(), threading.Event()
 
     class Slow(Recording):
@@ -163,27 +163,30 @@ def test_a_weight_update_goes_ahead_of_the_batches_that_wait():
 
     async def scenario():
         scorer, _ = make(Slow(), replace(CONFIG, update="periodic"), member=True)
-        scorer._follower.update = lambda manifest: order.append(f"update {manifest.version}")
+        scorer._follower.receive = lambda manifest: order.append(f"receive {manifest.version}")
+        scorer._follower.install = lambda: order.append("install")
         batches = [asyncio.create_task(scorer.score(rollouts((2, 3)), ScoreRequest())) for _ in range(3)]
         assert await asyncio.to_thread(busy.wait, 10)
         update = asyncio.create_task(scorer.update_weights(NOTHING))
-        await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            while not scorer._worker._num_urgent:  # it came in, and waits for the batch
+                await asyncio.sleep(0.001)
         may_go_on.set()
         await asyncio.gather(update, *batches)
 
     asyncio.run(scenario())
-    assert order == ["score 0", "update 0", "score 2", "score 3"]
+    assert order == ["score 0", "receive 0", "install", "score 3", "score 4"]
 
 
 class TestHalfUpdated:
-    """The bug: after a broadcast that broke off, a scorer scored with weights of which a part were the next ones."""
+    """The bug: after an update that broke off, a scorer scored with weights of which a part were the next ones."""
 
     WEIGHTS = WeightManifest(1, ("a", "b"), ("float32", "float32"), ((2,), (2,)))
 
     def scorer(self):
-        """One that follows two parameters, of which the first broadcast brings only one."""
+        """One that follows two parameters; the first broadcast brings only one, the second is installed half."""
         parameters = {name: torch.nn.Parameter(torch.zeros(2)) for name in "ab"}
-        breaks = [True]
+        receives, installs = [True, False, False], [True, False]
 
         class Follows(Recording):
             def parameters(self):
@@ -195,18 +198,34 @@ class TestHalfUpdated:
 
         def receive(manifest, memory=None):
             yield "a", torch.ones(2)
-            if breaks and breaks.pop():
+            if receives.pop(0):
                 raise WeightSyncError("no sign of life")
             yield "b", torch.ones(2)
 
+        def blend(name, tensor, keep):
+            if name == "b" and installs.pop(0):
+                raise RuntimeError("out of memory")
+            parameters[name].data.copy_(tensor)
+
         seen = []
         scorer, engine = make(Follows(), replace(CONFIG, update="periodic", update_every_steps=1), member=True)
-        scorer._follower._transfer.receive = receive
+        scorer._follower._transfer.receive, scorer._follower._blend = receive, blend
         return scorer, engine, seen
 
     async def broken(self, scorer):
-        with pytest.raises(WeightSyncError):
-            await scorer.update_weights(self.WEIGHTS)
+        for error in WeightSyncError, RuntimeError:
+            with pytest.raises(error):
+                await scorer.update_weights(self.WEIGHTS)
+
+    def test_a_broadcast_that_broke_off_changes_nothing(self):
+        async def scenario():
+            scorer, _, seen = self.scorer()
+            with pytest.raises(WeightSyncError):
+                await scorer.update_weights(self.WEIGHTS)
+            await asyncio.wait_for(scorer.score(rollouts((2, 3)), ScoreRequest()), 10)
+            assert seen == [[0.0, 0.0]]
+
+        asyncio.run(scenario())
 
     def test_batches_wait_until_an_update_succeeds(self):
         async def scenario():
