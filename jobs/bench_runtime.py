@@ -333,10 +333,8 @@ def main(
 
 
 def _show(part: str, rows: list[dict[str, Any]]) -> None:
-    heads = ("rollouts a call", "staleness", "rollouts/s", "driver ms a rollout (loop)", "Ray calls a rollout")
-    table = Table(
-        "generators", *heads, "share of the ideal", "× the first row's pace", title=part, title_justify="left"
-    )
+    heads = ("generators", "a call", "staleness", "rollouts/s", "driver ms (loop)", "Ray calls", "of the ideal", "pace")
+    table = Table(*heads, title=f"{part}: each rollout's, and the pace beside the first row's", title_justify="left")
     for row in rows:
         table.add_row(
             f"{row['generators']:,}",

@@ -145,9 +145,10 @@ class Pool(Room):
             while True:
                 if self.on_loss is None and not self.members:
                     raise ActorError(f"{self.room}: no worker is left; the last was lost: {self.last_loss}")
-                free = [member for member in self.those("ready") if member.num_calls < _AHEAD * self.calls_at_once]
-                if free and self._waiting[0] is turn:
-                    return min(free, key=lambda each: each.num_calls)
+                if self._waiting[0] is turn and (ready := self.those("ready")):  # who is behind looks at nobody
+                    least = min(ready, key=lambda each: each.num_calls)
+                    if least.num_calls < _AHEAD * self.calls_at_once:
+                        return least
                 turn.clear()
                 await turn.wait()
         finally:
