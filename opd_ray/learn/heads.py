@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from opd_ray.errors import InputError
-from opd_ray.learn.attention import check_packing, row_bounds
+from opd_ray.models.attention import row_bounds, seen_across
 from opd_ray.models.heads import LogitTransform, checked_transform
 
 LossOfRows = Callable[[int, torch.Tensor], torch.Tensor]
@@ -111,8 +111,8 @@ class ResponseModel(torch.nn.Module):
                 "linear layer; use an architecture with a plain lm_head"
             )
         transform = checked_transform(causal_lm, "student")
-        if packing:
-            check_packing(causal_lm)
+        if packing and (seen := seen_across(causal_lm)):
+            raise InputError(f"learner.packing: {seen}; set learner.packing=false")
         head.__class__ = ResponseHead
         head.transform = transform
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from opd_ray.config import LearnerConfig
-from opd_ray.learn.attention import implementation
 from opd_ray.learn.microbatch import disable_dropout
+from opd_ray.models.attention import implementation
 from opd_ray.models.checkpoints import load_causal_lm
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

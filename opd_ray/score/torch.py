@@ -1,4 +1,4 @@
-"""ScoringEngine as one padded forward pass of a transformers model per batch. Runs on CPUs and on CUDA."""
+"""ScoringEngine as one forward pass of a transformers model per batch: packed on CPUs, padded on CUDA."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from opd_ray.messages import ScoreRequest
+from opd_ray.models.attention import can_pack, row_bounds
 from opd_ray.models.checkpoints import load_model
 from opd_ray.models.heads import checked_transform
 from opd_ray.models.inputs import lay_out
@@ -31,7 +32,7 @@ class TorchScoringEngine:
         max_batch_tokens: int = 8192,
         logits_bytes: int = _LOGITS_BYTES,
     ) -> None:
-        """``max_batch_tokens`` bounds rows × longest row of one pass; ``device`` defaults to a GPU if there is one.
+        """``max_batch_tokens`` bounds the positions of one pass; ``device`` defaults to a GPU if there is one.
 
         Raises InputError for a model that does something unknown to its logits behind the output layer.
         """
@@ -45,6 +46,7 @@ class TorchScoringEngine:
         self._head = self._model.get_output_embeddings()
         self._vocab_size = self._head.weight.shape[0]
         self._transform = checked_transform(self._model, path)
+        self._packs = can_pack(self._model)
 
     @property
     def device(self) -> torch.device:
@@ -73,23 +75,32 @@ class TorchScoringEngine:
             )
 
     def _batches(self, sequences: Sequence[Rollout]) -> Iterator[list[int]]:
-        """Indices of ``sequences``, longest first, in groups whose padded size keeps to the bound."""
+        """Indices of ``sequences``, longest first, in groups whose size as a pass has it keeps to the bound."""
         lengths = [len(sequence.prompt_tokens) + len(sequence.response_tokens) for sequence in sequences]
-        order = sorted(range(len(sequences)), key=lambda index: -lengths[index])
-        while order:
-            num_rows = max(1, self._max_batch_tokens // max(1, lengths[order[0]]))
-            yield order[:num_rows]
-            order = order[num_rows:]
+        batch: list[int] = []
+        size = 0
+        for index in sorted(range(len(sequences)), key=lambda index: -lengths[index]):
+            more = lengths[index if self._packs or not batch else batch[0]]
+            if batch and size + more > self._max_batch_tokens:
+                yield batch
+                batch, size, more = [], 0, lengths[index]
+            batch.append(index)
+            size += more
+        if batch:
+            yield batch
 
     def _score_batch(self, rows: list[Rollout], request: ScoreRequest) -> list[Scores]:
         lengths = [len(row.response_tokens) for row in rows]
         tokens = np.concatenate([row.response_tokens for row in rows])
         given = np.concatenate([row.given_ids for row in rows]) if request.given else np.empty((len(tokens), 0))
         columns = [torch.from_numpy(ids.astype(np.int64)).to(self.device) for ids in (tokens, given)]
-        laid = lay_out([row.prompt_tokens for row in rows], [row.response_tokens for row in rows])
-        input_ids, index = laid[0].to(self.device), laid[2].to(self.device)
-        body = self._model.base_model(input_ids=input_ids, use_cache=False)
-        hidden = body.last_hidden_state.flatten(0, 1).index_select(0, index)
+        parts = [row.prompt_tokens for row in rows], [row.response_tokens for row in rows]
+        input_ids, positions, index = lay_out(*parts, packing=self._packs)
+        packed = {}
+        if self._packs:
+            packed = {"position_ids": positions, **row_bounds(positions, self._model.config._attn_implementation)}
+        body = self._model.base_model(input_ids=input_ids.to(self.device), use_cache=False, **packed)
+        hidden = body.last_hidden_state.flatten(0, 1).index_select(0, index.to(self.device))
         size = max(1, self._logits_bytes // (4 * self._vocab_size))
         chunks = []
         for start in range(0, max(1, len(tokens)), size):

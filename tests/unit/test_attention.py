@@ -14,8 +14,8 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3Fo
 
 from opd_ray.config import from_dict
 from opd_ray.errors import InputError
-from opd_ray.learn import attention
 from opd_ray.learn.heads import ResponseModel
+from opd_ray.models import attention
 from opd_ray.models.inputs import lay_out
 
 SIZES: dict[str, Any] = {

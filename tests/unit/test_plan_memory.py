@@ -198,7 +198,7 @@ def test_a_loss_in_pieces_holds_one_piece_and_the_output_layers_gradient() -> No
 
 
 def test_packed_rows_take_what_padded_ones_of_as_many_tokens_do() -> None:
-    """There is no mask of every position against every other (opd_ray.learn.attention)."""
+    """There is no mask of every position against every other (opd_ray.models.attention)."""
     step = flow.Step({"student": 1000}, 8, 8)
     packed, padded = (made(f"learner.packing={packing}").learner for packing in (True, False))
     assert memory.activation_bytes(packed, TINY, step) == memory.activation_bytes(padded, TINY, step)

@@ -1,4 +1,4 @@
-"""Attention of the learner, and what keeps the sequences of a packed row apart in it.
+"""Attention of packed rows, and what keeps their sequences apart in it.
 
 transformers tells them apart by a mask of every position against every other: 512 MiB for 16 thousand tokens in
 bfloat16, 8 GiB for 64 thousand, and on CPUs three times the time of padded rows. Here sequences of about one length are
@@ -9,12 +9,14 @@ call for all of them and without padding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from opd_ray.config import LearnerConfig
-from opd_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PACKED, _FLASH = "opd_ray_packed", "flash_attention_2"
 _MOST_PADDED = 4096
@@ -33,6 +35,21 @@ def implementation(learner: LearnerConfig, device: torch.device) -> str:
         return _FLASH
     AttentionInterface.register(_PACKED, _apart)
     return _PACKED if learner.packing else "sdpa"
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Has a frozen model on a CPU take packed rows, if it keeps their sequences apart then."""
+    from transformers import AttentionInterface
+
+    was = model.config._attn_implementation
+    if was != "sdpa" or model.device.type != "cpu":
+        return False
+    AttentionInterface.register(_PACKED, _apart)
+    model.set_attn_implementation(_PACKED)
+    if seen_across(model) is None:
+        return True
+    model.set_attn_implementation(was)
+    return False
 
 
 def row_bounds(position_ids: torch.Tensor, implementation: str) -> dict[str, Any]:
@@ -107,9 +124,9 @@ class _Rows(torch.autograd.Function):
 
 
 @torch.no_grad()
-def check_packing(causal_lm: Any) -> None:
-    """Raises InputError where two sequences in a row see each other: the architecture keeps their bounds from its
-    attention, or has layers besides it that pass on what stood before."""
+def seen_across(causal_lm: Any) -> str | None:
+    """Says so where two sequences in a row see each other: the architecture keeps their bounds from its attention, or
+    has layers besides it that pass on what stood before."""
     body, used = causal_lm.base_model, causal_lm.config._attn_implementation
     head = causal_lm.get_output_embeddings()
     alone = torch.arange(8, device=head.weight.device)[None] % head.out_features
@@ -117,11 +134,12 @@ def check_packing(causal_lm: Any) -> None:
     packed = body(input_ids=alone, position_ids=position_ids, use_cache=False, **row_bounds(position_ids, used))
     second = body(input_ids=alone[:, 4:], use_cache=False).last_hidden_state.float()
     difference = float((packed.last_hidden_state[:, 4:].float() - second).abs().max())
-    if not difference <= _TOLERANCE[head.weight.dtype] * max(1.0, float(second.abs().max())):
-        raise InputError(
-            f"learner.packing: sequences in one row see each other in {type(causal_lm).__name__} (states differ by "
-            f"{difference:.2g} from those of the sequence alone); set learner.packing=false"
-        )
+    if difference <= _TOLERANCE[head.weight.dtype] * max(1.0, float(second.abs().max())):
+        return None
+    return (
+        f"sequences in one row see each other in {type(causal_lm).__name__} (states differ by {difference:.2g} from "
+        "those of the sequence alone)"
+    )
 
 
 def _apart(
