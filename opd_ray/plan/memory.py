@@ -194,8 +194,9 @@ def generator(
     """One engine: weights b·P/TP, the key-value cache, and the logits of the responses it runs. On a GPU vLLM takes
     ``gpu_memory_utilization`` of the card, and what the rest leaves of that is cache: here the cache that one response
     of full length needs; broadcasts come into what the share leaves of the card, where that is enough. On a CPU vLLM
-    holds the weights as they are, repacked for its kernels, and those of the next broadcast, and passes the most tokens
-    of a step through the model while it starts: together 3.0 GB of a process with SmolLM2-135M, as measured. The torch
+    holds the weights as they are, repacked for its kernels, and once more while a broadcast is installed, and passes
+    the most tokens of a step through the model while it starts: together 3.0 GB of a process with SmolLM2-135M, as
+    measured; the memory that the next broadcast comes into added half of the weights at 130 M parameters. The torch
     engine has those of the next broadcast as well; its cache has twice the columns of its longest row, and while it
     grows that of before beside it; its sampling holds a logit in 24 bytes."""
     number = rollout.num_generators if room == "generate" else rollout.teacher_generators
@@ -218,7 +219,7 @@ def generator(
         cache = float(rollout.kv_cache_bytes or cache_bytes(token_bytes, max_context_tokens, rollout.max_num_seqs))
         parts |= {
             "key-value cache": cache,
-            "weights repacked and coming in": 2 * weights,
+            "weights repacked and coming in": 2.5 * weights,
             "activations": pass_bytes(model, max(_PREFILLED_TOKENS, max_context_tokens), width),
         }
     return Process(room, number, {"process": float(BASE_BYTES[rollout.engine])} | parts)

@@ -293,6 +293,7 @@ def test_a_teacher_behind_a_url_takes_no_memory_for_its_model(dtype: str) -> Non
     assert "scorers' output layers" not in memory.learner(config, TINY, sizes_for(config), step).parts
 
 
-def test_a_generator_on_a_cpu_holds_its_weights_three_times() -> None:
+def test_a_generator_on_a_cpu_holds_its_weights_several_times() -> None:
     parts = scorers_of("rollout.engine=vllm", "rollout.kv_cache_bytes=5000")["generate"]
-    assert (parts["weights"], parts["weights repacked and coming in"], parts["key-value cache"]) == (4000, 8000, 5000)
+    assert (parts["weights"], parts["weights repacked and coming in"], parts["key-value cache"]) == (4000, 10000, 5000)
+    assert scorers_of("rollout.engine=torch")["generate"]["weights coming in"] == 4000
