@@ -49,8 +49,8 @@ console = Console(width=120)
 _MIB = 2**20
 _SAMPLE_S = 0.002
 _ROLLOUTS, _ROUNDS = 32, 8
-_STUDENTS = {"58 k": (1, 20), "1 M": (2, 1 / EOS_SHARE), "36 M": (4, 1 / EOS_SHARE)}
-"""By parameters: row of the race, and the mean length that responses would have there without a limit."""
+_STUDENTS = {"58 k": (1, 20, 12), "1 M": (2, 1 / EOS_SHARE, 3), "36 M": (4, 1 / EOS_SHARE, 1)}
+"""By parameters: row of the race, the mean length that responses would have there without a limit, steps of a turn."""
 _PROMPT_TOKENS = 16
 _COEFFICIENTS = Coefficients(student=1.0, golden=0.0, teacher=0.0, reference=0.0)
 _VOCABULARY = 151_936
@@ -184,7 +184,7 @@ def _step(size: str, turns: int, answers: Any) -> None:
     tokens, sides = _sides(size)
     losses = {side: take() for side, take in sides.items()}
     seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
-    for _ in range(turns):
+    for _ in range(turns * _STUDENTS[size][2]):
         for side, take in sides.items():
             began, spent = time.perf_counter(), time.process_time()
             take()
@@ -201,7 +201,7 @@ def _sides(size: str) -> tuple[int, dict[str, Callable[[], float]]]:
     from opd_ray.models.heads import load_head
 
     torch.set_num_threads(1)
-    number, mean = _STUDENTS[size]
+    number, mean, _ = _STUDENTS[size]
     row, sides = ROWS[number], {}
     with tempfile.TemporaryDirectory() as directory:
         material = prepare(row, Path(directory))
@@ -457,7 +457,7 @@ def _show_logits() -> list[dict[str, Any]]:
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there.")
 @click.option("--layers", default=28, show_default=True, help="Layers of the model that is loaded.")
 @click.option("--ranks", default=2, show_default=True, help="Learner ranks that load it.")
-@click.option("--turns", default=5, show_default=True, type=click.IntRange(1), help="Steps of each side.")
+@click.option("--turns", default=3, show_default=True, type=click.IntRange(1), help="Turns of the steps.")
 @click.argument("parts", nargs=-1, type=click.Choice(["loading", "packing", "step", "logits"]))
 def main(json_file: Path | None, layers: int, ranks: int, turns: int, parts: tuple[str, ...]) -> None:
     """Measures a learner rank: all of it, or the parts that are named."""

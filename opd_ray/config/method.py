@@ -57,6 +57,11 @@ class TermConfig:
         return self.divergence in _ON_DISTRIBUTIONS or self.entropy_gate is not None
 
     @property
+    def is_plain_reverse_kl(self) -> bool:
+        """Is it the reverse KL and nothing else?"""
+        return self.divergence == "reverse_kl" and self.entropy_gate is None
+
+    @property
     def needs_student_samples(self) -> bool:
         return self.divergence in ON_STUDENT_SAMPLES or (self.on_distributions and self.support == "student_top_k")
 

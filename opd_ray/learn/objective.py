@@ -10,7 +10,7 @@ fits is one piece and keeps its logits for the backward pass. Of a larger one ea
 next one begins, so that besides the model's own activations it holds, for N response tokens,
 
     4·N·(2·H_s + H_t)  bytes   states of the student, their gradient, and the states of full-vocabulary scorers
-    12 · logits_mb     MiB     one piece: logits, log-probs of both models, their products, and gradients of these
+    12 · logits_mb     MiB     one piece at most: logits, log-probs, their products and gradients; 3 for a reverse KL
     8·V·H_s            bytes   the gradient of the output layer, where it is trained, and one piece's share of it
     60·N               bytes   tokens, weights and masks
 

@@ -172,14 +172,13 @@ def loss_bytes(config: Config, sizes: Mapping[str, ModelSize], step: Step) -> fl
 
 
 def _logit_copies(config: Config) -> int:
-    """Of float32 logits at the peak of a backward pass, as measured on 49,152 of them: 3 (logits, log-probs, gradient)
-    of a loss on the sampled token or a top-k, 6 of a KL on the whole vocabulary, 9 of its JSD; one more with a KL to
-    the reference on its top-k, 2 more on the whole vocabulary."""
+    """Of float32 logits at the peak of a backward pass, as measured on 49,152 of them: 3 of a loss on the sampled
+    token or a top-k (logits, and the gradients of two terms) and of the reverse KL on the whole vocabulary, 6 of
+    another KL there or with an entropy gate, 9 of its JSD; one more with a KL to the reference."""
     on_all = [term for term in config.loss.terms.values() if term.used and term.on_distributions]
-    copies = max([3, *(9 if term.divergence == "jsd" else 6 for term in on_all if term.support == "full")])
-    if not config.uses_reference:
-        return copies
-    return copies + (2 if config.loss.reference.estimator == "full" else 1)
+    compared = [term for term in on_all if term.support == "full" and not term.is_plain_reverse_kl]
+    copies = max([3, *(9 if term.divergence == "jsd" else 6 for term in compared)])
+    return copies + int(config.uses_reference)
 
 
 def micro_batch_tokens(settings: LearnerConfig, step: Step) -> float:

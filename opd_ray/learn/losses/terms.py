@@ -79,7 +79,7 @@ def _on_distributions(batch: TokenBatch, term: TermConfig, scored: ScoredTokens,
 
     Entropies are of the outcomes that are compared; their gap is H(student) − H(teacher) (Rethinking OPD, 2604.13016).
     """
-    if (term.divergence, term.support, term.entropy_gate) == ("reverse_kl", "full", None):
+    if term.support == "full" and term.is_plain_reverse_kl:
         values, own, teachers = reverse_kl(batch.logits, *states_of(scored, head), batch.stop_token_ids)
         return TokenLoss(values, {"entropy_gap": own - teachers})
     outcomes = compare(batch, scored, term.support, term.tail, head)
