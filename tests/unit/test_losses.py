@@ -139,6 +139,20 @@ def test_the_reverse_kl_on_the_vocabulary_is_that_on_its_outcomes(
     assert not found[1].requires_grad and not found[2].requires_grad
 
 
+def test_tokens_that_neither_model_can_say_are_no_part_of_the_reverse_kl() -> None:
+    """Models that mask the padding of their vocabulary with -inf: 0 times infinity was no number."""
+    torch.manual_seed(0)
+    logits, theirs = torch.randn(3, 9), torch.randn(3, 9)
+    expected = vocabulary.reverse_kl(logits[:, :7].requires_grad_(), theirs[:, :7].clone(), lambda states: states, ())
+    masked = torch.cat([logits.detach()[:, :7], torch.full((3, 2), -torch.inf)], 1).requires_grad_()
+    theirs[:, 7:] = -torch.inf
+    found = vocabulary.reverse_kl(masked, theirs, lambda states: states, ())
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    found[0].sum().backward()
+    assert torch.isfinite(masked.grad).all() and (masked.grad[:, 7:] == 0).all()
+
+
 def test_jsd_tends_to_forward_and_reverse_kl() -> None:
     """JSD/β → KL(q‖p) for β → 0 and JSD/(1 − β) → KL(p‖q) for β → 1, in float64 where the limits resolve."""
     generator = torch.Generator().manual_seed(0)

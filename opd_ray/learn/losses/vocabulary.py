@@ -17,6 +17,8 @@ import torch
 
 from opd_ray.learn.losses import Head, block_rows
 
+_LEAST = -1e4
+"""Of a logit below the largest: its probability is 0, and 0 times an infinite one would be no number."""
 _FEWEST_ROWS = 64
 """That the frozen model's output layer, which may be large, is read for."""
 
@@ -66,8 +68,8 @@ def _block(
     number, size = len(ours), min(ours.shape[-1], theirs.shape[-1])
     gradient[:, size:] = 0.0
     ours, z, t = ours[:, :size], gradient[:, :size], theirs[:, :size]
-    torch.sub(ours, ours.amax(-1, keepdim=True), out=z)
-    t.sub_(t.amax(-1, keepdim=True))
+    torch.sub(ours, ours.amax(-1, keepdim=True), out=z).clamp_(min=_LEAST)
+    t.sub_(t.amax(-1, keepdim=True)).clamp_(min=_LEAST)
     p, q = (torch.exp(part, out=space[:number, :size]) for part, space in zip((z, t), work, strict=True))
     mass_p, mass_q = p.sum(-1), q.sum(-1)
     merges = len(stop_token_ids) > 1
