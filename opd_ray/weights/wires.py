@@ -11,6 +11,7 @@ Each has a group of its own and never meets the default process group that DeepS
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections import deque
@@ -22,11 +23,15 @@ import torch
 import torch.distributed as dist
 
 from opd_ray.messages import TransferGroup
+from opd_ray.rooms import threads
 from opd_ray.rooms.node import use_own_interface
-from opd_ray.rooms.threads import within
 from opd_ray.weights.meeting import meet, prove
 
 _GRACE_S = 1.0
+_LOOK_S = 0.5
+"""How long a tensor travels before its members are looked at."""
+_NEVER_SENT = 2**20
+"""A tag."""
 
 
 class Wire(Protocol):
@@ -52,7 +57,7 @@ def join(group: TransferGroup) -> Wire:
 
     # NCCL waits without end for a member that does not come; the timeouts of the meeting and of gloo explain more, and
     # so come first.
-    return within(group.timeout_s + _GRACE_S, on_device)
+    return threads.within(group.timeout_s + _GRACE_S, on_device)
 
 
 class GlooWire:
@@ -81,12 +86,48 @@ class GlooWire:
         self._under_way.append(self._process_group.broadcast([tensor], dist.BroadcastOptions()))
 
     def finish(self) -> None:
+        work = self._under_way[0]
+        # Gloo tells nobody of a connection that ended in the middle of a tensor: who waits for it waits by its timeout.
+        while not _ended(work, _LOOK_S):
+            if self._has_left(timeout=None) and not _ended(work, _GRACE_S):
+                raise ConnectionError("a member left in the middle of it")
         self._under_way.popleft().wait()
 
     def close(self) -> None:
-        """Those that wait for this member fail at once, and not by their own timeouts."""
-        self._under_way.clear()  # each holds the group's connections
+        """Those that wait for this member fail at once, and not by their own timeouts; what is under way neither reads
+        nor writes its tensor any more."""
+        if self._under_way:
+            self._has_left(timeout=timedelta(milliseconds=1))
+            # The group's end waits for what it does, holding the GIL.
+            threads.start(_outlast, self._process_group, self._under_way)
         del self._process_group
+
+    def _has_left(self, timeout: timedelta | None) -> bool:
+        """Is the connection to a member closed? With a timeout, all are afterwards: gloo closes those of a group in
+        which something took longer than it might."""
+        left, nothing = False, torch.empty(1, dtype=torch.uint8)
+        for rank in range(self._process_group.size()):
+            if rank != self._process_group.rank():
+                try:
+                    never = self._process_group.recv([nothing], rank, _NEVER_SENT)
+                    if timeout is not None:
+                        never.wait(timeout)
+                except RuntimeError:
+                    left = True
+        return left
+
+
+def _ended(work: dist.Work, timeout_s: float) -> bool:
+    with contextlib.suppress(RuntimeError):
+        work.wait(timedelta(seconds=timeout_s))
+    return work.is_completed()
+
+
+def _outlast(process_group: dist.ProcessGroupGloo, under_way: deque[dist.Work]) -> None:
+    """Keeps a group until nothing of it is under way."""
+    for work in under_way:
+        with contextlib.suppress(RuntimeError):
+            work.wait()
 
 
 class _Addresses(dist.Store):

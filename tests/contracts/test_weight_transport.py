@@ -17,6 +17,7 @@ from engine_host import EngineHost
 from opd_ray.errors import WeightSyncError
 from opd_ray.messages import TransferGroup
 from opd_ray.rooms.node import free_port
+from opd_ray.weights import wires
 from opd_ray.weights.manifest import manifest_of, weights_of
 from opd_ray.weights.transfer import WeightTransfer, plan_buckets
 
@@ -135,7 +136,7 @@ def test_a_member_that_is_stopped_ends_a_broadcast_for_all_and_the_rest_goes_on_
     assert all(torch.equal(tensor, wanted) for (_, tensor), (_, wanted) in zip(got, large, strict=True))
 
 
-def test_a_member_that_dies_ends_a_broadcast_for_all_at_once(port: int) -> None:
+def test_a_member_that_dies_in_the_middle_of_a_tensor_ends_a_broadcast_for_all_at_once(port: int) -> None:
     """Also for those that do not hear from it themselves."""
     large = stopped_member.weights()
     groups = [group(rank, 4, port, timeout_s=60.0, bucket_bytes=4_000_000) for rank in range(4)]
@@ -149,6 +150,24 @@ def test_a_member_that_dies_ends_a_broadcast_for_all_at_once(port: int) -> None:
         stopped_member.wait_until_stopped(process)
         process.kill()
         assert all(end.result() < 30.0 for end in ends)
+
+
+def test_a_wire_that_was_closed_neither_reads_nor_writes_tensors_any_more(port: int) -> None:
+    """The memory of a broadcast that failed takes the next one; a sender's weights change in its next step."""
+    sender, receiver = together(*(partial(wires.join, group(rank, 2, port, timeout_s=60.0)) for rank in range(2)))
+    sent, taken = torch.ones(200_000_000, dtype=torch.uint8), torch.zeros(200_000_000, dtype=torch.uint8)
+    sender.start(sent)
+    receiver.start(taken)
+    deadline = time.monotonic() + 30.0
+    while not taken[1_000_000]:
+        assert time.monotonic() < deadline
+    receiver.close()
+    had = taken.clone()
+    with pytest.raises((RuntimeError, OSError)):
+        sender.finish()
+    sender.close()
+    assert not had[-1]
+    assert torch.equal(taken, had)
 
 
 def test_a_learner_that_is_stopped_does_not_hold_those_who_join_it(port: int) -> None:
