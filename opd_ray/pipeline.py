@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -98,7 +97,6 @@ class Pipeline:
         """Returns when the last step was broadcast and observed; raises a room's first failure, or GuardOrder."""
         entries = [entry for group in self._restored.values() for entry in group]
         await self._buffer.add(list(self._restored), entries)
-        gc.freeze()  # modules above all: looked through for garbage again and again, they stopped the loop for .2 s
         try:
             async with asyncio.TaskGroup() as group:
                 admit = group.create_task(self._admit(group), name="admit")
@@ -106,8 +104,6 @@ class Pipeline:
                 admit.cancel()
         except BaseExceptionGroup as failures:
             raise first_failure(failures) from None
-        finally:
-            gc.unfreeze()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs besides the step, the learner and the buffer to go on with the same steps."""

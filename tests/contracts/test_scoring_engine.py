@@ -254,6 +254,17 @@ def test_hidden_states_and_the_output_layer_make_the_distribution(
         np.testing.assert_allclose(whole, full, atol=TOLERANCE)
 
 
+def test_a_model_that_sees_across_the_sequences_of_a_row_scores_padded_ones(
+    expected: list[np.ndarray], tiny_model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an architecture keeps the bounds of sequences from its attention."""
+    monkeypatch.setattr("opd_ray.models.attention.row_bounds", lambda *_: {})
+    monkeypatch.setattr("opd_ray.score.torch.row_bounds", lambda *_: {})
+    engine = TorchScoringEngine(path=str(tiny_model["untied"]), device="cpu")
+    for rollout, full, scores in zip(rollouts(), expected, engine.score(rollouts(), ScoreRequest()), strict=True):
+        np.testing.assert_allclose(scores.logprobs, own(full, rollout), atol=TOLERANCE)
+
+
 def test_hidden_states_of_a_bfloat16_model_are_float16(tiny_model: dict[str, Path]) -> None:
     engine = TorchScoringEngine(path=str(tiny_model["untied"]), device="cpu", dtype="bfloat16")
     scored = engine.score(rollouts(), ScoreRequest(4, hidden=True, stop_token_ids=STOPS))
