@@ -21,6 +21,7 @@ from opd_ray.generate.generator import Generator, GeneratorSettings, StudentGene
 from opd_ray.learn.learner import Learner
 from opd_ray.messages import REFERENCE, PoolSize
 from opd_ray.models.checkpoints import load_tokenizer
+from opd_ray.placement.wanted import Wanted
 from opd_ray.rooms import Rooms, logs
 from opd_ray.rooms.group import Group
 from opd_ray.rooms.memory import KERNEL_CACHES
@@ -45,17 +46,19 @@ _SHARE = 0.001
 
 
 def start_rooms(
-    config: Config, max_context_tokens: int, servers: Mapping[str, Baseline] = MappingProxyType({})
+    wanted: Wanted, max_context_tokens: int, servers: Mapping[str, Baseline] = MappingProxyType({})
 ) -> Rooms:
-    """Creates every actor of a run; returns at once, while they load their models. ``servers``: by role that is scored
-    by servers, what they were when the run began."""
-    writes = config.buffer.uses_teacher_rollouts
+    """Creates every actor that runs need; returns at once, while they load their models. ``servers``: by role that is
+    scored by servers, what they were when the run began."""
+    scorers = {
+        role: _scorers(role, config, max_context_tokens, servers.get(role)) for role, config in wanted.scorers.items()
+    }
     return Rooms(
-        generators=start_generators(config, max_context_tokens),
-        learner=_learner(config),
-        scorers={role: _scorers(role, config, max_context_tokens, servers.get(role)) for role in config.scorers},
-        teacher_generators=_teacher_generators(config, max_context_tokens) if writes else None,
-        recorder=_recorder(config),
+        generators=start_generators(wanted.first, max_context_tokens),
+        learner=_learner(wanted.first),
+        scorers=scorers,
+        teacher_generators=_teacher_generators(wanted.writer, max_context_tokens) if wanted.writer else None,
+        recorder=_recorder(wanted.first),
     )
 
 

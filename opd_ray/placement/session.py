@@ -12,14 +12,15 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray._private import ray_constants
 from ray.exceptions import AuthenticationError
 
-from opd_ray.config import ROOMS, Config, differences
+from opd_ray.config import Config
 from opd_ray.errors import InputError, RunError
+from opd_ray.placement.wanted import Wanted
 from opd_ray.rooms import Rooms, logs
 
 if TYPE_CHECKING:
@@ -125,29 +126,13 @@ def _refusal(address: str) -> str | None:
     return f"who answers there is no head of a Ray cluster ({code.name.lower()}); expected its port, 6379 as a rule"
 
 
-def unlike(rooms_for: Config, config: Config) -> Iterator[tuple[str, Any, Any]]:
-    """The fields, with both values, that keep a run out of the rooms that were started for another."""
-    needed = {*config.scorers, "rollout", "learner", "weights", "deadlines", "student", "env"}
-    if config.buffer.uses_teacher_rollouts:
-        needed.add("teacher")
-        if rooms_for.teacher.path != config.teacher.path:
-            yield "teacher.path", rooms_for.teacher.path, config.teacher.path
-    for name, theirs, ours in differences(rooms_for, config, ROOMS):
-        if name.removeprefix("more_teachers.").partition(".")[0] in needed:
-            yield name, theirs, ours
-    for role, scorer in config.scorers.items():
-        there = rooms_for.scorers.get(role)
-        if there and scorer.follows_student and not there.follows_student:
-            yield f"{role}.update", there.update, scorer.update
-
-
 class Session:
     """Rooms for one run after another, all with the same actors and engines."""
 
-    def __init__(self, rooms_for: Config | None = None, max_context_tokens: int = 0) -> None:
-        """``rooms_for`` asks for every room that any of the runs needs, ``max_context_tokens`` is the longest that any
-        of them asks for; by default the first run's own."""
-        self._rooms_for, self._max_context_tokens = rooms_for, max_context_tokens
+    def __init__(self, *runs: Config, max_context_tokens: int = 0) -> None:
+        """The rooms are those that any of ``runs`` needs, ``max_context_tokens`` is the longest that any of them asks
+        for; by default the first run's own."""
+        self._wanted, self._max_context_tokens = Wanted.of(runs) if runs else None, max_context_tokens
         self._rooms: Rooms | None = None
 
     def rooms(
@@ -155,8 +140,8 @@ class Session:
     ) -> Rooms:
         """The rooms for a run: those of the run before, or new ones, whose actors are starting. ``servers``: by role
         that is scored by servers, what they are."""
-        self._rooms_for = self._rooms_for or config
-        for field, theirs, ours in unlike(self._rooms_for, config):
+        self._wanted = self._wanted or Wanted.of([config])
+        for field, theirs, ours in self._wanted.unlike(config):
             raise RunError(
                 f"the rooms were started with {field}={theirs}, but this run asks for {ours}; runs that share their "
                 "rooms must agree on it"
@@ -165,7 +150,7 @@ class Session:
             from opd_ray.placement import launch  # torch: whoever is refused before needs none
 
             self._max_context_tokens = max(self._max_context_tokens, max_context_tokens)
-            self._rooms = launch.start_rooms(self._rooms_for, self._max_context_tokens, servers)
+            self._rooms = launch.start_rooms(self._wanted, self._max_context_tokens, servers)
         if max_context_tokens > self._max_context_tokens:
             raise RunError(
                 f"the rooms were started for sequences of at most {self._max_context_tokens} tokens, but this run has "

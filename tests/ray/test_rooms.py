@@ -18,6 +18,7 @@ from opd_ray.errors import RunError
 from opd_ray.messages import PromptGroup, SamplingSettings, ScoreRequest
 from opd_ray.placement import launch
 from opd_ray.placement.nodes import places_of
+from opd_ray.placement.wanted import Wanted
 from opd_ray.rooms import Rooms
 from opd_ray.rooms.room import UNPLACED
 from opd_ray.weights.delivery import Delivery
@@ -52,7 +53,7 @@ def load(world, *overrides: str) -> configs.Config:
 def rooms(world, ray_here):
     """Up, with the world's student in all that sample with it or follow it."""
     config = load(world)
-    rooms = launch.start_rooms(config, 96)
+    rooms = launch.start_rooms(Wanted.of([config]), 96)
 
     async def bring_up() -> None:
         limit = config.deadlines.start_s
