@@ -1,5 +1,5 @@
 # make demo        the whole system on this machine, from nothing (a few minutes)
-# make study       which part of StableOPD does what: 14 arms on 3 to 5 seeds, one report (runs/study); ARGS="--seeds 1" for one
+# make study       which part of StableOPD does what: 11 arms on 5 seeds, one report (runs/study); ARGS="--seeds 1" for one
 # make test        unit, contract, Ray, page and (with a CUDA device) GPU tests, two files at a time
 # make test-fast   those without Ray, vLLM and DeepSpeed, under a minute, for the hand
 # make setup       only install, into .venv, for this machine's GPU or CPU; DEVICE=cpu or gpu, PYTHON=... for another

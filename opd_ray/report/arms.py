@@ -1,6 +1,7 @@
-"""Runs grouped into arms, and what the report says of each in numbers: mean, spread, every seed.
+"""Runs grouped into arms, and what the report says of each in numbers: mean, standard error, every seed.
 
-A spread is the sample standard deviation over seeds, and there is none for one seed. Nothing here knows HTML.
+The standard error is √(variance over seeds / seeds + variance over problems / problems), the second where the answers
+to the same problems are kept; there is none for one seed. Nothing here knows HTML.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opd_ray.report import answers
 from opd_ray.report.runs import Metrics, Run
+from opd_ray.report.uncertainty import error, over_problems
 
 HALF = 0.5
 """An arm has inflated when more than this share of one step's rollouts is truncated."""
@@ -52,6 +55,7 @@ class Spread:
     """One number per run; None where a run has none."""
 
     values: tuple[float | None, ...]
+    error_over_problems: float = 0.0
 
     @property
     def known(self) -> list[float]:
@@ -62,14 +66,16 @@ class Spread:
         return statistics.fmean(self.known) if self.known else None
 
     @property
-    def deviation(self) -> float | None:
-        return statistics.stdev(self.known) if len(self.known) > 1 else None
+    def error(self) -> float | None:
+        """Standard error of the mean."""
+        over_seeds = error(self.known)
+        return None if over_seeds is None else math.hypot(over_seeds, self.error_over_problems)
 
     def text(self, show: Callable[[float], str]) -> str:
-        """ ".74 ± .12", without the deviation for one value, "–" for none."""
+        """ ".74 ± .12", without the standard error for one value, "–" for none."""
         if self.mean is None:
             return "–"
-        return show(self.mean) + ("" if self.deviation is None else f" ± {show(self.deviation)}")
+        return show(self.mean) + ("" if self.error is None else f" ± {show(self.error)}")
 
 
 @dataclass(frozen=True)
@@ -91,10 +97,33 @@ class Measure:
     show: Callable[[float], str]
     help: str = ""
     summary: Callable[[Spread], str] | None = None
-    """What stands in the cell instead of mean ± deviation."""
+    """What stands in the cell instead of mean ± standard error."""
+    kind: answers.Kind | None = None
+    """Of the answers whose mean over problems it is."""
+
+    def spread(self, arm: Arm) -> Spread:
+        per_problem = answers.aligned(arm.runs, self.kind) if self.kind else None
+        return Spread(arm.spread(self.of).values, 0.0 if per_problem is None else over_problems(per_problem))
+
+    def by_seed(self, arm: Arm) -> dict[int, float]:
+        """The value of each seed that has one; the mean of them where a seed ran more than once."""
+        values: dict[int, list[float]] = {}
+        for run in arm.runs:
+            if run.seed is not None and (value := self.of(run)) is not None:
+                values.setdefault(run.seed, []).append(value)
+        return {seed: statistics.fmean(several) for seed, several in values.items()}
+
+    def differences(self, arm: Arm, other: Arm) -> tuple[dict[int, float], float | None]:
+        """Of one arm to another by seed that both ran on, and the standard error of their mean."""
+        ours, theirs = self.by_seed(arm), self.by_seed(other)
+        found = {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+        pairs = [run for each in (arm, other) for run in each.runs if run.seed in found]
+        both = answers.aligned(pairs, self.kind) if self.kind and len(pairs) == 2 * len(found) else None
+        per_problem = None if both is None else both[: len(found)] - both[len(found) :]
+        return found, Spread(tuple(found.values()), 0.0 if per_problem is None else over_problems(per_problem)).error
 
     def cell(self, arm: Arm) -> Cell:
-        spread = arm.spread(self.of)
+        spread = self.spread(arm)
         each = tuple("–" if value is None else self.show(value) for value in spread.values)
         text = self.summary(spread) if self.summary else spread.text(self.show)
         return Cell(text, each if len(set(each)) > 1 else (), spread.mean)
@@ -124,16 +153,7 @@ def evaluated(when: str, name: str) -> Callable[[Run], float | None]:
 
 def final_accuracy(arm: Arm) -> Spread:
     """Held-out sampled accuracy after training."""
-    return arm.spread(evaluated("after", "accuracy_sampled"))
-
-
-def accuracy_by_seed(arm: Arm) -> dict[int, float]:
-    """Final accuracy of each seed; the mean of it where a seed ran more than once."""
-    values: dict[int, list[float]] = {}
-    for run, value in zip(arm.runs, final_accuracy(arm).values, strict=True):
-        if run.seed is not None and value is not None:
-            values.setdefault(run.seed, []).append(value)
-    return {seed: statistics.fmean(several) for seed, several in values.items()}
+    return ACCURACY.spread(arm)
 
 
 def highest_truncation(run: Run) -> float | None:
@@ -169,25 +189,27 @@ def tail_mean(run: Run, metric: str, steps: int = 10) -> float | None:
 
 
 def markdown(arms: Sequence[Arm], titles: Sequence[str]) -> str:
-    """A table of some of the MEASURES: mean ± standard deviation over seeds, and each seed's value."""
+    """A table of some of the MEASURES: number of seeds, mean ± standard error, and each seed's value."""
     chosen = [measure for measure in MEASURES if measure.title in titles]
     lines = [
-        "| " + " | ".join(("arm", *(measure.title for measure in chosen))) + " |",
-        "|" + "---|" * (len(chosen) + 1),
+        "| " + " | ".join(("arm", "seeds", *(measure.title for measure in chosen))) + " |",
+        "|" + "---|" * (len(chosen) + 2),
     ]
     for arm in arms:
         cells = [measure.cell(arm) for measure in chosen]
         each = [cell.text + (f" [{' '.join(cell.each)}]" if cell.each else "") for cell in cells]
-        lines.append("| " + " | ".join((arm.title, *each)) + " |")
+        lines.append("| " + " | ".join((arm.title, str(len(arm.runs)), *each)) + " |")
     return "\n".join(lines)
 
 
 def results(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """All MEASURES of every arm as plain values, one for each seed."""
+    """All MEASURES of every arm as plain values: one for each seed, and the standard errors of their means."""
+    spreads = [(arm, {measure.title: measure.spread(arm) for measure in MEASURES}) for arm in arms]
     return [
         {"arm": arm.label, "seeds": [run.seed for run in arm.runs]}
-        | {measure.title: list(arm.spread(measure.of).values) for measure in MEASURES}
-        for arm in arms
+        | {title: list(spread.values) for title, spread in each.items()}
+        | {"standard errors": {title: spread.error for title, spread in each.items()}}
+        for arm, each in spreads
     ]
 
 
@@ -236,13 +258,37 @@ def _num_events(run: Run) -> float | None:
     return (sum(counts.values()) if counts else len(run.events)) if run.finished else None
 
 
+def _best(at: int) -> Callable[[Run], float | None]:
+    return lambda run: (answers.best_step(run) or (None, None))[at]
+
+
+def _steps(spread: Spread) -> str:
+    return steps_between(spread.known) if spread.known else "–"
+
+
 _WHOLE = "{:.0f}".format
+ACCURACY = Measure(
+    "sampled accuracy after", evaluated("after", "accuracy_sampled"), share, "held out, at temperature", None, "sampled"
+)
+GREEDY = Measure(
+    "greedy accuracy after", evaluated("after", "accuracy_greedy"), share, "held out, temperature 0", None, "greedy"
+)
+TRUNCATED = Measure(
+    "truncated after",
+    evaluated("after", "truncation_rate"),
+    share,
+    "held-out sampled answers without EOS",
+    None,
+    "truncated",
+)
 MEASURES = (
     Measure("sampled accuracy before", evaluated("before", "accuracy_sampled"), share, "held out, at temperature"),
-    Measure("sampled accuracy after", evaluated("after", "accuracy_sampled"), share, "held out, at temperature"),
+    ACCURACY,
     Measure("greedy accuracy before", evaluated("before", "accuracy_greedy"), share, "held out, temperature 0"),
-    Measure("greedy accuracy after", evaluated("after", "accuracy_greedy"), share, "held out, temperature 0"),
-    Measure("truncated after", evaluated("after", "truncation_rate"), share, "held-out sampled answers without EOS"),
+    GREEDY,
+    Measure("best step", _best(0), _WHOLE, "of the evaluations, by sampled accuracy on the same problems", _steps),
+    Measure("best step above last", _best(1), share, "sampled accuracy; the best of several is flattered by chance"),
+    TRUNCATED,
     Measure("mean length after", evaluated("after", "mean_length"), "{:.1f}".format, "tokens, held out"),
     Measure("highest truncation in training", highest_truncation, share, "largest share of one step's rollouts"),
     Measure("truncation passes ½ at step", inflated_at, _WHOLE, "first step over half", _crossings),

@@ -138,8 +138,8 @@ def study_order(paths: Sequence[Path]) -> tuple[str, ...]:
     arms: list[str] = []
     for path in paths:
         try:
-            rows = json.loads((path / "results.json").read_text(encoding="utf-8"))
-            arms += [str(row["arm"]) for row in rows]
+            found = json.loads((path / "results.json").read_text(encoding="utf-8"))
+            arms += [str(row["arm"]) for row in found["arms"]]
         except (OSError, ValueError, TypeError, KeyError):
             continue  # not a study's, so it orders nothing
     return tuple(arms)

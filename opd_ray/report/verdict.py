@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opd_ray.report.arms import (
+    ACCURACY,
     MANY,
     Arm,
-    accuracy_by_seed,
     evaluated,
     final_accuracy,
     highest_truncation,
@@ -116,8 +116,8 @@ def _seeds(arm: Arm) -> str:
 
 def _comparison(arm: Arm, leader: Arm) -> str:
     """Against the leader on the seeds they share, which pairs away what a lucky student brings."""
-    ahead, behind = accuracy_by_seed(leader), accuracy_by_seed(arm)
-    differences = [ahead[seed] - behind[seed] for seed in ahead if seed in behind]
+    by_seed, error = ACCURACY.differences(leader, arm)
+    differences = list(by_seed.values())
     if not differences:
         return _seeds(arm)
     mean, where = statistics.fmean(differences), f"on the same seed{'s' if len(differences) > 1 else ''}"
@@ -126,7 +126,7 @@ def _comparison(arm: Arm, leader: Arm) -> str:
     if len(differences) == 1:
         return f", {share(mean)} behind {leader.title} {where}"
     often = f"{sum(difference > 0 for difference in differences)} of {len(differences)} seeds"
-    clear = "" if mean > statistics.stdev(differences) else ", which the spread allows for"
+    clear = "" if mean > 2 * error else ", within two standard errors"
     return f", {share(mean)} behind {leader.title} ({often}{clear})"
 
 

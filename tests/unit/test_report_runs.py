@@ -125,8 +125,8 @@ def test_the_table_has_mean_spread_and_every_seed(tmp_path):
     runs = [make_run(tmp_path / f"{seed}", seed=seed, accuracy=(0.3, last)) for seed, last in ((2, 0.5), (1, 0.7))]
     (arm,) = arms_of(*runs)
     cells = [measure.cell(arm) for measure in MEASURES]
-    assert cells[1] == Cell(".60 ± .14", (".70", ".50"), pytest.approx(0.6))  # by seed
-    assert cells[7] == Cell("never", (), None)
+    assert cells[1] == Cell(".60 ± .10", (".70", ".50"), pytest.approx(0.6))  # by seed
+    assert cells[9] == Cell("never", (), None)
     assert cells[0].text == ".30 ± .00" and cells[0].each == ()  # the same for each
     single = arms_of(runs[0])[0]
     assert MEASURES[1].cell(single) == Cell(".50", (), 0.5)
@@ -146,7 +146,7 @@ def test_arms_are_listed_in_the_order_that_is_given_and_others_behind(tmp_path):
 
 def test_a_study_says_its_order_in_results_json(tmp_path):
     assert study_order([tmp_path]) == ()
-    (tmp_path / "results.json").write_text(json.dumps([{"arm": "z"}, {"arm": "a"}]))
+    (tmp_path / "results.json").write_text(json.dumps({"arms": [{"arm": "z"}, {"arm": "a"}], "claims": []}))
     assert study_order([tmp_path / "elsewhere", tmp_path]) == ("z", "a")
     (tmp_path / "results.json").write_text('{"not": "a study"}')
     assert study_order([tmp_path]) == ()
@@ -174,7 +174,7 @@ def test_the_verdict_claims_no_lead_that_the_spread_allows_for(tmp_path):
     first = [make_run(tmp_path / f"a{n}", name="a", seed=n, accuracy=(0.3, last)) for n, last in ((1, 0.9), (2, 0.5))]
     other = [make_run(tmp_path / f"b{n}", name="b", seed=n, accuracy=(0.3, last)) for n, last in ((1, 0.5), (2, 0.7))]
     ((_, sentence),) = judge(arms_of(*first, *other)).others
-    assert ".10 behind a (1 of 2 seeds, which the spread allows for)" in sentence
+    assert ".10 behind a (1 of 2 seeds, within two standard errors)" in sentence
 
 
 def study_of(tmp_path: Path, *inflated: str) -> list[Path]:

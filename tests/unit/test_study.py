@@ -1,16 +1,23 @@
 """Studies: which arms and runs there are, what is left to do, and the table."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+from made_up_verdicts import rows
 from opd_ray.errors import InputError
+from opd_ray.evaluation import verdicts
 from opd_ray.report.arms import TRUNCATION, Arm, inflated_at, markdown, results
 from opd_ray.report.runs import Run
 from opd_ray.study.claims import judge
-from opd_ray.study.study import read_study, run_study, shared_rooms
+from opd_ray.study.reading import read_study
+from opd_ray.study.study import run_study, shared_rooms
+
+JOBS = Path(__file__).parents[2] / "jobs"
 
 STUDY = """
 common: {learner: {steps: 7}}
@@ -44,8 +51,101 @@ def test_an_arm_may_run_on_the_first_seeds_only(tmp_path):
 
 def test_arms_are_picked_by_name_or_directory(study):
     assert [arm.name for arm in read_study(study, only=["opd-full"]).arms] == ["OPD, full"]
+    assert [arm.name for arm in read_study(study, only=["opd-full", "StableOPD"]).arms] == ["OPD, full", "StableOPD"]
     with pytest.raises(InputError, match="no arm 'opd'; it has stableopd, opd-full"):
         read_study(study, only=["opd"])
+
+
+def test_a_study_extends_another(study, tmp_path):
+    (tmp_path / "more.yaml").write_text(
+        "extends: study.yaml\nseeds: {number: 2}\ncommon: {learner: {lr: 0.5}}\narms: {more: {learner: {steps: 8}}}"
+    )
+    more = read_study(tmp_path / "more.yaml")
+    assert [(arm.name, arm.config(0).learner.steps, arm.config(0).learner.lr) for arm in more.arms] == [
+        ("StableOPD", 7, 0.5),
+        ("OPD, full", 7, 0.5),
+        ("more", 8, 0.5),
+    ]
+    (tmp_path / "more.yaml").write_text("extends: study.yaml\narms: {StableOPD: {}}")
+    with pytest.raises(InputError, match="arm 'StableOPD' is in the study that it extends, too"):
+        read_study(tmp_path / "more.yaml")
+
+
+def test_seeds_are_those_of_the_file_or_counted_from_its_first_or_listed(tmp_path):
+    (tmp_path / "study.yaml").write_text("seeds: {first: 300, number: 3}\narms: {a: {}}")
+    study = read_study(tmp_path / "study.yaml")
+    assert [study.seeds(asked) for asked in ("", "2", "7,", "7, 9")] == [[300, 301, 302], [300, 301], [7], [7, 9]]
+    with pytest.raises(InputError, match="--seeds 0: expected a number of seeds"):
+        study.seeds("0")
+
+
+TUNED = """
+seeds: {first: 300, number: 2}
+tuning: {seeds: [100, 101], rates: [0.001, 0.002, 0.004], chosen: rates.yaml}
+common: {learner: {lr: 0.5, steps: 7}}
+arms: {a: {}, b: {learner: {lr: 0.25}}}
+"""
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    path = tmp_path / "tuned.yaml"
+    path.write_text(TUNED)
+    return path
+
+
+def tune(path: Path, directory: Path, accuracies: dict[str, list[tuple[float, float]]]) -> list:
+    """Chooses after made-up runs: of each arm the accuracies of both seeds at the three rates."""
+    study = read_study(path, only=list(accuracies), tuned=False)
+    for arm in study.arms:
+        for rate, each in zip(study.tuning.rates, accuracies[arm.name], strict=True):
+            for seed, accuracy in zip(study.tuning.seeds, each, strict=True):
+                finish(directory, study.tuning.at(arm, rate), seed, accuracy)
+    return study.tuning.choose(study.arms, directory)
+
+
+def test_every_arm_gets_its_own_rate_by_one_rule_and_overrides_win(tuned, tmp_path):
+    assert read_study(tuned).untuned == ("a", "b")
+    tune(tuned, tmp_path / "first", {"a": [(0.2, 0.3), (0.5, 0.1), (0.3, 0.3)]})  # means .25, .30, .30
+    study = read_study(tuned)
+    assert [arm.config(300).learner.lr for arm in study.arms] == [0.002, 0.25] and study.untuned == ("b",)
+    tune(tuned, tmp_path / "second", {"b": [(0.2, 0.2), (0.1, 0.1), (0.3, 0.3)]})
+    assert [arm.config(300).learner.lr for arm in read_study(tuned).arms] == [0.002, 0.004], "each keeps its own"
+    assert {arm.config(300).learner.lr for arm in read_study(tuned, ["learner.lr=0.7"]).arms} == {0.7}
+    assert {arm.config(0).learner.lr for arm in read_study(tuned, tuned=False).arms} == {0.5, 0.25}
+    kept = yaml.safe_load((tmp_path / "rates.yaml").read_text())
+    assert kept["a"] == {
+        "lr": 0.002,
+        "seeds": [100, 101],
+        "accuracies": {"0.001": [0.2, 0.3], "0.002": [0.5, 0.1], "0.004": [0.3, 0.3]},
+    }
+
+
+def test_a_rate_at_the_edge_of_those_tried_is_told(tuned, tmp_path):
+    found = tune(tuned, tmp_path / "runs", {"a": [(0.2, 0.2), (0.5, 0.5), (0.3, 0.3)], "b": [(0.9, 0.9)] * 3})
+    tuning = read_study(tuned).tuning
+    assert {name: (choice["lr"], tuning.at_the_edge(choice)) for name, choice in found.items()} == {
+        "a": (0.002, False),
+        "b": (0.001, True),
+    }
+
+
+def test_tuning_is_a_study_of_each_arm_at_each_rate_that_goes_on_where_it_stopped(tuned, tmp_path):
+    study, said = read_study(tuned, tuned=False), []
+    arms = study.tuning.arms(study.arms)
+    assert [(arm.directory, arm.config(100).learner.lr) for arm in arms][:2] == [
+        ("a-lr-0-001", 0.001),
+        ("a-lr-0-002", 0.002),
+    ]
+    for arm in arms:
+        finish(tmp_path, arm, 100, 0.5)
+    run_study(arms, [100], tmp_path, said.append)
+    assert said == ["6 arms on 1 seeds: 6 runs are done, 0 to go"]
+
+
+def test_seeds_that_rates_are_chosen_on_are_not_reported(tuned):
+    with pytest.raises(InputError, match="learning rates are chosen on seed 101; report others"):
+        read_study(tuned).seeds("101,102")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +154,10 @@ def test_arms_are_picked_by_name_or_directory(study):
         ("arms: {a: {loss: {golden: {coef: 0}}}}", "arm 'a': config: golden rollouts are made"),
         ("arms: {a: {los: {}}}", "arm 'a': config: unknown field 'los'"),
         ("common: {}", "expected 'arms', a mapping"),
-        ("arms: {a: {}}\nseeds: 3", "expected 'arms', a mapping"),
+        ("arms: {a: {}}\nseeds: 3", "seeds is 3, expected first and number"),
+        ("arms: {a: {}}\nsedes: 3", "key 'sedes': expected 'arms', a mapping"),
+        ("arms: {a: {}}\nextends: none.yaml", "none.yaml: No such file"),
+        ("arms: {a: {}}\ntuning: {seeds: [1], rates: [0]}", "tuning is .*, expected seeds .*, rates"),
         ("arms: [", "study"),
     ],
 )
@@ -72,13 +175,35 @@ def arms_of(tmp_path, text):
     return read_study(path).arms
 
 
-def test_the_rooms_are_those_of_the_arm_that_needs_all_of_them(study, tmp_path):
-    stable, opd = read_study(study).arms
-    assert shared_rooms([opd, stable], 3) == stable.config(3)
-    seq = """{buffer: {golden_per_prompt: 0, teacher_per_prompt: 1}, rollout: {responses_per_prompt: 0},
-              loss: {student: {coef: 0}, golden: {coef: 0}, teacher: {coef: 1}, reference: {coef: 0}}}"""
-    with pytest.raises(InputError, match="no single arm needs all of them"):
-        shared_rooms(arms_of(tmp_path, f"arms: {{stable: {{}}, kd: {seq}}}"), 0)
+OFF_POLICY = """{rollout: {responses_per_prompt: 0}, buffer: {teacher_per_prompt: 1},
+    loss: {student: {coef: 0}, teacher: {coef: 1}, reference: {coef: 0}}}"""
+
+
+def test_the_rooms_are_the_union_of_what_the_arms_need(tmp_path):
+    """The bug: a study was refused where no single arm needed all rooms, as one of StableOPD and an arm on live teacher
+    rollouts, which needs no scorer."""
+    wanted = shared_rooms(arms_of(tmp_path, f"arms: {{kd: {OFF_POLICY}, stable: {{}}}}"), 0)
+    assert {role: config.name for role, config in wanted.scorers.items()} == {
+        "teacher": "stable",
+        "reference": "stable",
+    }
+    assert (wanted.first.name, wanted.writer.name) == ("kd", "kd")
+    assert shared_rooms(arms_of(tmp_path, "arms: {stable: {}}"), 0).writer is None
+
+
+def test_a_scorer_that_follows_the_student_in_one_arm_is_started_so_for_all(tmp_path):
+    arms = arms_of(tmp_path, "arms: {fixed: {}, renewed: {reference: {update: periodic}}}")
+    assert shared_rooms(arms, 0).scorers["reference"].name == "renewed"
+
+
+@pytest.mark.parametrize("name", ["ablation", "leaderboard"])
+def test_the_studies_in_jobs_are_whole_and_report_no_seed_that_was_looked_at_before(name):
+    study = read_study(JOBS / f"{name}.yaml")
+    shared_rooms(study.arms, study.first_seed)
+    directories = [arm.directory for arm in study.arms]
+    assert len(set(directories)) == len(directories)
+    seeds = {*study.seeds("10"), *study.seeds()}
+    assert seeds == set(range(300, 310)) and not seeds & {*range(5), *range(100, 104), *range(200, 205)}
 
 
 def test_arms_that_would_need_other_engines_are_refused(tmp_path):
@@ -126,62 +251,115 @@ def test_a_finished_run_with_other_settings_is_refused(study, tmp_path):
         run_study([arm], [0], tmp_path, print)
 
 
-def arm(label, sampled, most_truncated=(0.0, 0.0, 0.0)):
+def arm(label, sampled, most_truncated=None):
     """An arm of finished runs, seeds from 0 on."""
     runs = []
-    for seed, (accuracy, rate) in enumerate(zip(sampled, most_truncated, strict=True)):
+    for seed, (accuracy, rate) in enumerate(zip(sampled, most_truncated or [0.0] * len(sampled), strict=True)):
         after = {"accuracy_sampled": accuracy, "accuracy_greedy": 1.0, "truncation_rate": 0.0}
         summary = {"eval_after": after, "trained_tokens": 2000}
         runs.append(Run(Path(f"{label}-{seed}"), label, seed, {}, summary, {TRUNCATION: {1: 0.0, 2: rate}}))
     return Arm(label, tuple(runs))
 
 
-def test_the_table_has_mean_deviation_and_every_seed():
+def test_the_table_has_the_seeds_the_mean_its_error_and_every_seed():
     names = ("sampled accuracy after", "truncated after", "trained tokens")
     line = markdown([arm("StableOPD", (0.8, 0.9), (0.25, 0.0))], names).splitlines()[2]
-    assert line == "| StableOPD | .85 ± .07 [.80 .90] | .00 ± .00 | 2,000 ± 0 |"
-    assert "| .50 |" in markdown([arm("a", (0.5,), (0.0,))], names), "one seed has no deviation"
+    assert line == "| StableOPD | 2 | .85 ± .05 [.80 .90] | .00 ± .00 | 2,000 ± 0 |"
+    assert "| 1 | .50 |" in markdown([arm("a", (0.5,), (0.0,))], names), "one seed has no error"
 
 
-def test_the_results_have_every_seed_of_every_measure():
+def test_the_results_have_every_seed_of_every_measure_and_the_errors():
     (found,) = results([arm("a", (0.8, 0.9), (0.25, 0.0))])
     assert (found["arm"], found["seeds"], found["sampled accuracy after"]) == ("a", [0, 1], [0.8, 0.9])
     assert found["highest truncation in training"] == [0.25, 0.0]
+    assert found["standard errors"]["sampled accuracy after"] == pytest.approx(0.05)
+    assert found["greedy accuracy after"] == [1.0, 1.0]
+
+
+def answered(directory: Path, label: str, by_step: list[dict[int, list[bool]]]) -> Arm:
+    """An arm of a run for each seed, evaluated after some steps: are the sampled answers to its problems right?"""
+    runs = []
+    for seed, steps in enumerate(by_step):
+        path = directory / f"{label}-{seed}"
+        for step, right in steps.items():
+            kept = rows({str(problem): [answer] for problem, answer in enumerate(right)})
+            verdicts.write(verdicts.directory(path, step), {"held_out": kept})
+        last = steps[max(steps)]
+        summary = {"eval_after": {"accuracy_sampled": sum(last) / len(last)}}
+        runs.append(Run(path, label, seed, {}, summary, {}))
+    return Arm(label, tuple(runs))
+
+
+T, F = True, False
+
+
+def test_errors_are_over_seeds_and_over_problems(tmp_path):
+    """Two seeds whose accuracies are the same by chance are not known exactly: other problems would give another."""
+    (found,) = results([answered(tmp_path, "a", [{2: [T, T, F, F]}, {2: [T, T, F, F]}])])
+    over_problems = math.sqrt((4 * 0.25 / 3) / 4)
+    assert found["standard errors"]["sampled accuracy after"] == pytest.approx(over_problems)
+
+
+def test_a_difference_is_paired_by_seed_and_by_problem(tmp_path):
+    ten = [{2: [T, F] * 8}] * 10
+    better = answered(tmp_path, "better", [{2: [T, T] * 8}] * 10)
+    (verdict,) = judge([{"arm": "better", "above": "worse", "by": 0.1}], [better, answered(tmp_path, "worse", ten)])
+    assert (verdict.verdict, verdict.p, verdict.interval) == ("holds", pytest.approx(2 / 1024), (0.5, 0.5))
+    assert "+0.500 ± 0.129, ahead by 0.1 on 10 of 10 seeds" in verdict.found  # half of 16 problems: √(4/15/16)
+
+
+def test_the_best_step_is_judged_on_the_problems_that_all_evaluations_asked(tmp_path):
+    """At step 4 the last evaluation asks two problems more, which are easy: they do not make it the best."""
+    steps = {2: [T, T, F, F], 3: [F, F, F, F], 4: [T, F, F, F, T, T]}
+    (found,) = results([answered(tmp_path, "a", [steps, {2: [T]}])])
+    assert found["best step"] == [2, None], "one evaluation has no best"
+    assert found["best step above last"] == [pytest.approx(0.25), None]
 
 
 ARMS = [
-    arm("stable", (0.9, 0.8, 0.7), (0.0, 0.3, 0.0)),
-    arm("opd", (0.7, 0.6, 0.5), (1.0, 0.2, 0.6)),
-    arm("guarded", (0.85, 0.1, 0.55)),
+    arm("stable", [0.9, 0.8, 0.7, 0.9, 0.8, 0.7, 0.9, 0.8, 0.7, 0.8], [0.0, 0.3, 0.0, 0.1, 0, 0, 0, 0, 0, 0]),
+    arm("opd", [0.7, 0.6, 0.5, 0.7, 0.6, 0.5, 0.7, 0.6, 0.5, 0.6], [1.0, 0.2, 0.6, 1, 1, 1, 1, 1, 1, 1]),
+    arm("noisy", [0.95, 0.4, 0.9, 0.5, 0.95, 0.4, 0.9, 0.5, 0.9, 0.9], [1.0, 0.2, 0.6, 0.1, 1, 0, 1, 0, 1, 0]),
+    arm("five", [0.9, 0.8, 0.7, 0.9, 0.8]),
 ]
 
 
 def test_just_half_truncated_is_not_past_half():
     """The bug: at exactly .50 the claims said that an arm had collapsed and the report that it had not."""
-    even = arm("even", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    assert [inflated_at(run) for run in even.runs] == [None] * 3
+    even = arm("even", [0.5] * 10, [0.5] * 10)
+    assert [inflated_at(run) for run in even.runs] == [None] * 10
     (verdict,) = judge([{"arm": "even", "passes_half_truncated_in_most": False}], [even])
-    assert verdict.startswith("holds: even passes half truncated in most seeds: in 0 of 3")
+    assert str(verdict).startswith("holds: even passes half truncated in few seeds: in 0 of 10")
 
 
 @pytest.mark.parametrize(
     ("claim", "sentence"),
     [
-        ({"arm": "stable", "above": "opd", "by": 0.1}, "holds: .* by 0.1: \\+0.200 in the mean"),
-        ({"arm": "stable", "above": "opd", "by": 0.3}, "does not hold: "),
-        ({"arm": "stable", "highest_truncation_below": 0.2}, "holds: .* below 0.2: 0.100"),
-        ({"arm": "stable", "highest_truncation_below": 0.05}, "does not hold: "),
-        ({"arm": "opd", "passes_half_truncated_in_most": True}, "holds: .* in 2 of 3"),
-        ({"arm": "stable", "passes_half_truncated_in_most": True}, "does not hold: .* in 0 of 3"),
-        # Seed 1 does not collapse, so that the guarded run's .1 there does not count.
-        ({"arm": "guarded", "within": 0.2, "of": "stable", "where_collapses": "opd"}, "holds: .* in the 2 seeds"),
-        ({"arm": "guarded", "within": 0.1, "of": "stable", "where_collapses": "opd"}, "does not .* \\+0.150 short"),
-        ({"arm": "stable", "above": "sft", "by": 0.1}, "not judged, sft has not been run"),
+        (
+            {"arm": "stable", "above": "opd", "by": 0.1},
+            r"holds: .* by more than 0.1: \+0.200 ± 0.000, .* 10 of 10 seeds",
+        ),
+        ({"arm": "stable", "above": "opd", "by": 0.3}, r"fails: .* \(95 % \[\+0.200, \+0.200\], p = 0.002\)"),
+        ({"arm": "stable", "above": "noisy", "by": 0}, r"not decided: .* ahead on 4 of 10 seeds \(95 % \[-"),
+        ({"arm": "noisy", "above": "stable", "by": -0.5}, "holds: .* or less than 0.5 below: "),
+        # The same differences on five seeds decide nothing, and have no interval at 95 %.
+        ({"arm": "five", "above": "opd", "by": 0.1}, r"not decided: .* 5 of 5 seeds \(p = 0.062; 5 seeds, 10 decide\)"),
+        (
+            {"arm": "stable", "above": "opd", "by": 0, "measure": "greedy accuracy after"},
+            r"not decided: greedy .*p = 1\)",
+        ),
+        ({"arm": "stable", "below": 0.2, "measure": "highest truncation in training"}, "holds: .* below 0.2: 0.040 ± "),
+        ({"arm": "opd", "below": 0.2, "measure": "highest truncation in training"}, "fails: .* below on 0 of 10"),
+        ({"arm": "opd", "passes_half_truncated_in_most": True}, "holds: .* in most seeds: in 9 of 10"),
+        ({"arm": "noisy", "passes_half_truncated_in_most": True}, "not decided: .* in 5 of 10"),
+        ({"arm": "stable", "passes_half_truncated_in_most": True}, "fails: .* in 0 of 10"),
+        ({"arm": "stable", "above": "sft", "by": 0.1}, "not judged: sft has not been run"),
     ],
 )
-def test_claims_are_judged_on_the_outcomes(claim, sentence):
+def test_claims_are_judged_by_the_seeds(claim, sentence):
     (verdict,) = judge([claim], ARMS)
-    assert re.match(sentence, verdict)
+    assert re.match(sentence, str(verdict))
+    assert json.loads(json.dumps(verdict.saved()))["verdict"] == verdict.verdict
 
 
 @pytest.mark.parametrize(
@@ -189,6 +367,8 @@ def test_claims_are_judged_on_the_outcomes(claim, sentence):
     [
         ("{arm: StableOPD, above: other, by: 1}", "claim 1 is about 'other'; the arms are StableOPD"),
         ("{arm: StableOPD, by: 1}", "claim 1 has the keys arm, by; expected one of"),
+        ("{arm: StableOPD, below: 1, measure: length}", "claim 1: measure is 'length'; the measures are sampled"),
+        ("{arm: StableOPD, below: low}", "claim 1: below is 'low', expected a number"),
     ],
 )
 def test_a_claim_about_nothing_is_refused(tmp_path, claim, message):

@@ -1,0 +1,146 @@
+"""A study file, read and checked.
+
+YAML with these keys, of which ``arms`` is needed here or in the file that it extends:
+
+    extends: FILE     another study, whose keys come first; arms and claims are added to its own
+    seeds:            {first, number}: those it runs on, unless the caller says others
+    tuning:           {seeds, rates, chosen}: how each arm gets its learning rate (:mod:`opd_ray.study.tuning`)
+    common:           settings of every arm
+    arms:             by name what each changes, and ``seeds``, where it runs on the first few only
+    claims:           what they should show (:mod:`opd_ray.study.claims`)
+
+Paths are relative to the file that names them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from opd_ray.errors import InputError
+from opd_ray.study import claims
+from opd_ray.study.arms import Arm
+from opd_ray.study.tuning import Tuning
+
+_KEYS = {"extends", "seeds", "tuning", "common", "arms", "claims"}
+_SEEDS = {"first": 0, "number": 5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What a study file says."""
+
+    arms: list[Arm]
+    claims: list[Mapping[str, Any]]
+    first_seed: int = _SEEDS["first"]
+    num_seeds: int = _SEEDS["number"]
+    tuning: Tuning | None = None
+    untuned: tuple[str, ...] = ()
+    """Arms that have the learning rate of the study file, because none has been chosen for them."""
+
+    def seeds(self, asked: str = "") -> list[int]:
+        """Those of the file; "N": so many from its first on; "A,B": these; "7," is the one seed 7. InputError for one
+        that rates are tuned on."""
+        parts = [part.strip() for part in asked.split(",")]
+        listed = [part for part in parts if part]
+        if asked and (not listed or not all(part.isdigit() for part in listed) or asked.strip() == "0"):
+            raise InputError(f"--seeds {asked}: expected a number of seeds, or seeds as 300,301")
+        if len(parts) > 1:
+            found = [int(part) for part in listed]
+        else:
+            found = [self.first_seed + at for at in range(int(asked) if asked else self.num_seeds)]
+        if self.tuning and (tuned := sorted(set(found) & set(self.tuning.seeds))):
+            raise InputError(f"--seeds: learning rates are chosen on seed {tuned[0]}; report others")
+        return found
+
+
+def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = (), *, tuned: bool = True) -> Study:
+    """A study file; ``overrides`` hold for all arms, ``only`` picks some by name or directory, in that order. Without
+    ``tuned`` the learning rates are those of the file, whatever has been chosen."""
+    raw = _read(path)
+    try:
+        changes = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"study {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(raw.get("arms"), dict):
+        raise InputError(f"study {path}: expected 'arms', a mapping of names to settings; {_beside()}")
+    seeds, tuning = _seeds(path, raw), _tuning(path, raw)
+    chosen = tuning.chosen_rates() if tuning and tuned else {}
+    arms, untuned = [], []
+    for name, own in raw["arms"].items():
+        own = dict(own or {})
+        num_seeds = own.pop("seeds", None)
+        if num_seeds is not None and (not isinstance(num_seeds, int) or num_seeds < 1):
+            raise InputError(f"study {path}: arm '{name}': seeds is {num_seeds!r}, expected how many: 1 or more")
+        rate = {"learner": {"lr": chosen[name]}} if name in chosen else {}
+        merged = OmegaConf.merge(raw.get("common") or {}, own, rate, changes)
+        arms.append(Arm(name, OmegaConf.to_container(merged), num_seeds))
+        untuned += [name] * (not rate)
+    known = {name: arm for arm in arms for name in (arm.name, arm.directory)}
+    if unknown := [name for name in only if name not in known]:
+        raise InputError(f"study {path}: no arm '{unknown[0]}'; it has {', '.join(arm.directory for arm in arms)}")
+    picked = list({known[name].name: known[name] for name in only}.values()) if only else arms
+    for arm in picked:
+        _ = arm.teacher_rollouts  # refuses a contradiction before anything starts
+    stated = raw.get("claims") or []
+    claims.check(stated, [arm.name for arm in arms])
+    names = {arm.name for arm in picked}
+    left = tuple(name for name in untuned if name in names)
+    return Study(picked, stated, seeds["first"], seeds["number"], tuning, left)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file with all that it extends."""
+    try:
+        raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except OSError as error:
+        raise InputError(f"study {path}: {error.strerror}; give an existing YAML file") from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"study {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict) or (unknown := set(raw) - _KEYS):
+        what = f"key '{sorted(map(str, unknown))[0]}'" if isinstance(raw, dict) else "no mapping"
+        raise InputError(f"study {path}: {what}: expected 'arms', a mapping of names to settings; {_beside()}")
+    if isinstance(tuning := raw.get("tuning"), dict) and "chosen" in tuning:
+        tuning["chosen"] = str(path.parent / str(tuning["chosen"]))
+    if "extends" not in raw:
+        return raw
+    base = _read(path.parent / str(raw.pop("extends")))
+    if twice := [name for name in raw.get("arms") or {} if name in (base.get("arms") or {})]:
+        raise InputError(f"study {path}: arm '{twice[0]}' is in the study that it extends, too; give it another name")
+    common = OmegaConf.to_container(OmegaConf.merge(base.get("common") or {}, raw.get("common") or {}))
+    arms = {**(base.get("arms") or {}), **(raw.get("arms") or {})}
+    stated = [*(base.get("claims") or []), *(raw.get("claims") or [])]
+    return {**base, **raw, "common": common, "arms": arms, "claims": stated}
+
+
+def _seeds(path: Path, raw: Mapping[str, Any]) -> dict[str, int]:
+    given = raw.get("seeds") or {}
+    if not isinstance(given, dict) or set(given) - set(_SEEDS) or not all(isinstance(v, int) for v in given.values()):
+        raise InputError(f"study {path}: seeds is {given}, expected first and number, as {{first: 300, number: 5}}")
+    return _SEEDS | given
+
+
+def _tuning(path: Path, raw: Mapping[str, Any]) -> Tuning | None:
+    given = raw.get("tuning")
+    if given is None:
+        return None
+    shape = isinstance(given, dict) and set(given) == {"seeds", "rates", "chosen"}
+    seeds, rates = (given["seeds"], given["rates"]) if shape else ([], [])
+    fits = isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)
+    fits &= isinstance(rates, list) and all(isinstance(rate, float) and rate > 0 for rate in rates)
+    if not (fits and seeds and rates):
+        raise InputError(
+            f"study {path}: tuning is {given}, expected seeds (whole numbers), rates (numbers above 0, as 0.001) and "
+            "chosen (a file)"
+        )
+    return Tuning(tuple(seeds), tuple(sorted(rates)), Path(given["chosen"]))
+
+
+def _beside() -> str:
+    return f"beside it {', '.join(sorted(_KEYS - {'arms'}))}"

@@ -1,0 +1,83 @@
+"""Every arm's own learning rate, by one rule that is the same for all.
+
+Each arm runs at each of the study's rates on the tuning seeds, whose students no study reports. The runs are a study of
+their own (an arm for each pair of arm and rate) and go on where they stopped. What was chosen stands in a YAML file
+with the accuracies that it was chosen by; a study that names the file runs its arms at these rates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from opd_ray.disk import whole
+from opd_ray.errors import InputError
+from opd_ray.study.arms import Arm
+
+RULE = "the rate with the highest mean sampled accuracy after the last step over the tuning seeds; of equals the lowest"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What is tried, and where the outcome stands."""
+
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+    """From the lowest to the highest."""
+    chosen: Path
+
+    def arms(self, arms: Sequence[Arm]) -> list[Arm]:
+        """One for each of ``arms`` at each rate."""
+        return [self.at(arm, rate) for arm in arms for rate in self.rates]
+
+    @staticmethod
+    def at(arm: Arm, rate: float) -> Arm:
+        raw = OmegaConf.to_container(OmegaConf.merge(dict(arm.raw), {"learner": {"lr": rate}}))
+        return Arm(f"{arm.name}, lr {rate:g}", raw)
+
+    def choose(self, arms: Sequence[Arm], directory: Path) -> dict[str, dict[str, Any]]:
+        """By RULE, from the runs in ``directory``: of each arm its rate and the accuracies of all rates by seed, which
+        are written into the file beside what it says of other arms."""
+        found = {arm.name: self._choice(arm, directory) for arm in arms}
+        everything = {**self._read(), **found}
+        lines = OmegaConf.to_yaml(OmegaConf.create(everything))
+        with whole(self.chosen) as partial:
+            partial.write_text(f"# Written by `python jobs/ablation.py --tune`: {RULE}.\n{lines}")
+        return found
+
+    def _choice(self, arm: Arm, directory: Path) -> dict[str, Any]:
+        each = {rate: [_accuracy(self.at(arm, rate), directory, seed) for seed in self.seeds] for rate in self.rates}
+        best = max(self.rates, key=lambda rate: (fmean(each[rate]), -rate))
+        accuracies = {f"{rate:g}": [round(value, 4) for value in values] for rate, values in each.items()}
+        return {"lr": best, "seeds": list(self.seeds), "accuracies": accuracies}
+
+    def chosen_rates(self) -> dict[str, float]:
+        """Of every arm that one was chosen for; none where there is no file yet. Raises InputError."""
+        return {name: choice["lr"] for name, choice in self._read().items()}
+
+    def at_the_edge(self, choice: Mapping[str, Any]) -> bool:
+        """Is the chosen rate the lowest or the highest that was tried, so that one beyond may be better?"""
+        return choice["lr"] in (self.rates[0], self.rates[-1])
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        if not self.chosen.exists():
+            return {}
+        try:
+            raw = OmegaConf.to_container(OmegaConf.load(self.chosen)) or {}
+        except (OSError, YAMLError) as error:
+            raise InputError(f"{self.chosen}: {' '.join(str(error).split())}") from None
+        for name, choice in raw.items():
+            if not isinstance(choice, dict) or not isinstance(choice.get("lr"), float) or choice["lr"] <= 0:
+                raise InputError(f"{self.chosen}: arm '{name}' has no lr, a number above 0; delete it, and tune again")
+        return raw
+
+
+def _accuracy(arm: Arm, directory: Path, seed: int) -> float:
+    """Held out, sampled, after the last step."""
+    return arm.summary(directory, seed)["eval_after"]["accuracy_sampled"]
