@@ -1,32 +1,60 @@
-"""The rate of every room and of the whole loop, after warm-up, in one run of the configured system.
+"""The rate of every room and of the whole loop, after warm-up, and the share of what its stages could do at best.
 
-    python jobs/bench_loop.py [--warmup N] [--steps N] [--config FILE] [--json FILE] [section.field=value ...]
+    python jobs/bench_loop.py [--warmup N] [--steps N] [--config FILE | --row N] [--staleness 0,1,2,4] [--ideal]
+                              [--json FILE] [section.field=value ...]
+
+Without --config it is the embedded default, with --row the material and the settings of a row of bench_peers.py.
+--staleness: a run for each value of buffer.max_staleness, one after the other in the same rooms; 0 is synchronous, 1
+one step off. Nothing is evaluated or saved, no guard looks, no rollouts are logged.
 
 A room's rate is tokens per second of *its own work*: what it could do if nothing ever made it wait. The loop's rate
 is tokens trained per second of wall clock. Memory is the proportional set size (PSS) of every
 process of the run, Ray's own included, so shared pages count once.
+
+--ideal measures the stages of the last run alone, after it; bare_stages.py has how, and the formula: the lesser of the
+cores by all core-seconds that stages need for a token, and of the slowest stage's pace. Beside it stand the core-ms
+that the processes of a run took in the measured steps: what a room takes beyond its bare stage, what driver and Ray
+take, and cores that were idle make the difference.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bare_stages
 import click
 import psutil
+import ray
+from bare_stages import Alone, Ideal
+from bench_peers import ROWS, overrides, prepare
 from rich.console import Console
 from rich.table import Table
 
 from opd_ray import config as configs
 from opd_ray.config import Config
-from opd_ray.messages import SOURCES
-from opd_ray.plan.rates import Tokens, measured
-from opd_ray.run.train import train
+from opd_ray.errors import OpdError
+from opd_ray.messages import SOURCES, Entry
+from opd_ray.placement.session import Session, cluster
+from opd_ray.plan.rates import RoomRate, Tokens, measured
+from opd_ray.rooms.logs import ROOM_VARIABLE
+from opd_ray.run.provenance import provenance
+from opd_ray.run.train import checked, train
+from opd_ray.watch.observers import StepReport
+
+_KEPT_STEPS = 3
+"""The last ones, on whose rollouts the stages work alone."""
+_FETCH_S = 60.0
+console = Console(highlight=False, width=120)
 
 
 class PeakMemory:
@@ -53,6 +81,54 @@ class PeakMemory:
             self.peak_bytes = max(self.peak_bytes, sum(map(_pss_bytes, _processes())))
 
 
+class CoreSeconds:
+    """Observer: what the processes of the run took from the end of one step to the end of another."""
+
+    def __init__(self, after: int, until: int) -> None:
+        self._after, self._until = after, until
+        self._before: Counter[tuple[int, str]] = Counter()
+        self.by_room: Counter[str] = Counter()
+        self.wall_s = 0.0
+
+    async def on_step(self, report: StepReport) -> None:
+        if report.step == self._after:
+            self._before, self.wall_s = _core_seconds(), time.monotonic()
+        elif report.step == self._until:
+            for (pid, room), seconds in _core_seconds().items():
+                self.by_room[room] += seconds - self._before[pid, room]
+            self.wall_s = time.monotonic() - self.wall_s
+
+
+class Kept:
+    """Observer: the last steps' rollouts."""
+
+    def __init__(self) -> None:
+        self._steps: deque[Sequence[Entry]] = deque(maxlen=_KEPT_STEPS)
+
+    async def on_step(self, report: StepReport) -> None:
+        self._steps.append([replace(entry, scores=dict.fromkeys(entry.scores)) for entry in report.entries])
+
+    def steps(self) -> list[list[Entry]]:
+        """With payloads in place of their refs."""
+        refs = list({entry.rollouts: None for step in self._steps for entry in step})
+        payloads = dict(zip(refs, ray.get(refs, timeout=_FETCH_S), strict=True))
+        return [[replace(entry, rollouts=payloads[entry.rollouts]) for entry in step] for step in self._steps]
+
+
+def _core_seconds() -> Counter[tuple[int, str]]:
+    """By process and what it is."""
+    found: Counter[tuple[int, str]] = Counter()
+    this = psutil.Process()
+    for process in _processes():
+        try:
+            room = "driver" if process == this else process.environ().get(ROOM_VARIABLE, "ray")
+            times = process.cpu_times()
+        except psutil.Error:  # it ended between the listing and the look
+            continue
+        found[process.pid, room] = times.user + times.system
+    return found
+
+
 def _processes() -> list[psutil.Process]:
     this = psutil.Process()
     return [this, *this.children(recursive=True)]
@@ -66,36 +142,104 @@ def _pss_bytes(process: psutil.Process) -> int:
 
 
 @click.command()
-@click.option("--warmup", default=20, show_default=True, help="Steps that are not measured.")
-@click.option("--steps", default=100, show_default=True, help="Steps that are measured.")
+@click.option("--warmup", type=click.IntRange(1), help="Steps that are not measured; 20, or the row's number.")
+@click.option("--steps", type=click.IntRange(1), help="Steps that are measured; 100, or the row's number.")
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), help="YAML file; the embedded default without."
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the loop's figures to this file.")
-@click.argument("overrides", nargs=-1)
-def main(warmup: int, steps: int, config_file: Path | None, json_file: Path | None, overrides: tuple[str, ...]) -> None:
+@click.option("--row", type=click.Choice([str(number) for number in ROWS]), help="Row of bench_peers.py.")
+@click.option("--staleness", help="Values of buffer.max_staleness, one run each; the configured one without.")
+@click.option("--ideal", "with_ideal", is_flag=True, help="Measure the stages alone, too.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file.")
+@click.argument("given", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
+def main(
+    warmup: int | None,
+    steps: int | None,
+    config_file: Path | None,
+    row: str | None,
+    staleness: str | None,
+    with_ideal: bool,
+    json_file: Path | None,
+    given: tuple[str, ...],
+) -> None:
     """Measures the rooms and the loop."""
-    fixed = [
-        f"learner.steps={warmup + steps}",
+    if row and config_file:
+        raise click.UsageError(f"--row {row} brings its own configuration; leave out --config {config_file}")
+    raced = ROWS[int(row or 1)]  # the embedded default is that of the first
+    warmup, steps = warmup or raced.warmup, steps or raced.steps
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            own = overrides(raced, prepare(raced, Path(directory))) if row else []
+            asked = [*own, *given, *_fixed(warmup + steps)]
+            modes = [configs.load(config_file, [*asked, *mode]) for mode in _modes(staleness)]
+            found = measure(modes, warmup, steps, Path(directory), with_ideal)
+    except OpdError as error:
+        print(f"bench_loop: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    if json_file:
+        json_file.write_text(json.dumps(found, indent=2))
+
+
+def _fixed(steps: int) -> list[str]:
+    return [
+        f"learner.steps={steps}",
         "guard.level=off",
         "evaluation.num_problems=0",
         "evaluation.every_steps=0",
         "checkpoint.every_steps=0",
         "metrics.rollout_log_every_steps=0",
     ]
-    config = configs.load(config_file, [*overrides, *fixed])
-    tokens = Tokens()
-    with tempfile.TemporaryDirectory() as directory, PeakMemory() as memory:
-        summary = train(config, Path(directory) / "bench", observers=(tokens,))
-        lines = (Path(directory) / "bench" / "metrics.jsonl").read_text().splitlines()
+
+
+def _modes(staleness: str | None) -> list[list[str]]:
+    """What each run has beyond the others."""
+    return [[f"buffer.max_staleness={bound.strip()}"] for bound in staleness.split(",")] if staleness else [[]]
+
+
+def measure(modes: Sequence[Config], warmup: int, steps: int, directory: Path, with_ideal: bool) -> dict[str, Any]:
+    """One run after the other, in rooms that stay up, and then the stages of the last one alone."""
+    if with_ideal:
+        bare_stages.check(modes[0])
+    session, found = Session(), []
+    with cluster():
+        try:
+            for number, config in enumerate(modes):
+                kept = Kept()
+                found.append(_run(config, warmup, steps, directory / f"run-{number}", session, kept))
+            rollouts = kept.steps()
+            where = provenance()
+        finally:
+            session.close()
+    whole = where | {"modes": found}
+    if with_ideal:
+        alone, best = _ideal(modes[-1], rollouts, found[-1]["workers"])
+        whole |= {"alone": {stage: asdict(each) for stage, each in alone.items()}, "ideal": asdict(best)}
+        _show_ideal(found, alone, best)
+    return whole
+
+
+def _run(config: Config, warmup: int, steps: int, run_dir: Path, session: Session, kept: Kept) -> dict[str, Any]:
+    """The figures of one run."""
+    tokens, cores = Tokens(), CoreSeconds(warmup, warmup + steps)
+    with PeakMemory() as memory:
+        summary = train(config, run_dir, observers=(tokens, cores, kept), session=session)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "throughput/step_s" in row][warmup:]
     figures = _figures(rows, tokens.steps[warmup:]) | {"peak_bytes": memory.peak_bytes, "restarts": summary["restarts"]}
-    _show(config, rows, tokens.steps[warmup:], figures)
-    if json_file:
-        json_file.write_text(json.dumps(figures, indent=2))
+    rooms = measured(rows, tokens.steps[warmup:], config)
+    trained = figures["tokens_per_s"] * figures["step_s"] * len(rows)
+    figures |= {
+        "max_staleness": config.buffer.max_staleness,
+        "staleness": sum(row["staleness/mean"] for row in rows) / len(rows),
+        "workers": {room.room: room.workers for room in rooms},
+        "core_s_per_token": {room: seconds / trained for room, seconds in cores.by_room.items()},
+        "idle_cores": psutil.cpu_count() - cores.by_room.total() / cores.wall_s,
+    }
+    _show(config, rows, rooms, figures)
     if summary["restarts"]:
         lost = ", ".join(f"{count} of {room}" for room, count in summary["restarts_by_room"].items())
         click.echo(f"workers were lost and replaced meanwhile ({lost}): measure again", err=True)
+    return figures
 
 
 def _figures(rows: list[dict[str, Any]], tokens: list[Counter[str]]) -> dict[str, Any]:
@@ -111,24 +255,55 @@ def _figures(rows: list[dict[str, Any]], tokens: list[Counter[str]]) -> dict[str
     }
 
 
-def _show(config: Config, rows: list[dict[str, Any]], tokens: list[Counter[str]], figures: dict[str, Any]) -> None:
+def _show(config: Config, rows: list[dict[str, Any]], rooms: Sequence[RoomRate], figures: dict[str, Any]) -> None:
     table = Table("room", "tokens/s of its own work", "idle share", title="rooms", title_justify="left")
-    for room in measured(rows, tokens, config):
+    for room in rooms:
         rate = f"{room.tokens_per_s:,.0f}" if room.tokens else "-"
         table.add_row(room.room, rate, f"{room.idle_share(figures['step_s']):.2f}")
-    console = Console()
     console.print(table)
     sync = median(row["learner/weight_sync_s"] for row in rows)
     rollouts = {source: sum(row.get(f"mixture/{source}_rollouts", 0) for row in rows) for source in SOURCES}
     composition = " + ".join(f"{count / len(rows):.0f} {source}" for source, count in rollouts.items() if count)
     console.print(
-        f"loop: {figures['tokens_per_s']:,.0f} student tokens trained per second "
-        f"({figures['tokens_of_all_sources_per_s']:,.0f} of all sources), {figures['step_s'] * 1000:.0f} ms a step "
-        f"of {composition} rollouts, over {len(rows)} steps"
+        f"max_staleness {config.buffer.max_staleness}: {figures['tokens_per_s']:,.0f} student tokens trained per "
+        f"second ({figures['tokens_of_all_sources_per_s']:,.0f} of all sources), {figures['step_s'] * 1000:.0f} ms a "
+        f"step of {composition} rollouts, over {len(rows)} steps"
     )
     console.print(
         f"weight sync: {sync * 1000:.0f} ms (median); peak memory {figures['peak_bytes'] / 2**30:.1f} GiB (PSS)"
     )
+
+
+def _ideal(
+    config: Config, rollouts: Sequence[bare_stages.Step], workers: dict[str, int]
+) -> tuple[dict[str, Alone], Ideal]:
+    _, config, facts = checked(config)
+    alone = bare_stages.measure(config, facts.max_context_tokens, facts.eos_token_ids, rollouts)
+    return alone, bare_stages.ideal(alone, workers, psutil.cpu_count())
+
+
+def _show_ideal(modes: Sequence[dict[str, Any]], alone: dict[str, Alone], best: Ideal) -> None:
+    names = [f"max_staleness {mode['max_staleness']}" for mode in modes]
+    table = Table("", "alone", *names, title="core-ms for 1,000 student tokens", title_justify="left")
+    spent = [mode["core_s_per_token"] for mode in modes]
+    for room in dict.fromkeys([*alone, *(room for each in spent for room in each)]):
+        bare = f"{alone[room].core_s * 1e6:,.0f}" if room in alone else "-"
+        table.add_row(room, bare, *(f"{each.get(room, 0.0) * 1e6:,.0f}" for each in spent))
+    idle = [mode["idle_cores"] / mode["tokens_per_s"] * 1e6 for mode in modes]
+    table.add_row("idle cores", "-", *(f"{each:,.0f}" for each in idle))
+    console.print(table)
+    console.print(
+        f"ideal: {best.tokens_per_s:,.0f} student tokens a second of {psutil.cpu_count()} cores; slowest stage: "
+        f"{best.slowest}, {best.slowest_tokens_per_s:,.0f}"
+    )
+    table = Table("max_staleness", "in the mean", "tokens/s", "of the ideal", "of the slowest stage")
+    for mode in modes:
+        rate = mode["tokens_per_s"]
+        shares = rate / best.tokens_per_s, rate / best.slowest_tokens_per_s
+        table.add_row(
+            str(mode["max_staleness"]), f"{mode['staleness']:.2f}", f"{rate:,.0f}", *(f"{each:.2f}" for each in shares)
+        )
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@
 Random Qwen3 models in float32. One process sends and two generate, each a torch engine in its EngineThread with one
 thread of computation, all on this machine over gloo; a broadcast counts until both have installed it. The bare one is
 that of one flat tensor in a group of the same three processes. Both in turns, after two of warm-up (a generator
-changes over between two memories), with the generators idle, and with four
-responses under way in each. Paused is the time between two of a generator's steps, beyond the median, from the start of
-a broadcast to its end.
+changes over between two memories), with the generators idle, and with four responses under way in each. Paused is the
+time between two of a generator's steps, beyond the median, from the start of a broadcast to its end.
 
     python jobs/bench_weights.py --changed [--json FILE]
 
@@ -37,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from opd_ray.errors import RunError
 from opd_ray.generate.engine_thread import EngineThread
 from opd_ray.generate.torch import TorchGenerationEngine
 from opd_ray.messages import GenerationRequest, SamplingSettings, TransferGroup
@@ -46,6 +46,8 @@ from opd_ray.weights.manifest import manifest_of, num_bytes, weights_of
 from opd_ray.weights.transfer import WeightTransfer
 
 _RECEIVERS, _ROWS, _LIMIT_S = 2, 4, 60.0
+_ANSWER_S = 300.0
+"""Of a member, which loads its model before its first answer."""
 _LAYER_BYTES = 4 * 11 * 1024**2
 """Of a model of this width: 4 bytes for each of 11 · H² parameters."""
 _RATES = (1e-6, 1e-5)
@@ -80,6 +82,7 @@ def race(megabytes: int, turns: int) -> list[dict[str, Any]]:
         for rank in range(_RECEIVERS + 1):
             ours, theirs = spawning.Pipe()
             spawning.Process(target=_member, args=(theirs, replace(group, rank=rank), path), daemon=True).start()
+            theirs.close()  # else nobody would see that it ended
             members.append(ours)
         sent_bytes = max(_ask(members, "join"))
         found = []
@@ -106,10 +109,21 @@ def _timed(members: list[Connection], kind: str) -> tuple[float, list[float]]:
 
 
 def _ask(members: list[Connection], *what: object) -> list[Any]:
-    """All at once; what they answer."""
+    """All at once; what they answer. Raises RunError for one that gives no answer in time, or has ended."""
     for member in members:
         member.send(what)
-    return [member.recv() for member in members]
+    answers = []
+    for rank, member in enumerate(members):
+        who = "the sender" if rank == 0 else f"generator {rank}"
+        try:
+            if not member.poll(_ANSWER_S):
+                raise RunError(
+                    f"{who} gave no answer to {what[0]!r} within {_ANSWER_S:g} s; broadcast fewer --megabytes"
+                )
+            answers.append(member.recv())
+        except (EOFError, ConnectionResetError):
+            raise RunError(f"{who} ended before it answered to {what[0]!r}; what it said is above") from None
+    return answers
 
 
 def _member(pipe: Connection, group: TransferGroup, path: str) -> None:
