@@ -2,7 +2,7 @@
 
     python jobs/bench_engines.py [--rows N] [--tokens N] [--seconds S] [--json FILE]
 
-The models of bench_peers.py: the embedded student, and random ones. As many responses as there are rows run at any
+The models of race_material.py: the embedded student, and random ones. As many responses as there are rows run at any
 time, of lengths that are spread evenly around the mean; no weight updates. Each engine in a process of its own with one
 thread, one after the other, twice in turn.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 
 import click
-from bench_peers import ROWS, prepare
+from race_material import ROWS, prepare
 from rich.console import Console
 from rich.table import Table
 

@@ -11,7 +11,7 @@ Packing: forward and backward passes over the same rollouts, padded and packed i
 scatter as rollouts' do, and all of one length, where padding wastes nothing.
 
 Step: Learner.train_step, packed (the default) and padded, beside a loop in plain torch and transformers, in one process
-with one thread and without Ray, a step of each in turn. The models of bench_peers.py, rollouts that end as theirs do,
+with one thread and without Ray, a step of each in turn. The models of race_material.py, rollouts that end as theirs do,
 the reverse KL on the whole vocabulary from the teacher's hidden states, clipping, fused AdamW. The loop pads; it has
 its tensors ready, makes logits of response tokens alone and measures nothing. train_step begins with the payloads and
 measures what a run logs.
@@ -36,7 +36,7 @@ from statistics import median
 from typing import Any
 
 import click
-from bench_peers import EOS_SHARE, ROWS, Material, Row, overrides, prepare
+from race_material import EOS_SHARE, ROWS, Material, Row, overrides, prepare
 from rich.console import Console
 from rich.table import Table
 

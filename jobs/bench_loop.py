@@ -3,7 +3,7 @@
     python jobs/bench_loop.py [--warmup N] [--steps N] [--config FILE | --row N] [--staleness 0,1,2,4] [--ideal]
                               [--json FILE] [section.field=value ...]
 
-Without --config it is the embedded default, with --row the material and the settings of a row of bench_peers.py.
+Without --config it is the embedded default, with --row the material and the settings of a row of race_material.py.
 --staleness: a run for each value of buffer.max_staleness, one after the other in the same rooms; 0 is synchronous, 1
 one step off. Nothing is evaluated or saved, no guard looks, no rollouts are logged.
 
@@ -36,7 +36,7 @@ import click
 import psutil
 import ray
 from bare_stages import Alone, Ideal
-from bench_peers import ROWS, overrides, prepare
+from race_material import ROWS, overrides, prepare
 from rich.console import Console
 from rich.table import Table
 
@@ -147,7 +147,7 @@ def _pss_bytes(process: psutil.Process) -> int:
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), help="YAML file; the embedded default without."
 )
-@click.option("--row", type=click.Choice([str(number) for number in ROWS]), help="Row of bench_peers.py.")
+@click.option("--row", type=click.Choice([str(number) for number in ROWS]), help="Row of race_material.py.")
 @click.option("--staleness", help="Values of buffer.max_staleness, one run each; the configured one without.")
 @click.option("--ideal", "with_ideal", is_flag=True, help="Measure the stages alone, too.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file.")

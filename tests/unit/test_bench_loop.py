@@ -3,57 +3,36 @@ measurement itself is what the job is for."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections import Counter
 from itertools import islice
-from pathlib import Path
-from types import ModuleType
 
+import bench_loop
 import pytest
+from bare_stages import Alone, again, check, ideal, under_way
 from click.testing import CliRunner
 
 from opd_ray import config as configs
 from opd_ray.errors import InputError
 
-JOBS = Path(__file__).parents[2] / "jobs"
-OWN = ("bench_loop", "bare_stages", "bench_peers")
 
-
-@pytest.fixture(scope="module")
-def jobs() -> dict[str, ModuleType]:
-    sys.path.insert(0, str(JOBS))
-    try:
-        return {name: importlib.import_module(name) for name in OWN}
-    finally:
-        sys.path.remove(str(JOBS))
-
-
-@pytest.fixture(scope="module")
-def bare(jobs: dict[str, ModuleType]) -> ModuleType:
-    return jobs["bare_stages"]
-
-
-def test_the_cores_are_the_ideal_where_the_stages_share_them(bare: ModuleType) -> None:
+def test_the_cores_are_the_ideal_where_the_stages_share_them() -> None:
     """Two cores, 1 ms of them for a token in all: no stage alone takes as long as half of that."""
-    alone = {"generate": bare.Alone(0.4e-3, 0.4e-3), "teacher": bare.Alone(0.3e-3, 0.3e-3)}
-    best = bare.ideal(alone | {"learn": bare.Alone(0.3e-3, 0.3e-3)}, {"generate": 1, "teacher": 1, "learn": 1}, 2)
+    alone = {"generate": Alone(0.4e-3, 0.4e-3), "teacher": Alone(0.3e-3, 0.3e-3)}
+    best = ideal(alone | {"learn": Alone(0.3e-3, 0.3e-3)}, {"generate": 1, "teacher": 1, "learn": 1}, 2)
     assert best.tokens_per_s == pytest.approx(2000)
     assert (best.slowest, best.slowest_tokens_per_s) == ("generate", pytest.approx(2500))
 
 
 @pytest.mark.parametrize(("generators", "rate"), [(1, 1000), (3, 2500)])
-def test_the_slowest_stage_with_all_its_workers_is_the_ideal_where_cores_are_left(
-    bare: ModuleType, generators: int, rate: float
-) -> None:
+def test_the_slowest_stage_with_all_its_workers_is_the_ideal_where_cores_are_left(generators: int, rate: float) -> None:
     """A stage may wait for a device, and then takes more time than core-seconds."""
-    alone = {"generate": bare.Alone(0.2e-3, 1e-3), "learn": bare.Alone(0.1e-3, 0.4e-3)}
-    assert bare.ideal(alone, {"generate": generators, "learn": 1}, 16).tokens_per_s == pytest.approx(rate)
+    alone = {"generate": Alone(0.2e-3, 1e-3), "learn": Alone(0.1e-3, 0.4e-3)}
+    assert ideal(alone, {"generate": generators, "learn": 1}, 16).tokens_per_s == pytest.approx(rate)
 
 
-def test_an_engine_that_is_full_has_long_responses_more_often_and_at_any_of_their_tokens(bare: ModuleType) -> None:
+def test_an_engine_that_is_full_has_long_responses_more_often_and_at_any_of_their_tokens() -> None:
     short, long = ([1], [2] * 10), ([3], [4] * 30)
-    rows = bare.under_way([short, long], 4000)
+    rows = under_way([short, long], 4000)
     first = Counter(prompt[0] for prompt, _ in rows)
     assert first[3] / first[1] == pytest.approx(3, rel=0.15)
     left = [left for prompt, left in rows if prompt[0] == 3]
@@ -62,25 +41,25 @@ def test_an_engine_that_is_full_has_long_responses_more_often_and_at_any_of_thei
     assert sum(left) / len(left) == pytest.approx(15.5, abs=1)
 
 
-def test_responses_come_again_with_other_prompts_of_the_same_length(bare: ModuleType) -> None:
-    given = list(islice(bare.again([([1, 2, 3], [9] * 5), ([4], [9])]), 6))
+def test_responses_come_again_with_other_prompts_of_the_same_length() -> None:
+    given = list(islice(again([([1, 2, 3], [9] * 5), ([4], [9])]), 6))
     assert given == [([1, 2, 3], 5), ([4], 1), ([2, 3, 1], 5), ([4], 1), ([3, 1, 2], 5), ([4], 1)]
 
 
-def test_stages_that_cannot_be_had_alone_are_refused(bare: ModuleType) -> None:
+def test_stages_that_cannot_be_had_alone_are_refused() -> None:
     served = configs.load(None, ["teacher.url=http://there:8000", "evaluation.num_problems=0"])
     with pytest.raises(InputError, match=r"teacher\.url=.* is a server"):
-        bare.check(served)
+        check(served)
     golden_alone = ["buffer.prompts_per_step=0", "buffer.golden_per_step=32", "loss.student.coef=0"]
     imitating = configs.load(None, [*golden_alone, "loss.reference.coef=0", "evaluation.num_problems=0"])
     with pytest.raises(InputError, match="the run has none"):
-        bare.check(imitating)
+        check(imitating)
 
 
-def test_modes_differ_in_their_staleness_alone(jobs: dict[str, ModuleType]) -> None:
-    modes = [configs.load(None, each) for each in jobs["bench_loop"]._modes("0, 1,4")]
+def test_modes_differ_in_their_staleness_alone() -> None:
+    modes = [configs.load(None, each) for each in bench_loop._modes("0, 1,4")]
     assert [each.buffer.max_staleness for each in modes] == [0, 1, 4]
-    assert jobs["bench_loop"]._modes(None) == [[]]
+    assert bench_loop._modes(None) == [[]]
 
 
 @pytest.mark.parametrize(
@@ -92,9 +71,7 @@ def test_modes_differ_in_their_staleness_alone(jobs: dict[str, ModuleType]) -> N
         (["--ideal", "teacher.url=http://there:8000"], "is a server"),
     ],
 )
-def test_wrong_input_is_refused_before_anything_starts(
-    jobs: dict[str, ModuleType], arguments: list[str], reason: str
-) -> None:
-    done = CliRunner().invoke(jobs["bench_loop"].main, arguments)
+def test_wrong_input_is_refused_before_anything_starts(arguments: list[str], reason: str) -> None:
+    done = CliRunner().invoke(bench_loop.main, arguments)
     assert done.exit_code == 2
     assert reason in done.output
