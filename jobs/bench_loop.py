@@ -13,8 +13,8 @@ process of the run, Ray's own included, so shared pages count once.
 
 --ideal measures the stages of the last run alone, after it; bare_stages.py has how, and the formula: the lesser of the
 cores by all core-seconds that stages need for a token, and of the slowest stage's pace. Beside it stand the core-ms
-that the processes of a run took in the measured steps: what a room takes beyond its bare stage, what driver and Ray
-take, and cores that were idle make the difference.
+that the processes of a run took in the measured steps, that others on the machine did (a hypervisor, too), and that
+nobody did: what a room takes beyond its bare stage, driver, Ray and idle cores make the difference.
 """
 
 from __future__ import annotations
@@ -87,16 +87,18 @@ class CoreSeconds:
     def __init__(self, after: int, until: int) -> None:
         self._after, self._until = after, until
         self._before: Counter[tuple[int, str]] = Counter()
+        self._began = 0.0
         self.by_room: Counter[str] = Counter()
-        self.wall_s = 0.0
+        """With those that nobody used as "idle", and those of others on this machine as "others"."""
 
     async def on_step(self, report: StepReport) -> None:
         if report.step == self._after:
-            self._before, self.wall_s = _core_seconds(), time.monotonic()
+            self._before, self._began = _core_seconds(), time.monotonic()
         elif report.step == self._until:
             for (pid, room), seconds in _core_seconds().items():
                 self.by_room[room] += seconds - self._before[pid, room]
-            self.wall_s = time.monotonic() - self.wall_s
+            whole = (time.monotonic() - self._began) * psutil.cpu_count()
+            self.by_room["others"] = max(0.0, whole - self.by_room.total())
 
 
 class Kept:
@@ -116,9 +118,9 @@ class Kept:
 
 
 def _core_seconds() -> Counter[tuple[int, str]]:
-    """By process and what it is."""
-    found: Counter[tuple[int, str]] = Counter()
-    this = psutil.Process()
+    """By process and what it is, since it began."""
+    machine, this = psutil.cpu_times(), psutil.Process()
+    found = Counter({(0, "idle"): machine.idle + getattr(machine, "iowait", 0.0)})
     for process in _processes():
         try:
             room = "driver" if process == this else process.environ().get(ROOM_VARIABLE, "ray")
@@ -233,7 +235,6 @@ def _run(config: Config, warmup: int, steps: int, run_dir: Path, session: Sessio
         "staleness": sum(row["staleness/mean"] for row in rows) / len(rows),
         "workers": {room.room: room.workers for room in rooms},
         "core_s_per_token": {room: seconds / trained for room, seconds in cores.by_room.items()},
-        "idle_cores": psutil.cpu_count() - cores.by_room.total() / cores.wall_s,
     }
     _show(config, rows, rooms, figures)
     if summary["restarts"]:
@@ -289,8 +290,6 @@ def _show_ideal(modes: Sequence[dict[str, Any]], alone: dict[str, Alone], best: 
     for room in dict.fromkeys([*alone, *(room for each in spent for room in each)]):
         bare = f"{alone[room].core_s * 1e6:,.0f}" if room in alone else "-"
         table.add_row(room, bare, *(f"{each.get(room, 0.0) * 1e6:,.0f}" for each in spent))
-    idle = [mode["idle_cores"] / mode["tokens_per_s"] * 1e6 for mode in modes]
-    table.add_row("idle cores", "-", *(f"{each:,.0f}" for each in idle))
     console.print(table)
     console.print(
         f"ideal: {best.tokens_per_s:,.0f} student tokens a second of {psutil.cpu_count()} cores; slowest stage: "
