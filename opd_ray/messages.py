@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 Source = Literal["student", "golden", "teacher"]
 """Who wrote a rollout: the student (on-policy), the golden data, or the teacher, live."""
 SOURCES: tuple[Source, ...] = get_args(Source)
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "repetition"]
+"""By itself, with a token of the EOS set; at the end of its budget; or by the engine, for it had repeated itself."""
 REFERENCE = "reference"
 """The reference's role among the scorers; every other role is the name of a teacher."""
 
@@ -99,6 +100,14 @@ class ScoreRequest:
     """Score behind privileged_prompt_tokens instead of prompt_tokens."""
 
 
+class RepetitionRule(NamedTuple):
+    """A response ends where its last tokens are one pattern, of any size in between, ``min_count`` times in a row."""
+
+    max_pattern_size: int
+    min_pattern_size: int
+    min_count: int
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """How responses are sampled, the same for all requests of one call."""
@@ -111,6 +120,8 @@ class SamplingSettings:
     """The EOS set: generation ends after any of these, and the token is part of the response."""
     top_k: int = 0
     """Ids of the most probable tokens to return with every sampled one."""
+    repetition: RepetitionRule | None = None
+    """When a response ends for it repeats itself; None for never."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,7 @@ class RolloutMeta:
     correct: bool
     """The task's verdict on the text; a truncated response is never correct."""
     repetitive: bool
-    """rep(o) of METHOD: the tail compresses by more than the configured ratio."""
+    """rep(o) of METHOD: the tail compresses by more than the configured ratio; or it ended as a loop."""
     oldest_version: int
     """Weight version of the first response token; -1 unless the student sampled."""
     mean_version: float
@@ -168,7 +179,8 @@ class RolloutMeta:
 
     @property
     def truncated(self) -> bool:
-        return self.finish_reason == "length"
+        """It did not end by itself: out of its budget, or a loop that would have filled it."""
+        return self.finish_reason != "stop"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from opd_ray.config.binding import Binds, binding
 from opd_ray.config.data import EMBEDDED, EvaluationSet, set_field
 from opd_ray.config.hints import hint
 from opd_ray.config.keys import check_no_keys
-from opd_ray.config.sections import LoraConfig
+from opd_ray.config.sections import LoraConfig, RepetitionConfig
 from opd_ray.config.whole import Config
 from opd_ray.errors import InputError
 
@@ -219,8 +219,12 @@ def describe() -> Iterator[FieldDoc]:
 
 
 def describe_absent(name: str = "NAME") -> Iterator[FieldDoc]:
-    """The same of sections that no run has by itself: student.lora, and one of evaluation.sets under its ``name``."""
-    for absent, prefix in ((LoraConfig(), "student.lora."), (EvaluationSet(), f"evaluation.sets.{name}.")):
+    """The same of sections that no run has by itself; one of evaluation.sets under its ``name``."""
+    for absent, prefix in (
+        (LoraConfig(), "student.lora."),
+        (RepetitionConfig(), "rollout.repetition_detection."),
+        (EvaluationSet(), f"evaluation.sets.{name}."),
+    ):
         yield from _describe(absent, absent, prefix)
 
 

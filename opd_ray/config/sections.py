@@ -15,7 +15,7 @@ from opd_ray.config.devices import check_spans_whole_gpus, check_takes_engine_ar
 from opd_ray.config.method import STRICT
 from opd_ray.config.runtime import check_size
 from opd_ray.config.schedule import Schedule
-from opd_ray.messages import PoolSize
+from opd_ray.messages import PoolSize, RepetitionRule
 
 STUDENT = "student"
 """Value of reference.path that stands for the student's own checkpoint, as it was before training."""
@@ -209,6 +209,29 @@ class ReferenceConfig(ScorerConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class RepetitionConfig:
+    """When the engine ends a response that repeats itself: as vLLM's RepetitionDetectionParams, for both engines."""
+
+    max_pattern_size: int = Field(64, ge=1)
+    """Most tokens of the pattern that is repeated; vLLM looks for every size at every token, which costs with large
+    ones."""
+    min_pattern_size: int = Field(1, ge=1)
+    """Fewest tokens of the pattern."""
+    min_count: int = Field(16, ge=2)
+    """Times that it stands at the end of the response, one after the other."""
+
+    @property
+    def rule(self) -> RepetitionRule:
+        return RepetitionRule(self.max_pattern_size, self.min_pattern_size, self.min_count)
+
+    def __post_init__(self) -> None:
+        if self.min_pattern_size > self.max_pattern_size:
+            raise ValueError(
+                f"min_pattern_size={self.min_pattern_size} is above max_pattern_size={self.max_pattern_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RolloutConfig:
     """How the student generates."""
 
@@ -233,6 +256,9 @@ class RolloutConfig:
     """Sampling temperature of training rollouts."""
     top_p: Annotated[float, RUN] = Field(1.0, gt=0, le=1)
     """Nucleus of training rollouts; 1 samples from the whole distribution."""
+    repetition_detection: Annotated[RepetitionConfig | None, RUN] = None
+    """End responses that repeat themselves, of training and of evaluations (repetition_detection.min_count and so on,
+    {} for their defaults); null lets them fill their budget. They count as truncated."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], ROOMS] = "auto"
     """Precision of the generator's weights: auto is bfloat16 on GPUs and float32 on CPUs."""
     prompts_per_call: int = Field(8, ge=1)
@@ -257,6 +283,10 @@ class RolloutConfig:
     """Generators on the teacher, where buffer.teacher_per_prompt asks for them; each as large as a student's."""
     teacher_temperature: Annotated[float, RUN] = Field(1.0, gt=0)
     """Sampling temperature of the teacher's rollouts."""
+
+    @property
+    def repetition(self) -> RepetitionRule | None:
+        return self.repetition_detection.rule if self.repetition_detection else None
 
     @property
     def memory_share(self) -> float:

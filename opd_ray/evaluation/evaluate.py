@@ -41,7 +41,8 @@ async def evaluate(
     student's own distribution (temperature 1, top_p 1) are also measured as training rollouts are, by ``judges``.
     ``tell`` hears how many answers there are of how many, after every call. None where nothing is evaluated.
     """
-    sets = {name: _ways(each, problems[name], most, stop_token_ids) for name, each in config.evaluation_sets.items()}
+    common = SamplingSettings(1.0, 1.0, 0, stop_token_ids, repetition=config.rollout.repetition)
+    sets = {name: _ways(each, problems[name], most, common) for name, each in config.evaluation_sets.items()}
     if not sets:
         return None
     total = sum(group.num_responses for ways in sets.values() for way in ways for group in way.groups)
@@ -62,14 +63,14 @@ class _Way:
     """Are the answers looked at by the teacher?"""
 
 
-def _ways(
-    settings: EvaluationSet, problems: PromptStream, most: int | None, stop_token_ids: tuple[int, ...]
-) -> list[_Way]:
-    """How a set is answered: sampled, and greedily where that is asked for."""
+def _ways(settings: EvaluationSet, problems: PromptStream, most: int | None, common: SamplingSettings) -> list[_Way]:
+    """How a set is answered: sampled, and greedily where that is asked for. ``common`` is what all sets share."""
     limits = [limit for limit in (settings.num_problems, most) if limit is not None]
     once = [problems[slot] for slot in range(min([len(problems), *limits]))]
     often = [dataclasses.replace(group, num_responses=settings.samples) for group in once]
-    sampled = SamplingSettings(settings.temperature, settings.top_p, settings.max_tokens, stop_token_ids)
+    sampled = dataclasses.replace(
+        common, temperature=settings.temperature, top_p=settings.top_p, max_response_tokens=settings.max_tokens
+    )
     greedy = dataclasses.replace(sampled, temperature=0.0, top_p=1.0)
     return [_Way(often, sampled, settings.sampled_plainly), *([_Way(once, greedy, False)] if settings.greedy else [])]
 

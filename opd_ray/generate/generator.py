@@ -145,7 +145,7 @@ class Generator:
             num_response_tokens=len(finished.tokens),
             finish_reason=finished.finish_reason,
             correct=bool(verdict),
-            repetitive=is_repetitive(text, *self._settings.repetition),
+            repetitive=finished.finish_reason == "repetition" or is_repetitive(text, *self._settings.repetition),
             oldest_version=int(versions[0]),
             mean_version=float(np.mean(versions)),
             mean_behaviour_logprob=float(np.mean(finished.logprobs)) if len(finished.logprobs) else math.nan,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opd_ray.generate.columns import Columns
 from opd_ray.generate.engine import Unfinished, response_budget
+from opd_ray.generate.repeats import Repeats
 from opd_ray.generate.sampling import sample, uniform
 from opd_ray.messages import Finished, FinishReason, GenerationRequest, TransferGroup, WeightManifest
 from opd_ray.models.checkpoints import load_model
@@ -33,6 +34,7 @@ class _Response:
         self.logprobs: list[float] = []
         self.versions: list[int] = []
         self.topk_ids: list[np.ndarray] = []
+        self.repeats = False
 
     @property
     def prefix(self) -> Tensor:
@@ -43,7 +45,9 @@ class _Response:
     def finish_reason(self) -> FinishReason | None:
         if self.tokens and self.tokens[-1] in self.stops:
             return "stop"
-        return "length" if len(self.tokens) >= self.budget else None
+        if len(self.tokens) >= self.budget:
+            return "length"
+        return "repetition" if self.repeats else None
 
     def finished(self) -> Finished:
         return Finished(
@@ -87,6 +91,7 @@ class TorchGenerationEngine:
         self._running: list[_Response] = []
         """Each in the row of the cache that it has here."""
         self._columns = Columns(self._model, max_num_seqs)
+        self._repeats = Repeats(max_num_seqs)
         self.weight_version = 0
 
     def submit(self, request: GenerationRequest) -> None:
@@ -102,6 +107,8 @@ class TorchGenerationEngine:
             logits.append(self._columns.extend(last))
         if entering:
             logits.append(self._columns.enter([response.prefix for response in entering], len(self._running)))
+            rules = [(response.request.sampling.repetition, response.tokens) for response in entering]
+            self._repeats.enter(len(self._running), rules)
             self._running += entering
         if logits:
             self._append(torch.cat(logits).float())
@@ -118,13 +125,17 @@ class TorchGenerationEngine:
         tokens, logprobs = sample(logits, *settings, torch.tensor(drawn, device=logits.device))
         most = max(sampling.top_k for sampling in asked)
         top = logits.topk(min(most, logits.shape[1])).indices.to(torch.int32).cpu().numpy() if most else ()
-        rows = zip(self._running, tokens.tolist(), logprobs.tolist(), strict=True)
+        listed = tokens.tolist()
+        rows = zip(self._running, listed, logprobs.tolist(), strict=True)
         for row, (response, token, logprob) in enumerate(rows):
             response.tokens.append(token)
             response.logprobs.append(logprob)
             response.versions.append(self.weight_version)
             if top_k := response.request.sampling.top_k:
                 response.topk_ids.append(top[row, :top_k].copy())  # a view would keep those of all rows
+
+        for row in self._repeats.extend(listed):
+            self._running[row].repeats = True
 
     @torch.inference_mode()
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -169,4 +180,5 @@ class TorchGenerationEngine:
         gone = [row for row, response in enumerate(self._running) if not stays(response)]
         if gone:
             was = self._columns.leave(gone, len(self._running))
+            self._repeats.leave(was)
             self._running = [self._running[row] for row in was]

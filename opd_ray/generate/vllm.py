@@ -11,7 +11,7 @@ import torch
 
 from opd_ray.errors import WeightSyncError
 from opd_ray.generate.engine import Unfinished, response_budget
-from opd_ray.messages import Finished, GenerationRequest, TransferGroup, WeightManifest
+from opd_ray.messages import Finished, GenerationRequest, RepetitionRule, TransferGroup, WeightManifest
 from opd_ray.models.vllm import (
     TRANSFER_BACKEND,
     add,
@@ -70,6 +70,7 @@ class VllmGenerationEngine:
             seed=request.seed,
             stop_token_ids=list(request.sampling.stop_token_ids),
             logprobs=self._top_k(request),
+            repetition_detection=_detection(request.sampling.repetition),
         )
 
     def step(self) -> list[Finished]:
@@ -135,6 +136,15 @@ def _per_token(spans: Any) -> np.ndarray:
     """vLLM's (version, start, end) spans as one version per token."""
     versions = [int(span.version) for span in spans]
     return np.repeat(np.asarray(versions, dtype=np.int32), [span.end - span.start for span in spans])
+
+
+def _detection(rule: RepetitionRule | None) -> Any:
+    """The rule as vLLM's sampling parameters have it."""
+    if rule is None:
+        return None
+    from vllm.sampling_params import RepetitionDetectionParams
+
+    return RepetitionDetectionParams(**rule._asdict())
 
 
 def _prefill_arguments(max_batch_tokens: int, max_context_tokens: int) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def _choose(file: Path, run: Run, most: int, most_tokens: int, followed: list[st
     for index, row in enumerate(table.select(known).to_pylist()):
         repeats = _is_repetitive(row, run)
         repetitive |= {index} if repeats else set()
-        kind = (row["source"], row["finish_reason"] == "length", repeats)
+        kind = (row["source"], row["finish_reason"] != "stop", repeats)
         if row["source"] == "student" and row["prompt_id"] in left:
             left.remove(row["prompt_id"])
             kind = _FIRST

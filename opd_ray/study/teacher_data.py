@@ -32,7 +32,7 @@ class Rollouts:
     @property
     def truncation_rate(self) -> float:
         """Share of them that did not end by themselves: what a perfect imitation would truncate."""
-        return pc.mean(pc.equal(pq.read_table(self.path)["finish_reason"], "length")).as_py()
+        return pc.mean(pc.not_equal(pq.read_table(self.path)["finish_reason"], "stop")).as_py()
 
     @property
     def accuracy(self) -> float:
@@ -57,6 +57,7 @@ async def sample(config: Config, facts: Preflight, path: Path, count: int) -> No
         top_p=1.0,
         max_response_tokens=config.rollout.longest_response,
         stop_token_ids=facts.eos_token_ids,
+        repetition=config.rollout.repetition,
     )
     asked = facts.data.prompts
     renderer = asked.renderer.of_model(config.teacher.path)

@@ -24,11 +24,19 @@ from opd_ray.generate.engine import GenerationEngine
 from opd_ray.generate.torch import TorchGenerationEngine
 from opd_ray.learn.adapters import Adapters
 from opd_ray.learn.export import with_adapters
-from opd_ray.messages import Finished, GenerationRequest, SamplingSettings, TransferGroup, WeightManifest
+from opd_ray.messages import (
+    Finished,
+    GenerationRequest,
+    RepetitionRule,
+    SamplingSettings,
+    TransferGroup,
+    WeightManifest,
+)
 from opd_ray.models.adapters import adapted_layers
 from opd_ray.rooms.node import free_port
 from opd_ray.weights.manifest import manifest_of, weights_of
 from opd_ray.weights.transfer import WeightTransfer
+from repeating_tails import first_repeat
 from uniform_tokens import UniformTokens
 
 VOCAB_SIZE = 32
@@ -373,6 +381,19 @@ def test_greedy_equals_transformers(subject: Subject) -> None:
         )
         assert finished.tokens.tolist() == generated[0, prompt.shape[1] :].tolist()
         assert_same_distribution(subject.model, request, finished)
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_a_response_that_repeats_itself_ends_with_the_same_token_in_every_engine(subject: Subject) -> None:
+    sampling, rule = replace(GREEDY, max_response_tokens=80), RepetitionRule(8, 1, 4)
+    whole = subject.run(requests_for(sampling))
+    ended = subject.run(requests_for(replace(sampling, repetition=rule)))
+    found = [first_repeat(each.tokens, rule) for each in whole]
+    assert any(end and end < 80 for end in found)
+    for full, finished, end in zip(whole, ended, found, strict=True):
+        assert finished.finish_reason == ("repetition" if end and end < 80 else "length")
+        np.testing.assert_array_equal(finished.tokens, full.tokens[: end or 80])
+        np.testing.assert_allclose(finished.logprobs, full.logprobs[: end or 80], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("subject", MODELS, indirect=True)
