@@ -120,7 +120,7 @@ class SamplingSettings:
     """The EOS set: generation ends after any of these, and the token is part of the response."""
     top_k: int = 0
     """Ids of the most probable tokens to return with every sampled one."""
-    repetition: RepetitionRule | None = None
+    repetition_rule: RepetitionRule | None = None
     """When a response ends for it repeats itself; None for never."""
 
 

@@ -53,7 +53,7 @@ class Filling:
             max_response_tokens=config.rollout.budget(step),
             stop_token_ids=self._stop_token_ids,
             top_k=config.student_top_k,
-            repetition=config.rollout.repetition,
+            repetition_rule=config.rollout.repetition_rule,
         )
         writing = dataclasses.replace(budget, temperature=config.rollout.teacher_temperature, top_p=1.0, top_k=0)
         calls = []

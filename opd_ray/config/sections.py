@@ -285,7 +285,7 @@ class RolloutConfig:
     """Sampling temperature of the teacher's rollouts."""
 
     @property
-    def repetition(self) -> RepetitionRule | None:
+    def repetition_rule(self) -> RepetitionRule | None:
         return self.repetition_detection.rule if self.repetition_detection else None
 
     @property

@@ -41,7 +41,7 @@ async def evaluate(
     student's own distribution (temperature 1, top_p 1) are also measured as training rollouts are, by ``judges``.
     ``tell`` hears how many answers there are of how many, after every call. None where nothing is evaluated.
     """
-    common = SamplingSettings(1.0, 1.0, 0, stop_token_ids, repetition=config.rollout.repetition)
+    common = SamplingSettings(1.0, 1.0, 0, stop_token_ids, repetition_rule=config.rollout.repetition_rule)
     sets = {name: _ways(each, problems[name], most, common) for name, each in config.evaluation_sets.items()}
     if not sets:
         return None

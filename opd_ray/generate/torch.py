@@ -107,7 +107,7 @@ class TorchGenerationEngine:
             logits.append(self._columns.extend(last))
         if entering:
             logits.append(self._columns.enter([response.prefix for response in entering], len(self._running)))
-            rules = [(response.request.sampling.repetition, response.tokens) for response in entering]
+            rules = [(response.request.sampling.repetition_rule, response.tokens) for response in entering]
             self._repeats.enter(len(self._running), rules)
             self._running += entering
         if logits:

@@ -70,7 +70,7 @@ class VllmGenerationEngine:
             seed=request.seed,
             stop_token_ids=list(request.sampling.stop_token_ids),
             logprobs=self._top_k(request),
-            repetition_detection=_detection(request.sampling.repetition),
+            repetition_detection=_detection(request.sampling.repetition_rule),
         )
 
     def step(self) -> list[Finished]:

@@ -51,7 +51,7 @@ class Segment:
     lengths: torch.Tensor
     """[rollouts] int64: response tokens."""
     truncated: torch.Tensor
-    """[rollouts] bool: ended by exhausting the length budget."""
+    """[rollouts] bool: did not end by itself."""
     tokens: Tokens
     """The [N] response tokens, packed in the order of the rollouts."""
     repetitive: torch.Tensor

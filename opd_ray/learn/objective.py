@@ -161,7 +161,7 @@ class WeightedSegment:
     last: torch.Tensor
     """1 at the end of each rollout."""
     in_truncated: torch.Tensor
-    """1 in rollouts that ended by exhausting the length budget."""
+    """1 in rollouts that did not end by themselves."""
 
 
 class MicroBatchLoss:

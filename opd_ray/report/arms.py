@@ -293,6 +293,7 @@ MEASURES = (
     Measure("highest truncation in training", highest_truncation, share, "largest share of one step's rollouts"),
     Measure("truncation passes ½ at step", inflated_at, _WHOLE, "first step over half", _crossings),
     Measure("trained tokens", _summarised("trained_tokens"), count, "response tokens, golden ones included"),
+    Measure("generated tokens", _summarised("rollout_tokens"), count, "of the student's rollouts that were trained on"),
     Measure("wall time", _summarised("wall_s"), clock, "of the training steps and evaluations"),
     Measure("guard events", _num_events, _WHOLE, "warnings included"),
 )

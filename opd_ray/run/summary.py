@@ -63,6 +63,7 @@ class Summary:
         self._event_counts = Counter(before.get("guard_event_counts", map(_kind, self._events)))
         self._max_truncation_rate = float(before.get("max_truncation_rate", 0.0))
         self._trained_tokens = int(before.get("trained_tokens", 0))
+        self._saved_tokens = int(before.get("saved_tokens", 0))
         self._earlier_s = float(before.get("wall_s", 0.0))
         self._eval_before = before.get("eval_before")
         self.restarts = Counter(before.get("restarts", {}))
@@ -89,6 +90,7 @@ class Summary:
             self._note(asdict(event))
         truncated = report.metrics.get("rollouts/truncation_rate", 0.0)
         self._max_truncation_rate = max(self._max_truncation_rate, truncated)
+        self._saved_tokens += int(report.metrics.get("rollouts/saved_tokens", 0))
         for entry in report.entries:
             self._trained_tokens += entry.meta.num_response_tokens
             self._rollout_tokens += entry.meta.num_response_tokens if entry.meta.source == "student" else 0
@@ -108,6 +110,7 @@ class Summary:
             "guard_event_counts": dict(self._event_counts),
             "max_truncation_rate": self._max_truncation_rate,
             "trained_tokens": self._trained_tokens,
+            "saved_tokens": self._saved_tokens,
             "wall_s": self._earlier_s + time.monotonic() - self._began,
             "eval_before": self._eval_before,
             "restarts": dict(self.restarts),

@@ -57,7 +57,7 @@ async def sample(config: Config, facts: Preflight, path: Path, count: int) -> No
         top_p=1.0,
         max_response_tokens=config.rollout.longest_response,
         stop_token_ids=facts.eos_token_ids,
-        repetition=config.rollout.repetition,
+        repetition_rule=config.rollout.repetition_rule,
     )
     asked = facts.data.prompts
     renderer = asked.renderer.of_model(config.teacher.path)

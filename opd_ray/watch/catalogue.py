@@ -28,7 +28,7 @@ class Metric:
 _ROLLOUTS = (
     Metric("rollouts/accuracy", "share", "training rollouts that are right", "OpdCollapse"),
     Metric("rollouts/verify_timeouts", "number", "answers whose verdict was given up, which count as wrong"),
-    Metric("rollouts/truncation_rate", "share", "rollouts that exhausted the length budget", "OpdCollapse"),
+    Metric("rollouts/truncation_rate", "share", "rollouts that did not end within the length budget", "OpdCollapse"),
     Metric("rollouts/repetition_rate", "share", "rollouts whose tail compresses too well", "OpdCollapse"),
     Metric("rollouts/length", "tokens", "mean tokens of a rollout"),
 )
@@ -45,6 +45,8 @@ _ALL = (
     *_ROLLOUTS,
     Metric("rollouts/truncated_token_share", "share", "share of the tokens: the earliest alarm", "OpdLengthInflation"),
     Metric("rollouts/periodic_tail_rate", "share", "rollouts whose last tokens repeat with a period"),
+    Metric("rollouts/repetition_stops", "share", "rollouts that the engine ended, for they repeated themselves"),
+    Metric("rollouts/saved_tokens", "tokens", "what those would have sampled up to the budget, in the step"),
     Metric("rollouts/length_budget", "tokens", "the most that a response may have"),
     Metric("rollouts/length_p*", "tokens", "percentiles of a rollout's tokens"),
     Metric("rollouts/behaviour_logprob", "nats", "log μ of the sampled tokens, mean of the rollouts' means"),

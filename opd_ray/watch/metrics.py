@@ -37,10 +37,13 @@ def rollout_metrics(metas: Sequence[RolloutMeta], version: int, budget: int) -> 
         return {}
     lengths = np.array([meta.num_response_tokens for meta in metas])
     truncated = np.array([meta.truncated for meta in metas])
+    looped = np.array([meta.finish_reason == "repetition" for meta in metas])
     oldest = np.array([meta.oldest_version for meta in metas])
     return _outcomes("rollouts", metas) | {
         "rollouts/truncated_token_share": float(lengths[truncated].sum() / lengths.sum()),
         "rollouts/periodic_tail_rate": float(np.mean([meta.tail_period > 0 for meta in metas])),
+        "rollouts/repetition_stops": float(looped.mean()),
+        "rollouts/saved_tokens": float((budget - lengths[looped]).sum()),
         "rollouts/length_budget": float(budget),
         "rollouts/length_p50": float(np.quantile(lengths, 0.5)),
         "rollouts/length_p95": float(np.quantile(lengths, 0.95)),

@@ -387,7 +387,7 @@ def test_greedy_equals_transformers(subject: Subject) -> None:
 def test_a_response_that_repeats_itself_ends_with_the_same_token_in_every_engine(subject: Subject) -> None:
     sampling, rule = replace(GREEDY, max_response_tokens=80), RepetitionRule(8, 1, 4)
     whole = subject.run(requests_for(sampling))
-    ended = subject.run(requests_for(replace(sampling, repetition=rule)))
+    ended = subject.run(requests_for(replace(sampling, repetition_rule=rule)))
     found = [first_repeat(each.tokens, rule) for each in whole]
     assert any(end and end < 80 for end in found)
     for full, finished, end in zip(whole, ended, found, strict=True):

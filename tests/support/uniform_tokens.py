@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from opd_ray.generate.engine import Unfinished, response_budget
-from opd_ray.messages import Finished, GenerationRequest, TransferGroup, WeightManifest
+from opd_ray.messages import Finished, FinishReason, GenerationRequest, TransferGroup, WeightManifest
+from repeating_tails import repeats
 
 VOCAB_SIZE = 32
 
@@ -42,9 +43,9 @@ class UniformTokens:
             versions = self._versions[request_id]
             versions.append(self.weight_version)
             request, budget = self._requests[request_id]
-            stopped = self._token(request, len(versions) - 1) in request.sampling.stop_token_ids
-            if stopped or len(versions) >= budget:
-                finished.append(self._finish(request, versions, stopped))
+            tokens = [self._token(request, position) for position in range(len(versions))]
+            if reason := self._reason(request, tokens, budget):
+                finished.append(self._finish(request, tokens, versions, reason))
                 self.abort([request_id])
         return finished
 
@@ -67,14 +68,23 @@ class UniformTokens:
     def _token(self, request: GenerationRequest, position: int) -> int:
         return random.Random(f"{request.seed}/{position}").randrange(VOCAB_SIZE)
 
-    def _finish(self, request: GenerationRequest, versions: list[int], stopped: bool) -> Finished:
-        tokens = [self._token(request, position) for position in range(len(versions))]
+    def _reason(self, request: GenerationRequest, tokens: list[int], budget: int) -> FinishReason | None:
+        if tokens[-1] in request.sampling.stop_token_ids:
+            return "stop"
+        if len(tokens) >= budget:
+            return "length"
+        rule = request.sampling.repetition_rule
+        return "repetition" if rule and repeats(tokens, rule) else None
+
+    def _finish(
+        self, request: GenerationRequest, tokens: list[int], versions: list[int], reason: FinishReason
+    ) -> Finished:
         top_k = min(request.sampling.top_k, VOCAB_SIZE)
         return Finished(
             request_id=request.request_id,
             tokens=np.asarray(tokens, dtype=np.int32),
             logprobs=np.full(len(tokens), -math.log(VOCAB_SIZE), dtype=np.float32),
             weight_versions=np.asarray(versions, dtype=np.int32),
-            finish_reason="stop" if stopped else "length",
+            finish_reason=reason,
             topk_ids=np.tile(np.arange(top_k, dtype=np.int32), (len(tokens), 1)) if top_k else None,
         )

@@ -11,6 +11,7 @@ import pytest
 from opd_ray import config as configs
 from opd_ray.config import Config, EvaluationSet, LoraConfig, describe, describe_absent, hints
 from opd_ray.errors import InputError
+from opd_ray.messages import RepetitionRule
 from opd_ray.repetition import is_repetitive
 from opd_ray.score.requests import score_requests
 
@@ -199,6 +200,8 @@ def test_an_engine_on_a_fraction_of_a_gpu_takes_that_fraction_of_its_share() -> 
         (["data.golden=none"], "config: data: golden=none names no source; give null for none"),
         (["data.prompts=[a.jsonl,'']"], "config: data: prompts=a.jsonl,  names no source; give a file"),
         (["student.lora.rnak=4"], "unknown field 'student.lora.rnak'; did you mean 'student.lora.rank'?"),
+        (["rollout.repetition_detection.min_cuont=4"], "did you mean 'rollout.repetition_detection.min_count'?"),
+        (["rollout.repetition_detection.min_pattern_size=70"], "min_pattern_size=70 is above max_pattern_size=64"),
         (["student.lora.rank=0"], "student.lora.rank: Input should be greater than or equal to 1, got 0"),
         (["student.lora.targets=[]"], "student.lora.targets"),
         (["learner.lr=fast"], "learner.lr"),
@@ -381,6 +384,13 @@ def test_adapters_are_of_the_run_and_their_scale_is_alpha_over_rank() -> None:
     assert config.student.lora == LoraConfig(rank=8, alpha=32, targets=("q_proj", "v_proj"))
     assert config.student.lora.scale == 4 and configs.from_dict(configs.to_dict(config)) == config
     assert configs.binding.binding(Config, "student.lora.rank") == configs.RUN
+
+
+def test_loops_end_in_the_engine_where_that_is_asked_for() -> None:
+    assert configs.load().rollout.repetition_rule is None
+    config = configs.load(None, ["rollout.repetition_detection.min_count=5"])
+    assert config.rollout.repetition_rule == RepetitionRule(64, 1, 5)
+    assert configs.from_dict(configs.to_dict(config)) == config
 
 
 def test_setting_another_field_of_the_reference_leaves_it_the_student() -> None:

@@ -14,6 +14,7 @@ from opd_ray.messages import (
     ROLLOUT_SCHEMA,
     GenerationRequest,
     PromptGroup,
+    RepetitionRule,
     SamplingSettings,
     WeightManifest,
 )
@@ -166,6 +167,21 @@ def test_a_truncated_response_is_never_correct():
         (meta,), _ = await generator.generate([group(0)], NEVER_STOP)
         assert meta.truncated
         assert not meta.correct
+
+    asyncio.run(scenario())
+
+
+def test_a_response_that_the_engine_ended_is_a_truncated_loop_that_nobody_judges():
+    async def scenario():
+        generator, _ = make(engine=UniformTokens())
+        rule = RepetitionRule(max_pattern_size=1, min_pattern_size=1, min_count=2)
+        sampling = replace(NEVER_STOP, max_response_tokens=1000, repetition_rule=rule)
+        metas, payload = await generator.generate([group(0, 6)], sampling)
+        assert {meta.num_response_tokens % 2 for meta in metas} == {0, 1}  # of which Even would like one half
+        for meta in metas:
+            assert (meta.finish_reason, meta.truncated, meta.repetitive) == ("repetition", True, True)
+            assert not meta.correct and not meta.no_verdict
+        assert payload["finish_reason"].to_pylist() == ["repetition"] * 6
 
     asyncio.run(scenario())
 

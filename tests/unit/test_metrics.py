@@ -38,6 +38,18 @@ def test_rollout_metrics_by_hand():
     assert metrics["staleness/mean"] == pytest.approx(4 - (10 * 3.0 + 30 * 2.5) / 40)
 
 
+def test_responses_that_the_engine_ended_are_truncated_and_tell_what_they_saved():
+    metas = [
+        meta(0, num_response_tokens=10),
+        meta(1, num_response_tokens=12, finish_reason="repetition"),
+        meta(2, num_response_tokens=25, finish_reason="repetition"),
+        meta(3, num_response_tokens=30, finish_reason="length"),
+    ]
+    metrics = rollout_metrics(metas, version=0, budget=30)
+    assert (metrics["rollouts/truncation_rate"], metrics["rollouts/repetition_stops"]) == (0.75, 0.5)
+    assert metrics["rollouts/saved_tokens"] == 18 + 5
+
+
 def test_without_student_rollouts_there_is_nothing_to_say():
     assert rollout_metrics([], version=0, budget=30) == {}
 

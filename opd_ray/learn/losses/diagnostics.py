@@ -34,7 +34,7 @@ def student_metrics(
     advantage is log π_T − log π_θ of the sampled token, the negative k1 estimate of the reverse KL (with several
     teachers their weighted mean); importance_ratio is π_θ/μ, and off_policy_kl its k3 estimate of KL(μ‖π_θ) (how far
     the weights moved, plus what temperature, top-p and the generator's precision add). ``ends`` and ``cuts`` [N] are 1
-    at the last token of a rollout that stopped, or ran out of its budget. Teacher metrics are there when teachers are.
+    at the last token of a rollout that stopped, or was cut off. Teacher metrics are there when teachers are.
     ``batch`` is a detached one: what is logged must not become part of the graph.
     """
     logprobs, log_ratio = batch.logprobs, log_importance_ratio(batch)

@@ -215,7 +215,7 @@ function startViewer(data) {
       }
       strip.append(token);
     });
-    if (rollout.cut) strip.append(make("span", "end", "✂ length budget"));
+    if (rollout.cut) strip.append(make("span", "end", rollout.end === "repetition" ? "✂ repeats itself" : "✂ length budget"));
     return strip;
   }
 
