@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 Source = Literal["student", "golden", "teacher"]
 """Who wrote a rollout: the student (on-policy), the golden data, or the teacher, live."""
 SOURCES: tuple[Source, ...] = get_args(Source)
-FinishReason = Literal["stop", "length", "repetition"]
-"""By itself, with a token of the EOS set; at the end of its budget; or by the engine, for it had repeated itself."""
+FinishReason = Literal["stop", "length", "repetition", "horizon"]
+"""By itself, with a token of the EOS set; at the end of its budget; by the engine, for it had repeated itself; or at a
+horizon before the end of its budget, where nothing is known of how it would have ended."""
 REFERENCE = "reference"
 """The reference's role among the scorers; every other role is the name of a teacher."""
 
@@ -141,6 +142,10 @@ class PromptGroup:
     """Name of the teacher that this prompt's row asks for."""
     privileged_prompt_tokens: tuple[int, ...] = ()
     """The prompt with its golden solution in it; empty unless a teacher is shown it."""
+    horizon: int | None = None
+    """Tokens after which a response is cut off and trained on no further, fewer than its budget; None for none."""
+    probe: bool = False
+    """Sample to the budget nevertheless."""
 
 
 @dataclass(frozen=True)
@@ -172,15 +177,30 @@ class RolloutMeta:
     """The actor that sampled it; empty for golden rollouts."""
     no_verdict: bool = False
     """The verifier was given up: over its time or memory, or dead. Counts as wrong."""
+    horizon: int | None = None
+    """Tokens that it is trained on at most; None for all of its budget."""
+    whole: bool = True
+    """Might it have had all of its budget?"""
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Response tokens that are trained on."""
+        return min(self.num_response_tokens, self.horizon or self.num_response_tokens)
 
     @property
     def num_tokens(self) -> int:
-        return self.num_prompt_tokens + self.num_response_tokens
+        """Those of the prompt, and of the response that are trained on."""
+        return self.num_prompt_tokens + self.num_trained_tokens
 
     @property
     def truncated(self) -> bool:
         """It did not end by itself: out of its budget, or a loop that would have filled it."""
-        return self.finish_reason != "stop"
+        return self.finish_reason in ("length", "repetition")
+
+    @property
+    def cut_off(self) -> bool:
+        """The last token that is trained on is no end of its own."""
+        return self.finish_reason != "stop" or self.num_trained_tokens < self.num_response_tokens
 
 
 @dataclass(frozen=True)
@@ -378,6 +398,8 @@ class Strength:
     golden_coef: float = 0.0
     reference_kl_coef: float = 0.0
     mask_truncated_tails: bool = False
+    horizon: float = 1.0
+    """Share of the configured horizon that is sampled at most; of rollouts that are yet to be asked for."""
 
 
 @dataclass(frozen=True)

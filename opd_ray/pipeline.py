@@ -90,7 +90,7 @@ class Pipeline:
         self._waited_s, self._waits_since = 0.0, None
         self._waits_for: int | None = None
         self._mixture = Mixture(config)
-        self._filling = Filling(config, rooms, prompts, self._mixture, stop_token_ids, self._lost)
+        self._filling = Filling(config, rooms, prompts, self._mixture, stop_token_ids, self._lost, guard.horizon_at)
         self._slots = Slots(config.buffer.num_slots, first=first_step * config.buffer.prompts_per_step)
 
     async def run(self, observers: Sequence[Observer]) -> None:
@@ -278,14 +278,16 @@ class Pipeline:
             "queue/buffer_slots": len(self._buffer.slots),
             **{f"queue/{room}_calls": pool.num_calls for room, pool in self._rooms.all.items()},
         }
-        every, finished, evaluation = self._config.evaluation.every_steps, step + 1, None
-        if every and finished % every == 0 and finished < self._config.learner.steps:
-            self._where.enter("evaluating")
-            evaluation = await self.evaluate(self._config.evaluation.num_problems_during)
+        finished = step + 1
+        # Before the evaluation, during which slots that are free now are asked for: up to what horizon, it decides.
         events = [
             dataclasses.replace(event, action=f"{event.action} ({problem})")
             if problem and event.signal == "non_finite_loss"
             else event
             for event in self._guard.look(finished, metrics)
         ]
+        every, evaluation = self._config.evaluation.every_steps, None
+        if every and finished % every == 0 and finished < self._config.learner.steps:
+            self._where.enter("evaluating")
+            evaluation = await self.evaluate(self._config.evaluation.num_problems_during)
         return StepReport(finished, entries, metrics, evaluation, events)

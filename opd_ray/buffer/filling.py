@@ -32,14 +32,16 @@ class Filling:
         mixture: Mixture,
         stop_token_ids: tuple[int, ...],
         lost: Callable[[str], None],
+        horizon: Callable[[int], float] = lambda step: 1.0,
     ) -> None:
-        """``lost(what)`` is told of payloads that are gone and made again."""
+        """``lost(what)`` is told of payloads that are gone and made again; ``horizon(step)`` is the share of the
+        configured one that rollouts of a 0-based step get."""
         self._config, self._rooms, self._prompts, self._mixture = config, rooms, prompts, mixture
         self._stop_token_ids = stop_token_ids
         self._requests = score_requests(config, stop_token_ids)
         self.places: dict[int, Place] = {}
         """Where the slots are that are being filled."""
-        self._lost = lost
+        self._lost, self._horizon = lost, horizon
 
     async def of(self, slots: Sequence[int]) -> list[Entry]:
         """Every rollout of some slots of one step, scored."""
@@ -60,7 +62,7 @@ class Filling:
         # Prompts of one teacher go together, so that a payload has one route.
         for name in sorted({prompt.teacher for prompt in prompts}):
             routed = [prompt for prompt in prompts if prompt.teacher == name]
-            if sampled := _asking(routed, lambda _: mix.student_per_prompt):
+            if sampled := self._up_to_the_horizon(_asking(routed, lambda _: mix.student_per_prompt), step):
                 calls.append(self._sample(self._rooms.generators, "student", sampled, budget))
             written = _asking(routed, lambda prompt: mix.teacher_written(prompt.slot % per_step, per_step))
             # Only the first teacher writes; what it would write for another one's prompts is not that one's.
@@ -70,6 +72,17 @@ class Filling:
         for slot in slots:
             self.places.pop(slot, None)
         return [entry for entries in rollouts for entry in entries]
+
+    def _up_to_the_horizon(self, prompts: list[PromptGroup], step: int) -> list[PromptGroup]:
+        """The student's prompts of a step; the first of the step are the probes."""
+        rollout, per_step = self._config.rollout, self._config.buffer.prompts_per_step
+        horizon = rollout.horizon_at(step, self._horizon(step))
+        if horizon is None:
+            return prompts
+        probes = max(1, round(rollout.horizon_probes * per_step))
+        return [
+            dataclasses.replace(prompt, horizon=horizon, probe=prompt.slot % per_step < probes) for prompt in prompts
+        ]
 
     def golden(self, step: int, buffer: ReplayBuffer, strength: Strength) -> list[Entry]:
         """The step's golden rollouts, which are taken from the buffer's."""

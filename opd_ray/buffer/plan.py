@@ -47,10 +47,10 @@ def plan_step(
 
 
 def count(entries: Sequence[Entry]) -> Denominators:
-    """Rollouts and response tokens of each source."""
+    """Rollouts of each source and their response tokens that are trained on."""
     lengths: dict[Source, list[int]] = {source: [] for source in SOURCES}
     for entry in entries:
-        lengths[entry.meta.source].append(entry.meta.num_response_tokens)
+        lengths[entry.meta.source].append(entry.meta.num_trained_tokens)
     return Denominators(**{source: Count(len(rows), sum(rows)) for source, rows in lengths.items()})
 
 

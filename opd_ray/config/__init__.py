@@ -31,5 +31,12 @@ from opd_ray.config.loading import (
 )
 from opd_ray.config.method import AdvantageConfig, ImportanceConfig, LossConfig, ReferenceTermConfig, TermConfig
 from opd_ray.config.runtime import CheckpointConfig, ElasticConfig, GuardConfig, RecoveryConfig
-from opd_ray.config.sections import STUDENT, LoraConfig, RolloutConfig, ScorerConfig, TeacherConfig
+from opd_ray.config.sections import (
+    STUDENT,
+    LoraConfig,
+    RepetitionConfig,
+    RolloutConfig,
+    ScorerConfig,
+    TeacherConfig,
+)
 from opd_ray.config.whole import Config

@@ -252,6 +252,12 @@ class RolloutConfig:
     """G: responses the student samples for each prompt; 0 leaves them to the teacher (buffer.teacher_per_prompt)."""
     max_response_tokens: Annotated[Schedule, RUN] = 4096
     """Length budget of a response, or [[step, tokens], ...]; one that exhausts it without EOS counts as truncated."""
+    horizon: Annotated[Schedule | None, RUN] = None
+    """Tokens after which training rollouts are cut off before their budget, or [[step, tokens], ...]; null samples to
+    the budget. What is cut off so is trained on and does not count as truncated."""
+    horizon_probes: Annotated[float, RUN] = Field(0.25, gt=0, le=1)
+    """Share of a step's prompts, at least one, that are sampled to the budget while the horizon is shorter: what
+    rollouts come to is measured on them alone. No more of them is trained on than of the others."""
     temperature: Annotated[float, RUN] = Field(1.0, gt=0)
     """Sampling temperature of training rollouts."""
     top_p: Annotated[float, RUN] = Field(1.0, gt=0, le=1)
@@ -303,6 +309,14 @@ class RolloutConfig:
         """Length budget of the responses that a 0-based step trains on."""
         return round(schedule.at(self.max_response_tokens, step))
 
+    def horizon_at(self, step: int, share: float = 1.0) -> int | None:
+        """Tokens of responses that a 0-based step trains on, where the horizon, or a ``share`` of it, is below their
+        budget; else None."""
+        budget = self.budget(step)
+        configured = budget if self.horizon is None else min(budget, schedule.at(self.horizon, step))
+        tokens = max(1, round(share * configured))
+        return tokens if tokens < budget else None
+
     @property
     def longest_response(self) -> int:
         """The largest budget of the run, which is also that of evaluations."""
@@ -319,6 +333,8 @@ class RolloutConfig:
         check_takes_engine_args(self.engine, self.engine_args)
         if schedule.lowest(self.max_response_tokens) < 1:
             raise ValueError("max_response_tokens must be 1 or more at every step")
+        if self.horizon is not None and schedule.lowest(self.horizon) < 1:
+            raise ValueError("horizon must be 1 or more at every step")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -191,6 +191,10 @@ class Config:
                     f"loss.{field} estimates a mean over the student's own distribution: it needs "
                     f"rollout.temperature=1 and rollout.top_p=1 (or {instead})"
                 )
+        if self.loss.advantage.reward_coef > 0 and (rollout.horizon is not None or self.guard.min_horizon < 1):
+            raise ValueError(
+                "loss.advantage.reward_coef rewards whole responses: leave rollout.horizon and guard.min_horizon out"
+            )
         if self.loss.advantage.reward_coef > 0 and rollout.responses_per_prompt < 2:
             raise ValueError(
                 "loss.advantage.reward_coef compares the responses to one prompt: "

@@ -106,10 +106,15 @@ class Generator:
         """Samples every response of every group; a row per response, in order. Raises RunError when abandoned."""
         owners = [(group, i) for group in groups for i in range(group.num_responses)]
         requests = [
-            GenerationRequest(str(next(self._request_ids)), group.prompt_tokens, group.seed + i, sampling)
+            GenerationRequest(
+                str(next(self._request_ids)), group.prompt_tokens, group.seed + i, _up_to(group, sampling)
+            )
             for group, i in owners
         ]
-        finished = await asyncio.gather(*map(self._respond, requests))
+        finished = [
+            _cut(group, each)
+            for (group, _), each in zip(owners, await asyncio.gather(*map(self._respond, requests)), strict=True)
+        ]
         texts = self._tokenizer.batch_decode([each.tokens for each in finished], skip_special_tokens=True)
         verdicts = await self._verdicts([group for group, _ in owners], finished, texts)
         metas = tuple(
@@ -125,7 +130,7 @@ class Generator:
     async def _verdicts(
         self, groups: Sequence[PromptGroup], finished: Sequence[Finished], texts: Sequence[str]
     ) -> list[bool | None]:
-        """Of each response; a truncated one is not judged."""
+        """Of each response; one that did not end by itself is not judged."""
         stopped = [each.finish_reason == "stop" for each in finished]
         asked = [(text, group.row) for text, group, stop in zip(texts, groups, stopped, strict=True) if stop]
         verdicts = iter(await self._judge.verify(asked))
@@ -153,7 +158,23 @@ class Generator:
             tail_period=tail_period(finished.tokens),
             worker=self._name,
             no_verdict=verdict is None,
+            horizon=group.horizon,
+            whole=group.horizon is None or group.probe,
         )
+
+
+def _up_to(group: PromptGroup, sampling: SamplingSettings) -> SamplingSettings:
+    """Sampling settings of a group, with its horizon as their budget."""
+    if group.horizon is None or group.probe:
+        return sampling
+    return replace(sampling, max_response_tokens=min(group.horizon, sampling.max_response_tokens))
+
+
+def _cut(group: PromptGroup, finished: Finished) -> Finished:
+    """What the engine takes for the end of the budget is the horizon; what ends before it had no room for more."""
+    if group.probe or finished.finish_reason != "length" or len(finished.tokens) != group.horizon:
+        return finished
+    return replace(finished, finish_reason="horizon")
 
 
 def _payload(

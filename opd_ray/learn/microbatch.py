@@ -49,9 +49,9 @@ class Segment:
     source: Source
     rollout_ids: tuple[str, ...]
     lengths: torch.Tensor
-    """[rollouts] int64: response tokens."""
+    """[rollouts] int64: response tokens that are trained on."""
     truncated: torch.Tensor
-    """[rollouts] bool: did not end by itself."""
+    """[rollouts] bool: does it not end by itself with these?"""
     tokens: Tokens
     """The [N] response tokens, packed in the order of the rollouts."""
     repetitive: torch.Tensor
@@ -86,10 +86,12 @@ def collate(entries: Sequence[Entry], payloads: Payloads, *, packing: bool) -> M
     )
     for entry, prompt, response in zip(ordered, prompts, responses, strict=True):
         _check_lengths(entry, len(prompt), len(response))
+    trained = [entry.meta.num_trained_tokens for entry in ordered]
+    responses = [response[:tokens] for response, tokens in zip(responses, trained, strict=True)]
     tokens = np.concatenate([np.zeros(0, np.int64), *responses])
-    repetitive = repeated_ngrams(tokens, np.fromiter(map(len, responses), np.int64, len(responses)))
+    repetitive = repeated_ngrams(tokens, np.array(trained, np.int64))
     groups = [list(group) for _, group in groupby(ordered, _segment_key)]
-    sizes = [sum(entry.meta.num_response_tokens for entry in group) for group in groups]
+    sizes = [sum(entry.meta.num_trained_tokens for entry in group) for group in groups]
     parts = zip(*(torch.from_numpy(each).split(sizes) for each in (tokens, repetitive)), strict=True)
     segments = [_segment(group, payloads, *part) for group, part in zip(groups, parts, strict=True)]
     return MicroBatch(*lay_out(prompts, responses, packing=packing), tuple(segments))
@@ -103,14 +105,14 @@ def _segment(group: Sequence[Entry], payloads: Payloads, tokens: torch.Tensor, r
     source = group[0].meta.source
     column = partial(_column, group, payloads)
     behaviour = column("behaviour_logprobs", single=True, required=source == "student")
-    lengths = torch.tensor([entry.meta.num_response_tokens for entry in group])
+    lengths = torch.tensor([entry.meta.num_trained_tokens for entry in group])
     rewards = torch.tensor([entry.reward_advantage for entry in group])
     scores = {role: _scored(group, payloads, role) for role in group[0].scores}
     return Segment(
         source=source,
         rollout_ids=tuple(entry.meta.rollout_id for entry in group),
         lengths=lengths,
-        truncated=torch.tensor([entry.meta.truncated for entry in group]),
+        truncated=torch.tensor([entry.meta.cut_off for entry in group]),
         tokens=Tokens(
             tokens=tokens,
             behaviour_logprobs=torch.full(tokens.shape, torch.nan) if behaviour is None else behaviour,
@@ -166,7 +168,8 @@ def _column(
                 f"rollout {entry.meta.rollout_id} has {entry.meta.num_response_tokens} response tokens "
                 f"but {len(values)} {what}, expected {width} for each token"
             )
-    flat = torch.from_numpy(np.concatenate(rows))
+    trained = [values[: entry.meta.num_trained_tokens * width] for entry, values in zip(group, rows, strict=True)]
+    flat = torch.from_numpy(np.concatenate(trained))
     flat = flat if flat.is_floating_point() else flat.long()
     return flat if single else flat.reshape(-1, width)
 

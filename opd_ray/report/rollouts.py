@@ -42,6 +42,8 @@ _NATS = 100
 
 _FIRST = ("", False, False)
 """The stratum of the followed prompts, before all others."""
+_ENDINGS = {"stop": 0, "horizon": 2}
+"""What the page knows of a finish reason; 1 for the others, which are truncated."""
 _COLUMNS = (
     "rollout_id", "source", "prompt_id", "prompt_tokens", "response_tokens", "behaviour_logprobs",
     "weight_versions", "finish_reason", "correct", "text", "teacher_logprobs", "repetitive", "prompt", "answer",
@@ -117,7 +119,7 @@ def _choose(file: Path, run: Run, most: int, most_tokens: int, followed: list[st
     for index, row in enumerate(table.select(known).to_pylist()):
         repeats = _is_repetitive(row, run)
         repetitive |= {index} if repeats else set()
-        kind = (row["source"], row["finish_reason"] != "stop", repeats)
+        kind = (row["source"], row["finish_reason"] not in ("stop", "horizon"), repeats)
         if row["source"] == "student" and row["prompt_id"] in left:
             left.remove(row["prompt_id"])
             kind = _FIRST
@@ -177,7 +179,7 @@ def _pack(row: dict[str, Any], vocab: _Vocabulary) -> dict[str, Any]:
         "of": row["prompt_id"],
         "step": row["step"],
         "src": row["source"],
-        "cut": int(row["finish_reason"] != "stop"),
+        "cut": _ENDINGS.get(row["finish_reason"], 1),
         "end": row["finish_reason"],
         "rep": int(row["repetitive"]),
         "ok": int(row["correct"]),

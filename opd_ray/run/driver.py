@@ -87,6 +87,7 @@ class Driver:
             configured=config.least_strength,
             student_coef=schedule.highest(config.loss.student.coef),
             rollouts_per_step=config.buffer.prompts_per_step * config.rollout.responses_per_prompt,
+            steps_ahead=config.buffer.max_staleness,
         )
         self._guard_at_start = self._guard.state()
         self._where = where = Whereabouts(checkpoint_step=start.step if start else None)

@@ -47,6 +47,9 @@ _ALL = (
     Metric("rollouts/periodic_tail_rate", "share", "rollouts whose last tokens repeat with a period"),
     Metric("rollouts/repetition_stops", "share", "rollouts that the engine ended, for they repeated themselves"),
     Metric("rollouts/saved_tokens", "tokens", "what those would have sampled up to the budget, in the step"),
+    Metric("rollouts/horizon", "tokens", "after which rollouts but the probes were cut off"),
+    Metric("rollouts/horizon_rate", "share", "rollouts that were cut off by the horizon"),
+    Metric("rollouts/whole", "number", "rollouts that had the whole budget: what they come to is measured on these"),
     Metric("rollouts/length_budget", "tokens", "the most that a response may have"),
     Metric("rollouts/length_p*", "tokens", "percentiles of a rollout's tokens"),
     Metric("rollouts/behaviour_logprob", "nats", "log μ of the sampled tokens, mean of the rollouts' means"),
@@ -70,7 +73,9 @@ _ALL = (
     Metric("learner/off_policy_kl", "nats", "KL(μ‖π_θ) a token, k3 estimate"),
     *_TAUGHT,
     Metric("learner/teacher_logprob_repetitive", "nats", "how far the teacher endorses repetitive tokens"),
-    Metric("learner/truncated_weight_share", "share", "share of the student's loss weight in truncated rollouts"),
+    Metric(
+        "learner/truncated_weight_share", "share", "share of the student's loss weight in rollouts that were cut off"
+    ),
     Metric("learner/golden_logprob", "nats", "log π_θ of golden tokens"),
     Metric("learner/teacher_rollout_logprob", "nats", "log π_θ of the tokens that the teacher wrote"),
     Metric("learner/reference_logprob", "nats", "log π_ref of the tokens that the KL to it is taken over"),

@@ -49,10 +49,25 @@ class Share:
     num_quiet: int = 0
     """Steps in a row at which nothing was amiss."""
     told_beginning: bool = False
+    part: list[float] = field(default_factory=lambda: [0.0] * 3)
+    """Of a step that is not whole yet: the share of its rollouts, and sums of w and w x."""
 
-    def add(self, value: float, weight: float, windows: Windows) -> None:
-        self.steps.append([max(weight, 1e-9), value])
+    def add(self, value: float, weight: float, windows: Windows, share: float = 1.0) -> bool:
+        """Takes a step in, of which only a ``share`` of the rollouts was measured: several such steps are one. Is a
+        step whole with it?"""
+        new = (share, share * max(weight, 1e-9), share * max(weight, 1e-9) * value)
+        self.part = [old + each for old, each in zip(self.part, new, strict=True)]
+        measured, w, wx = self.part
+        if measured < 1 - 1e-6:
+            return False
+        self.steps.append([w / measured, wx / w])
         del self.steps[: -windows.long - 1]
+        self.part = [0.0] * 3
+        return True
+
+    def forget(self) -> None:
+        """The windows begin anew, the normal level stays."""
+        self.steps, self.part, self.told_beginning = [], [0.0] * 3, True
 
     def mean(self, steps: int) -> float:
         """Over the last ``steps`` steps: the ratio of sums, not the mean of ratios."""

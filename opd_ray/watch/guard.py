@@ -1,15 +1,19 @@
 """The guard: sees length inflation and its kin in a step's metrics, and says what to do about it.
 
 Pure logic: it knows metric names and steps; nothing of losses, checkpoints or Ray. The driver shows it every
-step and does what the verdict asks. Levels, each with those before it: warn; act (more golden rollouts and a
-larger β_KL within stated limits, truncated tails masked); roll back to the last healthy checkpoint and keep the
-stronger setting; stop.
+step and does what the verdict asks. Levels, each with those before it: warn; act, a notch of
+:mod:`opd_ray.watch.ladder` at a time; roll back to the last healthy checkpoint and keep the stronger setting; stop.
 
 Windows are so many steps as have some hundred rollouts. A share is measured from the run's own normal level b
 (:mod:`opd_ray.watch.evidence`): a threshold t stands at b + (1 − b)·t, and is crossed only by a mean that is also
 above b beyond its standard error. Between two actions a signal gets time to recede, and is judged by what was sampled
 since. When health has returned for some windows the strength falls, a notch at a time; each relapse doubles that
 time, so that a run which needs the strength does not swing.
+
+Under a shorter horizon shares are those of the rollouts that have the whole budget all the same, and so many steps
+count as one that they have the rollouts of one: it takes longer to tell them from chance, and no chance more. Rollouts
+are asked for some steps ahead: a horizon holds from the first step on whose rollouts nobody had asked for when it was
+decided, so that a run which resumes samples the same.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from typing import Any, Literal
 from opd_ray.config import GuardConfig
 from opd_ray.messages import Strength
 from opd_ray.watch.evidence import Share, Windows
+from opd_ray.watch.ladder import Ladder
 
 Level = Literal["warn", "act", "rollback", "stop"]
 
@@ -75,6 +80,8 @@ class _State:
     num_rollbacks: int = 0
     num_non_finite: int = 0
     acted_at: int | None = None
+    horizons: list[list[float]] = field(default_factory=list)
+    """[0-based step, share] from which on it holds: the one of the step under way, and those to come."""
     num_quiet: int = 0
     """Steps in a row that showed health, since the strength last changed."""
     num_relapses: int = 0
@@ -98,14 +105,8 @@ _REPETITIVE_SHARE = 0.05
 """Share of repetitive tokens from which their advantage is compared with that of the others."""
 _ENDORSED_LOGPROB = -1.0
 """Teacher's mean log-prob from which it endorses what the student writes; on repetitive tokens it warns only."""
-_MOST_GOLDEN_FACTOR = 3.0
-"""Limit of λ_gold as a multiple of the configured one, or of the student's coefficient where that is 0."""
-_MOST_REFERENCE_KL = 1.0
-"""Limit of β_KL as a multiple of the student's coefficient, for their ratio decides: at 1 a token's probability is
-drawn to the geometric mean of teacher's and reference's, at .1 hardly at all."""
 _MOST_NON_FINITE = 3
 """Steps in a row without a finite loss after which the run is rolled back where level allows, or else stopped."""
-_NUM_NOTCHES = 2
 _LEAST_PATIENCE, _LEAST_QUIET = 5, 20
 """Steps: what an action needs to show whatever the window, for weights move by steps; and health to be believed."""
 _QUIET_WINDOWS = 4
@@ -123,7 +124,8 @@ class Guard:
     """Judges one run, step by step in order. A metric that a step lacks leaves its signal silent.
 
     ``configured`` is what the run has without the guard, the point from which notches count; ``student_coef`` the
-    weight of what they counter, by which β_KL is measured, and λ_gold where it is 0.
+    weight of what they counter, by which β_KL is measured, and λ_gold where it is 0. Rollouts are sampled at most
+    ``steps_ahead`` steps before the one under way.
     """
 
     def __init__(
@@ -135,23 +137,19 @@ class Guard:
         configured: Strength | None = None,
         student_coef: float = 1.0,
         rollouts_per_step: int = 32,
+        steps_ahead: int = 0,
     ) -> None:
-        self._config, self._configured = config, configured or Strength()
-        self._has_golden, self._has_reference = has_golden, has_reference
+        self._config, self._rollouts_per_step, self._steps_ahead = config, rollouts_per_step, steps_ahead
+        self._ladder = Ladder(
+            config,
+            has_golden=has_golden,
+            has_reference=has_reference,
+            configured=configured or Strength(),
+            student_coef=student_coef,
+        )
         self._windows = Windows.of(rollouts_per_step)
         self._patience = max(_LEAST_PATIENCE, self._windows.middle)
         self._state = _State()
-        kl = _MOST_REFERENCE_KL * student_coef
-        self._raises_golden = has_golden and config.max_golden_per_prompt > self._configured.golden_per_prompt
-        self._raises_kl = has_reference and kl > self._configured.reference_kl_coef
-        self._most = Strength(
-            config.max_golden_per_prompt * self._raises_golden,
-            _MOST_GOLDEN_FACTOR * (self._configured.golden_coef or student_coef) * self._raises_golden,
-            kl * self._raises_kl,
-            not self._configured.mask_truncated_tails,
-        )
-        raises = self._raises_golden or self._raises_kl
-        self._num_notches = _NUM_NOTCHES if raises else int(self._most.mask_truncated_tails)
 
     def look(self, step: int, metrics: Mapping[str, float]) -> list[GuardEvent]:
         """Judges step ``step``; call it once after each, in order. A last event of a rollback or a stop is an order:
@@ -162,6 +160,7 @@ class Guard:
         if not events or events[-1].level == "warn":
             known = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
             means, shares = self._average(known), self._measure(known)
+            here = [name for name in _SHARES if _MEASURED[name] in known]
             events += self._beginning(step, shares)
             readings = [each for each in self._readings(means, shares) if each.severity]
             quiet = not any(each.signal in _SHARES for each in readings)
@@ -169,20 +168,20 @@ class Guard:
                 share.learn(self._windows, quiet=quiet)
             if any(shares[name].tells(self._windows) for name in _SHARES if name in shares):
                 self._state.alarmed = any(len(each.thresholds) > 1 for each in readings)
+            if any(self._state.shares[name].tells(self._windows) for name in here):
                 self._state.num_quiet = 0 if self._state.alarmed else self._state.num_quiet + 1
             action = self._act(step, readings) or self._relax(step)
             events += self._announce(step, readings, {event.signal for event in action}) + action
+            self._note_horizon(step)
         return events
 
     @property
     def strength(self) -> Strength:
-        if self._config.level == "off" or self._state.notch == 0:
-            return Strength()
-        part = min(1.0, self._state.notch / max(1, self._num_notches))
-        *configured, _ = dataclasses.astuple(self._configured)
-        *most, masks = dataclasses.astuple(self._most)
-        raised = [(1 - part) * a + part * b if b > a else 0.0 for a, b in zip(configured, most, strict=True)]
-        return Strength(*raised, masks)
+        return self._ladder.strength(0 if self._config.level == "off" else self._state.notch)
+
+    def horizon_at(self, step: int) -> float:
+        """Share of the configured horizon that rollouts of a 0-based step get, none that was asked for before."""
+        return next((share for since, share in reversed(self._state.horizons) if since <= step), 1.0)
 
     def healthy(self) -> bool:
         """Whether a checkpoint of the last step may be rolled back to: its loss was finite, and no signal
@@ -194,7 +193,7 @@ class Guard:
         state = self._state
         self._forget()
         state.windows, state.said, state.alarmed, state.num_non_finite = {}, {}, False, 0
-        state.acted_at = step
+        state.acted_at, state.horizons = step, [[0, self.strength.horizon]]
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint; ``restore`` continues from them."""
@@ -240,11 +239,14 @@ class Guard:
         return means
 
     def _measure(self, known: Mapping[str, float]) -> dict[str, Share]:
-        """Those shares that the step has, once it is in their windows."""
+        """Those shares in whose windows the step is, with others before it or alone."""
         here = {name: known[full_name] for name, full_name in _MEASURED.items() if full_name in known}
-        for name, value in here.items():
+        measured = min(1.0, known.get("rollouts/whole", math.inf) / self._rollouts_per_step)
+        for name, value in list(here.items()):
             weight = known.get("rollouts/length", 1.0) if name.endswith("_share") else 1.0
-            self._state.shares.setdefault(name, Share()).add(value, weight, self._windows)
+            part = measured if name in _SHARES else 1.0
+            if not self._state.shares.setdefault(name, Share()).add(value, weight, self._windows, part):
+                del here[name]
         return {name: self._state.shares[name] for name in here}
 
     def _beginning(self, step: int, shares: Mapping[str, Share]) -> list[GuardEvent]:
@@ -311,10 +313,16 @@ class Guard:
         if not loud or waiting or not self._may("act"):
             return []
         worst = max(loud, key=lambda each: each.severity)
-        if state.notch < self._num_notches:
+        if state.notch < self._ladder.num_notches:
             self._strengthen(step)
             self._forget()  # the next action is for what is sampled from now on
-            return [worst.event(step, "act", f"{self._setting()} (notch {state.notch} of {self._num_notches})")]
+            return [
+                worst.event(
+                    step,
+                    "act",
+                    f"{self._ladder.setting(state.notch)} (notch {state.notch} of {self._ladder.num_notches})",
+                )
+            ]
         if worst.severity == 3 and self._may_roll_back():
             return [worst.event(step, "rollback", self._roll_back(step))]
         if worst.severity == 3 and self._may("stop"):
@@ -323,18 +331,20 @@ class Guard:
         if state.said_spent or (worst.severity == 2 and self._may("rollback")):
             return []
         state.said_spent = True
-        return [worst.event(step, "warn", f"no remedy is left that guard.level allows: {self._setting()}")]
+        return [
+            worst.event(step, "warn", f"no remedy is left that guard.level allows: {self._ladder.setting(state.notch)}")
+        ]
 
     def _roll_back(self, step: int) -> str:
         state = self._state
         state.num_rollbacks += 1
         self._strengthen(step)
         count = f"rollback {state.num_rollbacks} of {self._config.max_rollbacks}"
-        return f"back to the last healthy checkpoint ({count}) with {self._setting()}"
+        return f"back to the last healthy checkpoint ({count}) with {self._ladder.setting(state.notch)}"
 
     def _strengthen(self, step: int) -> None:
         state = self._state
-        state.notch, state.acted_at = min(state.notch + 1, self._num_notches), step
+        state.notch, state.acted_at = min(state.notch + 1, self._ladder.num_notches), step
         state.num_relapses += state.has_fallen
         state.has_fallen, state.num_quiet, state.said_spent = False, 0, False
 
@@ -346,26 +356,22 @@ class Guard:
             return []
         quiet = _Reading("health", float(state.num_quiet), (float(wanted),), f"healthy for {state.num_quiet} steps: ")
         state.notch, state.has_fallen, state.num_quiet, state.said_spent = state.notch - 1, True, 0, False
-        setting = self._setting() if state.notch else "everything as configured"
-        return [quiet.event(step, "act", f"{setting} (down to notch {state.notch} of {self._num_notches})")]
+        setting = self._ladder.setting(state.notch) if state.notch else "everything as configured"
+        return [quiet.event(step, "act", f"{setting} (down to notch {state.notch} of {self._ladder.num_notches})")]
+
+    def _note_horizon(self, step: int) -> None:
+        """From which step on the horizon holds, where it has changed."""
+        state, share, since = self._state, self.strength.horizon, step + self._steps_ahead
+        if share != self.horizon_at(since):
+            state.horizons.append([since, share])
+            state.shares.pop("repetitive_share", None)  # of all rollouts: less of a shorter one repeats itself
+        while len(state.horizons) > 1 and state.horizons[1][0] <= step:
+            del state.horizons[0]
 
     def _forget(self) -> None:
         """The windows begin anew, the normal levels stay."""
         for share in self._state.shares.values():
-            share.steps.clear()
-            share.told_beginning = True
-
-    def _setting(self) -> str:
-        """The strength in words, and why what is not raised is not."""
-        strength = self.strength
-        golden = "golden rollouts as configured" if self._has_golden else "no golden rollouts to add"
-        if self._raises_golden:
-            golden = f"at least {strength.golden_per_prompt:.3g} golden rollouts a prompt"
-            golden += f" at λ_gold {strength.golden_coef:.3g}"
-        kl = "β_KL as configured" if self._has_reference else "no reference for β_KL"
-        if self._raises_kl:
-            kl = f"β_KL at least {strength.reference_kl_coef:.3g}"
-        return f"{golden}, {kl}, truncated tails {'masked' if strength.mask_truncated_tails else 'as configured'}"
+            share.forget()
 
     def _may(self, level: Level) -> bool:
         return _RANK[self._config.level] >= _RANK[level]

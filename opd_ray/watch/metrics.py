@@ -32,24 +32,43 @@ _BLOCK = 1 << 20
 
 def rollout_metrics(metas: Sequence[RolloutMeta], version: int, budget: int) -> dict[str, float]:
     """Metrics of the student rollouts that a step trains on; ``version`` is that of the weights it trains,
-    ``budget`` the most tokens that a response could have."""
+    ``budget`` the most tokens that a response could have. Where a horizon cut responses off, what they come to is that
+    of those that had the whole budget."""
     if not metas:
         return {}
-    lengths = np.array([meta.num_response_tokens for meta in metas])
-    truncated = np.array([meta.truncated for meta in metas])
-    looped = np.array([meta.finish_reason == "repetition" for meta in metas])
+    whole = [meta for meta in metas if meta.whole] or metas
+    lengths = np.array([meta.num_response_tokens for meta in whole])
+    truncated = np.array([meta.truncated for meta in whole])
+    looped = [meta.num_response_tokens for meta in metas if meta.finish_reason == "repetition"]
     oldest = np.array([meta.oldest_version for meta in metas])
-    return _outcomes("rollouts", metas) | {
-        "rollouts/truncated_token_share": float(lengths[truncated].sum() / lengths.sum()),
-        "rollouts/periodic_tail_rate": float(np.mean([meta.tail_period > 0 for meta in metas])),
-        "rollouts/repetition_stops": float(looped.mean()),
-        "rollouts/saved_tokens": float((budget - lengths[looped]).sum()),
-        "rollouts/length_budget": float(budget),
-        "rollouts/length_p50": float(np.quantile(lengths, 0.5)),
-        "rollouts/length_p95": float(np.quantile(lengths, 0.95)),
-        "rollouts/behaviour_logprob": float(np.mean([meta.mean_behaviour_logprob for meta in metas])),
-        "staleness/mean": float(version - np.average([meta.mean_version for meta in metas], weights=lengths)),
-        "staleness/max": float(version - oldest.min()),
+    sampled = [meta.num_response_tokens for meta in metas]
+    return (
+        _outcomes("rollouts", whole)
+        | _horizon(metas, whole)
+        | {
+            "rollouts/truncated_token_share": float(lengths[truncated].sum() / lengths.sum()),
+            "rollouts/periodic_tail_rate": float(np.mean([meta.tail_period > 0 for meta in whole])),
+            "rollouts/repetition_stops": len(looped) / len(metas),
+            "rollouts/saved_tokens": float(budget * len(looped) - sum(looped)),
+            "rollouts/length_budget": float(budget),
+            "rollouts/length_p50": float(np.quantile(lengths, 0.5)),
+            "rollouts/length_p95": float(np.quantile(lengths, 0.95)),
+            "rollouts/behaviour_logprob": float(np.mean([meta.mean_behaviour_logprob for meta in metas])),
+            "staleness/mean": float(version - np.average([meta.mean_version for meta in metas], weights=sampled)),
+            "staleness/max": float(version - oldest.min()),
+        }
+    )
+
+
+def _horizon(metas: Sequence[RolloutMeta], whole: Sequence[RolloutMeta]) -> dict[str, float]:
+    """Nothing where there is none."""
+    horizons = [meta.horizon for meta in metas if meta.horizon is not None]
+    if not horizons:
+        return {}
+    return {
+        "rollouts/horizon": float(np.mean(horizons)),
+        "rollouts/horizon_rate": float(np.mean([meta.finish_reason == "horizon" for meta in metas])),
+        "rollouts/whole": float(len(whole)),
     }
 
 

@@ -211,6 +211,7 @@ async def make_pipeline(
         has_reference=True,
         configured=config.least_strength,
         student_coef=config.loss.student.coef,
+        steps_ahead=config.buffer.max_staleness,
     )
     prompts = stream(rows, Shuffled(len(rows), 0))
     delivery = Delivery(config, rooms, lambda *_, **__: None)

@@ -147,6 +147,8 @@ class FakeGenerator(Receiver):
                 mean_version=float(oldest),
                 correct=group.slot % 2 == 0,
                 repetitive=self.source == "teacher" and group.slot == 2,
+                horizon=group.horizon,
+                whole=group.horizon is None or group.probe,
             )
             for group in groups
             for i in range(group.num_responses)

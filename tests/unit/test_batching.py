@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from opd_ray.buffer.plan import count, group_advantages, plan_step
 from opd_ray.errors import RunError
+from opd_ray.learn.losses import mapped
 from opd_ray.learn.microbatch import MicroBatch, collate, fetch_payloads
 from opd_ray.messages import SCORE_SCHEMA, Coefficients, Count, Denominators, Entry, StepPlan
 from opd_ray.repetition import repeated_ngrams
@@ -157,6 +158,24 @@ def test_collation_aligns_every_column_with_its_token(packing: bool) -> None:
         ("golden", [3], [False]),
         ("teacher", [2], [False]),
     ]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_is_behind_the_horizon_is_not_trained_on(packing: bool) -> None:
+    entries = scored_entries([(3, 4), (5, 1), (1, 6)], scoring=EVERYTHING)
+    ahead = [dataclasses.replace(each, meta=dataclasses.replace(each.meta, horizon=3)) for each in entries]
+    whole, short = (collated(each, packing) for each in (entries, ahead))
+    kept, columns = [0, 1, 2, 4, 5, 6, 7], ([], [])
+    for batch, found in zip((whole, short), columns, strict=True):
+        (segment,) = batch.segments
+        mapped(segment.tokens, lambda column, found=found: found.append(column) or column)
+        found.append(batch.input_ids.flatten()[batch.logit_index])
+    assert len(columns[1]) > 10
+    for every, first in zip(*columns, strict=True):
+        np.testing.assert_array_equal(first, every[kept])
+    assert short.segments[0].lengths.tolist() == [3, 1, 3]
+    assert short.segments[0].truncated.tolist() == [True, False, True]  # none ends with its third token
+    assert count(ahead).student == Count(3, 7)
 
 
 def test_rollouts_of_other_teachers_are_segments_of_their_own() -> None:

@@ -23,6 +23,7 @@ EVERYTHING = {
         "sets": {"hard": {"samples": 2, "greedy": True, "num_problems": 4}},
     },
     "guard": {"level": "warn"},
+    "rollout": {"horizon": 9},
     "teacher": {"url": "http://one:8000"},
 }
 

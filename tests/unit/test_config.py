@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opd_ray import config as configs
-from opd_ray.config import Config, EvaluationSet, LoraConfig, describe, describe_absent, hints
+from opd_ray.config import Config, EvaluationSet, LoraConfig, RepetitionConfig, describe, describe_absent, hints
 from opd_ray.errors import InputError
 from opd_ray.messages import RepetitionRule
 from opd_ray.repetition import is_repetitive
@@ -129,7 +129,7 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
     absent = list(configs.describe_absent())
     assert docs["learner.lr"].default == Config().learner.lr
     assert not [doc.name for doc in (*docs.values(), *absent) if not doc.doc.endswith(".")]
-    assert len(absent) == len([*dataclasses.fields(EvaluationSet), *dataclasses.fields(LoraConfig)])
+    assert len(absent) == sum(len(dataclasses.fields(each)) for each in (EvaluationSet, LoraConfig, RepetitionConfig))
     assert len(docs) == count_leaves(Config())
     assert docs["loss.student.divergence"].default == "reverse_kl"
 

@@ -186,6 +186,23 @@ def test_a_response_that_the_engine_ended_is_a_truncated_loop_that_nobody_judges
     asyncio.run(scenario())
 
 
+def test_a_response_ends_at_the_horizon_but_for_probes_and_what_has_no_room_for_more():
+    async def scenario():
+        generator, _ = make(engine=UniformTokens(max_context_tokens=10))  # 7 for a response
+        groups = [replace(group(slot), horizon=horizon, probe=probe) for slot, (horizon, probe) in enumerate(asked)]
+        metas, _ = await generator.generate(groups, replace(NEVER_STOP, max_response_tokens=20))
+        assert [(meta.num_response_tokens, meta.finish_reason, meta.truncated, meta.whole) for meta in metas] == [
+            (4, "horizon", False, False),
+            (7, "length", True, True),
+            (7, "length", True, False),
+            (7, "length", True, True),
+        ]
+        assert [meta.num_trained_tokens for meta in metas] == [4, 4, 7, 7]
+
+    asked = [(4, False), (4, True), (9, False), (None, False)]
+    asyncio.run(scenario())
+
+
 def test_an_engine_that_fails_fails_every_waiting_call_with_its_error():
     class Broken(SteppedEngine):
         def step(self):

@@ -91,11 +91,13 @@ def share(value):
     return CALM | {"rollouts/truncated_token_share": value}
 
 
-def make(level="stop", *, rollouts=320, has_golden=True, has_reference=True, configured=None, student=1.0, **values):
+def make(
+    level="stop", *, rollouts=320, ahead=0, has_golden=True, has_reference=True, configured=None, student=1.0, **values
+):
     """With 320 rollouts a step every window is one step, and the second step has the first to compare with."""
     room = {"has_golden": has_golden, "has_reference": has_reference, "configured": configured}
     config = GuardConfig(level=level, **values)
-    return Guard(config, **room, student_coef=student, rollouts_per_step=rollouts)
+    return Guard(config, **room, student_coef=student, rollouts_per_step=rollouts, steps_ahead=ahead)
 
 
 def calmed(guard, steps=2):
@@ -227,6 +229,49 @@ def test_limits_are_relative_to_the_configured_coefficients(configured, student,
     assert (strength.golden_per_prompt, strength.golden_coef, strength.reference_kl_coef) == pytest.approx(most)
 
 
+def test_the_horizon_is_the_first_to_go_and_the_last_to_return():
+    guard, changes, before = calmed(make("act", min_horizon=0.3, ahead=2)), [], None
+    for step, value in enumerate([*[0.9] * 17, *[0.0] * 90], 3):
+        guard.look(step, share(value))
+        now = (guard.strength.horizon, guard.strength.golden_per_prompt)
+        if before not in (None, now) or step == 3:
+            changes.append((step, *now))
+        assert guard.horizon_at(step + 2) == now[0]
+        assert guard.horizon_at(step + 1) == (now if now == before or before is None else before)[0] or step == 3
+        before = now
+    assert changes == [
+        (3, 0.5, 0.0),
+        (8, 0.3, 0.0),
+        (13, 0.3, 1.0),
+        (18, 0.3, 2.0),
+        (39, 0.3, 1.0),
+        (59, 0.3, 0.0),
+        (79, 0.5, 0.0),
+        (99, 1.0, 0.0),
+    ]
+    assert guard.state()["horizons"] == [[101, 1.0]]
+
+
+def test_a_change_of_the_horizon_is_said_in_a_few_words_and_a_rollback_keeps_it():
+    guard = calmed(make("rollback", min_horizon=0.5, has_golden=False, has_reference=False, ahead=2))
+    (event,) = guard.look(3, share(0.9))
+    assert event.action == "rollouts up to 50% of the horizon (notch 1 of 2)"
+    assert [guard.horizon_at(step) for step in (4, 5)] == [1.0, 0.5]
+    guard.rolled_back(1)
+    assert guard.horizon_at(1) == 0.5
+
+
+def test_probes_of_several_steps_count_as_those_of_one():
+    """A quarter of the rollouts has the whole budget: four steps tell as much as one did."""
+    guard = calmed(make("act"))
+    loud = share(0.9) | {"rollouts/whole": 80.0}
+    assert [bool(guard.look(step, loud)) for step in range(3, 7)] == [False, False, False, True]
+    mixed = calmed(make("act"))
+    for step, value in enumerate([0.9, 0.0, 0.0, 0.0], 3):  # 9/40 of the tokens: a warning alone
+        events = mixed.look(step, share(value) | {"rollouts/whole": 80.0})
+    assert [(event.level, round(event.value, 3)) for event in events] == [("warn", 0.225)]
+
+
 def test_the_strength_falls_when_health_has_returned_and_later_after_a_relapse():
     """The bug: it never fell again, and one false alarm decided over the rest of the run."""
     guard, changes, before = calmed(make("act")), [], 0.0
@@ -279,6 +324,12 @@ def test_it_leaves_healthy_runs_alone():
     within 150 steps. None of 306 runs is less than 1 % with 95 % confidence (the rule of three)."""
     found = {rollouts: false_actions(rollouts, 51, seed=31) for rollouts in (8, 16, 32, 64, 128, 256)}
     assert not any(found.values()), found
+
+
+@pytest.mark.slow
+def test_it_leaves_healthy_runs_alone_under_a_shorter_horizon():
+    """Of which it only sees the probes; it lengthens the horizon and does nothing else."""
+    assert not any(false_actions(rollouts, 51, seed=32, probes=0.25) for rollouts in (32, 64, 256))
 
 
 @pytest.mark.slow
@@ -382,6 +433,7 @@ rows = st.lists(
             "learner/teacher_logprob_repetitive": st.floats(-9, 0),
             "learner/loss": st.sampled_from([1.0, 1.0, 1.0, math.nan]),
             "rollouts/length_budget": st.sampled_from([80, 80, 40, 160]),
+            "rollouts/whole": st.sampled_from([None, 4.0, 8.0]),
         }
     ),
     max_size=40,
@@ -389,6 +441,7 @@ rows = st.lists(
 configs = st.builds(
     GuardConfig,
     level=st.sampled_from(LEVELS),
+    min_horizon=st.sampled_from([1.0, 0.5, 0.2]),
     max_golden_per_prompt=st.floats(0, 3),
     max_rollbacks=st.integers(0, 2),
 )
@@ -401,7 +454,7 @@ def test_whatever_it_sees_it_stays_within_its_limits(config, steps, has_golden, 
     """Strength within the limits and never falling without health, levels within what is allowed, finite events, and
     a state that another guard goes on from with the same words."""
     room = {"has_golden": has_golden, "has_reference": has_reference, "configured": Strength(golden)}
-    room["rollouts_per_step"] = rollouts
+    room |= {"rollouts_per_step": rollouts, "steps_ahead": 3}
     guard, last, rollbacks = Guard(config, **room), Strength(), 0
     for step, row in enumerate(steps):
         row = {name: value for name, value in row.items() if value is not None}
@@ -416,6 +469,7 @@ def test_whatever_it_sees_it_stays_within_its_limits(config, steps, has_golden, 
         assert last.golden_per_prompt <= now.golden_per_prompt <= config.max_golden_per_prompt * (1 + 1e-9)
         assert last.golden_coef <= now.golden_coef <= 3 * (1 + 1e-9)
         assert last.reference_kl_coef <= now.reference_kl_coef <= 1 + 1e-9
+        assert config.min_horizon <= now.horizon <= last.horizon and twin.horizon_at(step + 3) == now.horizon
         assert last.mask_truncated_tails <= now.mask_truncated_tails
         assert has_golden or now.golden_per_prompt == now.golden_coef == 0
         assert has_reference or now.reference_kl_coef == 0

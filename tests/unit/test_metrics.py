@@ -50,6 +50,19 @@ def test_responses_that_the_engine_ended_are_truncated_and_tell_what_they_saved(
     assert metrics["rollouts/saved_tokens"] == 18 + 5
 
 
+def test_what_the_horizon_cut_off_says_nothing_of_what_rollouts_come_to():
+    metas = [
+        meta(0, num_response_tokens=10, horizon=20, whole=True),
+        meta(1, num_response_tokens=80, horizon=20, whole=True, finish_reason="length", correct=False),
+        meta(2, num_response_tokens=20, horizon=20, whole=False, finish_reason="horizon", correct=False),
+        meta(3, num_response_tokens=10, horizon=20, whole=False),
+    ]
+    metrics = rollout_metrics(metas, version=0, budget=80)
+    assert (metrics["rollouts/truncation_rate"], metrics["rollouts/accuracy"]) == (0.5, 0.5)
+    assert (metrics["rollouts/truncated_token_share"], metrics["rollouts/length"]) == (80 / 90, 45)
+    assert [metrics[f"rollouts/{name}"] for name in ("horizon", "horizon_rate", "whole")] == [20, 0.25, 2]
+
+
 def test_without_student_rollouts_there_is_nothing_to_say():
     assert rollout_metrics([], version=0, budget=30) == {}
 

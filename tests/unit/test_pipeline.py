@@ -236,6 +236,30 @@ def test_what_the_guard_raises_is_in_the_next_step():
     assert made.learner.plans[0].coefficients.mask_truncated_tails
 
 
+def test_all_but_some_probes_end_at_the_horizon():
+    rollout, teacher = {"horizon": [[0, 6], [3, 12]], "responses_per_prompt": 2}, {"teacher_per_prompt": 1}
+    more = {"buffer": teacher, "loss": {"teacher": {"coef": 1}}}
+    made = run(make_pipeline(rollout=rollout | {"max_response_tokens": 9}, **more))
+    for step, report in enumerate(made.recording.reports):
+        horizon = (6, 8)[step] if step < 2 else None  # then it is beyond the budget
+        for meta in (entry.meta for entry in report.entries):
+            student = meta.source == "student"
+            assert meta.horizon == (horizon if student else None)
+            assert meta.whole == (horizon is None or not student or meta.slot % 4 == 0)
+        assert report.metrics.get("rollouts/whole") == (2 if horizon else None)
+
+
+@pytest.mark.parametrize("slowest", [0, 20])
+def test_the_guards_horizon_is_that_of_the_step_whenever_its_rollouts_are_asked_for(slowest):
+    def shortened(made):
+        made.guard.restore(made.guard.state() | {"notch": 1, "horizons": [[0, 1.0], [2, 0.5]]})
+
+    guard = {"min_horizon": 0.25}
+    made = run(make_pipeline(slowest=slowest, rollout={"max_response_tokens": 80}, guard=guard), shortened)
+    found = [{entry.meta.horizon for entry in report.entries} for report in made.recording.reports]
+    assert [each - {None} for each in found] == [set(), set(), {40}, {40}, {40}, {40}]
+
+
 def test_golden_rollouts_that_only_the_guard_mixes_in_are_scored_for_the_reference():
     """The bug: nobody had asked the reference about them, and the run died when its rescue began."""
     loss = {"golden": {"coef": 0}, "reference": {"on_golden": True}}

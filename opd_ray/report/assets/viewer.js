@@ -33,6 +33,7 @@ const SORTS = {
   "lowest A": (a, b) => (meanAdvantage(a) ?? Infinity) - (meanAdvantage(b) ?? Infinity),
   "highest A": (a, b) => (meanAdvantage(b) ?? -Infinity) - (meanAdvantage(a) ?? -Infinity),
 };
+const CUT_BY = { length: "length budget", repetition: "repeats itself", horizon: "horizon" };
 const FILTERS = ["step", "src", "cut", "rep", "ok"];
 const LINKED = "rollouts?"; // begins the fragments that say what one looks at
 
@@ -171,7 +172,7 @@ function startViewer(data) {
     const header = make("header");
     header.append(make("b", "", `step ${rollout.step}`), make("span", "", rollout.src));
     header.append(rollout.ok ? make("span", "", "right") : make("span", "bad", "wrong"));
-    if (rollout.cut) header.append(make("span", "bad", "truncated"));
+    if (rollout.cut) header.append(make("span", "bad", rollout.cut === 2 ? "cut off" : "truncated"));
     if (rollout.rep) header.append(make("span", "bad", "repetitive"));
     header.append(make("span", "", `${rollout.n} tokens`));
     const mean = meanAdvantage(rollout);
@@ -215,7 +216,7 @@ function startViewer(data) {
       }
       strip.append(token);
     });
-    if (rollout.cut) strip.append(make("span", "end", rollout.end === "repetition" ? "✂ repeats itself" : "✂ length budget"));
+    if (rollout.cut) strip.append(make("span", "end", `✂ ${CUT_BY[rollout.end]}`));
     return strip;
   }
 
