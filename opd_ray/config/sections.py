@@ -213,11 +213,12 @@ class RepetitionConfig:
     """When the engine ends a response that repeats itself: as vLLM's RepetitionDetectionParams, for both engines."""
 
     max_pattern_size: int = Field(64, ge=1)
-    """Most tokens of the pattern that is repeated; vLLM looks for every size at every token, which costs with large
-    ones."""
-    min_pattern_size: int = Field(1, ge=1)
-    """Fewest tokens of the pattern."""
-    min_count: int = Field(16, ge=2)
+    """Most tokens of the pattern that is repeated. vLLM looks for every size at every token, half a microsecond each;
+    the torch engine counts for all at once."""
+    min_pattern_size: int = Field(32, ge=1)
+    """Fewest tokens of the pattern; a shorter one is found as a multiple of it, after so many tokens times min_count:
+    honest zeros and rules are shorter."""
+    min_count: int = Field(8, ge=2)
     """Times that it stands at the end of the response, one after the other."""
 
     @property

@@ -389,7 +389,7 @@ def test_adapters_are_of_the_run_and_their_scale_is_alpha_over_rank() -> None:
 def test_loops_end_in_the_engine_where_that_is_asked_for() -> None:
     assert configs.load().rollout.repetition_rule is None
     config = configs.load(None, ["rollout.repetition_detection.min_count=5"])
-    assert config.rollout.repetition_rule == RepetitionRule(64, 1, 5)
+    assert config.rollout.repetition_rule == RepetitionRule(64, 32, 5)
     assert configs.from_dict(configs.to_dict(config)) == config
 
 
