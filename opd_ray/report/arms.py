@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_ray.report import answers
+from opd_ray.report.measurements import SO_FAR
 from opd_ray.report.runs import Metrics, Run
 from opd_ray.report.uncertainty import error, over_problems
 
@@ -20,6 +21,8 @@ HALF = 0.5
 """An arm has inflated when more than this share of one step's rollouts is truncated."""
 
 TRUNCATION = "rollouts/truncation_rate"
+GOOD = 0.6
+"""Sampled accuracy by which arms are compared in what it takes to get there."""
 MANY = 6
 """More arms than this are rows of a table instead of columns."""
 
@@ -266,6 +269,27 @@ def _steps(spread: Spread) -> str:
     return steps_between(spread.known) if spread.known else "–"
 
 
+def _until_good(what: str) -> Callable[[Run], float | None]:
+    """The sum of a metric up to the first evaluation on the way that is GOOD; None without one."""
+
+    def of(run: Run) -> float | None:
+        accuracies, sums = run.metrics.get("evaluation/accuracy_sampled", {}), run.metrics.get(what + SO_FAR, {})
+        first = next((step for step, accuracy in accuracies.items() if accuracy >= GOOD), None)
+        return next((value for step, value in sums.items() if first is not None and step >= first), None)
+
+    return of
+
+
+def _reached(show: Callable[[float], str]) -> Callable[[Spread], str]:
+    """The mean over runs that have a value, with how many have."""
+
+    def text(spread: Spread) -> str:
+        few = len(spread.known) < len(spread.values) and bool(spread.known)
+        return (f"{len(spread.known)} of {len(spread.values)}: " if few else "") + spread.text(show)
+
+    return text
+
+
 _WHOLE = "{:.0f}".format
 ACCURACY = Measure(
     "sampled accuracy after", evaluated("after", "accuracy_sampled"), share, "held out, at temperature", None, "sampled"
@@ -294,6 +318,14 @@ MEASURES = (
     Measure("truncation passes ½ at step", inflated_at, _WHOLE, "first step over half", _crossings),
     Measure("trained tokens", _summarised("trained_tokens"), count, "response tokens, golden ones included"),
     Measure("generated tokens", _summarised("rollout_tokens"), count, "of the student's rollouts that were trained on"),
+    Measure(
+        "generated tokens to .6",
+        _until_good("rollouts/tokens"),
+        count,
+        "up to the first evaluation on the way with a sampled accuracy of .6",
+        _reached(count),
+    ),
+    Measure("time to .6", _until_good("throughput/step_s"), clock, "the same, in training steps", _reached(clock)),
     Measure("wall time", _summarised("wall_s"), clock, "of the training steps and evaluations"),
     Measure("guard events", _num_events, _WHOLE, "warnings included"),
 )

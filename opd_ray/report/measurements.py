@@ -23,7 +23,7 @@ Metrics = dict[str, dict[int, float]]
 """Metric name to step to value, steps in order."""
 
 EVALUATION = "evaluation/"
-SUMMED = ("learner/trained_tokens", "throughput/step_s")
+SUMMED = ("learner/trained_tokens", "rollouts/tokens", "throughput/step_s")
 SO_FAR = " so far"
 """Ends the name of the sum of all measurements up to a step, of what is SUMMED: what is kept of a long curve has its
 extremes, too, and sums to something else."""

@@ -46,6 +46,7 @@ _ALL = (
     Metric("rollouts/truncated_token_share", "share", "share of the tokens: the earliest alarm", "OpdLengthInflation"),
     Metric("rollouts/periodic_tail_rate", "share", "rollouts whose last tokens repeat with a period"),
     Metric("rollouts/repetition_stops", "share", "rollouts that the engine ended, for they repeated themselves"),
+    Metric("rollouts/tokens", "tokens", "all that the student sampled for the step"),
     Metric("rollouts/saved_tokens", "tokens", "what those would have sampled up to the budget, in the step"),
     Metric("rollouts/horizon", "tokens", "after which rollouts but the probes were cut off"),
     Metric("rollouts/horizon_rate", "share", "rollouts that were cut off by the horizon"),

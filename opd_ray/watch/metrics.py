@@ -49,6 +49,7 @@ def rollout_metrics(metas: Sequence[RolloutMeta], version: int, budget: int) -> 
             "rollouts/truncated_token_share": float(lengths[truncated].sum() / lengths.sum()),
             "rollouts/periodic_tail_rate": float(np.mean([meta.tail_period > 0 for meta in whole])),
             "rollouts/repetition_stops": len(looped) / len(metas),
+            "rollouts/tokens": float(sum(sampled)),
             "rollouts/saved_tokens": float(budget * len(looped) - sum(looped)),
             "rollouts/length_budget": float(budget),
             "rollouts/length_p50": float(np.quantile(lengths, 0.5)),

@@ -132,6 +132,18 @@ def test_the_table_has_mean_spread_and_every_seed(tmp_path):
     assert MEASURES[1].cell(single) == Cell(".50", (), 0.5)
 
 
+def test_what_an_accuracy_costs_is_counted_up_to_the_first_evaluation_that_has_it(tmp_path):
+    runs = []
+    for seed, accuracies in ((1, (0.5, 0.59, 0.65, 0.9)), (2, (0.5, 0.5, 0.5, 0.5))):
+        runs.append(make_run(tmp_path / f"{seed}", seed=seed, steps=0, finished=False, name="mine"))
+        for step, accuracy in enumerate(accuracies, 1):
+            append(runs[-1], {"step": step, "rollouts/tokens": 100.0 * step, "throughput/step_s": 2.0})
+            append(runs[-1], {"step": step, "evaluation/accuracy_sampled": accuracy})
+    cells = {measure.title: measure.cell(arms_of(*runs)[0]) for measure in MEASURES}
+    assert cells["generated tokens to .6"] == Cell("1 of 2: 600", ("600", "–"), 600.0)
+    assert cells["time to .6"].each == ("6 s", "–")
+
+
 def test_arms_are_ordered_by_what_they_reached(tmp_path):
     low, high = make_run(tmp_path / "a", name="low"), make_run(tmp_path / "b", name="high", accuracy=(0.3, 0.9))
     unfinished = make_run(tmp_path / "c", name="a", finished=False)
