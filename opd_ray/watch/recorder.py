@@ -45,9 +45,9 @@ class Recorder:
         """Writes step-N.parquet into ``directory`` and deletes all but the newest ``keep``; returns its number of rows.
 
         A row has the step that trained on it, ``prompt`` and ``answer`` (the text that was ``asked`` and the expected
-        answer, "" where unknown), the rollout columns, ``repetitive``, ``tail_period`` and ``worker`` of its meta, and
-        the log-probs of the response tokens by the teacher that scored it (its name is in ``teacher``; of several that
-        are weighted, the first) and by the reference; null where nobody scored. ``teacher_top_ids`` and
+        answer, "" where unknown), the rollout columns, ``repetitive``, ``tail_period``, ``worker`` and ``horizon`` of
+        its meta, and the log-probs of the response tokens by the teacher that scored it (its name is in ``teacher``; of
+        several that are weighted, the first) and by the reference; null where nobody scored. ``teacher_top_ids`` and
         ``teacher_top_logprobs``, [T, n] token by token, are the teacher's most probable tokens, where its top-k was
         asked for. Of a rollout that is gone with its node since it was trained on, the row has what its meta says.
         Raises Unwritable.
@@ -116,6 +116,7 @@ def _row(entry: Entry) -> pa.RecordBatch:
         "repetitive": pa.array([meta.repetitive], pa.bool_()),
         "tail_period": pa.array([meta.tail_period], pa.int32()),
         "worker": pa.array([meta.worker], pa.string()),
+        "horizon": pa.array([meta.horizon], pa.int32()),
         "teacher": pa.array([teacher], pa.string()),
     }
     for column, role in (("teacher_logprobs", teacher), ("reference_logprobs", REFERENCE)):

@@ -54,7 +54,12 @@ def scores(value, num_rows=3):
 def test_a_row_has_the_teacher_that_scored_it_and_the_reference(recorder, tmp_path):
     payload = rollouts()
     entries = [
-        Entry(meta(0, teacher="algebra", tail_period=3), 2, payload, {"algebra": scores(-2), "reference": scores(-3)}),
+        Entry(
+            meta(0, teacher="algebra", tail_period=3, horizon=5),
+            2,
+            payload,
+            {"algebra": scores(-2), "reference": scores(-3)},
+        ),
         Entry(meta(1, repetitive=True), 0, payload, {"first": scores(-4), "second": scores(-5)}),
         Entry(meta(2), 1, payload, {}),
     ]
@@ -70,6 +75,7 @@ def test_a_row_has_the_teacher_that_scored_it_and_the_reference(recorder, tmp_pa
     assert table["teacher"] == ["algebra", "first", None]
     assert table["teacher_logprobs"] == [[-2.0] * 3, [-4.0], None]
     assert table["reference_logprobs"] == [[-3.0] * 3, None, None]
+    assert table["horizon"] == [5, None, None]
     assert (table["tail_period"], table["repetitive"]) == ([3, 0, 0], [False, True, False])
 
 
