@@ -1,9 +1,10 @@
 """One self-contained HTML page about a run, or about a study of many: ``opd-ray report``.
 
 :mod:`~opd_ray.report.runs` reads directories, with :mod:`~opd_ray.report.measurements`; :mod:`~opd_ray.report.arms`,
-:mod:`~opd_ray.report.verdict`, :mod:`~opd_ray.report.crossing` and :mod:`~opd_ray.report.golden` count;
-:mod:`~opd_ray.report.curves` and :mod:`~opd_ray.report.rollouts` choose what is shown, and
-:mod:`~opd_ray.report.page` writes it. Nothing here needs Ray, a GPU, or a run that has finished.
+:mod:`~opd_ray.report.verdict`, :mod:`~opd_ray.report.crossing`, :mod:`~opd_ray.report.maps` and
+:mod:`~opd_ray.report.golden` count, as sure as :mod:`~opd_ray.report.uncertainty` says, of
+:mod:`~opd_ray.report.answers`; :mod:`~opd_ray.report.curves` and :mod:`~opd_ray.report.rollouts` choose what is shown,
+and :mod:`~opd_ray.report.page` writes it. Nothing here needs Ray, a GPU, or a run that has finished.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 from opd_ray import __version__
 from opd_ray.models import hub
 from opd_ray.report import arms as arm_table
-from opd_ray.report import crossing, curves, golden, lanes, rollouts, sets
+from opd_ray.report import crossing, curves, golden, lanes, maps, rollouts, sets
 from opd_ray.report.arms import MEASURES, Arm, steps_between
 from opd_ray.report.curves import ReferenceLine
 from opd_ray.report.runs import Run
@@ -63,7 +63,11 @@ def render(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"nats": _nats, "share": lambda value: "–" if value is None else arm_table.share(value)}
+    environment.filters |= {
+        "nats": _nats,
+        "shade": maps.shade,
+        "share": lambda value: "–" if value is None else arm_table.share(value),
+    }
     scripts, plotly = list(map(_asset, _SCRIPTS)), get_plotlyjs()
     page = environment.get_template("page.html.j2").render(
         policy=_policy([*scripts, plotly]),
@@ -81,6 +85,8 @@ def render(
         window=crossing.WINDOW,
         alarm=arm_table.share(crossing.ALARM),
         kinds=kinds,
+        maps=maps.maps(arms),
+        mapped=maps.MAPPED,
         lanes=drawn,
         sizes=_sizes(kinds),
         adjacent=curves.adjacent(runs),
@@ -289,7 +295,7 @@ def _table(arms: Sequence[Arm]) -> dict[str, Any]:
     return {
         "measures": [row for row in rows if row not in same],
         "same": [(measure.title, cells[0].text) for measure, cells in same],
-        "seeds": max(len(arm.runs) for arm in arms) > 1,
+        "seeds": sorted({len(arm.runs) for arm in arms}),
     }
 
 

@@ -1,4 +1,5 @@
-"""What the report says of a study of many arms: what precedes a collapse, what the golden set's size does, the page."""
+"""What the report says of a study of many arms: what precedes a collapse, what the golden set's size
+and the two coefficients do, the page."""
 
 from __future__ import annotations
 
@@ -10,9 +11,10 @@ import pytest
 from made_up_pages import panels, report
 from made_up_runs import STUDY_ARMS, make_run, make_student, make_study
 from opd_ray.report import curves
-from opd_ray.report.arms import group
+from opd_ray.report.arms import ACCURACY, group
 from opd_ray.report.crossing import crossings, signature
 from opd_ray.report.golden import kinds
+from opd_ray.report.maps import maps, shade
 from opd_ray.report.runs import Run, read_run, read_runs
 
 
@@ -98,6 +100,45 @@ def test_arms_that_differ_in_their_golden_set_only_are_one_line(tmp_path):
 def test_arms_that_differ_in_more_or_not_in_size_are_no_line(tmp_path, other):
     small = golden_run(tmp_path / "s", "small", 32)
     assert kinds_of(small, golden_run(tmp_path / "l", "large", **{"used": 512} | other)) == []
+
+
+def of_coefs(path: Path, golden: object, reference: float, seed: int = 1, **changes) -> Path:
+    """A run whose arm is named after its two coefficients."""
+    loss = {"student": {"coef": 1}, "golden": {"coef": golden}, "reference": {"coef": reference}}
+    settings = {"loss": loss, "buffer": {"golden_per_prompt": int(golden != 0)}} | changes.pop("config", {})
+    name = changes.pop("name", f"{golden}, {reference}")
+    return make_run(path / f"{name} {seed}", name=name, seed=seed, config=settings, **changes)
+
+
+def test_arms_that_differ_in_their_coefficients_only_are_a_map(tmp_path):
+    runs = [of_coefs(tmp_path, 0, 0, seed, accuracy=(0.3, seed / 10)) for seed in (1, 3)]
+    runs += [of_coefs(tmp_path, 0, 1, config={"learner": {"steps": 20, "lr": 0.5}}), of_coefs(tmp_path, 0.1, 1)]
+    (found,) = maps(group([read_run(run) for run in runs]))
+    assert (found.student_coef, found.lambdas, found.betas) == ("1", [0, 0.1], [0, 1])
+    (none, (plain, anchored)), (some, (missing, both)) = found.rows(ACCURACY)
+    assert (none, some, plain.text, anchored.text, both.text) == (0, 0.1, ".20 ± .10", ".50", ".50")
+    assert missing is None and (shade(missing), shade(plain), shade(both)) == ("0%", "10%", "25%")
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"golden": 0, "reference": 3},
+        {"golden": [[0, 0.1], [9, 0]], "reference": 1},
+        {"golden": 0.1, "reference": 1, "config": {"reference": {"update": "periodic"}}},
+    ],
+    ids=["one golden coefficient", "a schedule", "another anchor"],
+)
+def test_arms_that_differ_in_more_or_in_one_coefficient_are_no_map(tmp_path, last):
+    runs = [of_coefs(tmp_path, 0, 0), of_coefs(tmp_path, 0, 1), of_coefs(tmp_path, **last, name="last")]
+    assert maps(group([read_run(run) for run in runs])) == []
+
+
+@pytest.mark.slow
+def test_the_page_has_the_map(tmp_path):
+    runs = [of_coefs(tmp_path, golden, beta, accuracy=(0.3, 0.4)) for golden in (0, 0.3) for beta in (0, 1)]
+    page, _ = report(*runs)
+    assert 'id="maps"' in page and page.count('<td style="--much: 20%">.40</td>') == 4  # greedy accuracy is .50
 
 
 @pytest.fixture(scope="module")
