@@ -94,7 +94,8 @@ def _compare(read: Study, directory: Path, say: Callable[[str], None]) -> None:
     names = [arm.name for arm in read.arms]
     found = [arm for arm in group(read_runs([directory])[0], names) if arm.label in names]
     judgements = judge(read.claims, found)
-    table = markdown(found, _TABLE) + "\n\n" + "\n".join(f"- {each}" for each in judgements)
+    sentences = [str(each) for each in judgements if each.verdict != "not judged"]
+    table = markdown(found, _TABLE) + "\n\n" + "\n".join(f"- {each}" for each in sentences)
     (directory / "table.md").write_text(table + "\n")
     outcome = {"arms": results(found), "claims": [each.saved() for each in judgements]}
     (directory / "results.json").write_text(json.dumps(outcome, indent=2) + "\n")
@@ -104,9 +105,10 @@ def _compare(read: Study, directory: Path, say: Callable[[str], None]) -> None:
         truncated = teacher.truncation_rate
         lines["rollouts/truncation_rate"] = ReferenceLine(truncated, f"the teacher's own at T = 1: {truncated:.3f}")
         say(f"the teacher's own rollouts: {teacher.accuracy:.3f} right, {truncated:.3f} truncated")
-    notes = [str(each) for each in judgements]
-    write_report([directory], directory / "report.html", reference_lines=lines, notes=notes, order=names)
+    write_report([directory], directory / "report.html", reference_lines=lines, notes=sentences, order=names)
     click.echo("\n" + table + "\n")
+    if left := len(judgements) - len(sentences):
+        say(f"{left} claims are about arms that have not been run")
     say(f"report: {directory / 'report.html'}")
 
 

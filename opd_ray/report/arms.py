@@ -49,6 +49,11 @@ class Arm:
     def title(self) -> str:
         return _TITLES.get(self.label, self.label)
 
+    @property
+    def quoted(self) -> str:
+        """A name with a comma in it would come apart in a sentence."""
+        return f"“{self.title}”" if "," in self.title else self.title
+
     def spread(self, of: Callable[[Run], float | None]) -> Spread:
         return Spread(tuple(map(of, self.runs)))
 
@@ -305,6 +310,9 @@ TRUNCATED = Measure(
     None,
     "truncated",
 )
+HIGHEST_TRUNCATION = Measure(
+    "highest truncation in training", highest_truncation, share, "largest share of one step's rollouts"
+)
 MEASURES = (
     Measure("sampled accuracy before", evaluated("before", "accuracy_sampled"), share, "held out, at temperature"),
     ACCURACY,
@@ -314,7 +322,7 @@ MEASURES = (
     Measure("best step above last", _best(1), share, "sampled accuracy; the best of several is flattered by chance"),
     TRUNCATED,
     Measure("mean length after", evaluated("after", "mean_length"), "{:.1f}".format, "tokens, held out"),
-    Measure("highest truncation in training", highest_truncation, share, "largest share of one step's rollouts"),
+    HIGHEST_TRUNCATION,
     Measure("truncation passes ½ at step", inflated_at, _WHOLE, "first step over half", _crossings),
     Measure("trained tokens", _summarised("trained_tokens"), count, "response tokens, golden ones included"),
     Measure("generated tokens", _summarised("rollout_tokens"), count, "of the student's rollouts that were trained on"),

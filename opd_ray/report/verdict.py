@@ -62,11 +62,11 @@ def _overview(arms: Sequence[Arm]) -> str:
     first, *rest = ranked
     mean = final_accuracy(first).mean
     level = [arm for arm in rest if mean - final_accuracy(arm).mean < _NOTICEABLE]
-    level_with = f", level with {_listed([_quoted(arm) for arm in level])}" if level else ""
+    level_with = f", level with {_listed([arm.quoted for arm in level])}" if level else ""
     if not level and rest:
-        level_with = f", before {_quoted(rest[0])} at {share(final_accuracy(rest[0]).mean)}"
+        level_with = f", before {rest[0].quoted} at {share(final_accuracy(rest[0]).mean)}"
     reached = f"{final_accuracy(first).text(share)} held-out sampled accuracy{_seeds(first)}"
-    return f"{_quoted(first)} ended highest, at {reached}{level_with}; {_who_inflated(arms)}."
+    return f"{first.quoted} ended highest, at {reached}{level_with}; {_who_inflated(arms)}."
 
 
 def _who_inflated(arms: Sequence[Arm]) -> str:
@@ -75,8 +75,8 @@ def _who_inflated(arms: Sequence[Arm]) -> str:
     if not inflated:
         return "no arm truncated more than half of a step's rollouts"
     if all(len(arm.runs) == 1 for arm in arms):
-        return f"{_listed([_quoted(arm) for _, arm in inflated])} inflated, past half truncated"
-    parts = [f"{_quoted(arm)} in {count} of {len(arm.runs)} seeds" for count, arm in inflated]
+        return f"{_listed([arm.quoted for _, arm in inflated])} inflated, past half truncated"
+    parts = [f"{arm.quoted} in {count} of {len(arm.runs)} seeds" for count, arm in inflated]
     return f"{_listed(parts)} inflated, past half truncated"
 
 
@@ -85,11 +85,6 @@ def _listed(parts: Sequence[str], most: int = 3) -> str:
     if len(parts) > most + 1:
         parts = [*parts[:most], f"{len(parts) - most} others"]
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
-
-
-def _quoted(arm: Arm) -> str:
-    """A name with a comma in it would come apart in a list."""
-    return f"“{arm.title}”" if "," in arm.title else arm.title
 
 
 def _course(arm: Arm) -> str:

@@ -98,21 +98,21 @@ def _above(claim: Mapping[str, Any], arm: Arm, found: Mapping[str, Arm]) -> Judg
     measure, by, other = _measure(claim), claim["by"], found[claim["above"]]
     differences, error = measure.differences(arm, other)
     margin = f" by more than {by:g}" if by > 0 else f", or less than {-by:g} below" if by < 0 else ""
-    expected = f"{measure.title} of {arm.label} above {other.label}{margin}"
+    expected = f"{arm.quoted} above {other.quoted} in {measure.title}{margin}"
     if not differences:
         return Judgement(claim, "not judged", expected, "no seed has been run in both arms")
     each = list(differences.values())
     ahead = sum(value > by for value in each)
-    more = f"ahead{f' by {by:g}' if by else ''} on {ahead} of {len(each)} seeds"
+    more = f"so on {ahead} of {len(each)} seeds"
     return _tested(claim, expected, differences, by, error, more, above=True)
 
 
 def _below(claim: Mapping[str, Any], arm: Arm, _: Mapping[str, Arm]) -> Judgement:
     measure, limit = _measure(claim), claim["below"]
-    values, expected = measure.by_seed(arm), f"{measure.title} of {arm.label} below {limit:g}"
+    values, expected = measure.by_seed(arm), f"{arm.quoted} below {limit:g} in {measure.title}"
     if not values:
         return Judgement(claim, "not judged", expected, "no seed has one")
-    more = f"below on {sum(value < limit for value in values.values())} of {len(values)} seeds"
+    more = f"so on {sum(value < limit for value in values.values())} of {len(values)} seeds"
     return _tested(claim, expected, values, limit, measure.spread(arm).error, more, above=False)
 
 
@@ -138,7 +138,7 @@ def _most(claim: Mapping[str, Any], arm: Arm, _: Mapping[str, Arm]) -> Judgement
     where = proportion(sum(passed), len(passed))
     most, few = where.low > 0.5, where.high < 0.5
     wanted = bool(claim["passes_half_truncated_in_most"])
-    expected = f"{arm.label} passes half truncated in {'most' if wanted else 'few'} seeds"
+    expected = f"{arm.quoted} passes half truncated in {'most' if wanted else 'few'} seeds"
     decided = (most, few) if wanted else (few, most)
     seeds = tuple(run.seed for run in arm.runs)
     return _judgement(claim, expected, f"in {sum(passed)} of {len(passed)}", where, decided, seeds, ".2f")

@@ -33,7 +33,11 @@ class Tuning:
     chosen: Path
 
     def arms(self, arms: Sequence[Arm]) -> list[Arm]:
-        """One for each of ``arms`` at each rate."""
+        """One for each of ``arms`` at each rate. InputError where nothing would be measured to choose by."""
+        if blind := next((arm for arm in arms if arm.config(self.seeds[0]).evaluation.num_problems == 0), None):
+            raise InputError(
+                f"arm '{blind.name}': evaluation.num_problems is 0, but rates are chosen by held-out accuracy; raise it"
+            )
         return [self.at(arm, rate) for arm in arms for rate in self.rates]
 
     @staticmethod
