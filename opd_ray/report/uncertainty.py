@@ -36,9 +36,7 @@ def location(values: Sequence[float], limit: float = 0.0) -> Location:
     below c, so that all centres are tested at once by the means of the 2ⁿ − 1 subsets (typical values; Hartigan 1969,
     JASA 64).
     """
-    means = _subset_means(np.asarray(values, float)).round(
-        12
-    )  # equal ones are equal, whatever order they were added in
+    means = _subset_means(np.asarray(values, float)).round(12)  # equal ones are, however they were added up
     number = len(means) + 1
     below, above = ((1 + int(found)) / number for found in ((means <= limit).sum(), (means >= limit).sum()))
     # The least interval that leaves out what is rejected on either side with half of the level.

@@ -326,7 +326,7 @@ ARMS = [
     arm("stable", [0.9, 0.8, 0.7, 0.9, 0.8, 0.7, 0.9, 0.8, 0.7, 0.8], [0.0, 0.3, 0.0, 0.1, 0, 0, 0, 0, 0, 0]),
     arm("opd", [0.7, 0.6, 0.5, 0.7, 0.6, 0.5, 0.7, 0.6, 0.5, 0.6], [1.0, 0.2, 0.6, 1, 1, 1, 1, 1, 1, 1]),
     arm("noisy", [0.95, 0.4, 0.9, 0.5, 0.95, 0.4, 0.9, 0.5, 0.9, 0.9], [1.0, 0.2, 0.6, 0.1, 1, 0, 1, 0, 1, 0]),
-    arm("five", [0.9, 0.8, 0.7, 0.9, 0.8]),
+    arm("nine", [0.9, 0.8, 0.7, 0.9, 0.8, 0.7, 0.9, 0.8, 0.7]),
 ]
 
 
@@ -348,8 +348,8 @@ def test_just_half_truncated_is_not_past_half():
         ({"arm": "stable", "above": "opd", "by": 0.3}, r"fails: .* \(95 % \[\+0.200, \+0.200\], p = 0.002\)"),
         ({"arm": "stable", "above": "noisy", "by": 0}, r"not decided: .* so on 4 of 10 seeds \(95 % \[-"),
         ({"arm": "noisy", "above": "stable", "by": -0.5}, "holds: .* or less than 0.5 below: "),
-        # The same differences on five seeds decide nothing, and have no interval at 95 %.
-        ({"arm": "five", "above": "opd", "by": 0.1}, r"not decided: .* 5 of 5 seeds \(p = 0.062; 5 seeds, 10 decide\)"),
+        # The same differences on nine seeds decide nothing.
+        ({"arm": "nine", "above": "opd", "by": 0.1}, r"not decided: .* p = 0.0039; 9 seeds, 10 decide\)"),
         (
             {"arm": "stable", "above": "opd", "by": 0, "measure": "greedy accuracy after"},
             r"not decided: .* in greedy .*p = 1\)",
