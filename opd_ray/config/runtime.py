@@ -58,8 +58,8 @@ class GuardConfig:
     """Entropy in nats under which a student with vanishing gradient, whom the teacher contradicts, is deterministic:
     below which the guard warns, acts, and rolls back."""
     min_horizon: float = Field(1.0, gt=0, le=1)
-    """Share of rollout.horizon, or else of the length budget, down to which the guard's first actions halve what is
-    sampled; 1 leaves it alone."""
+    """Share of rollout.horizon, or else of the length budget, up to which the guard's first action has responses
+    sampled; when health returns it is doubled step by step. 1 leaves it alone."""
     max_golden_per_prompt: float = Field(2.0, ge=0)
     """Limit of golden rollouts for each on-policy prompt; 0 leaves them alone."""
     max_rollbacks: int = Field(2, ge=0)

@@ -169,7 +169,9 @@ class Guard:
             if any(shares[name].tells(self._windows) for name in _SHARES if name in shares):
                 self._state.alarmed = any(len(each.thresholds) > 1 for each in readings)
             if any(self._state.shares[name].tells(self._windows) for name in here):
-                self._state.num_quiet = 0 if self._state.alarmed else self._state.num_quiet + 1
+                # That it is not told from chance is no health yet: few rollouts tell little.
+                health = all(self._is_low(name) for name in here)
+                self._state.num_quiet = 0 if self._state.alarmed else self._state.num_quiet + health
             action = self._act(step, readings) or self._relax(step)
             events += self._announce(step, readings, {event.signal for event in action}) + action
             self._note_horizon(step)
@@ -248,6 +250,12 @@ class Guard:
             if not self._state.shares.setdefault(name, Share()).add(value, weight, self._windows, part):
                 del here[name]
         return {name: self._state.shares[name] for name in here}
+
+    def _is_low(self, name: str) -> bool:
+        """Is the mean over the longest window below the warning threshold?"""
+        share, warn = self._state.shares[name], getattr(self._config, name)[0]
+        steps = min(len(share.steps), self._windows.long)
+        return steps == 0 or share.mean(steps) <= share.above_level(warn)
 
     def _beginning(self, step: int, shares: Mapping[str, Share]) -> list[GuardEvent]:
         """Says once, as early as it is certain, that a run begins above a warning threshold."""
@@ -344,7 +352,7 @@ class Guard:
 
     def _strengthen(self, step: int) -> None:
         state = self._state
-        state.notch, state.acted_at = min(state.notch + 1, self._ladder.num_notches), step
+        state.notch, state.acted_at = self._ladder.above(state.notch), step
         state.num_relapses += state.has_fallen
         state.has_fallen, state.num_quiet, state.said_spent = False, 0, False
 

@@ -1,7 +1,8 @@
 """What the guard may do short of a rollback, a notch at a time: settings and what they are called.
 
-The first notches halve the horizon, which costs least and saves what it cuts off; those after them keep it there and go
-from what is configured to the limits of golden rollouts, λ_gold and β_KL, with the tails of truncated rollouts masked.
+The first notches halve the horizon, which costs least and saves what it cuts off: a collapse does not wait, and all of
+them are taken at once; back they go one by one. Those after them keep it there and go from what is configured to the
+limits of golden rollouts, λ_gold and β_KL, with the tails of truncated rollouts masked.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ class Ladder:
         raises = self._raises_golden or self._raises_kl
         self._raises = _RAISES if raises else int(self._most.mask_truncated_tails)
         self.num_notches = self._halvings + self._raises
+
+    def above(self, notch: int) -> int:
+        """The next one of an action, or the last."""
+        return min(max(notch + 1, self._halvings), self.num_notches)
 
     def strength(self, notch: int) -> Strength:
         horizon = max(self._min_horizon, 0.5 ** min(notch, self._halvings))
