@@ -45,27 +45,32 @@ def steps_of(rng, rollouts, steps, onset=None, truncated=0.04, alike=0.5):
     return [dict(zip(names, row, strict=True)) | {"learner/loss": 1.0} for row in each]
 
 
-def acts_at(rollouts, rows, probes=None):
-    """The first step at which the guard acts on a signal, or None; with ``probes``, the share of the rollouts that the
-    rows are of, it begins with a horizon that it has halved."""
-    config = GuardConfig(level="act", min_horizon=0.5 if probes else 1)
+def acts_at(rollouts, rows, of_probes=None, probes=1.0):
+    """The first step at which the guard acts on a signal, or None. With rows ``of_probes``, a share ``probes`` of the
+    rollouts, it begins with a horizon that it has shortened, and sees those until that is whole again."""
+    config = GuardConfig(level="act", min_horizon=0.5 if of_probes else 1)
     room = {"has_golden": True, "has_reference": True, "configured": None, "student_coef": 1.0}
     guard = Guard(config, **room, rollouts_per_step=rollouts)
-    if probes:
+    if of_probes:
         guard.restore(guard.state() | {"notch": 1, "horizons": [[0, 0.5]]})
     for step, row in enumerate(rows, 1):
-        measured = {"rollouts/whole": probes * rollouts} if probes and guard.horizon_at(step) < 1 else {}
-        if any(event.level == "act" and event.signal != "health" for event in guard.look(step, row | measured)):
+        if guard.horizon_at(step) < 1:
+            row = of_probes[step - 1] | {"rollouts/whole": probes * rollouts}
+        if any(event.level == "act" and event.signal != "health" for event in guard.look(step, row)):
             return step
     return None
 
 
 def false_actions(rollouts, runs, seed, probes=None):
-    """How many of so many healthy runs of 500 steps see the guard act. With ``probes`` all of a run has the noise of so
-    few, also when the horizon is whole again."""
-    rngs = (np.random.default_rng([seed, rollouts, run]) for run in range(runs))
-    seen = round(rollouts * (probes or 1))
-    return sum(acts_at(rollouts, steps_of(rng, seen, 500), probes) is not None for rng in rngs)
+    """How many of so many healthy runs of 500 steps see the guard act; with ``probes``, a share of the rollouts, after
+    a beginning with a shorter horizon."""
+    found = 0
+    for run in range(runs):
+        rng = np.random.default_rng([seed, rollouts, run])
+        rows = steps_of(rng, rollouts, 500)
+        of_probes = steps_of(rng, round(probes * rollouts), 500) if probes else None
+        found += acts_at(rollouts, rows, of_probes, probes) is not None
+    return found
 
 
 def delays(rollouts, runs, seed):
