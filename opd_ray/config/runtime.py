@@ -57,9 +57,9 @@ class GuardConfig:
     entropy: Annotated[Thresholds, AfterValidator(_falling)] = (0.02, 0.01, 0.003)
     """Entropy in nats under which a student with vanishing gradient, whom the teacher contradicts, is deterministic:
     below which the guard warns, acts, and rolls back."""
-    min_horizon: float = Field(1.0, gt=0, le=1)
+    min_horizon: float = Field(0.25, gt=0, le=1)
     """Share of rollout.horizon, or else of the length budget, up to which the guard's first action has responses
-    sampled; when health returns it is doubled step by step. 1 leaves it alone."""
+    sampled; when health returns it is doubled step by step. 1 leaves it alone, as losses with a reward do."""
     max_golden_per_prompt: float = Field(2.0, ge=0)
     """Limit of golden rollouts for each on-policy prompt; 0 leaves them alone."""
     max_rollbacks: int = Field(2, ge=0)

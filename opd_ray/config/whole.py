@@ -191,10 +191,8 @@ class Config:
                     f"loss.{field} estimates a mean over the student's own distribution: it needs "
                     f"rollout.temperature=1 and rollout.top_p=1 (or {instead})"
                 )
-        if self.loss.advantage.reward_coef > 0 and (rollout.horizon is not None or self.guard.min_horizon < 1):
-            raise ValueError(
-                "loss.advantage.reward_coef rewards whole responses: leave rollout.horizon and guard.min_horizon out"
-            )
+        if rollout.horizon is not None and not self.may_shorten:
+            raise ValueError("loss.advantage.reward_coef rewards whole responses: rollout.horizon must be null")
         if self.loss.advantage.reward_coef > 0 and rollout.responses_per_prompt < 2:
             raise ValueError(
                 "loss.advantage.reward_coef compares the responses to one prompt: "
@@ -242,6 +240,11 @@ class Config:
         """Are golden rollouts trained on, or kept at hand for the guard?"""
         guard_may_mix = self.guard.level not in ("off", "warn") and self.guard.max_golden_per_prompt > 0
         return self.buffer.uses_golden or (guard_may_mix and self.uses_student and self.data.golden is not None)
+
+    @property
+    def may_shorten(self) -> bool:
+        """May the student's rollouts be cut off before their budget? A verdict needs whole ones."""
+        return self.loss.advantage.reward_coef == 0
 
     @property
     def uses_student(self) -> bool:

@@ -84,6 +84,7 @@ class Driver:
             config.guard,
             has_golden=config.loads_golden,
             has_reference=config.loss.reference.used,
+            may_shorten=config.may_shorten,
             configured=config.least_strength,
             student_coef=schedule.highest(config.loss.student.coef),
             rollouts_per_step=config.buffer.prompts_per_step * config.rollout.responses_per_prompt,

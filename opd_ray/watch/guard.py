@@ -134,6 +134,7 @@ class Guard:
         *,
         has_golden: bool,
         has_reference: bool,
+        may_shorten: bool = True,
         configured: Strength | None = None,
         student_coef: float = 1.0,
         rollouts_per_step: int = 32,
@@ -144,6 +145,7 @@ class Guard:
             config,
             has_golden=has_golden,
             has_reference=has_reference,
+            may_shorten=may_shorten,
             configured=configured or Strength(),
             student_coef=student_coef,
         )

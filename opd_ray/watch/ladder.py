@@ -25,9 +25,16 @@ class Ladder:
     """The notches of one run, 0 being as it is configured. For the arguments see the guard's."""
 
     def __init__(
-        self, config: GuardConfig, *, has_golden: bool, has_reference: bool, configured: Strength, student_coef: float
+        self,
+        config: GuardConfig,
+        *,
+        has_golden: bool,
+        has_reference: bool,
+        may_shorten: bool,
+        configured: Strength,
+        student_coef: float,
     ) -> None:
-        self._configured, self._min_horizon = configured, config.min_horizon
+        self._configured, self._min_horizon = configured, config.min_horizon if may_shorten else 1.0
         self._has_golden, self._has_reference = has_golden, has_reference
         kl = _MOST_REFERENCE_KL * student_coef
         self._raises_golden = has_golden and config.max_golden_per_prompt > configured.golden_per_prompt
@@ -38,7 +45,7 @@ class Ladder:
             kl * self._raises_kl,
             not configured.mask_truncated_tails,
         )
-        self._halvings = math.ceil(-math.log2(config.min_horizon))
+        self._halvings = math.ceil(-math.log2(self._min_horizon))
         raises = self._raises_golden or self._raises_kl
         self._raises = _RAISES if raises else int(self._most.mask_truncated_tails)
         self.num_notches = self._halvings + self._raises

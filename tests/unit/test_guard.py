@@ -96,7 +96,7 @@ def make(
 ):
     """With 320 rollouts a step every window is one step, and the second step has the first to compare with."""
     room = {"has_golden": has_golden, "has_reference": has_reference, "configured": configured}
-    config = GuardConfig(level=level, **values)
+    config = GuardConfig(level=level, **{"min_horizon": 1} | values)
     return Guard(config, **room, student_coef=student, rollouts_per_step=rollouts, steps_ahead=ahead)
 
 
@@ -258,6 +258,12 @@ def test_a_change_of_the_horizon_is_said_in_a_few_words_and_a_rollback_keeps_it(
     assert [guard.horizon_at(step) for step in (4, 5)] == [1.0, 0.5]
     guard.rolled_back(1)
     assert guard.horizon_at(1) == 0.5
+
+
+def test_losses_that_reward_whole_responses_keep_them():
+    guard = Guard(GuardConfig(), has_golden=True, has_reference=True, may_shorten=False, rollouts_per_step=320)
+    calmed(guard).look(3, share(0.9))
+    assert guard.strength.horizon == 1 and guard.strength.golden_per_prompt == 1
 
 
 def test_that_a_signal_is_not_told_from_chance_is_no_health():

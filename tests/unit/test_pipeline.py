@@ -23,7 +23,7 @@ def run(making, before=lambda made: None):
 
 
 def at_full_strength(made):
-    made.guard.restore(made.guard.state() | {"notch": 2})
+    made.guard.restore(made.guard.state() | {"notch": 4})
 
 
 @pytest.mark.slow

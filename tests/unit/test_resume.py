@@ -383,7 +383,7 @@ def test_a_checkpoint_whose_objects_are_gone_is_left_out_and_the_run_goes_on(tmp
 def test_a_learner_lost_just_after_a_rollback_goes_on_with_the_stronger_setting(tmp_path, checkpoint, monkeypatch):
     """The bug: the state in memory that the run had gone back to did not know of the rollback."""
     monkeypatch.setattr("opd_ray.watch.guard._MOST_NON_FINITE", 1)
-    cast = cast_of(guard=ROLLBACK, checkpoint=checkpoint)
+    cast = cast_of(guard=ROLLBACK | {"min_horizon": 1}, checkpoint=checkpoint)
     cast.learner_metrics[4] = [{"loss": float("nan")}, {}]
     on_call(cast, "train_step", 6, die, role="learner")  # the first after the rollback
     summary, stopped = drive(tmp_path, cast)
