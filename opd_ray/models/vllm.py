@@ -64,6 +64,8 @@ def _prepare_process() -> None:
     }
     if not torch.cuda.is_available():
         settings |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
+        # torch has read the line above by now; without this one vLLM's sampler called g++ for half a minute.
+        settings["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     use_own_interface()

@@ -59,9 +59,16 @@ PLANTED = "planted-and-never-to-be-written"
 
 
 @pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where PyTorch keeps what it compiles."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def ray_here(compiled: Path) -> Iterator[None]:
     """As a run starts it, with more logical CPUs than this machine has."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
         patch.setenv("RAY_OVERRIDE_RESOURCES", json.dumps({"CPU": 8}))
         patch.setenv("AWS_SECRET_ACCESS_KEY", PLANTED)
         with cluster():
@@ -176,6 +183,12 @@ def test_what_a_run_leaves_behind_is_its_user_s_alone(finished):
     written = [finished.directory, *finished.directory.rglob("*")]
     assert [str(path) for path in written if path.stat().st_mode & 0o077] == []
     assert [str(path) for path in written if path.is_file() and PLANTED.encode() in path.read_bytes()] == []
+
+
+def test_nothing_is_compiled(finished, compiled):
+    """The bug: a function of vLLM's sampler was, with half a minute of g++ on the first run of a machine without a GPU;
+    what forbade it was set when torch had looked already."""
+    assert list(compiled.iterdir()) == []
 
 
 def test_avg_at_4_and_pass_at_4_are_those_of_a_count_of_the_verdicts_that_are_kept(finished):

@@ -42,8 +42,9 @@ VLLM_MODULES = (
     "vllm.entrypoints.launchers.api_server.entry",
 )
 """All without ray, which reads the id of its job from the environment when it is imported: each worker does that for
-itself. What vLLM reads in the environment it reads when it is asked, but for its level of logging."""
-_SETTINGS = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+itself. What vLLM reads in the environment it reads when it is asked, but for its level of logging, and whether its
+functions are compiled."""
+_SETTINGS = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TORCHDYNAMO_DISABLE": "1"}
 _ORDER_S = 60.0
 """Within which a client says what it wants; it does so at once."""
 NO_ORDER = bytes(4)
