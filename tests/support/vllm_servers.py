@@ -10,6 +10,7 @@ a server, in a process that has imported it before (preloaded_workers.py).
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -28,10 +29,10 @@ _SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, by which another model is loaded
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
     "TORCH_COMPILE_DISABLE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
 }
 
 
@@ -109,7 +110,9 @@ def _serve(path: str, port: str, *more: str) -> None:
     from vllm.entrypoints.launchers.api_server.entry import run_server
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.engine import utils
 
+    utils.get_mp_context = lambda: multiprocessing.get_context("fork")  # where there is no GPU, vLLM insists on spawn
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     command = ["--model", path, "--host", "127.0.0.1", "--port", port, "--uvicorn-log-level", "error", *more]
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(command)
