@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from engine_host import EngineHost
-from tiny_checkpoints import CHARACTERS, make_checkpoint
 from vllm_servers import VllmServers
 
 
@@ -26,6 +25,8 @@ def tiny_servers(
     tiny_model: dict[str, Path], preloaded_python: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VllmServers]:
     """Two vLLM servers of the untied model, with a tokenizer that they need and models do not, and a key."""
+    from tiny_checkpoints import CHARACTERS, make_checkpoint  # here: who hands tests out has no use for transformers
+
     path = tmp_path_factory.mktemp("served") / "model"
     make_checkpoint(path, tokens=[*CHARACTERS, *"cdefghijkl"], eos=[1, 2])
     for file in ("config.json", "model.safetensors"):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray._private import ray_constants
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 import worker_setup
+from bare_ray import bare_ray
 from embedded_preset import preset
 from opd_ray.tasks.chain import draw_distinct, to_row
 
@@ -83,8 +83,5 @@ def preloaded_job(preloaded_workers: dict[str, Any]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def ray_here(preloaded_workers: dict[str, Any]) -> Iterator[None]:
-    """A Ray started by the tests, on this machine, with more logical CPUs than it has."""
-    options = {"num_cpus": 8, "include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
-    ray.init("local", runtime_env=preloaded_workers, **options)
-    yield
-    ray.shutdown()
+    with bare_ray(preloaded_workers):
+        yield

@@ -11,6 +11,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from bare_ray import without_servers
 from opd_ray import config as configs
 from opd_ray.doctor.checks import Doctor
 from opd_ray.doctor.inspector import Talker
@@ -26,9 +27,11 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def two_nodes(preloaded_workers: dict[str, Any]) -> Iterator[None]:
     """A cluster, to which this process is connected."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster()
     try:
-        cluster.add_node(num_cpus=1)
+        with without_servers():
+            for _ in range(2):
+                cluster.add_node(num_cpus=1, include_dashboard=False)
         quiet = {"logging_level": "ERROR", "log_to_driver": False}
         ray.init(cluster.address, runtime_env=preloaded_workers, **quiet)
         yield

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 from ray._private import internal_api
 from ray._private.state import state
 from transformers import AutoTokenizer
 
+from bare_ray import bare_ray
 from opd_ray import config as configs
 from opd_ray.run.train import train
 from random_models import save_random_model
@@ -25,10 +25,8 @@ WIDTHS = {"student": 512, "teacher": 4096}
 
 @pytest.fixture
 def small_store(preloaded_workers) -> Iterator[None]:
-    options = {"num_cpus": 8, "include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
-    ray.init("local", object_store_memory=STORE_BYTES, runtime_env=preloaded_workers, **options)
-    yield
-    ray.shutdown()
+    with bare_ray(preloaded_workers, object_store_memory=STORE_BYTES):
+        yield
 
 
 @pytest.fixture

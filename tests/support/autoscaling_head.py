@@ -42,10 +42,14 @@ _LISTS = (
     *("head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
 )
 _RAY = f"""
+import contextlib, sys
+sys.path.append({str(Path(__file__).parent)!r})
+from bare_ray import without_servers
 from ray._private import ray_constants
 from ray.scripts import scripts
 ray_constants.SETUP_WORKER_FILENAME = {worker_setup.__file__!r}
-scripts.main()
+with contextlib.nullcontext() if "--include-dashboard=true" in sys.argv else without_servers():
+    scripts.main()
 """
 _DEADLINE_S = 90.0
 _POLL_S = 0.2
