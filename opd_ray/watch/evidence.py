@@ -71,8 +71,11 @@ class Share:
 
     def mean(self, steps: int) -> float:
         """Over the last ``steps`` steps: the ratio of sums, not the mean of ratios."""
-        last = self.steps[-steps:]
-        return sum(w * x for w, x in last) / sum(w for w, _ in last)
+        weights = weighed = 0.0
+        for w, x in self.steps[-steps:]:
+            weights += w
+            weighed += w * x
+        return weighed / weights
 
     def level(self) -> float:
         return self.normal[2] / self.normal[1] if self.normal[0] else 0.0
@@ -98,17 +101,17 @@ class Share:
                 break
             mean = self.mean(steps)
             crossed = sum(mean > each for each in thresholds)
-            if crossed > most and self._differs(steps, windows.rollouts):
+            if crossed > most and self._differs(mean, steps, windows.rollouts):
                 worst, most = mean, crossed
         return worst
 
-    def _differs(self, steps: int, rollouts_per_step: int) -> bool:
-        """Whether a mean of ``steps`` steps is further from the normal level than chance takes it."""
+    def _differs(self, mean: float, steps: int, rollouts_per_step: int) -> bool:
+        """Whether the mean over ``steps`` steps is further from the normal level than chance takes it."""
         count = self.normal[0]
         rollouts = count * rollouts_per_step
         level = (self.level() * rollouts + 1) / (rollouts + 2)  # a share of 0 in so many rollouts is not certainly 0
         independent = rollouts_per_step / self._ratio(level, rollouts_per_step) / (1 / steps + 1 / count)
-        return _errors(self.mean(steps), level, independent) > MOST_ERRORS
+        return _errors(mean, level, independent) > MOST_ERRORS
 
     def _ratio(self, level: float, rollouts_per_step: int) -> float:
         """How many times as much as those of independent rollouts the steps scatter."""
@@ -126,7 +129,8 @@ class Share:
         self.num_quiet = self.num_quiet + 1 if quiet else 0
         if self.known(windows):
             for steps in (each for each in (windows.short, windows.long) if each <= len(self.steps)):
-                if self.mean(steps) < self.level() and self._differs(steps, windows.rollouts):
+                mean = self.mean(steps)
+                if mean < self.level() and self._differs(mean, steps, windows.rollouts):
                     self.normal = [0.0] * 6
                     for w, x in self.steps[-steps:]:
                         self._count(w, x)
