@@ -78,11 +78,6 @@ def seen_study(browser: Any, study_report: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(browser: Any, report: Path) -> Iterator[Any]:
-    yield from opened(browser, report)
-
-
-@pytest.fixture
 def viewer(seen_page: Any) -> Iterator[Any]:
     """One for all that choose in the viewer; nothing is chosen before and after."""
     yield seen_page
@@ -95,11 +90,6 @@ def viewer(seen_page: Any) -> Iterator[Any]:
     seen_page.locator("#only").click()
     for picked, usual in (("arm", "stable"), ("seed", "1"), ("scale", "+2 nats")):
         seen_page.locator(f"#pick-{picked}").select_option(label=usual)
-
-
-@pytest.fixture
-def study(browser: Any, study_report: Path) -> Iterator[Any]:
-    yield from opened(browser, study_report)
 
 
 def until(page: Any, condition: str) -> None:
@@ -185,21 +175,23 @@ def test_an_arm_is_hidden_in_every_chart_by_its_button(seen_page):
     assert (lines(seen_page, "Accuracy"), lines(seen_page, "Length")) == drawn
 
 
-def test_zooming_one_chart_zooms_all(page):
-    plot = chart(page, "Accuracy").locator(".plot")
+def test_zooming_one_chart_zooms_all(seen_page):
+    plot = chart(seen_page, "Accuracy").locator(".plot")
     plot.scroll_into_view_if_needed()
-    box = plot.bounding_box()
-    page.mouse.move(box["x"] + 150, box["y"] + 80)
-    page.mouse.down()
-    page.mouse.move(box["x"] + 250, box["y"] + 85, steps=4)
-    page.mouse.up()
+    box, mouse = plot.bounding_box(), seen_page.mouse
     ranges = "[...document.querySelectorAll('div.group .plot')].map((plot) => plot.layout.xaxis.range.join())"
-    until(page, f"new Set({ranges}).size === 1 && !{ranges}[0].startsWith('-')")
+    mouse.move(box["x"] + 150, box["y"] + 80)
+    mouse.down()
+    mouse.move(box["x"] + 250, box["y"] + 85, steps=4)
+    mouse.up()
+    until(seen_page, f"new Set({ranges}).size === 1 && !{ranges}[0].startsWith('-')")
+    mouse.dblclick(box["x"] + 200, box["y"] + 80)
+    until(seen_page, f"{ranges}.every((range) => range.startsWith('-'))")
 
 
 @pytest.mark.parametrize("width", [1366, 400])
-def test_a_trace_is_shown_as_lanes(browser, report, width):
-    for page in opened(browser, report, width):
+def test_a_trace_is_shown_as_lanes(seen_page, browser, report, width):
+    for page in [seen_page] if width == 1366 else opened(browser, report, width):
         lanes = page.locator("#lanes figure")
         assert lanes.count() == 1 and lanes.locator("b").first.inner_text() == "seed 1"
         assert lanes.locator(".key").all_inner_texts() == ["generate", "wait", "train", "broadcast"]
@@ -322,21 +314,6 @@ def drawn_arms(page: Any) -> set[str]:
     return {name for name in names if name in STUDY_ARMS}
 
 
-def test_many_arms_begin_with_the_first_of_the_study_and_the_others_are_a_click_away(study):
-    assert study.locator("#legend button").all_inner_texts() == list(STUDY_ARMS)
-    assert pressed(study) == [True] * 7 + [False] * 7
-    assert drawn_arms(study) == set(list(STUDY_ARMS)[:7])
-    everything = study.get_by_role("button", name="Show all 14")
-    everything.click()
-    until(study, "[...document.querySelectorAll('div.group .plot')].at(-1).data.length > 14")
-    assert drawn_arms(study) == set(STUDY_ARMS) and all(pressed(study))
-    study.get_by_role("button", name="The first 7 only").click()
-    assert pressed(study) == [True] * 7 + [False] * 7
-    study.locator("#legend button", has_text="SFT, 32 golden").dblclick()
-    until(study, "document.querySelector('div.group .plot').data.some((trace) => /^SFT, 32/.test(trace.name))")
-    assert sum(pressed(study)) == 1 and drawn_arms(study) == {"SFT, 32 golden"}
-
-
 def test_no_two_arms_look_alike_in_the_legend(seen_study):
     looks = seen_study.evaluate(
         """[...document.querySelectorAll('#legend button')].map((button) =>
@@ -400,6 +377,21 @@ def test_one_seed_of_another_arm_stays_chosen(seen_study):
     seen_study.locator("#pick-seed").select_option(label="2")
     seen_study.locator("#pick-arm").select_option(label="SFT, 512 golden")
     assert seen_study.locator("#pick-seed option:checked").inner_text() == "2"
+
+
+def test_many_arms_begin_with_the_first_of_the_study_and_the_others_are_a_click_away(seen_study):
+    """The last of those that share the page: others are shown afterwards."""
+    assert seen_study.locator("#legend button").all_inner_texts() == list(STUDY_ARMS)
+    assert pressed(seen_study) == [True] * 7 + [False] * 7
+    assert drawn_arms(seen_study) == set(list(STUDY_ARMS)[:7])
+    seen_study.get_by_role("button", name="Show all 14").click()
+    until(seen_study, "[...document.querySelectorAll('div.group .plot')].at(-1).data.length > 14")
+    assert drawn_arms(seen_study) == set(STUDY_ARMS) and all(pressed(seen_study))
+    seen_study.get_by_role("button", name="The first 7 only").click()
+    assert pressed(seen_study) == [True] * 7 + [False] * 7
+    seen_study.locator("#legend button", has_text="SFT, 32 golden").dblclick()
+    until(seen_study, "document.querySelector('div.group .plot').data.some((trace) => /^SFT, 32/.test(trace.name))")
+    assert sum(pressed(seen_study)) == 1 and drawn_arms(seen_study) == {"SFT, 32 golden"}
 
 
 def test_dark_and_light_are_both_drawn(seen_page):

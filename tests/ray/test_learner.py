@@ -278,7 +278,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_on_every_rank_and_leaves_no_tr
     start: Callable[..., Ranks], entries: list[Entry], stage: int, ranks: int
 ) -> None:
     """Weights, Adam's moments, gradients and learning rate: the steps after it equal those of a run without it."""
-    config = config_with(ranks, zero_stage=stage, micro_batch_tokens=20)
+    config = config_with(ranks, zero_stage=stage, micro_batch_tokens=30)
     expected = start(config).train(entries, range(3))
     learner = start(config)
     sound = learner.train(entries, range(1))
@@ -359,7 +359,7 @@ def test_every_kind_of_loss_trains_like_plain_torch(
     ranks: int,
     loss: str,
 ) -> None:
-    config = config_with(ranks, LOSSES[loss], zero_stage=stage, micro_batch_tokens=20)
+    config = config_with(ranks, LOSSES[loss], zero_stage=stage, micro_batch_tokens=30)
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, path=str(teacher_checkpoint)))
     roles = ("teacher", "reference")
     paths = {"teacher": teacher_checkpoint, "reference": tiny_model["tied"]}
@@ -402,7 +402,7 @@ def test_adapters_train_alike_under_every_stage_and_the_base_is_the_reference(
     assert expected[-1]["loss_reference"] > 0.01, "training does not leave the reference"
     for stage, ranks in [(0, 1), (2, 2), (3, 2)] if estimator == "top_k" else [(0, 1)]:
         ways = {"packing": False, "gradient_checkpointing": True} if stage == 2 else {}
-        config = config_with(ranks, loss, LORA, zero_stage=stage, micro_batch_tokens=20, lr=2e-2, **ways)
+        config = config_with(ranks, loss, LORA, zero_stage=stage, micro_batch_tokens=30, lr=2e-2, **ways)
         learner = start(config)
         curve = learner.train(without_reference(entries), range(NUM_STEPS))
         assert_same_curve(curve, expected, 1e-4)
