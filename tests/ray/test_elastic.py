@@ -72,7 +72,7 @@ class Watched:
             ended = self.driver.poll()
             assert ended is None, f"the driver ended with {ended} before this: {what}\n{self.printed()}"
             assert time.monotonic() < give_up, f"not within {timeout_s:g} s: {what}\n{self.printed()}"
-            time.sleep(0.05)
+            time.sleep(0.1)
         self.at[what] = time.monotonic()
         return result
 
@@ -154,7 +154,7 @@ def _go_through_it(run: Watched, head: AutoscalingHead) -> None:
     run.until("demand", lambda: run.events("pool_resized"))
     run.until("two at work", lambda: run.num_ready() == 2)
     run.open("grown")
-    run.until("rollouts of both", lambda: len(run.workers()) == 2 and run.step() > 40)
+    run.until("rollouts of both", lambda: run.step() > 40 and len(run.workers()) == 2)
     before = head.raylets().keys()
     run.nodes["grown"] = len(before)
 
