@@ -44,7 +44,8 @@ class TermConfig:
     beta: float = Field(0.5, gt=0, lt=1)
     """β of jsd: towards 0 like the forward KL, towards 1 like the reverse KL."""
     entropy_gate: ClassVar[float | None] = None
-    """Only the loss on what the student sampled may have one."""
+    outliers: ClassVar[str | None] = None
+    """Only the loss on what the student sampled may have these."""
 
     @property
     def used(self) -> bool:
@@ -54,7 +55,8 @@ class TermConfig:
     @property
     def on_distributions(self) -> bool:
         """Does it compare distributions on a support, and not the sampled token alone?"""
-        return self.divergence in _ON_DISTRIBUTIONS or self.entropy_gate is not None
+        gated = self.entropy_gate is not None or self.outliers == "forward_kl"
+        return self.divergence in _ON_DISTRIBUTIONS or gated
 
     @property
     def is_plain_reverse_kl(self) -> bool:
@@ -68,7 +70,7 @@ class TermConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdvantageConfig:
-    """A of student.divergence=k1: teacher_coef · (log π_T − log π) + reward_coef · (group-normalised reward)."""
+    """A of student.divergence=k1: teacher_coef · (log π_T − log π) + reward_coef · (normalised reward) + constant."""
 
     policy: Literal["current", "behaviour"] = "current"
     """π in the advantage: the student that is trained now, or the one that sampled."""
@@ -80,6 +82,10 @@ class AdvantageConfig:
     """Divide the group's centred reward by its standard deviation, as GRPO does."""
     extrapolation: float = Field(1.0, ge=0)
     """λ of ExOPD: adds (λ − 1)(log π_T − log π_ref); needs the reference where it is not 1."""
+    proximal: float | None = Field(None, gt=0, lt=1)
+    """α of TOP-D: the teacher is α π_T + (1 − α) π, whose log-ratio is never below log(1 − α); null for π_T itself."""
+    constant: float = Field(0.0, le=0)
+    """The same for every token; alone it needs no teacher (OPSA: −.5, with student.lowest_share)."""
     clip: float | None = Field(None, gt=0)
     """Bound on the size of a token's advantage; null for none."""
     discount: float = Field(0.0, ge=0, le=1)
@@ -154,8 +160,16 @@ class StudentTermConfig(TermConfig):
     """Adds the forward KL to reverse_kl or k1 where the teacher's entropy exceeds this many nats (EOPD)."""
     entropy_gate_coef: float = Field(1.0, gt=0)
     """Weight of the forward KL that the entropy gate adds."""
+    outliers: Literal["mask", "forward_kl"] | None = None
+    """TrOPD: k1 counts by min(π_T/π_θ, 1) of the token, and by what is left of 1 the forward KL or nothing; or null."""
+    position_weight: float = Field(1.0, ge=1)
+    """Weight of a rollout's first token; it falls to 1 as disagreement with the teacher adds up (IW-OPD: 1.5)."""
+    lowest_share: float = Field(1.0, gt=0, le=1)
+    """Share of each rollout's tokens that are trained on: those that the student found least likely (OPSA: .2)."""
 
     def __post_init__(self) -> None:
+        if self.outliers is not None and self.divergence != "k1":
+            raise ValueError(f"outliers={self.outliers} is about divergence=k1, but it is {self.divergence}")
         if self.entropy_gate is not None and self.divergence not in ("reverse_kl", "k1"):
             raise ValueError(f"entropy_gate adds to divergence=reverse_kl or k1, but it is {self.divergence}")
 
@@ -212,9 +226,19 @@ class LossConfig:
                 f"importance.correction={correction} needs student.divergence=k1, but it is {divergence}, which takes "
                 "none, truncate or mask"
             )
-        if k1 and advantage.teacher_coef == advantage.reward_coef == 0:
-            raise ValueError("advantage.teacher_coef and advantage.reward_coef are both 0: there is no advantage")
-        if k1 and self.student.entropy_gate is not None and advantage.teacher_coef == 0:
-            raise ValueError("student.entropy_gate looks at a teacher, but advantage.teacher_coef is 0: there is none")
+        if k1 and advantage.teacher_coef == advantage.reward_coef == advantage.constant == 0:
+            raise ValueError(
+                "advantage.teacher_coef, advantage.reward_coef and advantage.constant are all 0: there is no advantage"
+            )
+        for name, used in {
+            "student.entropy_gate": self.student.entropy_gate is not None,
+            "student.outliers": self.student.outliers is not None,
+            "student.position_weight": self.student.position_weight > 1,
+            "advantage.proximal": advantage.proximal is not None,
+        }.items():
+            if used and k1 and advantage.teacher_coef == 0:
+                raise ValueError(f"{name} looks at a teacher, but advantage.teacher_coef is 0: there is none")
+        if self.student.position_weight > 1 and divergence == "cross_entropy":
+            raise ValueError("student.position_weight looks at a teacher, but student.divergence is cross_entropy")
         if advantage.discount > 0 and advantage.policy == "current":
             raise ValueError("advantage.discount above 0 needs advantage.policy=behaviour: log-ratios known beforehand")

@@ -29,9 +29,9 @@ from opd_ray.config import Config
 from opd_ray.errors import RunError
 from opd_ray.learn.heads import ResponseHead
 from opd_ray.learn.losses import ScoredTokens, TokenBatch, Tokens, is_any_of, mapped
-from opd_ray.learn.losses.advantage import discounted, log_ratios
+from opd_ray.learn.losses.advantage import combined_logprobs, discounted, log_ratios
 from opd_ray.learn.losses.diagnostics import student_metrics, topk_overlap
-from opd_ray.learn.losses.reduction import before_tail, token_weights
+from opd_ray.learn.losses.reduction import before_tail, lowest, position_weights, token_weights
 from opd_ray.learn.losses.terms import reference_loss, source_loss
 from opd_ray.learn.microbatch import MicroBatch, Segment
 from opd_ray.messages import REFERENCE, SOURCES, Coefficients, Count, Denominators, Source
@@ -99,6 +99,11 @@ class Objective:
         last = torch.zeros_like(segment.repetitive)
         last[lengths.cumsum(0) - 1] = 1.0
         weights = {source: kept * token_weights(lengths, denominators.of(source), loss.reduction)}
+        if source == "student" and loss.student.lowest_share < 1:
+            weights[source] *= lowest(tokens.behaviour_logprobs, lengths, loss.student.lowest_share)
+        if source == "student" and loss.student.position_weight > 1:
+            disagreement = (combined_logprobs(tokens.teachers, shares) - tokens.behaviour_logprobs).abs()
+            weights[source] *= position_weights(disagreement, lengths, loss.student.position_weight)
         if self.compares_with_reference(source):
             weights[REFERENCE] = kept * token_weights(lengths, self.reference_count(denominators), loss.reduction)
         return WeightedSegment(

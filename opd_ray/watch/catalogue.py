@@ -84,6 +84,7 @@ _ALL = (
     Metric("learner/*entropy_gap", "nats", "H(student) − H(teacher) on the outcomes that are compared"),
     Metric("learner/*entropy_gate_share", "share", "tokens at which the entropy gate is open"),
     Metric("learner/*advantage_used", "nats", "the advantage as the policy gradient uses it"),
+    Metric("learner/trust", "share", "min(π_T/π_θ, 1) of the sampled token, mean (TrOPD)"),
     Metric("learner/*advantage_clip_fraction", "share", "tokens whose advantage was clipped"),
     Metric("learner/*clip_fraction", "share", "tokens whose ratio was clipped"),
     Metric("learner/capped_share", "share", "tokens whose importance weight was capped"),

@@ -248,6 +248,19 @@ def test_an_engine_on_a_fraction_of_a_gpu_takes_that_fraction_of_its_share() -> 
             ],
             "entropy_gate looks at a teacher",
         ),
+        (
+            [
+                "loss.student.divergence=k1",
+                "loss.student.position_weight=1.5",
+                "loss.advantage.teacher_coef=0",
+                "loss.advantage.constant=-0.5",
+            ],
+            "student.position_weight looks at a teacher",
+        ),
+        (["loss.student.outliers=mask"], "outliers=mask is about divergence=k1"),
+        (["loss.student.divergence=cross_entropy", "loss.student.position_weight=2"], "position_weight looks at a"),
+        (["loss.advantage.constant=-1"], "advantage.* shapes student.divergence=k1"),
+        (["loss.student.divergence=k1", "loss.advantage.constant=0.2"], "loss.advantage.constant"),
         (["loss.student.divergence=k1", "loss.advantage.reward_coef=1"], "responses_per_prompt must be 2 or more"),
         (["loss.student.divergence=k1", "rollout.temperature=0.7"], "rollout.temperature=1"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,52 @@ def test_exopd_extrapolates_the_log_ratio_to_the_reference() -> None:
     x = Numbers(tokens)
     advantage, _ = advantages(tokens, ONE, AdvantageConfig(extrapolation=1.25))
     np.testing.assert_allclose(advantage, 1.25 * (x.teacher - x.reference) - (x.log_p - x.reference), atol=5e-6)
+
+
+def test_a_proximal_teacher_is_mixed_with_the_student_and_bounds_the_log_ratio() -> None:
+    """TOP-D: log(α ρ + 1 − α), before its weight, its clip and what is added to it."""
+    tokens = spread_batch()
+    teacher = dataclasses.replace(tokens.teachers["teacher"], logprobs=tokens.teachers["teacher"].logprobs - 100)
+    x, alpha = Numbers(tokens), 0.2
+    expected = 1.5 * np.log(alpha * np.exp(x.teacher - x.log_p) + 1 - alpha) - 0.5
+    advantage, _ = advantages(tokens, ONE, AdvantageConfig(proximal=alpha, teacher_coef=1.5, constant=-0.5))
+    np.testing.assert_allclose(advantage, expected, atol=5e-6)
+    loss = policy_gradient(tokens, advantage={"proximal": alpha, "teacher_coef": 1.5, "constant": -0.5})
+    assert_loss(loss, tokens, -expected * x.log_p, x.gradient(-expected))
+    never = dataclasses.replace(tokens, teachers={"teacher": teacher})
+    np.testing.assert_allclose(
+        advantages(never, ONE, AdvantageConfig(proximal=alpha))[0], math.log(1 - alpha), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("outliers", ["mask", "forward_kl"])
+def test_what_the_teacher_would_not_accept_counts_less(outliers: str) -> None:
+    """TrOPD's mean over its coin: P · k1 + (1 − P) · KL(π_T‖π_θ) with P = min(π_T/π_θ, 1); a mask has no second part."""
+    tokens = dataclasses.replace(spread_batch(), reward_advantages=torch.linspace(-2, 2, MANY))
+    x = Numbers(tokens)
+    trust = np.minimum(np.exp(x.teacher - x.log_p), 1)
+    assert 0.2 < (trust < 1).mean() < 0.8
+    used = trust * (x.teacher - x.log_p) + 0.25 * np.linspace(-2, 2, MANY)
+    assert (trust * (x.teacher - x.log_p)).min() >= -1 / math.e - 1e-6
+    values, gradient = -used * x.log_p, x.gradient(-used)
+    if outliers == "forward_kl":
+        q = tokens.teachers["teacher"].hidden.double().softmax(-1).numpy()
+        values = values + (1 - trust) * (q * (np.log(q) - np.log(x.p))).sum(-1)
+        gradient = gradient + (1 - trust)[:, None] * (x.p - q)
+    student = {"divergence": "k1", "outliers": outliers, "top_k": V}
+    config = LossConfig(student=student, advantage={"reward_coef": 0.25})
+    loss = source_loss(tokens, "student", config, ONE, {})
+    assert_loss(loss, tokens, values, gradient)
+    np.testing.assert_allclose(loss.metrics["trust"], trust, rtol=1e-5)
+
+
+def test_a_constant_advantage_needs_no_teacher() -> None:
+    """OPSA: what was sampled becomes less likely."""
+    tokens = dataclasses.replace(spread_batch(), teachers={}, reference=None)
+    log_p = tokens.logprobs.detach().double().numpy()
+    p = tokens.logits.detach().double().softmax(-1).numpy()
+    loss = policy_gradient(tokens, advantage={"teacher_coef": 0.0, "constant": -0.5})
+    assert_loss(loss, tokens, 0.5 * log_p, 0.5 * (np.eye(V)[tokens.tokens.numpy()] - p))
 
 
 def test_the_reward_alone_is_grpo_and_needs_no_teacher() -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_ray.learn.losses.reduction import before_tail, token_weights
+from opd_ray.learn.losses.reduction import before_tail, lowest, position_weights, token_weights
 from opd_ray.messages import Count
 from opd_ray.repetition import repeated_ngrams
 
@@ -47,6 +47,27 @@ def test_no_tokens_weigh_nothing() -> None:
     for reduction in REDUCTIONS:
         assert token_weights(nothing, Count(), reduction).shape == (0,)
     assert before_tail(torch.zeros(0), torch.zeros(0, dtype=torch.bool), nothing).shape == (0,)
+    assert position_weights(torch.zeros(0), nothing, 1.5).shape == lowest(torch.zeros(0), nothing, 0.5).shape == (0,)
+
+
+def test_weights_of_positions_fall_as_disagreement_adds_up() -> None:
+    """Rollouts of disagreements 1 3 0 4 | none | 2, by hand: g_t = 1 + .5 (1 − what went before / all)."""
+    disagreement, lengths = torch.tensor([1.0, 3.0, 0.0, 4.0, 0.0, 0.0, 2.0]), torch.tensor([4, 2, 1])
+    weights = position_weights(disagreement, lengths, 1.5)
+    expected = [1.5, 1 + 0.5 * 7 / 8, 1 + 0.5 * 4 / 8, 1 + 0.5 * 4 / 8, 1.5, 1.5, 1.5]
+    torch.testing.assert_close(weights, torch.tensor(expected))
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6), share=st.sampled_from([0.05, 0.2, 0.29, 1.0]))
+def test_the_lowest_are_so_many_of_each_rollout(lengths: list[int], share: float) -> None:
+    values = torch.randint(0, 5, (sum(lengths),), generator=torch.Generator().manual_seed(sum(lengths))).float()
+    for row, chosen in zip(
+        values.split(lengths), lowest(values, torch.tensor(lengths), share).split(lengths), strict=True
+    ):
+        number = max(1, math.floor(round(share * len(row), 6)))
+        assert sorted(row[chosen > 0].tolist()) == sorted(row.tolist())[:number]
+        assert set(chosen.tolist()) <= {0.0, 1.0} and chosen.sum() == number
 
 
 def tail_start(repetitive: list[bool]) -> int:

@@ -95,6 +95,10 @@ LOSSES: dict[str, dict[str, Any]] = {
     "reward to go": {"student": {"divergence": "k1"}, "advantage": {"policy": "behaviour", "discount": 0.9}},
     "gated policy gradient": {"student": {"divergence": "k1", "entropy_gate": 1.0, "support": "full"}},
     "grpo": {"student": {"divergence": "k1"}, "advantage": {"teacher_coef": 0, "reward_coef": 1}},
+    "bounded": {
+        "student": {"divergence": "k1", "outliers": "forward_kl", "position_weight": 1.5, "lowest_share": 0.4},
+        "advantage": {"proximal": 0.2, "constant": -0.1},
+    },
     "k2": {"student": {"divergence": "k2"}, "importance": {"correction": "truncate", "cap": 1.0}},
 }
 

@@ -1,12 +1,24 @@
 """The policy gradient: a detached advantage on the sampled token, and what corrects for older weights.
 
-    A = clip(R_t, ±c) + α · reward,   R_t = Σ_{u ≥ t} γ^(u−t) r_u
+    A = P · clip(R_t, ±c) + α · reward + b,   R_t = Σ_{u ≥ t} γ^(u−t) r_u
     r = κ (log π_T − log π) + (λ − 1)(log π_T − log π_ref)            detached
 
-with κ = teacher_coef, α = reward_coef, λ = extrapolation (ExOPD, arXiv 2602.12125) and γ = discount (0: R = r; MiniLLM,
-arXiv 2306.08543: 1). κ = 1 alone is OPD (METHOD §1), α alone GRPO. π is the student that is trained now, or the one
-that sampled; of the latter only the log-prob of the very token is known, so an EOS set is not summed in it. The clip
-bounds what comes from the models and not the reward, which is bounded by itself.
+with κ = teacher_coef, α = reward_coef, b = constant, λ = extrapolation (ExOPD, arXiv 2602.12125) and γ = discount (0:
+R = r; MiniLLM, arXiv 2306.08543: 1). κ = 1 alone is OPD (METHOD §1), α alone GRPO. π is the student that is trained
+now, or the one that sampled; of the latter only the log-prob of the very token is known, so an EOS set is not summed in
+it. The clip bounds what comes from the models and not the reward, which is bounded by itself. So do, smoothly,
+
+    proximal = a    log π_T − log π becomes log(a ρ + 1 − a) with ρ = π_T/π, at least log(1 − a): the teacher is mixed
+                    with the student it should move (TOP-D, arXiv 2607.04751, §3.1; a = .1 to .2). TOP-D also adds the
+                    mean of the later tokens' to each and normalises over the responses to a prompt; we do neither.
+    outliers        P = min(π_T/π_θ, 1), else 1: P log ρ is never below −1/e (TrOPD, arXiv 2606.01249, which throws a
+                    coin M ~ Bernoulli(P) for each token; ours is the mean over M, with the same mean gradient). With
+                    forward_kl the loss has (1 − P) KL(π_T‖π_θ) beside it, TrOPD's estimate of outliers, with mask
+                    nothing. Its teacher-written prefixes are not here; loss.teacher.* are rollouts that the teacher
+                    wrote to the end.
+    constant = b    needs no teacher: what was sampled becomes less likely (OPSA, arXiv 2608.31046: −.5 on the .2 of
+                    the tokens that are least likely, student.lowest_share). OPSA's own goes on to −1 with the token's
+                    entropy among the step's, which no micro-batch knows: not here.
 
 With ρ = π_θ(y)/μ(y) of the very token, importance.correction gives the loss
 
@@ -19,6 +31,7 @@ With ρ = π_θ(y)/μ(y) of the very token, importance.correction gives the loss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -29,10 +42,18 @@ from opd_ray.learn.losses import MAX_LOG_RATIO, ScoredTokens, TokenBatch, TokenL
 
 
 def policy_gradient(
-    batch: TokenBatch, weights: Mapping[str, float], config: AdvantageConfig, importance: ImportanceConfig
+    batch: TokenBatch,
+    weights: Mapping[str, float],
+    config: AdvantageConfig,
+    importance: ImportanceConfig,
+    *,
+    only_trusted: bool = False,
 ) -> TokenLoss:
-    """−A log π_θ with its correction; ``weights`` are the teachers' shares by name, which add up to 1."""
-    advantage, metrics = advantages(batch, weights, config)
+    """−A log π_θ with its correction; ``weights`` are the teachers' shares by name, which add up to 1.
+
+    ``only_trusted``: what comes from the models counts by :func:`trust`.
+    """
+    advantage, metrics = advantages(batch, weights, config, only_trusted=only_trusted)
     if importance.correction in ("ratio", "clip"):
         ratio = log_importance_ratio(batch).exp()
         values = ratio * advantage
@@ -47,7 +68,7 @@ def policy_gradient(
 
 
 def advantages(
-    batch: TokenBatch, weights: Mapping[str, float], config: AdvantageConfig
+    batch: TokenBatch, weights: Mapping[str, float], config: AdvantageConfig, *, only_trusted: bool = False
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(A [N], metrics), detached."""
     metrics: dict[str, torch.Tensor] = {}
@@ -57,8 +78,12 @@ def advantages(
     if config.clip is not None:
         metrics["advantage_clip_fraction"] = (advantage.abs() > config.clip).float()
         advantage = advantage.clamp(-config.clip, config.clip)
+    if only_trusted:
+        metrics["trust"] = trusted = trust(batch, weights)
+        advantage = trusted * advantage
     if config.reward_coef > 0 and batch.reward_advantages is not None:
         advantage = advantage + config.reward_coef * batch.reward_advantages
+    advantage = advantage + config.constant
     metrics["advantage_used"] = advantage
     return advantage, metrics
 
@@ -70,12 +95,20 @@ def log_ratios(
     if not config.uses_teacher:
         return torch.zeros_like(policy)
     teacher = combined_logprobs(tokens.teachers, weights)
-    ratios = config.teacher_coef * (teacher - policy)
+    ratios = teacher - policy
+    if config.proximal is not None:
+        ratios = torch.logaddexp(ratios + math.log(config.proximal), ratios.new_tensor(math.log1p(-config.proximal)))
+    ratios = config.teacher_coef * ratios
     if config.extrapolation != 1:
         if tokens.reference is None:
             raise RunError("advantage.extrapolation needs the reference's log-probs, but the scores have none")
         ratios = ratios + (config.extrapolation - 1) * (teacher - tokens.reference.logprobs)
     return ratios
+
+
+def trust(batch: TokenBatch, weights: Mapping[str, float]) -> torch.Tensor:
+    """min(π_T/π_θ, 1) of the sampled token, [N], detached: with which speculative decoding would accept it."""
+    return (combined_logprobs(batch.teachers, weights) - batch.logprobs.detach()).clamp(max=0.0).exp()
 
 
 def discounted(values: torch.Tensor, lengths: torch.Tensor, discount: float) -> torch.Tensor:

@@ -39,6 +39,36 @@ def token_weights(
     return per_rollout.repeat_interleave(response_lengths)
 
 
+def position_weights(disagreement: torch.Tensor, lengths: torch.Tensor, first: float) -> torch.Tensor:
+    """[N] float32: ``first`` at the first token of each packed rollout, from where it falls to 1 as disagreement adds up
+
+        g_t = 1 + (first − 1)(1 − F_{t−1}),   F_{t−1} = Σ_{u < t} d_u / Σ_u d_u
+
+    with d = |log π_T − log μ| of the sampled tokens, ``disagreement`` [N] (IW-OPD, arXiv 2606.22600, as the authors'
+    code has it, where π is the student that sampled, too; first = 1.5). Without any disagreement all have ``first``.
+    """
+    rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    d = disagreement.double()
+    total = d.new_zeros(len(lengths)).index_add(0, rows, d)
+    before = d.cumsum(0) - d - (total.cumsum(0) - total)[rows]
+    return (1 + (first - 1) * (1 - before / total.clamp(min=1e-8)[rows]).clamp(0, 1)).float()
+
+
+def lowest(values: torch.Tensor, lengths: torch.Tensor, share: float) -> torch.Tensor:
+    """[N] float32: 1 for the max(1, ⌊share · |o|⌋) lowest ``values`` [N] of each packed rollout, else 0.
+
+    With the log-probs that tokens were sampled with: OPSA (arXiv 2608.31046), which leaves open among which tokens; its
+    code takes those of a rank's batch. Ours are each rollout's own, so that it does not matter how a step is cut. Those
+    left out keep their place in the denominators.
+    """
+    rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    order = values.argsort(stable=True)
+    order = order[rows[order].argsort(stable=True)]
+    rank = torch.arange(len(values), device=values.device) - (lengths.cumsum(0) - lengths)[rows]
+    number = (share * lengths + 1e-9).floor().clamp(min=1)
+    return torch.zeros_like(values).index_copy(0, order, (rank < number[rows]).to(values.dtype))
+
+
 def before_tail(repetitive: torch.Tensor, truncated: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """[N] float32: 0 in the repetitive tail of a truncated rollout, else 1.
 

@@ -13,7 +13,7 @@ import torch
 from opd_ray.config import LossConfig, ReferenceTermConfig, TermConfig
 from opd_ray.errors import RunError
 from opd_ray.learn.losses import Head, ScoredTokens, TokenBatch, TokenLoss
-from opd_ray.learn.losses.advantage import importance_weights, policy_gradient
+from opd_ray.learn.losses.advantage import importance_weights, policy_gradient, trust
 from opd_ray.learn.losses.divergences import diverge, entropy, forward_kl, k2, k3
 from opd_ray.learn.losses.support import compare, states_of
 from opd_ray.learn.losses.vocabulary import reverse_kl
@@ -41,8 +41,9 @@ def source_loss(
         weight, metrics = importance_weights(batch, config.importance) if source == "student" else (1.0, {})
         values, metrics = weight * loss.values, loss.metrics | metrics
     if term.on_distributions:
+        outlying = 1 - trust(batch, weights) if term.outliers == "forward_kl" else None
         for name, scored in batch.teachers.items():
-            loss = _on_distributions(batch, term, scored, heads.get(name))
+            loss = _on_distributions(batch, term, scored, heads.get(name), outlying)
             values = values + weights[name] * loss.values
             for key, value in loss.metrics.items():
                 metrics[key] = metrics.get(key, 0.0) + weights[name] * value
@@ -67,15 +68,19 @@ def _on_sampled_tokens(
     if term.divergence == "cross_entropy":
         return TokenLoss(-batch.plain_logprobs)
     if term.divergence == "k1":
-        return policy_gradient(batch, weights, config.advantage, config.importance)
+        only_trusted = term.outliers is not None
+        return policy_gradient(batch, weights, config.advantage, config.importance, only_trusted=only_trusted)
     estimate = _ESTIMATORS[term.divergence]
     teachers = batch.teachers.items()
     return TokenLoss(sum(weights[name] * estimate(batch.logprobs, scored.logprobs) for name, scored in teachers))
 
 
-def _on_distributions(batch: TokenBatch, term: TermConfig, scored: ScoredTokens, head: Head | None) -> TokenLoss:
+def _on_distributions(
+    batch: TokenBatch, term: TermConfig, scored: ScoredTokens, head: Head | None, outlying: torch.Tensor | None
+) -> TokenLoss:
     """The divergence on a support, and what the entropy gate adds to it or to k1: coef · 1[H(teacher) > gate] ·
-    KL(π_T‖π_θ), which covers the teacher's alternatives where it has several (EOPD, arXiv 2603.07079).
+    KL(π_T‖π_θ), which covers the teacher's alternatives where it has several (EOPD, arXiv 2603.07079); and
+    ``outlying`` [N] · KL(π_T‖π_θ), where the loss has that (TrOPD, see :mod:`opd_ray.learn.losses.advantage`).
 
     Entropies are of the outcomes that are compared; their gap is H(student) − H(teacher) (Rethinking OPD, 2604.13016).
     """
@@ -90,4 +95,6 @@ def _on_distributions(batch: TokenBatch, term: TermConfig, scored: ScoredTokens,
     if term.entropy_gate is not None:
         metrics["entropy_gate_share"] = gate = (teachers > term.entropy_gate).float()
         values = values + term.entropy_gate_coef * gate * forward_kl(outcomes)
+    if outlying is not None:
+        values = values + outlying * forward_kl(outcomes)
     return TokenLoss(values, metrics)
