@@ -181,7 +181,7 @@ def test_a_proximal_teacher_is_mixed_with_the_student_and_bounds_the_log_ratio()
 
 @pytest.mark.parametrize("outliers", ["mask", "forward_kl"])
 def test_what_the_teacher_would_not_accept_counts_less(outliers: str) -> None:
-    """TrOPD's mean over its coin: P · k1 + (1 − P) · KL(π_T‖π_θ) with P = min(π_T/π_θ, 1); a mask has no second part."""
+    """TrOPD's mean over its coin: P · k1 + (1 − P) · KL(π_T‖π_θ) with P = min(π_T/π_θ, 1); a mask has the first."""
     tokens = dataclasses.replace(spread_batch(), reward_advantages=torch.linspace(-2, 2, MANY))
     x = Numbers(tokens)
     trust = np.minimum(np.exp(x.teacher - x.log_p), 1)

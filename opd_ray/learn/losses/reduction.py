@@ -40,7 +40,7 @@ def token_weights(
 
 
 def position_weights(disagreement: torch.Tensor, lengths: torch.Tensor, first: float) -> torch.Tensor:
-    """[N] float32: ``first`` at the first token of each packed rollout, from where it falls to 1 as disagreement adds up
+    """[N] float32: ``first`` at the first token of each packed rollout; it falls to 1 as disagreement adds up
 
         g_t = 1 + (first − 1)(1 − F_{t−1}),   F_{t−1} = Σ_{u < t} d_u / Σ_u d_u
 
