@@ -86,27 +86,27 @@ def _chosen(rows: str) -> list[int]:
     return [int(each) for each in numbers]
 
 
-def fetch() -> Path:
-    """The directory in the cache that TRL is imported from, filled where it is not there.
+def fetch(package: str = "trl", release: str = TRL_VERSION) -> Path:
+    """The directory in the cache that a package is imported from, filled where it is not there.
 
-    TRL alone: what it needs is in this environment, so that torch and transformers are the same on both sides.
+    It alone: what it needs is in this environment, so that torch and transformers are the same on both sides.
     """
-    site = cache_root() / f"trl-{TRL_VERSION}"
+    site = cache_root() / f"{package}-{release}"
     if site.is_dir():
         return site
     if missing := [name for name in ("accelerate", "datasets") if find_spec(name) is None]:
-        raise InputError(f"TRL needs {missing[0]}, which is not installed; pip install 'opd_ray[data,deepspeed]'")
+        raise InputError(f"{package} needs {missing[0]}, which is not installed; pip install 'opd_ray[data,deepspeed]'")
     site.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=site.parent) as scratch:
         target = Path(scratch) / "site"
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
         done = subprocess.run(
-            [*pip, f"trl=={TRL_VERSION}"], capture_output=True, text=True, timeout=_DOWNLOAD_S, check=False
+            [*pip, f"{package}=={release}"], capture_output=True, text=True, timeout=_DOWNLOAD_S, check=False
         )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise InputError(
-                f"trl {TRL_VERSION} could not be installed ({reason}); is PyPI, or a mirror that pip knows, there?"
+                f"{package} {release} could not be installed ({reason}); is PyPI, or a mirror that pip knows, there?"
             )
         target.rename(site)
     return site
