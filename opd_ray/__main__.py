@@ -314,6 +314,42 @@ def push(checkpoint: str, repository: str, private: bool) -> None:
     click.echo(f"pushed: {pushing.push(checkpoint, repository, private=private)}")
 
 
+@cli.command(cls=ConfiguredCommand, sections=("loss", "guard"))
+@click.argument("run_dir", metavar="RUN", type=_Path(path_type=Path))
+@click.option("--rollout", metavar="ID", help="Which to print; by default the student's with the largest gradient.")
+@click.option(
+    "--output",
+    type=_Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The page with all of the step's rollouts; by default RUN/replay-step-N.html.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables, and write no page.")
+@_debug_option
+@click.argument("arguments", nargs=-1, required=True, metavar="step=N [SECTION.FIELD=VALUE]...")
+def replay(run_dir: Path, rollout: str | None, output: Path | None, as_json: bool, arguments: tuple[str, ...]) -> None:
+    """Step N of RUN again, as it was and under another loss.* or guard.*: loss, gradient and advantage token by token.
+
+    From the rollout log, the weights before the step (a checkpoint's, or those that the logged steps since make of
+    them) and the models that scored it. Without Ray; nothing of the run is changed.
+    """
+    from opd_ray.run import replay as replaying
+
+    found = replaying.replay(run_dir, arguments)
+    from opd_ray.replay import show
+
+    if as_json:
+        click.echo(json.dumps(show.plain(found), indent=2))
+        return
+    show.show(found, rollout)
+    from opd_ray import report
+
+    output = output or run_dir / f"replay-step-{found.step}.html"
+    title, note = f"{run_dir.name}, step {found.step} again", " ".join(found.overrides) or "as configured"
+    notes = [f"Rollouts of step {found.step}, {note}: choose what colours them.", *filter(None, [found.remark])]
+    report.write_report([run_dir], output, title=title, notes=notes, signals=show.signals(found))
+    click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
 @cli.command(name="report")
 @click.argument("runs", nargs=-1, required=True, type=_Path(path_type=Path), metavar="RUN...")
 @click.option(

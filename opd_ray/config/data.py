@@ -191,6 +191,7 @@ class MetricsConfig:
     """Write what every actor is at to trace.json, for Perfetto and the report: the newest 32 MB, and as much from
     before them in trace-before.json."""
     rollout_log_every_steps: int = Field(10, ge=0)
-    """Write the rollouts of every n-th step to rollouts/*.parquet; 1 for all, 0 for none."""
+    """Write the rollouts of every n-th step, of the first and of those behind a checkpoint (what opd-ray replay can
+    take again) to rollouts/*.parquet; 1 for all, 0 for none."""
     rollout_log_keep: int = Field(1000, ge=1)
     """Files of the rollout log, the newest, that are kept; older ones are deleted."""

@@ -20,7 +20,7 @@ next one begins, so that besides the model's own activations it holds, for N res
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,6 +63,8 @@ class Objective:
         self.chunk_rows = max(1, config.learner.logits_mb * 2**20 // (4 * widest))
         """Tokens whose float32 logits are made at a time."""
         self._unchecked = set(self.heads)
+        self.watch: Watch | None = None
+        """Shown every piece of the loss, before its gradient is taken."""
         total = sum(teacher.weight for teacher in config.teachers.values())
         self._shares = {name: teacher.weight / total for name, teacher in config.teachers.items()}
 
@@ -152,6 +154,10 @@ class Objective:
         return dict.fromkeys(there, 1.0)
 
 
+Watch = Callable[["WeightedSegment", slice, TokenBatch, torch.Tensor, Mapping[str, torch.Tensor]], None]
+"""(segment, which of its tokens, these, each one's share [n] of the step's loss, what is logged of them)."""
+
+
 @dataclass(frozen=True)
 class WeightedSegment:
     """A segment with everything that its loss needs per token, [N] each in its order."""
@@ -237,6 +243,9 @@ class MicroBatchLoss:
         if not torch.isfinite(total):
             self._blame(of.segment, rows, terms)
         self._record(of, rows, batch.detached(), loss.metrics)
+        if objective.watch is not None:
+            weighed = [getattr(self._coefficients, name) * terms[name] * of.weights[name][rows] for name in terms]
+            objective.watch(of, rows, batch, sum(weighed).detach(), loss.metrics)
         return total
 
     def _blame(self, segment: Segment, rows: slice, terms: dict[str, torch.Tensor]) -> None:

@@ -12,8 +12,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opd_ray.report.curves import ReferenceLine
+
+if TYPE_CHECKING:
+    from opd_ray.report.rollouts import Signals
 
 __all__ = ["ReferenceLine", "default_output", "write_report"]
 
@@ -26,13 +30,14 @@ def write_report(
     reference_lines: Mapping[str, ReferenceLine] | None = None,
     notes: Sequence[str] = (),
     order: Sequence[str] = (),
+    signals: Signals | None = None,
 ) -> None:
     """Writes the page about the runs among and below ``run_dirs`` to ``output``, whole or not at all.
 
     ``reference_lines`` maps a metric to a level drawn across its chart; ``notes`` are paragraphs under the
     verdict. ``order`` lists arms by the names of their runs, as they are to be listed; without it the arms of a
-    study stand as in its results.json, and others by accuracy. Raises InputError where there is nothing to
-    report or ``output`` cannot be written.
+    study stand as in its results.json, and others by accuracy. With ``signals`` the rollouts are those of their step,
+    of the one run that there is. Raises InputError where there is nothing to report or ``output`` cannot be written.
     """
     from opd_ray.disk import whole
     from opd_ray.errors import InputError
@@ -46,6 +51,7 @@ def write_report(
         lines=reference_lines or {},
         notes=[*notes, *left_out],
         order=order or study_order(run_dirs),
+        signals=signals,
     )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

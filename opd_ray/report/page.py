@@ -49,13 +49,17 @@ def render(
     lines: Mapping[str, ReferenceLine],
     notes: Sequence[str],
     order: Sequence[str],
+    signals: rollouts.Signals | None,
 ) -> bytes:
     """The whole page as UTF-8; see :func:`opd_ray.report.write_report`."""
     arms = arm_table.group(runs, order)
     ordered = [run for arm in arms for run in arm.runs]
     most = min(_ROLLOUTS_PER_RUN, max(1, _MAX_ROLLOUTS // len(runs)))
     most_tokens = _MAX_TOKENS // len(runs)
-    samples = [rollouts.sample(run, most, most_tokens) for run in ordered]
+    if signals is None:
+        samples = [rollouts.sample(run, most, most_tokens) for run in ordered]
+    else:
+        samples = [rollouts.of_step(run, signals, most, most_tokens) for run in ordered]
     kinds, passed = golden.kinds(arms), crossing.crossings(arms)
     drawn = lanes.lanes(ordered)
     events = [(arm, run, event) for arm in arms for run in arm.runs for event in sorted(run.events, key=_step)]
@@ -117,6 +121,7 @@ def _viewer(runs: Sequence[Run], samples: Sequence[rollouts.Sample]) -> dict[str
         "shown": sum(len(part.rollouts) for part in samples),
         "logged": sum(part.logged for part in samples),
         "changed": any(value != 1 for value in settings),
+        "signals": any(part.signals for part in samples),
     }
 
 

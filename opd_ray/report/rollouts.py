@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,17 @@ class Sample:
     """Rollouts in the run's log, of which this is a sample."""
     note: str
     """What a reader must know besides; empty if nothing."""
+    signals: list[str] = field(default_factory=list)
+    """Names of what else is known of each token, in the order in which rollouts have it."""
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What is known of the tokens of one step beside the log."""
+
+    step: int
+    of: dict[str, dict[str, Sequence[float]]]
+    """Name to rollout id to a value for each response token; nan where there is none."""
 
 
 def sample(run: Run, most: int, most_tokens: int = 200_000) -> Sample:
@@ -90,6 +101,25 @@ def sample(run: Run, most: int, most_tokens: int = 200_000) -> Sample:
         notes.append("no tokenizer was found, so token ids stand for text")
     vocab = _Vocabulary(tokenizer)
     return Sample([_pack(row, vocab) for row in rows], vocab.texts(), num_logged, "; ".join(notes))
+
+
+def of_step(run: Run, signals: Signals, most: int, most_tokens: int = 200_000) -> Sample:
+    """At most ``most`` rollouts of one step, with signals. Raises OSError or ArrowException for a log that cannot be
+    read."""
+    file = run.path / "rollouts" / f"step-{signals.step:06d}.parquet"
+    rows = list(_choose(file, run, most, most_tokens, []))
+    vocab, packed = _Vocabulary(_tokenizer(run)), []
+    for row in rows:
+        keep = _kept(len(row["response_tokens"]))[2]
+        own = [signals.of[name][row["rollout_id"]] for name in signals.of]
+        values = [[_rounded(each[t]) for t in keep] for each in own]
+        packed.append(_pack(row, vocab) | {"X": values})
+    logged = pq.read_metadata(file).num_rows
+    return Sample(packed, vocab.texts(), logged, f"of step {signals.step} alone", list(signals.of))
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -169,10 +199,7 @@ def _pack(row: dict[str, Any], vocab: _Vocabulary) -> dict[str, Any]:
     """One rollout in short names; "T" and "R" are null where teacher and reference did not score, "S" where the student
     did not sample; "alt" has token and log-prob of what the teacher finds most likely, where it doubts."""
     tokens, versions = row["response_tokens"], row["weight_versions"]
-    head, tail = len(tokens), len(tokens)
-    if head > MAX_TOKENS:
-        head, tail = MAX_TOKENS // 2, tail - MAX_TOKENS // 2
-    keep = [*range(head), *range(tail, len(tokens))]
+    head, tail, keep = _kept(len(tokens))
     teacher = _hundredths(row.get("teacher_logprobs"), keep)
     return {
         "id": row["rollout_id"],
@@ -194,6 +221,12 @@ def _pack(row: dict[str, Any], vocab: _Vocabulary) -> dict[str, Any]:
         "alt": _alternatives(row, keep, teacher, vocab),
         "v": [min(versions), max(versions)] if versions else None,
     }
+
+
+def _kept(number: int) -> tuple[int, int, list[int]]:
+    """(where what is left out begins, where it ends, the places that are shown) of so many tokens."""
+    head, tail = (number, number) if number <= MAX_TOKENS else (MAX_TOKENS // 2, number - MAX_TOKENS // 2)
+    return head, tail, [*range(head), *range(tail, number)]
 
 
 def _alternatives(

@@ -19,7 +19,7 @@ from typing import Any
 
 from opd_ray import config as configs
 from opd_ray.buffer.replay import ReplayBuffer
-from opd_ray.config import Config, schedule
+from opd_ray.config import Config
 from opd_ray.data.rows import question
 from opd_ray.disk import writing
 from opd_ray.errors import GroupLost, Terminated, Unwritable, first_failure, only_said
@@ -80,16 +80,7 @@ class Driver:
         self._session, self._shelf, self._observers, self._before = session, shelf, observers, before
         self._rooms = rooms = session.rooms(config, facts.max_context_tokens, facts.servers)
         self._golden = GoldenRollouts(config, facts.data.golden)
-        self._guard = Guard(
-            config.guard,
-            has_golden=config.loads_golden,
-            has_reference=config.loss.reference.used,
-            may_shorten=config.may_shorten,
-            configured=config.least_strength,
-            student_coef=schedule.highest(config.loss.student.coef),
-            rollouts_per_step=config.buffer.prompts_per_step * config.rollout.responses_per_prompt,
-            steps_ahead=config.buffer.max_staleness,
-        )
+        self._guard = Guard.of(config)
         self._guard_at_start = self._guard.state()
         self._where = where = Whereabouts(checkpoint_step=start.step if start else None)
         self._records = records = Records(config, run_dir, where, rooms)
@@ -296,7 +287,7 @@ class Driver:
         """Runs the pipeline to its end; the report at which the guard stopped it, if so."""
         watching = [
             Metrics(self._records.writer, self._rooms, self._status.metrics),
-            RolloutLog(self._rooms.recorder, self._run_dir / "rollouts", self._config.metrics, self._asked()),
+            RolloutLog(self._rooms.recorder, self._run_dir / "rollouts", self._config, self._asked()),
             VerdictLog(self._run_dir),
             self._keeper,
             Progress(self._config.learner.steps, self._where.step, self._say),

@@ -101,9 +101,13 @@ class Shelf:
                 )
             return self._intact(steps[-1]) if steps else None
 
+    def complete(self) -> list[int]:
+        """The steps of the checkpoints that are there."""
+        return _complete(self._steps())
+
     def at(self, step: int | None) -> Checkpoint:
         """The checkpoint of a step, or the newest; RunError where there is none or it is not whole."""
-        there = _complete(self._steps())
+        there = self.complete()
         if not there or step not in (None, *there):
             wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise RunError(

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from opd_ray.config import HELD_OUT, MetricsConfig
+from opd_ray.config import HELD_OUT, Config
 from opd_ray.evaluation import verdicts
 from opd_ray.evaluation.scores import Evaluation, Scores, SetScores, with_error
 from opd_ray.messages import Entry
@@ -52,17 +52,21 @@ class Metrics:
 
 
 class RolloutLog:
-    """The rollouts of every n-th step to rollouts/*.parquet, written by an actor while the run goes on."""
+    """The rollouts of every n-th step to rollouts/*.parquet, written by an actor while the run goes on. And of the
+    first step and of those behind a checkpoint, for which the weights are there to replay them."""
 
     def __init__(
-        self, recorder: Pool, directory: Path, config: MetricsConfig, asked: Callable[[Entry], tuple[str, str]]
+        self, recorder: Pool, directory: Path, config: Config, asked: Callable[[Entry], tuple[str, str]]
     ) -> None:
         """``asked``: the prompt's text and the expected answer of a rollout."""
         self._recorder, self._directory, self._asked = recorder, directory, asked
-        self._every, self._keep = config.rollout_log_every_steps, config.rollout_log_keep
+        self._every, self._keep = config.metrics.rollout_log_every_steps, config.metrics.rollout_log_keep
+        self._saves = config.checkpoint.every_steps
 
     async def on_step(self, report: StepReport) -> None:
-        if self._every and (report.step == 1 or report.step % self._every == 0):
+        saved = report.step - 1  # the weights of this version trained on the rollouts
+        replays = saved == 0 or (self._saves > 0 and saved % self._saves == 0)
+        if self._every and (replays or report.step % self._every == 0):
             entries = list(report.entries)
             asked = [self._asked(entry) for entry in entries]
             await self._recorder.call(

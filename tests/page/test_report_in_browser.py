@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from made_up_runs import EVIL, STUDY_ARMS, make_run, make_student, make_study, write_trace
+from made_up_runs import EVIL, STUDY_ARMS, make_rollouts, make_run, make_student, make_study, write_trace
 from opd_ray.report import ReferenceLine, write_report
+from opd_ray.report.rollouts import Signals
 from tiny_checkpoints import CHARACTERS
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the dev extra")
@@ -441,3 +442,25 @@ def test_no_script_but_the_report_s_own_runs_and_nothing_is_sent(browser, report
     assert set(page.evaluate("[...refused]")) == {"script-src-elem", "script-src-attr", "connect-src"}
     assert page.evaluate("window.hacked") is None
     page.close()
+
+
+def test_a_replayed_step_is_coloured_by_what_is_chosen_and_says_all_of_it(browser: Any, tmp_path: Path) -> None:
+    """Under the configured loss the third token of 1+1=2 is pushed down, under another one up."""
+    run = make_run(tmp_path / "run", logged_steps=[1, 2], student=make_student(tmp_path / "student"))
+    lengths = {row["rollout_id"]: len(row["response_tokens"]) for row in make_rollouts(2)}
+    pushes = {
+        name: {rollout: [0.0, 0.0, push] + [0.0] * (length - 3) for rollout, length in lengths.items()}
+        for name, push in (("push, as configured", -1.25), ("push, jsd", 0.5))
+    }
+    write_report([run], tmp_path / "replay.html", signals=Signals(2, pushes))
+    for page in opened(browser, tmp_path / "replay.html"):
+        assert page.locator("#viewer-count").inner_text().startswith("5 of 5 rollouts (of step 2 alone)")
+        token = page.locator("article", has_text="expected 2").first.locator(".t").nth(2)
+        tints = []
+        for label in ("push, as configured", "push, jsd"):
+            page.locator("#pick-signal").select_option(label=label)
+            tints.append(token.evaluate("token => token.style.getPropertyValue('--tint')"))
+        assert tints == ["var(--minus)", "var(--plus)"]
+        token.hover()
+        said = page.locator("#tip").inner_text()
+        assert "push, as configured\t−1.25" in said and "push, jsd\t+0.50" in said

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -29,6 +30,7 @@ from opd_ray.report.lanes import lanes
 from opd_ray.report.runs import read_run
 from opd_ray.rooms import logs
 from opd_ray.run.evaluate import evaluate
+from opd_ray.run.replay import replay
 from opd_ray.run.train import train
 from opd_ray.watch.metrics import port_name
 from rollout_log import rows
@@ -224,6 +226,33 @@ def test_the_exported_student_is_another_model_and_scores_as_it_did_in_the_run(f
     # One answer of 32 may differ where two tokens are nearly equal.
     assert again["accuracy_greedy"] == pytest.approx(expected["accuracy_greedy"], abs=0.04)
     assert again["num_problems"] == expected["num_problems"]
+
+
+@pytest.mark.parametrize(("step", "made_of"), [(1, "the student itself"), (4, "a checkpoint"), (6, "steps 4 and 5")])
+def test_a_logged_step_replayed_has_the_loss_and_the_gradient_that_were_logged(finished, step, made_of):
+    logged = finished.steps[step - 1]
+    again = replay(finished.directory, [f"step={step}"]).again
+    assert again.metrics["loss"] == pytest.approx(logged["learner/loss"], abs=1e-5), made_of
+    assert again.metrics["grad_norm"] == pytest.approx(logged["learner/grad_norm"], rel=1e-3)
+    assert again.metrics["loss_reference"] == pytest.approx(logged["learner/loss_reference"], abs=1e-5)
+
+
+def test_a_step_replayed_under_another_loss_says_what_each_token_would_have_meant(finished):
+    found = replay(finished.directory, ["step=4", "loss.student.divergence=k1", "loss.advantage.proximal=0.2"])
+    floor = float(np.log1p(-0.2))
+    for entry in found.entries:
+        loss, push, size, advantage = found.instead.tokens[entry.meta.rollout_id].T
+        assert len(loss) == entry.meta.num_response_tokens and (size >= np.abs(push)).all() and (size > 0).any()
+        if entry.meta.source == "student":
+            assert (advantage >= floor - 1e-6).all() and (np.sign(push) == np.sign(advantage)).mean() > 0.99
+    mine = {entry.meta.rollout_id for entry in found.entries if entry.meta.source == "student"}
+    tokens = sum(len(values) for name, values in found.again.tokens.items() if name in mine)
+    shares = sum(values[:, 0].sum() for name, values in found.again.tokens.items() if name in mine)
+    coefs = finished.config.loss
+    expected = coefs.student.coef * found.again.metrics["loss_student"]
+    expected += coefs.reference.coef * found.again.metrics["loss_reference"]
+    assert shares / tokens == pytest.approx(expected, rel=1e-4), "the tokens' shares add up to the loss"
+    assert found.instead.metrics["loss_golden"] == pytest.approx(found.again.metrics["loss_golden"], abs=1e-6)
 
 
 def test_every_query_names_metrics_that_a_run_exports(finished):

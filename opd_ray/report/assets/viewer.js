@@ -13,6 +13,11 @@ function advantage(rollout, t) {
   return Number.isNaN(teacher - student) ? null : teacher - student;
 }
 
+// What a token is coloured by: the advantage, or one of the signals that the run's rollouts have.
+function valueOf(rollout, t, signal) {
+  return signal === "" ? advantage(rollout, t) : rollout.X[signal][t];
+}
+
 function signed(value) {
   if (!Number.isFinite(value)) return value > 0 ? "+∞" : "−∞";
   return (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
@@ -47,6 +52,7 @@ function startViewer(data) {
   const search = byId("search");
   let only = null; // [what it is of a rollout, its value]: one rollout, or one prompt
   let scale = USUAL_SCALE;
+  let signal = ""; // index of one of the run's, or the advantage
   let run, matching, shown, pointed;
 
   function fill(select, values) {
@@ -209,7 +215,7 @@ function startViewer(data) {
       if (left && t === head) strip.append(make("span", "gap", `… ${left.toLocaleString("en")} tokens left out …`));
       const token = make("span", "t", visible(run.vocab[id]));
       token.t = t;
-      const a = advantage(rollout, t);
+      const a = valueOf(rollout, t, signal);
       if (a !== null) {
         token.style.setProperty("--tint", a < 0 ? "var(--minus)" : "var(--plus)");
         token.style.setProperty("--much", `${Math.round(90 * Math.min(1, Math.abs(a) / scale))}%`);
@@ -240,6 +246,11 @@ function startViewer(data) {
       row.insertCell().textContent = name;
       row.insertCell().textContent = value;
     }
+    run.signals.forEach((name, index) => {
+      const row = table.insertRow();
+      row.insertCell().textContent = name;
+      row.insertCell().textContent = rollout.X[index][t] === null ? "–" : signed(rollout.X[index][t]);
+    });
     for (const [id, logprob] of rollout.alt[t] ?? []) {
       const row = table.insertRow();
       row.className = "rather";
@@ -284,6 +295,14 @@ function startViewer(data) {
     scale = Number(event.target.value);
     filter();
   });
+  const pickSignal = byId("pick-signal");
+  if (pickSignal) {
+    offer(pickSignal, [["", "advantage A"], ...data.runs[0].signals.map((name, index) => [index, name])]);
+    pickSignal.addEventListener("change", () => {
+      signal = pickSignal.value;
+      filter();
+    });
+  }
   offer(picks.arm, data.arms.map((title, arm) => [arm, title]));
   picks.arm.value = (data.runs.find((each) => each.rollouts.length) || data.runs[0]).arm;
   offer(picks.sort, Object.keys(SORTS).map((name) => [name, name]));
