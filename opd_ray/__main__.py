@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -25,25 +24,10 @@ import click
 from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.config.help import EVALUATES, ConfiguredCommand
+from opd_ray.config.help import FilePath as _Path
 from opd_ray.errors import InputError, OpdError
 
 _DEBUG_VARIABLE = "OPD_RAY_DEBUG"
-
-
-class _Path(click.Path):
-    """One that a file may have: what else asks for it would end with a traceback. ``~`` is the user's home, which
-    shells put in only at the start of a word."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        value = os.path.expanduser(value)
-        if not value or value.startswith("~"):
-            self.fail("is an empty name" if not value else f"{value!r}: there is no such home", param, ctx)
-        try:
-            os.lstat(value)
-        except (OSError, ValueError) as error:  # ENAMETOOLONG; a null byte
-            if getattr(error, "errno", errno.EINVAL) in (errno.ENAMETOOLONG, errno.EINVAL):
-                self.fail(f"{os.fspath(value)[:60]!r}: {getattr(error, 'strerror', None) or error}", param, ctx)
-        return super().convert(value, param, ctx)
 
 
 _config_option = click.option(
@@ -317,12 +301,7 @@ def push(checkpoint: str, repository: str, private: bool) -> None:
 @cli.command(cls=ConfiguredCommand, sections=("loss", "guard"))
 @click.argument("run_dir", metavar="RUN", type=_Path(path_type=Path))
 @click.option("--rollout", metavar="ID", help="Which to print; by default the student's with the largest gradient.")
-@click.option(
-    "--output",
-    type=_Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="The page with all of the step's rollouts; by default RUN/replay-step-N.html.",
-)
+@click.option("--output", type=_Path(path_type=Path), metavar="FILE", help="By default RUN/replay-step-N.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables, and write no page.")
 @_debug_option
 @click.argument("arguments", nargs=-1, required=True, metavar="step=N [SECTION.FIELD=VALUE]...")
@@ -341,12 +320,8 @@ def replay(run_dir: Path, rollout: str | None, output: Path | None, as_json: boo
         click.echo(json.dumps(show.plain(found), indent=2))
         return
     show.show(found, rollout)
-    from opd_ray import report
-
     output = output or run_dir / f"replay-step-{found.step}.html"
-    title, note = f"{run_dir.name}, step {found.step} again", " ".join(found.overrides) or "as configured"
-    notes = [f"Rollouts of step {found.step}, {note}: choose what colours them.", *filter(None, [found.remark])]
-    report.write_report([run_dir], output, title=title, notes=notes, signals=show.signals(found))
+    show.write_page(found, output)
     click.echo(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 

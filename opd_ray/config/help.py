@@ -1,9 +1,12 @@
-"""The fields of a configuration as --help prints them: all that a verb reads, or those of one section."""
+"""What the command line takes: names of files, and the fields of a configuration as --help prints them: all that a verb
+reads, or those of one section."""
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -14,6 +17,22 @@ from opd_ray.errors import near
 
 EVALUATES = ("student", "data", "rollout", "evaluation", "metrics", "env", "deadlines")
 """What an evaluation reads, where nothing is trained."""
+
+
+class FilePath(click.Path):
+    """One that a file may have: what else asks for it would end with a traceback. ``~`` is the user's home, which
+    shells put in only at the start of a word."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        value = os.path.expanduser(value)
+        if not value or value.startswith("~"):
+            self.fail("is an empty name" if not value else f"{value!r}: there is no such home", param, ctx)
+        try:
+            os.lstat(value)
+        except (OSError, ValueError) as error:  # ENAMETOOLONG; a null byte
+            if getattr(error, "errno", errno.EINVAL) in (errno.ENAMETOOLONG, errno.EINVAL):
+                self.fail(f"{os.fspath(value)[:60]!r}: {getattr(error, 'strerror', None) or error}", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class ConfiguredCommand(click.Command):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +39,16 @@ def signals(replay: Replay) -> Signals:
         for at, name in enumerate(SIGNALS)
     }
     return Signals(replay.step, of)
+
+
+def write_page(replay: Replay, output: Path) -> None:
+    """The report of the run, its rollouts those of the step. Raises InputError where ``output`` cannot be written."""
+    from opd_ray.report import write_report
+
+    what = " ".join(replay.overrides) or "as configured"
+    notes = [f"Rollouts of step {replay.step}, {what}: choose what colours them.", *filter(None, [replay.remark])]
+    title = f"{replay.run_dir.name}, step {replay.step} again"
+    write_report([replay.run_dir], output, title=title, notes=notes, signals=signals(replay))
 
 
 def plain(replay: Replay) -> dict[str, Any]:

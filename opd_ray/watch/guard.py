@@ -156,15 +156,16 @@ class Guard:
     @classmethod
     def of(cls, config: Config) -> Guard:
         """That of a run."""
+        buffer, loss = config.buffer, config.loss
         return cls(
             config.guard,
             has_golden=config.loads_golden,
-            has_reference=config.loss.reference.used,
+            has_reference=loss.reference.used,
             may_shorten=config.may_shorten,
             configured=config.least_strength,
-            student_coef=schedule.highest(config.loss.student.coef),
-            rollouts_per_step=config.buffer.prompts_per_step * config.rollout.responses_per_prompt,
-            steps_ahead=config.buffer.max_staleness,
+            student_coef=schedule.highest(loss.student.coef),
+            rollouts_per_step=buffer.prompts_per_step * config.rollout.responses_per_prompt,
+            steps_ahead=buffer.max_staleness,
         )
 
     def look(self, step: int, metrics: Mapping[str, float]) -> list[GuardEvent]:
@@ -340,13 +341,8 @@ class Guard:
         if state.notch < self._ladder.num_notches:
             self._strengthen(step)
             self._forget()  # the next action is for what is sampled from now on
-            return [
-                worst.event(
-                    step,
-                    "act",
-                    f"{self._ladder.setting(state.notch)} (notch {state.notch} of {self._ladder.num_notches})",
-                )
-            ]
+            how = f"{self._ladder.setting(state.notch)} (notch {state.notch} of {self._ladder.num_notches})"
+            return [worst.event(step, "act", how)]
         if worst.severity == 3 and self._may_roll_back():
             return [worst.event(step, "rollback", self._roll_back(step))]
         if worst.severity == 3 and self._may("stop"):

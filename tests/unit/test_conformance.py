@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import get_args
@@ -19,12 +19,10 @@ JOB = Path(__file__).parents[2] / "jobs" / "conformance.py"
 
 
 @pytest.fixture(scope="module")
-def job() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("conformance", JOB)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["conformance"] = module  # where dataclasses look for the names of their annotations
-    spec.loader.exec_module(module)
-    return module
+def job() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(JOB.parent)
+        yield importlib.import_module("conformance")
 
 
 @pytest.mark.slow
