@@ -14,7 +14,7 @@ from opd_ray.buffer.mixture import Mixture
 from opd_ray.config import Config
 from opd_ray.errors import InputError
 from opd_ray.messages import ROLLOUT_SCHEMA, Coefficients, Entry, RolloutMeta, Strength
-from opd_ray.watch.guard import Guard
+from opd_ray.watch.guard_of import guard_of
 
 
 def logged_steps(run_dir: Path) -> list[int]:
@@ -91,7 +91,7 @@ def coefficients(config: Config, logged: Config, metrics: dict[int, dict[str, fl
     The guard of ``config`` looks once more at what was measured before the step. Of the run's own guard counts what it
     was seen to raise: it may have been through rollbacks, of which the way that is left tells nothing.
     """
-    guard = Guard.of(config)
+    guard = guard_of(config)
     for before in sorted(each for each in metrics if each < step):
         guard.look(before, {"learner/loss": math.nan} | metrics[before])  # what is not finite is not in the file
     strength = guard.strength

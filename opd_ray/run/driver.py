@@ -43,7 +43,7 @@ from opd_ray.snapshots import Checkpoint, Shelf, Snapshot, write_files
 from opd_ray.snapshots.calls import FileCalls
 from opd_ray.snapshots.keeper import Keeper
 from opd_ray.status.state import Whereabouts
-from opd_ray.watch.guard import Guard
+from opd_ray.watch.guard_of import guard_of
 from opd_ray.watch.observers import (
     Metrics,
     Observer,
@@ -80,7 +80,7 @@ class Driver:
         self._session, self._shelf, self._observers, self._before = session, shelf, observers, before
         self._rooms = rooms = session.rooms(config, facts.max_context_tokens, facts.servers)
         self._golden = GoldenRollouts(config, facts.data.golden)
-        self._guard = Guard.of(config)
+        self._guard = guard_of(config)
         self._guard_at_start = self._guard.state()
         self._where = where = Whereabouts(checkpoint_step=start.step if start else None)
         self._records = records = Records(config, run_dir, where, rooms)

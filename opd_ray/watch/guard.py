@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Literal
 
-from opd_ray.config import Config, GuardConfig, schedule
+from opd_ray.config import GuardConfig
 from opd_ray.messages import Strength
 from opd_ray.watch.evidence import Share, Windows
 from opd_ray.watch.ladder import Ladder
@@ -152,21 +152,6 @@ class Guard:
         self._windows = Windows.of(rollouts_per_step)
         self._patience = max(_LEAST_PATIENCE, self._windows.middle)
         self._state = _State()
-
-    @classmethod
-    def of(cls, config: Config) -> Guard:
-        """That of a run."""
-        buffer, loss = config.buffer, config.loss
-        return cls(
-            config.guard,
-            has_golden=config.loads_golden,
-            has_reference=loss.reference.used,
-            may_shorten=config.may_shorten,
-            configured=config.least_strength,
-            student_coef=schedule.highest(loss.student.coef),
-            rollouts_per_step=buffer.prompts_per_step * config.rollout.responses_per_prompt,
-            steps_ahead=buffer.max_staleness,
-        )
 
     def look(self, step: int, metrics: Mapping[str, float]) -> list[GuardEvent]:
         """Judges step ``step``; call it once after each, in order. A last event of a rollback or a stop is an order:
