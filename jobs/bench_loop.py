@@ -5,7 +5,8 @@
 
 Without --config it is the embedded default, with --row the material and the settings of a row of race_material.py.
 --staleness: a run for each value of buffer.max_staleness, one after the other in the same rooms; 0 is synchronous, 1
-one step off. Nothing is evaluated or saved, no guard looks, no rollouts are logged.
+one step off. Nothing is evaluated or saved, no guard looks, no rollouts are logged. A run has some more steps than
+those of warm-up and those that are measured: at its end generators have ever less to do.
 
 A room's rate is tokens per second of *its own work*: what it could do if nothing ever made it wait. The loop's rate
 is tokens trained per second of wall clock. Memory is the proportional set size (PSS) of every
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,6 +55,13 @@ from opd_ray.watch.observers import StepReport
 _KEPT_STEPS = 3
 """The last ones, on whose rollouts the stages work alone."""
 _FETCH_S = 60.0
+_FIXED = [
+    "guard.level=off",
+    "evaluation.num_problems=0",
+    "evaluation.every_steps=0",
+    "checkpoint.every_steps=0",
+    "metrics.rollout_log_every_steps=0",
+]
 console = Console(highlight=False, width=120)
 
 
@@ -102,13 +110,15 @@ class CoreSeconds:
 
 
 class Kept:
-    """Observer: the last steps' rollouts."""
+    """Observer: the rollouts of the last steps up to one."""
 
-    def __init__(self) -> None:
-        self._steps: deque[Sequence[Entry]] = deque(maxlen=_KEPT_STEPS)
+    def __init__(self, until: int) -> None:
+        self._until = until
+        self._steps: list[Sequence[Entry]] = []
 
     async def on_step(self, report: StepReport) -> None:
-        self._steps.append([replace(entry, scores=dict.fromkeys(entry.scores)) for entry in report.entries])
+        if self._until - _KEPT_STEPS < report.step <= self._until:
+            self._steps.append([replace(entry, scores=dict.fromkeys(entry.scores)) for entry in report.entries])
 
     def steps(self) -> list[list[Entry]]:
         """With payloads in place of their refs."""
@@ -144,7 +154,11 @@ def _pss_bytes(process: psutil.Process) -> int:
 
 
 @click.command()
-@click.option("--warmup", type=click.IntRange(1), help="Steps that are not measured; 20, or the row's number.")
+@click.option(
+    "--warmup",
+    type=click.IntRange(1),
+    help="Steps that are not measured; 20, or the row's number, and max_staleness + 2 at least.",
+)
 @click.option("--steps", type=click.IntRange(1), help="Steps that are measured; 100, or the row's number.")
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), help="YAML file; the embedded default without."
@@ -172,25 +186,13 @@ def main(
     try:
         with tempfile.TemporaryDirectory() as directory:
             own = overrides(raced, prepare(raced, Path(directory))) if row else []
-            asked = [*own, *given, *_fixed(warmup + steps)]
-            modes = [configs.load(config_file, [*asked, *mode]) for mode in _modes(staleness)]
+            modes = [configs.load(config_file, [*own, *given, *_FIXED, *mode]) for mode in _modes(staleness)]
             found = measure(modes, warmup, steps, Path(directory), with_ideal)
     except OpdError as error:
         print(f"bench_loop: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     if json_file:
         json_file.write_text(json.dumps(found, indent=2))
-
-
-def _fixed(steps: int) -> list[str]:
-    return [
-        f"learner.steps={steps}",
-        "guard.level=off",
-        "evaluation.num_problems=0",
-        "evaluation.every_steps=0",
-        "checkpoint.every_steps=0",
-        "metrics.rollout_log_every_steps=0",
-    ]
 
 
 def _modes(staleness: str | None) -> list[list[str]]:
@@ -206,8 +208,8 @@ def measure(modes: Sequence[Config], warmup: int, steps: int, directory: Path, w
     with cluster():
         try:
             for number, config in enumerate(modes):
-                kept = Kept()
-                found.append(_run(config, warmup, steps, directory / f"run-{number}", session, kept))
+                figures, kept = _run(config, warmup, steps, directory / f"run-{number}", session)
+                found.append(figures)
             rollouts = kept.steps()
             where = provenance()
         finally:
@@ -220,15 +222,21 @@ def measure(modes: Sequence[Config], warmup: int, steps: int, directory: Path, w
     return whole
 
 
-def _run(config: Config, warmup: int, steps: int, run_dir: Path, session: Session, kept: Kept) -> dict[str, Any]:
-    """The figures of one run."""
-    tokens, cores = Tokens(), CoreSeconds(warmup, warmup + steps)
+def _run(config: Config, warmup: int, steps: int, run_dir: Path, session: Session) -> tuple[dict[str, Any], Kept]:
+    """The figures of one run and the rollouts of its last measured steps. Left out are the first steps, whose rollouts
+    were admitted at once, and the last, when generators have ever less to do: they go faster than a run does."""
+    around = config.buffer.max_staleness + 1
+    warmup = max(warmup, around + 1)
+    end = warmup + steps
+    config = replace(config, learner=replace(config.learner, steps=end + around))
+    tokens, cores, kept = Tokens(), CoreSeconds(warmup, end), Kept(end)
     with PeakMemory() as memory:
         summary = train(config, run_dir, observers=(tokens, cores, kept), session=session)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "throughput/step_s" in row][warmup:]
-    figures = _figures(rows, tokens.steps[warmup:]) | {"peak_bytes": memory.peak_bytes, "restarts": summary["restarts"]}
-    rooms = measured(rows, tokens.steps[warmup:], config)
+    rows = [row for row in map(json.loads, lines) if "throughput/step_s" in row][warmup:end]
+    counts = tokens.steps[warmup:end]
+    figures = _figures(rows, counts) | {"peak_bytes": memory.peak_bytes, "restarts": summary["restarts"]}
+    rooms = measured(rows, counts, config)
     trained = figures["tokens_per_s"] * figures["step_s"] * len(rows)
     figures |= {
         "max_staleness": config.buffer.max_staleness,
@@ -240,7 +248,7 @@ def _run(config: Config, warmup: int, steps: int, run_dir: Path, session: Sessio
     if summary["restarts"]:
         lost = ", ".join(f"{count} of {room}" for room, count in summary["restarts_by_room"].items())
         click.echo(f"workers were lost and replaced meanwhile ({lost}): measure again", err=True)
-    return figures
+    return figures, kept
 
 
 def _figures(rows: list[dict[str, Any]], tokens: list[Counter[str]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ random start, float32 master weights under AdamW, and goes on at each of two lea
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -111,7 +112,8 @@ def _timed(members: list[Connection], kind: str) -> tuple[float, list[float]]:
 def _ask(members: list[Connection], *what: object) -> list[Any]:
     """All at once; what they answer. Raises RunError for one that gives no answer in time, or has ended."""
     for member in members:
-        member.send(what)
+        with contextlib.suppress(BrokenPipeError):  # of one that has ended, which is told below
+            member.send(what)
     answers = []
     for rank, member in enumerate(members):
         who = "the sender" if rank == 0 else f"generator {rank}"
