@@ -52,12 +52,14 @@ class WeightTransfer:
             self._wire = join(group)
 
     def send(self, manifest: WeightManifest, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Broadcasts every parameter, in the manifest's order; tied ones may come under each of their names."""
+        """Broadcasts every parameter, in the manifest's order; tied ones may come under each of their names. Returns
+        when every receiver is through."""
         self._connected("send")
         self._header(manifest)
         tied = {other for other, _ in manifest.tied}
         for _ in self._in_turn(self._outgoing(manifest, (each for each in parameters if each[0] not in tied))):
             pass
+        self._settle()
 
     def receive(self, manifest: WeightManifest, memory: Memory | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """The named tensors of one ``send``, in order, on the wire's device; tied ones again, under their other names,
@@ -80,6 +82,7 @@ class WeightTransfer:
                 if part.name in others:
                     shared[part.name] = part.of(buffer)
                 yield part.name, part.of(buffer)
+        self._settle()
         yield from ((other, shared[name]) for other, name in manifest.tied)
 
     def receive_whole(
@@ -164,6 +167,11 @@ class WeightTransfer:
                 yield finish()
         while under_way:
             yield finish()
+
+    def _settle(self) -> None:
+        """Whoever left now would end for the others what is still on its way to them: they take it for dead."""
+        with self._explained("hear that all are through"):
+            self._wire.settle()
 
     @contextmanager
     def _explained(self, action: str) -> Iterator[None]:

@@ -3,7 +3,9 @@ timeout; after one that failed it is of no more use.
 
     device          the device that tensors must be on
     start(tensor)   begins to send it from rank 0, or to fill it on the others; one or two are under way
-    finish()        waits for the one that was started first; both raise RuntimeError or OSError
+    finish()        waits for the one that was started first
+    settle()        waits until no member has anything under way; who leaves earlier ends it for the others. All three
+                    raise RuntimeError or OSError
     close()         leaves the group
 
 Each has a group of its own and never meets the default process group that DeepSpeed or vLLM made in the same process.
@@ -42,6 +44,8 @@ class Wire(Protocol):
     def start(self, tensor: torch.Tensor) -> None: ...
 
     def finish(self) -> None: ...
+
+    def settle(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -92,6 +96,10 @@ class GlooWire:
             if self._has_left(timeout=None) and not _ended(work, _GRACE_S):
                 raise ConnectionError("a member left in the middle of it")
         self._under_way.popleft().wait()
+
+    def settle(self) -> None:
+        self._under_way.append(self._process_group.barrier(dist.BarrierOptions()))
+        self.finish()
 
     def close(self) -> None:
         """Those that wait for this member fail at once, and not by their own timeouts; what is under way neither reads
@@ -189,6 +197,9 @@ class NcclWire:
 
     def finish(self) -> None:
         pass
+
+    def settle(self) -> None:
+        """Nobody here notices that another one left."""
 
     def close(self) -> None:
         self._communicator.destroy()

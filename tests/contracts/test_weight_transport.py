@@ -93,6 +93,23 @@ def test_received_tensors_outlive_the_next_bucket(port: int) -> None:
     assert got[0][1].tolist() == [1.0] * 4
 
 
+def test_a_broadcast_ends_for_nobody_before_all_are_through(port: int) -> None:
+    """Who left earlier, as a learner does that had a group for joiners only, was taken for dead by a member that was
+    still passing the last bucket on, over a slow network."""
+    sender, receivers = connect_all(port, 2)
+    sent = weights()
+    manifest = manifest_of(sent, 0)
+    with ThreadPoolExecutor(2) as threads:
+        quick, slow = (receiver.receive(manifest) for receiver in receivers)
+        ends = [threads.submit(sender.send, manifest, sent), threads.submit(list, quick)]
+        for _ in sent:
+            next(slow)
+        time.sleep(0.3)
+        assert not any(end.done() for end in ends)
+        assert next(slow, None) is None
+        assert len(ends[1].result()) == len(sent) and ends[0].result() is None
+
+
 def test_buckets_keep_order_and_size() -> None:
     sent = weights()
     buckets = plan_buckets(manifest_of(sent, 0), bucket_bytes=256)

@@ -60,6 +60,9 @@ class FakeStreams:
     def finish(self) -> None:
         """As a wire."""
 
+    def settle(self) -> None:
+        """As a wire."""
+
     def close(self) -> None:
         """As a wire."""
 

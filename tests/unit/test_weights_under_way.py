@@ -29,6 +29,9 @@ class FakeWire:
     def start(self, tensor: torch.Tensor) -> None:
         self.journal.append(f"start {tensor.numel() * tensor.itemsize}")
 
+    def settle(self) -> None:
+        pass
+
     def finish(self) -> None:
         self._num_finished += 1
         if self._num_finished - 1 == self._broken_at:
