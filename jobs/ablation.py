@@ -61,6 +61,9 @@ def main(seeds: str, arms: str, study: Path, directory: Path, tune: bool, overri
     chosen = read.seeds(seeds)
     if read.untuned:
         say(f"no learning rate has been chosen (--tune) for {', '.join(read.untuned)}: they have the study file's")
+    if read.chosen_otherwise:
+        names = ", ".join(read.chosen_otherwise)
+        say(f"the learning rates of {names} were chosen (--tune) with other settings of theirs than they have now")
     run_study(read.arms, chosen, directory, say)
     _compare(read, directory, say)
 

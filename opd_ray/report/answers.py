@@ -42,10 +42,11 @@ def aligned(runs: Sequence[Run], kind: Kind) -> np.ndarray | None:
 
 def best_step(run: Run) -> tuple[int, float] | None:
     """The step whose evaluation has the highest sampled accuracy, the earliest of equals; and by how much it is above
-    the last, both on the problems that all of the run's evaluations asked. None with fewer than two evaluations."""
+    the last, both on the problems that all of the run's evaluations asked. None with fewer than two evaluations, or
+    without the last."""
     steps = [step for step in _steps(run) if step > 0]
     each = {step: found for step in steps if (found := _answers(run, step, "sampled")) is not None}
-    if len(each) < 2 or not run.evaluation("after"):
+    if len(each) < 2 or steps[-1] not in each or not run.evaluation("after"):
         return None
     common = set.intersection(*(set(problems) for problems, _ in each.values()))
     if not common:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opd_ray.errors import InputError
@@ -77,8 +77,9 @@ def check(claims: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> None:
 
 
 def judge(claims: Sequence[Mapping[str, Any]], arms: Sequence[Arm]) -> list[Judgement]:
-    """Every claim: what was expected, what was found, and whether it holds."""
-    found = {arm.label: arm for arm in arms}
+    """Every claim: what was expected, what was found in runs that are finished, and whether it holds."""
+    finished = [replace(arm, runs=tuple(run for run in arm.runs if run.finished)) for arm in arms]
+    found = {arm.label: arm for arm in finished if arm.runs}
     return [_judge(claim, found) for claim in claims]
 
 

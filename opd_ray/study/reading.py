@@ -43,19 +43,21 @@ class Study:
     tuning: Tuning | None = None
     untuned: tuple[str, ...] = ()
     """Arms that have the learning rate of the study file, because none has been chosen for them."""
+    chosen_otherwise: tuple[str, ...] = ()
+    """Arms whose learning rate was chosen with other settings than those of the study file or of now."""
 
     def seeds(self, asked: str = "") -> list[int]:
         """Those of the file; "N": so many from its first on; "A,B": these; "7," is the one seed 7. InputError for one
         that rates are tuned on."""
         parts = [part.strip() for part in asked.split(",")]
         listed = [part for part in parts if part]
-        if asked and (not listed or not all(part.isdigit() for part in listed) or asked.strip() == "0"):
+        if asked and (not listed or not all(part.isdecimal() for part in listed) or asked.strip() == "0"):
             raise InputError(f"--seeds {asked}: expected a number of seeds, or seeds as 300,301")
         if len(parts) > 1:
-            found = [int(part) for part in listed]
+            found = list(dict.fromkeys(map(int, listed)))
         else:
             found = [self.first_seed + at for at in range(int(asked) if asked else self.num_seeds)]
-        if self.tuning and (tuned := sorted(set(found) & set(self.tuning.seeds))):
+        if self.tuning and (tuned := sorted(set(found) & self.tuning.looked_at())):
             raise InputError(f"--seeds: learning rates are chosen on seed {tuned[0]}; report others")
         return found
 
@@ -72,16 +74,19 @@ def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         raise InputError(f"study {path}: expected 'arms', a mapping of names to settings; {_beside()}")
     seeds, tuning = _seeds(path, raw), _tuning(path, raw)
     chosen = tuning.chosen_rates() if tuning and tuned else {}
-    arms, untuned = [], []
+    arms, untuned, otherwise = [], [], []
     for name, own in raw["arms"].items():
         own = dict(own or {})
         num_seeds = own.pop("seeds", None)
         if num_seeds is not None and (not isinstance(num_seeds, int) or num_seeds < 1):
             raise InputError(f"study {path}: arm '{name}': seeds is {num_seeds!r}, expected how many: 1 or more")
         rate = {"learner": {"lr": chosen[name]}} if name in chosen else {}
-        merged = OmegaConf.merge(raw.get("common") or {}, own, rate, changes)
+        of_file = OmegaConf.merge(raw.get("common") or {}, own)
+        merged = OmegaConf.merge(of_file, rate, changes)
         arms.append(Arm(name, OmegaConf.to_container(merged), num_seeds))
         untuned += [name] * (not rate)
+        if rate and tuning.chosen_otherwise(name, OmegaConf.to_container(of_file), arms[-1].raw):
+            otherwise.append(name)
     known = {name: arm for arm in arms for name in (arm.name, arm.directory)}
     if unknown := [name for name in only if name not in known]:
         raise InputError(f"study {path}: no arm '{unknown[0]}'; it has {', '.join(arm.directory for arm in arms)}")
@@ -91,8 +96,8 @@ def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
     stated = raw.get("claims") or []
     claims.check(stated, [arm.name for arm in arms])
     names = {arm.name for arm in picked}
-    left = tuple(name for name in untuned if name in names)
-    return Study(picked, stated, seeds["first"], seeds["number"], tuning, left)
+    left, other = (tuple(name for name in each if name in names) for each in (untuned, otherwise))
+    return Study(picked, stated, seeds["first"], seeds["number"], tuning, left, other)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -121,7 +126,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _seeds(path: Path, raw: Mapping[str, Any]) -> dict[str, int]:
     given = raw.get("seeds") or {}
-    if not isinstance(given, dict) or set(given) - set(_SEEDS) or not all(isinstance(v, int) for v in given.values()):
+    numbers = isinstance(given, dict) and all(isinstance(value, int) for value in given.values())
+    if not numbers or set(given) - set(_SEEDS) or given.get("number", 1) < 1 or given.get("first", 0) < 0:
         raise InputError(f"study {path}: seeds is {given}, expected first and number, as {{first: 300, number: 5}}")
     return _SEEDS | given
 

@@ -61,8 +61,8 @@ def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: C
     shared_rooms(arms, seeds[0])
     directory.mkdir(parents=True, exist_ok=True)
     runs = [(seed, arm) for seed in seeds for arm in arms if seed in arm.seeds(seeds)]
-    for seed, arm in runs:
-        _check_same(directory, arm, seed)
+    for arm in arms:
+        _check_same(directory, arm)
     todo = [(seed, arm) for seed, arm in runs if arm.summary(directory, seed) is None]
     say(f"{len(arms)} arms on {len(seeds)} seeds: {len(runs) - len(todo)} runs are done, {len(todo)} to go")
     if not todo:
@@ -88,7 +88,8 @@ def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: C
                 each = (time.monotonic() - began) / max(1, done)
                 left = f", about {clock(each * (len(todo) - done))} left" if done else ""
                 say(f"run {done + 1}/{len(todo)}: {arm.name}, seed {seed}{left}")
-                _run_arm(directory, arm, seed, teacher, commits, session)
+                before = _before(directory, arms, seed)
+                _run_arm(directory, arm, seed, before, teacher, commits, session)
                 say(f"    {_outcome(arm.summary(directory, seed))}")
         finally:
             session.close()
@@ -108,6 +109,7 @@ def _run_arm(
     directory: Path,
     arm: Arm,
     seed: int,
+    before: Evaluation | None,
     teacher: teacher_data.Rollouts | None,
     commits: Mapping[str, str],
     session: Session,
@@ -119,7 +121,7 @@ def _run_arm(
     config = hub.pinned(_config(arm, seed, teacher), commits)
     with (run_dir / "log.txt").open("w", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
         try:
-            train(config, run_dir, session=session, before=_before(directory, seed))
+            train(config, run_dir, session=session, before=before)
         except GuardStopped:
             pass  # an outcome, with a summary
         except RunError as error:
@@ -135,24 +137,23 @@ def _config(arm: Arm, seed: int, teacher: teacher_data.Rollouts | None) -> Confi
     return dataclasses.replace(config, data=dataclasses.replace(config.data, golden=golden))
 
 
-def _check_same(directory: Path, arm: Arm, seed: int) -> None:
-    """Refuses a finished run that was made with other settings: a table must not mix the two."""
-    saved = arm.run_directory(directory, seed) / "arm.json"
-    made = json.loads(saved.read_text()) if arm.summary(directory, seed) and saved.exists() else None
-    if made not in (None, json.loads(json.dumps(arm.raw))):
-        raise InputError(
-            f"study: {saved.parent} was made with other settings of arm '{arm.name}' (see its arm.json); "
-            "give another --dir, or delete it"
-        )
+def _check_same(directory: Path, arm: Arm) -> None:
+    """Refuses a finished run that was made with other settings, whatever its seed: a table must not mix the two."""
+    for saved in sorted((directory / arm.directory).glob("seed-*/arm.json")):
+        seed = int(saved.parent.name.removeprefix("seed-"))
+        made = json.loads(saved.read_text()) if arm.summary(directory, seed) else None
+        if made not in (None, json.loads(json.dumps(arm.raw))):
+            raise InputError(
+                f"study: {saved.parent} was made with other settings of arm '{arm.name}' (see its arm.json); "
+                "give another --dir, or delete it"
+            )
 
 
-def _before(directory: Path, seed: int) -> Evaluation | None:
-    """The evaluation of a seed's student, where an arm has made it already."""
-    for path in sorted(directory.glob(f"*/seed-{seed}/summary.json")):
-        before = json.loads(path.read_text())["eval_before"]
-        if before:
-            return Evaluation.of(before)
-    return None
+def _before(directory: Path, arms: Sequence[Arm], seed: int) -> Evaluation | None:
+    """The evaluation of a seed's student, where one of the arms has made it already; what else lies in the directory
+    may have asked other problems."""
+    made = (summary["eval_before"] for arm in arms if (summary := arm.summary(directory, seed)))
+    return next((Evaluation.of(before) for before in made if before), None)
 
 
 def _teacher_data(

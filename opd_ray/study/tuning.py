@@ -8,6 +8,8 @@ with the accuracies that it was chosen by; a study that names the file runs its 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -59,7 +61,7 @@ class Tuning:
         each = {rate: [_accuracy(self.at(arm, rate), directory, seed) for seed in self.seeds] for rate in self.rates}
         best = max(self.rates, key=lambda rate: (fmean(each[rate]), -rate))
         accuracies = {f"{rate:g}": [round(value, 4) for value in values] for rate, values in each.items()}
-        return {"lr": best, "seeds": list(self.seeds), "accuracies": accuracies}
+        return {"lr": best, "seeds": list(self.seeds), "settings": _digest(arm.raw), "accuracies": accuracies}
 
     def chosen_rates(self) -> dict[str, float]:
         """Of every arm that one was chosen for; none where there is no file yet. Raises InputError."""
@@ -69,6 +71,15 @@ class Tuning:
         """Is the chosen rate the lowest or the highest that was tried, so that one beyond may be better?"""
         return choice["lr"] in (self.rates[0], self.rates[-1])
 
+    def looked_at(self) -> set[int]:
+        """The seeds that rates are chosen on, and those that the rates in the file were, which may be others."""
+        return {*self.seeds, *(seed for choice in self._read().values() for seed in choice.get("seeds", ()))}
+
+    def chosen_otherwise(self, name: str, *raws: Mapping[str, Any]) -> bool:
+        """Was the rate of an arm chosen with settings that are none of these?"""
+        settings = self._read().get(name, {}).get("settings")
+        return settings is not None and settings not in map(_digest, raws)
+
     def _read(self) -> dict[str, dict[str, Any]]:
         if not self.chosen.exists():
             return {}
@@ -76,10 +87,18 @@ class Tuning:
             raw = OmegaConf.to_container(OmegaConf.load(self.chosen)) or {}
         except (OSError, YAMLError) as error:
             raise InputError(f"{self.chosen}: {' '.join(str(error).split())}") from None
+        if not isinstance(raw, dict):
+            raise InputError(f"{self.chosen}: expected a mapping of arms to their rates; delete it, and tune again")
         for name, choice in raw.items():
             if not isinstance(choice, dict) or not isinstance(choice.get("lr"), float) or choice["lr"] <= 0:
                 raise InputError(f"{self.chosen}: arm '{name}' has no lr, a number above 0; delete it, and tune again")
         return raw
+
+
+def _digest(raw: Mapping[str, Any]) -> str:
+    """Of an arm's settings, whatever its learning rate."""
+    learner = {name: value for name, value in raw.get("learner", {}).items() if name != "lr"}
+    return hashlib.sha256(json.dumps({**raw, "learner": learner}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _accuracy(arm: Arm, directory: Path, seed: int) -> float:

@@ -1,5 +1,6 @@
 """Studies: which arms and runs there are, what is left to do, and the table."""
 
+import dataclasses
 import json
 import math
 import re
@@ -11,11 +12,13 @@ import yaml
 from made_up_verdicts import rows
 from opd_ray.errors import InputError
 from opd_ray.evaluation import verdicts
+from opd_ray.evaluation.scores import Evaluation
+from opd_ray.report import answers
 from opd_ray.report.arms import TRUNCATION, Arm, inflated_at, markdown, results
 from opd_ray.report.runs import Run
 from opd_ray.study.claims import judge
 from opd_ray.study.reading import read_study
-from opd_ray.study.study import run_study, shared_rooms
+from opd_ray.study.study import _before, run_study, shared_rooms
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -74,7 +77,7 @@ def test_a_study_extends_another(study, tmp_path):
 def test_seeds_are_those_of_the_file_or_counted_from_its_first_or_listed(tmp_path):
     (tmp_path / "study.yaml").write_text("seeds: {first: 300, number: 3}\narms: {a: {}}")
     study = read_study(tmp_path / "study.yaml")
-    assert [study.seeds(asked) for asked in ("", "2", "7,", "7, 9")] == [[300, 301, 302], [300, 301], [7], [7, 9]]
+    assert [study.seeds(asked) for asked in ("", "2", "7,", "7, 9, 7")] == [[300, 301, 302], [300, 301], [7], [7, 9]]
     with pytest.raises(InputError, match="--seeds 0: expected a number of seeds"):
         study.seeds("0")
 
@@ -94,9 +97,9 @@ def tuned(tmp_path):
     return path
 
 
-def tune(path: Path, directory: Path, accuracies: dict[str, list[tuple[float, float]]]) -> list:
+def tune(path: Path, directory: Path, accuracies: dict[str, list[tuple[float, float]]], *overrides: str) -> list:
     """Chooses after made-up runs: of each arm the accuracies of both seeds at the three rates."""
-    study = read_study(path, only=list(accuracies), tuned=False)
+    study = read_study(path, overrides, list(accuracies), tuned=False)
     for arm in study.arms:
         for rate, each in zip(study.tuning.rates, accuracies[arm.name], strict=True):
             for seed, accuracy in zip(study.tuning.seeds, each, strict=True):
@@ -114,6 +117,7 @@ def test_every_arm_gets_its_own_rate_by_one_rule_and_overrides_win(tuned, tmp_pa
     assert {arm.config(300).learner.lr for arm in read_study(tuned, ["learner.lr=0.7"]).arms} == {0.7}
     assert {arm.config(0).learner.lr for arm in read_study(tuned, tuned=False).arms} == {0.5, 0.25}
     kept = yaml.safe_load((tmp_path / "rates.yaml").read_text())
+    assert len(kept["a"].pop("settings")) == 16
     assert kept["a"] == {
         "lr": 0.002,
         "seeds": [100, 101],
@@ -154,6 +158,30 @@ def test_seeds_that_rates_are_chosen_on_are_not_reported(tuned):
         read_study(tuned).seeds("101,102")
 
 
+def test_seeds_that_the_rates_in_the_file_were_chosen_on_are_not_reported_either(tuned, tmp_path):
+    """The study has other tuning seeds now, but arms still run at what was chosen on the former ones."""
+    tune(tuned, tmp_path / "runs", {"a": [(0.2, 0.2), (0.5, 0.5), (0.3, 0.3)]})
+    tuned.write_text(TUNED.replace("[100, 101]", "[200]"))
+    with pytest.raises(InputError, match="learning rates are chosen on seed 100; report others"):
+        read_study(tuned).seeds("100,")
+
+
+def test_a_rate_that_was_chosen_with_other_settings_is_told(tuned, tmp_path):
+    """As after a short trial of --tune with learner.steps=3."""
+    rates = [(0.2, 0.2), (0.5, 0.5), (0.3, 0.3)]
+    tune(tuned, tmp_path / "trial", {"a": rates}, "learner.steps=3")
+    assert read_study(tuned).chosen_otherwise == ("a",)
+    assert read_study(tuned, ["learner.steps=3"]).chosen_otherwise == ()
+    tune(tuned, tmp_path / "whole", {"a": rates, "b": rates})
+    assert read_study(tuned).chosen_otherwise == read_study(tuned, ["learner.steps=3"]).chosen_otherwise == ()
+
+
+def test_a_file_of_rates_that_is_none_is_refused(tuned, tmp_path):
+    (tmp_path / "rates.yaml").write_text("- 0.001")
+    with pytest.raises(InputError, match="expected a mapping of arms to their rates"):
+        read_study(tuned)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -161,6 +189,7 @@ def test_seeds_that_rates_are_chosen_on_are_not_reported(tuned):
         ("arms: {a: {los: {}}}", "arm 'a': config: unknown field 'los'"),
         ("common: {}", "expected 'arms', a mapping"),
         ("arms: {a: {}}\nseeds: 3", "seeds is 3, expected first and number"),
+        ("arms: {a: {}}\nseeds: {number: 0}", "seeds is {'number': 0}, expected first and number"),
         ("arms: {a: {}}\nsedes: 3", "key 'sedes': expected 'arms', a mapping"),
         ("arms: {a: {}}\nextends: none.yaml", "none.yaml: No such file"),
         ("arms: {a: {}}\ntuning: {seeds: [1], rates: [0]}", "tuning is .*, expected seeds .*, rates"),
@@ -257,6 +286,25 @@ def test_a_finished_run_with_other_settings_is_refused(study, tmp_path):
         run_study([arm], [0], tmp_path, print)
 
 
+def test_a_finished_run_with_other_settings_is_refused_on_whatever_seed(study, tmp_path):
+    """The bug: `--seeds 7, learner.steps=3` and then the study in the same directory gave one table of both."""
+    arm, _ = read_study(study).arms
+    for seed in (0, 7):
+        finish(tmp_path, arm, seed, 0.5)
+    (arm.run_directory(tmp_path, 7) / "arm.json").write_text(json.dumps({"learner": {"steps": 3}}))
+    with pytest.raises(InputError, match="seed-7 was made with other settings of arm 'StableOPD'"):
+        run_study([arm], [0], tmp_path, print)
+
+
+def test_a_students_evaluation_is_that_of_an_arm_of_the_study(study, tmp_path, monkeypatch):
+    """What another study left in the directory may have asked fewer problems."""
+    monkeypatch.setattr(Evaluation, "of", dict)
+    stable, opd = read_study(study).arms
+    finish(tmp_path, opd, 0, 0.5)
+    assert _before(tmp_path, [stable], 0) is None and _before(tmp_path, [opd], 1) is None
+    assert _before(tmp_path, [stable, opd], 0)["accuracy_sampled"] == 0.5
+
+
 def arm(label, sampled, most_truncated=None):
     """An arm of finished runs, seeds from 0 on."""
     runs = []
@@ -322,6 +370,12 @@ def test_the_best_step_is_judged_on_the_problems_that_all_evaluations_asked(tmp_
     assert found["best step above last"] == [pytest.approx(0.25), None]
 
 
+def test_a_last_evaluation_that_cannot_be_read_leaves_no_best_step(tmp_path):
+    (made,) = answered(tmp_path, "a", [{2: [T, F], 3: [F, F], 4: [T, T]}]).runs
+    (verdicts.directory(made.path, 4) / "held_out.parquet").write_bytes(b"cut off")
+    assert answers.best_step(made) is None
+
+
 ARMS = [
     arm("stable", [0.9, 0.8, 0.7, 0.9, 0.8, 0.7, 0.9, 0.8, 0.7, 0.8], [0.0, 0.3, 0.0, 0.1, 0, 0, 0, 0, 0, 0]),
     arm("opd", [0.7, 0.6, 0.5, 0.7, 0.6, 0.5, 0.7, 0.6, 0.5, 0.6], [1.0, 0.2, 0.6, 1, 1, 1, 1, 1, 1, 1]),
@@ -336,6 +390,22 @@ def test_just_half_truncated_is_not_past_half():
     assert [inflated_at(run) for run in even.runs] == [None] * 10
     (verdict,) = judge([{"arm": "even", "passes_half_truncated_in_most": False}], [even])
     assert str(verdict).startswith("holds: even passes half truncated in few seeds: in 0 of 10")
+
+
+def test_a_run_that_was_cut_off_says_nothing_about_a_claim():
+    """Its few steps had passed half truncated in no seed."""
+    opd = ARMS[1]
+    begun = [
+        dataclasses.replace(run, summary={}, seed=20 + run.seed, metrics={TRUNCATION: {1: 0.0}}) for run in opd.runs
+    ]
+    both = Arm("opd", (*opd.runs, *begun))
+    claims = [
+        {"arm": "opd", "passes_half_truncated_in_most": True},
+        {"arm": "opd", "below": 0.2, "measure": "highest truncation in training"},
+    ]
+    assert [each.seeds for each in judge(claims, [both])] == [tuple(range(10))] * 2
+    (verdict,) = judge(claims[:1], [Arm("opd", tuple(begun))])
+    assert verdict.verdict == "not judged"
 
 
 @pytest.mark.parametrize(
