@@ -14,17 +14,18 @@ import ray
 
 from opd_ray.config import Config
 from opd_ray.errors import InputError
+from opd_ray.placement.wanted import Wanted
 
 _HEAD = "node:__internal_head__"
 """Resource that Ray gives the head node, and only that."""
 _ASK_HEAD_S = 60.0
 
 
-def check_fits(check: Callable[..., None], config: Config) -> None:
-    """Raises InputError where ``check(config, cluster_capacity)`` does, one of :mod:`opd_ray.run.preflight`'s. On a
+def check_fits(check: Callable[..., None], asked: Config | Wanted) -> None:
+    """Raises InputError where ``check(asked, cluster_capacity)`` does, one of :mod:`opd_ray.run.preflight`'s. On a
     cluster that may grow the refusal is only said: rooms that get no nodes end the run by ``deadlines.start_s``."""
     try:
-        check(config, cluster_capacity)
+        check(asked, cluster_capacity)
     except InputError as refusal:
         if not may_grow():
             raise

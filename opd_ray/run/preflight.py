@@ -35,6 +35,7 @@ from opd_ray.models.adapters import adapted_layers
 from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run, locate_models
 from opd_ray.models.engine_args import check_engine_args
 from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
+from opd_ray.placement.wanted import Wanted
 from opd_ray.tasks import look_here
 from opd_ray.tasks.judge import Judge
 from opd_ray.watch.trackers import check_trackers
@@ -186,12 +187,18 @@ def check_generators(config: Config, capacity: Capacity) -> None:
 
 def check_resources(config: Config, capacity: Capacity) -> None:
     """Refuses more ranks, engines or scorers, as few of them as the run goes on with, than the cluster has room for."""
-    learner, rollout = config.learner, config.rollout
+    check_rooms(Wanted.of([config]), capacity)
+
+
+def check_rooms(wanted: Wanted, capacity: Capacity) -> None:
+    """The same for the rooms of several runs, which are up at once."""
+    learner, rollout = wanted.first.learner, wanted.first.rollout
     ranks = _Asked(learner.num_ranks, learner.cpus_per_rank, learner.gpus_per_rank, learner.node_resource)
-    asked = {"learner": ranks, "generators": _generators(config, rollout.size.minimum)}
-    if config.buffer.uses_teacher_rollouts:
-        asked["teacher generators"] = _generators(config, rollout.teacher_generators)
-    for role, scorer in config.scorers.items():
+    asked = {"learner": ranks, "generators": _generators(wanted.first, rollout.size.minimum)}
+    if wanted.writer:
+        asked["teacher generators"] = _generators(wanted.writer, wanted.writer.rollout.teacher_generators)
+    for role, config in wanted.scorers.items():
+        scorer = config.scorers[role]
         asked[role] = _Asked(scorer.size.minimum, scorer.cpus_per_actor, scorer.gpus_in_all, scorer.node_resource)
     _check_fits(asked, capacity)
 

@@ -24,6 +24,7 @@ from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import GuardStopped, InputError, RunError
 from opd_ray.evaluation.scores import Evaluation
 from opd_ray.models import hub
+from opd_ray.placement.capacity import check_fits
 from opd_ray.placement.session import Session, cluster
 from opd_ray.placement.wanted import Wanted
 from opd_ray.report.arms import clock
@@ -58,7 +59,7 @@ def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: C
 
     An arm whose run fails is reported and ends the study: its log.txt says why.
     """
-    shared_rooms(arms, seeds[0])
+    wanted = shared_rooms(arms, seeds[0])
     directory.mkdir(parents=True, exist_ok=True)
     runs = [(seed, arm) for seed in seeds for arm in arms if seed in arm.seeds(seeds)]
     for arm in arms:
@@ -69,6 +70,7 @@ def run_study(arms: Sequence[Arm], seeds: Sequence[int], directory: Path, say: C
         return
     commits = _commits_of(directory, [(seed, arm) for seed, arm in runs if arm.summary(directory, seed)])
     with cluster():
+        check_fits(preflight.check_rooms, wanted)
         teacher = _teacher_data(directory, arms, seeds[0], commits, say)
         # What is wrong with the last arm is said before the first one runs.
         configured = [resolve(_config(arm, seeds[0], teacher)) for arm in arms]

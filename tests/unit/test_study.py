@@ -1,5 +1,6 @@
 """Studies: which arms and runs there are, what is left to do, and the table."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -239,6 +240,17 @@ def test_the_studies_in_jobs_are_whole_and_report_no_seed_that_was_looked_at_bef
     assert len(set(directories)) == len(directories)
     seeds = {*study.seeds("10"), *study.seeds()}
     assert seeds == set(range(300, 310)) and not seeds & {*range(5), *range(100, 104), *range(200, 205)}
+
+
+def test_rooms_of_all_arms_that_the_cluster_does_not_hold_at_once_are_refused(tmp_path, monkeypatch):
+    """Each arm's own would fit: their actors would have waited for each other until deadlines.start_s."""
+    asks = "{common: {learner: {cpus_per_rank: 1}, rollout: {cpus_per_generator: 1}, teacher: {cpus_per_actor: 1},"
+    arms = arms_of(tmp_path, f"{asks} reference: {{cpus_per_actor: 1}}}}, arms: {{kd: {OFF_POLICY}, stable: {{}}}}}}")
+    monkeypatch.setattr("opd_ray.study.study.cluster", contextlib.nullcontext)
+    monkeypatch.setattr("opd_ray.placement.capacity.cluster_capacity", lambda _: {"CPU": 4.0})
+    monkeypatch.setattr("opd_ray.placement.capacity.may_grow", lambda: False)
+    with pytest.raises(InputError, match=r"5 CPUs asked .*teacher generators 1 x 1, .*4 there"):
+        run_study(arms, [0], tmp_path, print)
 
 
 def test_arms_that_would_need_other_engines_are_refused(tmp_path):
