@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,11 +158,13 @@ def _taking(work: Callable[[], object], tokens: float) -> Alone:
     return Alone((time.process_time() - spent) / total, (time.perf_counter() - began) / total)
 
 
-def _use_threads(cpus: float) -> None:
-    """As many as an actor with so many CPUs has."""
-    import torch
+def as_actor(cpus: float, env: Mapping[str, object]) -> None:
+    """Threads and environment of an actor with so many CPUs. vLLM looks at the environment alone."""
+    threads = max(1, int(cpus))
+    os.environ |= {"OMP_NUM_THREADS": str(threads), **{name: str(value) for name, value in env.items()}}
+    import torch  # after what it reads
 
-    torch.set_num_threads(max(1, int(cpus)))
+    torch.set_num_threads(threads)
 
 
 def _generate(
@@ -175,7 +178,7 @@ def _generate(
     from opd_ray.generate import make_generation_engine
 
     rollout = config.rollout
-    _use_threads(rollout.cpus_per_generator)
+    as_actor(rollout.cpus_per_generator, config.env)
     engine = make_generation_engine(config.student.path, rollout, max_context_tokens)
     numbers = count()
 
@@ -230,7 +233,7 @@ def _score(
     from opd_ray.score.scorer import Scorer
 
     settings, requests = config.scorers[role], score_requests(config, stop_token_ids)
-    _use_threads(settings.cpus_per_actor)
+    as_actor(settings.cpus_per_actor, config.env)
     make = partial(make_scoring_engine, settings, max_context_tokens)
     scorer = Scorer(make_engine=make, scorer=settings, member=False)
 
@@ -243,6 +246,8 @@ def _score(
 
 def _learn(config: Config, stop_token_ids: tuple[int, ...], steps: Sequence[Step], tokens: int) -> Alone:
     """One rank, with all of the steps."""
+    as_actor(config.learner.cpus_per_rank, config.env)
+
     from opd_ray.buffer.mixture import Mixture
     from opd_ray.buffer.plan import plan_step
     from opd_ray.learn.learner import Learner

@@ -105,7 +105,7 @@ class CoreSeconds:
         elif report.step == self._until:
             for (pid, room), seconds in _core_seconds().items():
                 self.by_room[room] += seconds - self._before[pid, room]
-            whole = (time.monotonic() - self._began) * psutil.cpu_count()
+            whole = (time.monotonic() - self._began) * len(_cores())
             self.by_room["others"] = max(0.0, whole - self.by_room.total())
 
 
@@ -129,8 +129,9 @@ class Kept:
 
 def _core_seconds() -> Counter[tuple[int, str]]:
     """By process and what it is, since it began."""
-    machine, this = psutil.cpu_times(), psutil.Process()
-    found = Counter({(0, "idle"): machine.idle + getattr(machine, "iowait", 0.0)})
+    every, this = psutil.cpu_times(percpu=True), psutil.Process()
+    idle = sum(every[core].idle + getattr(every[core], "iowait", 0.0) for core in _cores())
+    found = Counter({(0, "idle"): idle})
     for process in _processes():
         try:
             room = "driver" if process == this else process.environ().get(ROOM_VARIABLE, "ray")
@@ -139,6 +140,12 @@ def _core_seconds() -> Counter[tuple[int, str]]:
             continue
         found[process.pid, room] = times.user + times.system
     return found
+
+
+def _cores() -> list[int]:
+    """Those that this process and what it starts may use: of a larger machine `taskset` leaves some."""
+    this = psutil.Process()
+    return this.cpu_affinity() if hasattr(this, "cpu_affinity") else list(range(psutil.cpu_count()))
 
 
 def _processes() -> list[psutil.Process]:
@@ -184,6 +191,8 @@ def main(
     raced = ROWS[int(row or 1)]  # the embedded default is that of the first
     warmup, steps = warmup or raced.warmup, steps or raced.steps
     try:
+        for mode in _modes(staleness):
+            configs.load(None, mode)  # refused before models are made
         with tempfile.TemporaryDirectory() as directory:
             own = overrides(raced, prepare(raced, Path(directory))) if row else []
             modes = [configs.load(config_file, [*own, *given, *_FIXED, *mode]) for mode in _modes(staleness)]
@@ -197,7 +206,9 @@ def main(
 
 def _modes(staleness: str | None) -> list[list[str]]:
     """What each run has beyond the others."""
-    return [[f"buffer.max_staleness={bound.strip()}"] for bound in staleness.split(",")] if staleness else [[]]
+    return (
+        [[f"buffer.max_staleness={bound.strip()}"] for bound in staleness.split(",")] if staleness is not None else [[]]
+    )
 
 
 def measure(modes: Sequence[Config], warmup: int, steps: int, directory: Path, with_ideal: bool) -> dict[str, Any]:
@@ -288,7 +299,7 @@ def _ideal(
 ) -> tuple[dict[str, Alone], Ideal]:
     _, config, facts = checked(config)
     alone = bare_stages.measure(config, facts.max_context_tokens, facts.eos_token_ids, rollouts)
-    return alone, bare_stages.ideal(alone, workers, psutil.cpu_count())
+    return alone, bare_stages.ideal(alone, workers, len(_cores()))
 
 
 def _show_ideal(modes: Sequence[dict[str, Any]], alone: dict[str, Alone], best: Ideal) -> None:
@@ -300,7 +311,7 @@ def _show_ideal(modes: Sequence[dict[str, Any]], alone: dict[str, Alone], best: 
         table.add_row(room, bare, *(f"{each.get(room, 0.0) * 1e6:,.0f}" for each in spent))
     console.print(table)
     console.print(
-        f"ideal: {best.tokens_per_s:,.0f} student tokens a second of {psutil.cpu_count()} cores; slowest stage: "
+        f"ideal: {best.tokens_per_s:,.0f} student tokens a second of {len(_cores())} cores; slowest stage: "
         f"{best.slowest}, {best.slowest_tokens_per_s:,.0f}"
     )
     table = Table("max_staleness", "in the mean", "tokens/s", "of the ideal", "of the slowest stage")

@@ -3,12 +3,14 @@ measurement itself is what the job is for."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import bench_loop
 import pytest
-from bare_stages import Alone, again, check, ideal, under_way
+from bare_stages import Alone, again, as_actor, check, ideal, under_way
 from click.testing import CliRunner
 
 from opd_ray import config as configs
@@ -62,16 +64,37 @@ def test_modes_differ_in_their_staleness_alone() -> None:
     assert bench_loop._modes(None) == [[]]
 
 
+def test_a_stage_alone_has_threads_and_environment_of_its_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM takes its threads from the environment alone, which is that of whoever started the bench."""
+    told = []
+    monkeypatch.setattr("torch.set_num_threads", told.append)
+    monkeypatch.setattr("os.environ", {"OMP_NUM_THREADS": "1"})
+    as_actor(2.0, {"VLLM_SETTING": 3})
+    assert os.environ == {"OMP_NUM_THREADS": "2", "VLLM_SETTING": "3"} and told == [2]
+
+
+def test_cores_are_those_that_the_run_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two of many, by `taskset`, the ideal was that of all, and what the others did nobody's work."""
+    times = [SimpleNamespace(idle=idle, iowait=0.5) for idle in (1.0, 10.0, 100.0)]
+    monkeypatch.setattr("psutil.cpu_times", lambda percpu: times)
+    monkeypatch.setattr("psutil.Process.cpu_affinity", lambda _: [0, 2], raising=False)
+    assert bench_loop._core_seconds()[0, "idle"] == 102.0
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (["--row", "2", "--config", "mine.yaml"], "--row 2 brings its own configuration"),
         (["--row", "5"], "'5' is not one of '1', '2', '3', '4'"),
         (["--staleness", "0,x"], "max_staleness"),
+        (["--staleness", ""], "max_staleness"),
         (["--ideal", "teacher.url=http://there:8000"], "is a server"),
     ],
 )
-def test_wrong_input_is_refused_before_anything_starts(arguments: list[str], reason: str) -> None:
+def test_wrong_input_is_refused_before_anything_starts(
+    arguments: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_loop, "measure", lambda modes, *rest: bench_loop.bare_stages.check(modes[0]))
     done = CliRunner().invoke(bench_loop.main, arguments)
     assert done.exit_code == 2
     assert reason in done.output
