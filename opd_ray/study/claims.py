@@ -24,6 +24,7 @@ from opd_ray.report.uncertainty import Location, location, proportion
 
 SEEDS = 10
 """Fewer decide nothing: students differ more than five lucky ones show."""
+_MOST = "passes_half_truncated_in_most"
 _MEASURES = {measure.title: measure for measure in MEASURES}
 
 
@@ -67,6 +68,8 @@ def check(claims: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> None:
         for key in ("by", "below"):
             if key in claim and not isinstance(claim[key], int | float):
                 raise InputError(f"study: claim {number}: {key} is {claim[key]!r}, expected a number")
+        if not isinstance(claim.get(_MOST, True), bool):
+            raise InputError(f"study: claim {number}: {_MOST} is {claim[_MOST]!r}, expected true or false")
         for key in ("arm", "above"):
             if key in claim and claim[key] not in arms:
                 raise InputError(f"study: claim {number} is about '{claim[key]}'; the arms are {', '.join(arms)}")
@@ -91,7 +94,7 @@ def _judge(claim: Mapping[str, Any], found: Mapping[str, Arm]) -> Judgement:
 
 def _kind(claim: Mapping[str, Any]) -> frozenset[str] | None:
     kind = frozenset(claim) - {"measure"}
-    takes_one = kind in _KINDS and "passes_half_truncated_in_most" not in kind
+    takes_one = kind in _KINDS and _MOST not in kind
     return kind if kind in _KINDS and (takes_one or "measure" not in claim) else None
 
 
@@ -138,7 +141,7 @@ def _most(claim: Mapping[str, Any], arm: Arm, _: Mapping[str, Arm]) -> Judgement
     passed = [inflated_at(run) is not None for run in arm.runs]
     where = proportion(sum(passed), len(passed))
     most, few = where.low > 0.5, where.high < 0.5
-    wanted = bool(claim["passes_half_truncated_in_most"])
+    wanted = bool(claim[_MOST])
     expected = f"{arm.quoted} passes half truncated in {'most' if wanted else 'few'} seeds"
     decided = (most, few) if wanted else (few, most)
     seeds = tuple(run.seed for run in arm.runs)
@@ -170,5 +173,5 @@ def _measure(claim: Mapping[str, Any]) -> Measure:
 _KINDS: dict[frozenset[str], Callable[[Mapping[str, Any], Arm, Mapping[str, Arm]], Judgement]] = {
     frozenset({"arm", "above", "by"}): _above,
     frozenset({"arm", "below"}): _below,
-    frozenset({"arm", "passes_half_truncated_in_most"}): _most,
+    frozenset({"arm", _MOST}): _most,
 }

@@ -15,6 +15,7 @@ Paths are relative to the file that names them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,14 @@ def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         changes = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     except (YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"study {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(raw.get("arms"), dict):
+    if not raw.get("arms"):
         raise InputError(f"study {path}: expected 'arms', a mapping of names to settings; {_beside()}")
     seeds, tuning = _seeds(path, raw), _tuning(path, raw)
     chosen = tuning.chosen_rates() if tuning and tuned else {}
     arms, untuned, otherwise = [], [], []
     for name, own in raw["arms"].items():
+        if not isinstance(name, str) or not isinstance(own, dict | None):
+            raise InputError(f"study {path}: arm {name!r} is {own!r}, expected a name in quotes and its settings")
         own = dict(own or {})
         num_seeds = own.pop("seeds", None)
         if num_seeds is not None and (not isinstance(num_seeds, int) or num_seeds < 1):
@@ -87,6 +90,7 @@ def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         untuned += [name] * (not rate)
         if rate and tuning.chosen_otherwise(name, OmegaConf.to_container(of_file), arms[-1].raw):
             otherwise.append(name)
+    _check_apart(path, arms)
     known = {name: arm for arm in arms for name in (arm.name, arm.directory)}
     if unknown := [name for name in only if name not in known]:
         raise InputError(f"study {path}: no arm '{unknown[0]}'; it has {', '.join(arm.directory for arm in arms)}")
@@ -100,8 +104,21 @@ def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
     return Study(picked, stated, seeds["first"], seeds["number"], tuning, left, other)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _check_apart(path: Path, arms: Sequence[Arm]) -> None:
+    """Arms in one directory would take each other's runs for their own."""
+    named: dict[str, str] = {}
+    for arm in arms:
+        if (other := named.setdefault(arm.directory, arm.name)) != arm.name:
+            raise InputError(
+                f"study {path}: the arms '{other}' and '{arm.name}' have one directory, {arm.directory}; give one of "
+                "them a name with other letters or digits"
+            )
+
+
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The file with all that it extends."""
+    if path.resolve() in extended_by:
+        raise InputError(f"study {path}: it extends itself; leave out extends in one of the files")
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except OSError as error:
@@ -111,11 +128,14 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict) or (unknown := set(raw) - _KEYS):
         what = f"key '{sorted(map(str, unknown))[0]}'" if isinstance(raw, dict) else "no mapping"
         raise InputError(f"study {path}: {what}: expected 'arms', a mapping of names to settings; {_beside()}")
+    for key, kind, what in (("arms", dict, "a mapping"), ("common", dict, "a mapping"), ("claims", list, "a list")):
+        if not isinstance(raw.get(key), kind | None):
+            raise InputError(f"study {path}: {key} is {raw[key]!r}, expected '{key}', {what}; {_beside()}")
     if isinstance(tuning := raw.get("tuning"), dict) and "chosen" in tuning:
         tuning["chosen"] = str(path.parent / str(tuning["chosen"]))
     if "extends" not in raw:
         return raw
-    base = _read(path.parent / str(raw.pop("extends")))
+    base = _read(path.parent / str(raw.pop("extends")), (*extended_by, path.resolve()))
     if twice := [name for name in raw.get("arms") or {} if name in (base.get("arms") or {})]:
         raise InputError(f"study {path}: arm '{twice[0]}' is in the study that it extends, too; give it another name")
     common = OmegaConf.to_container(OmegaConf.merge(base.get("common") or {}, raw.get("common") or {}))
@@ -139,13 +159,13 @@ def _tuning(path: Path, raw: Mapping[str, Any]) -> Tuning | None:
     shape = isinstance(given, dict) and set(given) == {"seeds", "rates", "chosen"}
     seeds, rates = (given["seeds"], given["rates"]) if shape else ([], [])
     fits = isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)
-    fits &= isinstance(rates, list) and all(isinstance(rate, float) and rate > 0 for rate in rates)
+    fits &= isinstance(rates, list) and all(isinstance(rate, float) and 0 < rate < math.inf for rate in rates)
     if not (fits and seeds and rates):
         raise InputError(
             f"study {path}: tuning is {given}, expected seeds (whole numbers), rates (numbers above 0, as 0.001) and "
             "chosen (a file)"
         )
-    return Tuning(tuple(seeds), tuple(sorted(rates)), Path(given["chosen"]))
+    return Tuning(tuple(dict.fromkeys(seeds)), tuple(sorted(set(rates))), Path(given["chosen"]))
 
 
 def _beside() -> str:

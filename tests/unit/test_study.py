@@ -194,6 +194,13 @@ def test_a_file_of_rates_that_is_none_is_refused(tuned, tmp_path):
         ("arms: {a: {}}\nsedes: 3", "key 'sedes': expected 'arms', a mapping"),
         ("arms: {a: {}}\nextends: none.yaml", "none.yaml: No such file"),
         ("arms: {a: {}}\ntuning: {seeds: [1], rates: [0]}", "tuning is .*, expected seeds .*, rates"),
+        ("arms: {a: {}}\nclaims: 3", "claims is 3, expected 'claims', a list"),
+        ("arms: {a: 3}", "arm 'a' is 3, expected a name in quotes and its settings"),
+        ("arms: {1: {}}", "arm 1 is {}, expected a name in quotes"),
+        ("arms: {}", "expected 'arms', a mapping"),
+        ("arms: {a: {}}\ncommon: [1]", "common is .*, expected 'common', a mapping"),
+        ("arms: {a: {}}\nextends: study.yaml", "it extends itself"),
+        ("arms: {'a, b': {}, 'a b': {}}", "the arms 'a, b' and 'a b' have one directory, a-b"),
         ("arms: [", "study"),
     ],
 )
@@ -459,6 +466,7 @@ def test_claims_are_judged_by_the_seeds(claim, sentence):
         ("{arm: StableOPD, above: other, by: 1}", "claim 1 is about 'other'; the arms are StableOPD"),
         ("{arm: StableOPD, by: 1}", "claim 1 has the keys arm, by; expected one of"),
         ("{arm: StableOPD, below: 1, measure: length}", "claim 1: measure is 'length'; the measures are sampled"),
+        ("{arm: StableOPD, passes_half_truncated_in_most: never}", "in_most is 'never', expected true or false"),
         ("{arm: StableOPD, below: low}", "claim 1: below is 'low', expected a number"),
     ],
 )
