@@ -107,12 +107,20 @@ def _check_alone(run_dir: Path) -> None:
 
 
 def check_same_run(where: str, saved: Mapping[str, Any], config: Config) -> None:
-    """Refuses to continue what was trained with other models, data or losses; ``saved`` is its configuration."""
+    """Refuses to continue what was trained with other models, data or losses; ``saved`` is its configuration, without
+    the fields that came later: those had their defaults."""
     with contextlib.suppress(InputError):  # where it is needed, and is of another task: resolve() says so
         config = without_foreign_golden(config)  # as it is saved
-    known = dict(configs.leaves(configs.to_dict(config)))
+    known, absent = dict(configs.leaves(configs.to_dict(config))), {doc.name for doc in configs.describe_absent()}
+    there, defaults = dict(configs.leaves(saved)), dict(configs.leaves(configs.to_dict(Config())))
     for name, old, new in configs.differences(saved, config, configs.RUN):
-        if name not in known and not name.startswith("more_teachers."):  # which are named by their users
+        old = old if name in there else defaults.get(name)
+        if old == new:
+            continue
+        section = name.rpartition(".")[0]
+        if name in absent and (section in known or section in there):  # one of the two is without it
+            name, old, new = section, _at(saved, section), _at(configs.to_dict(config), section)
+        elif name not in known and not name.startswith("more_teachers."):  # which are named by their users
             raise InputError(
                 f"--resume: {where} has {name}={_yaml(old)}, a field that this version of opd_ray does not have; "
                 "finish the run with the version that began it, or give another --run-dir"
@@ -122,6 +130,13 @@ def check_same_run(where: str, saved: Mapping[str, Any], config: Config) -> None
                 f"--resume: {name} is {_yaml(new)}, but {where} has {_yaml(old)}; "
                 f"continue it with {name}={_yaml(old)} or give another --run-dir"
             )
+
+
+def _at(config: Mapping[str, Any], name: str) -> Any:
+    """The value, or the section, of a configuration that has this name."""
+    for part in name.split("."):
+        config = config[part]
+    return config
 
 
 def _stands_for(new: Any, old: Any, before: Mapping[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import time
 from dataclasses import replace
@@ -548,6 +549,27 @@ def test_a_checkpoint_with_a_field_of_another_version_is_refused_without_advice_
     message = refused(lambda: resuming.check_same_run("the checkpoint", saved, Config()))
     assert "the checkpoint has loss.advantage.scale=1.0, a field that this version of opd_ray does not have" in message
     assert "continue it with" not in message
+
+
+def test_a_checkpoint_from_before_a_field_had_its_default() -> None:
+    """The bug: "horizon_probes is 0.25, but the checkpoint has null; continue it with null", which no run takes."""
+    saved = configs.to_dict(configs.load())
+    for name in ("horizon", "horizon_probes", "repetition_detection"):
+        del saved["rollout"][name]
+    resuming.check_same_run("the checkpoint", saved, configs.load())
+    other = configs.load(None, ["rollout.horizon_probes=0.5"])
+    message = refused(lambda: resuming.check_same_run("the checkpoint", saved, other))
+    assert "continue it with rollout.horizon_probes=0.25" in message
+
+
+@pytest.mark.parametrize("section", ["rollout.repetition_detection", "student.lora"])
+def test_a_run_with_a_section_is_not_continued_without_it_and_the_advice_can_be_followed(section: str) -> None:
+    """The bug: "a field that this version of opd_ray does not have", or "continue it with NAME.min_count=null"."""
+    having, lacking = configs.load(None, [f"{section}={{}}"]), configs.load()
+    for ours, theirs in ((lacking, having), (having, lacking)):
+        message = refused(lambda ours=ours, theirs=theirs: resuming.check_same_run("it", configs.to_dict(theirs), ours))
+        (advice,) = re.findall(r"continue it with (.*) or give another", message)
+        resuming.check_same_run("it", configs.to_dict(theirs), configs.load(None, [advice]))
 
 
 def test_the_saved_configuration_is_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
