@@ -40,3 +40,8 @@ def highest(schedule: float | Points) -> float:
 def lowest(schedule: float | Points) -> float:
     """The smallest value it ever takes."""
     return min(value for _, value in schedule) if isinstance(schedule, tuple) else float(schedule)
+
+
+def turns(*schedules: float | Points | None) -> list[int]:
+    """The steps at which any of them may turn, the first step among them: between two of these all are straight."""
+    return sorted({0}.union(*({step for step, _ in each} for each in schedules if isinstance(each, tuple))))

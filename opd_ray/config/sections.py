@@ -336,6 +336,9 @@ class RolloutConfig:
             raise ValueError("max_response_tokens must be 1 or more at every step")
         if self.horizon is not None and schedule.lowest(self.horizon) < 1:
             raise ValueError("horizon must be 1 or more at every step")
+        turns = schedule.turns(self.max_response_tokens, self.horizon)
+        if self.horizon is not None and all(self.horizon_at(step) is None for step in turns):
+            raise ValueError("horizon is at no step below max_response_tokens: lower it, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -89,6 +89,7 @@ class Config:
             object.__setattr__(self, "data", dataclasses.replace(self.data, task=task))
         self._check_sources()
         self._check_sampling()
+        self._check_ends()
         self._check_scorers()
         self._check_sets()
         if self.weights.backend == "nccl" and not self._on_gpus:
@@ -191,12 +192,24 @@ class Config:
                     f"loss.{field} estimates a mean over the student's own distribution: it needs "
                     f"rollout.temperature=1 and rollout.top_p=1 (or {instead})"
                 )
-        if rollout.horizon is not None and not self.may_shorten:
-            raise ValueError("loss.advantage.reward_coef rewards whole responses: rollout.horizon must be null")
         if self.loss.advantage.reward_coef > 0 and rollout.responses_per_prompt < 2:
             raise ValueError(
                 "loss.advantage.reward_coef compares the responses to one prompt: "
                 f"rollout.responses_per_prompt must be 2 or more, got {rollout.responses_per_prompt}"
+            )
+
+    def _check_ends(self) -> None:
+        """Whether what ends responses before their budget may do so, and ever could."""
+        rollout, detection = self.rollout, self.rollout.repetition_detection
+        if rollout.horizon is not None and not self.may_shorten:
+            raise ValueError("loss.advantage.reward_coef rewards whole responses: rollout.horizon must be null")
+        if rollout.horizon is not None and not self.uses_student:
+            raise ValueError("rollout.horizon cuts student rollouts off, but there are none: it must be null")
+        longest = max([rollout.longest_response, *(each.max_tokens for each in self.evaluation_sets.values())])
+        if detection and (fewest := detection.min_pattern_size * detection.min_count) >= longest:
+            raise ValueError(
+                f"rollout.repetition_detection ends nothing before its budget: min_pattern_size × min_count = {fewest} "
+                f"tokens, but no response has more than {longest}; lower one of the two"
             )
 
     def _check_scorers(self) -> None:

@@ -15,6 +15,8 @@ from opd_ray.messages import RepetitionRule
 from opd_ray.repetition import is_repetitive
 from opd_ray.score.requests import score_requests
 
+SFT = ["rollout.responses_per_prompt=0", "loss.student.coef=0", "loss.reference.coef=0"]
+
 
 def test_file_and_overrides_are_merged_over_the_defaults_in_that_order(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
@@ -202,6 +204,10 @@ def test_an_engine_on_a_fraction_of_a_gpu_takes_that_fraction_of_its_share() -> 
         (["student.lora.rnak=4"], "unknown field 'student.lora.rnak'; did you mean 'student.lora.rank'?"),
         (["rollout.repetition_detection.min_cuont=4"], "did you mean 'rollout.repetition_detection.min_count'?"),
         (["rollout.repetition_detection.min_pattern_size=70"], "min_pattern_size=70 is above max_pattern_size=64"),
+        (["rollout.repetition_detection={}"], "min_count = 256 tokens, but no response has more than 80"),
+        (["rollout.horizon=80"], "rollout: horizon is at no step below max_response_tokens"),
+        (["rollout.horizon=[[0,90],[9,100]]"], "rollout: horizon is at no step below max_response_tokens"),
+        (["rollout.horizon=9", *SFT], "cuts student rollouts off, but there are none"),
         (["student.lora.rank=0"], "student.lora.rank: Input should be greater than or equal to 1, got 0"),
         (["student.lora.targets=[]"], "student.lora.targets"),
         (["learner.lr=fast"], "learner.lr"),
@@ -401,8 +407,8 @@ def test_adapters_are_of_the_run_and_their_scale_is_alpha_over_rank() -> None:
 
 def test_loops_end_in_the_engine_where_that_is_asked_for() -> None:
     assert configs.load().rollout.repetition_rule is None
-    config = configs.load(None, ["rollout.repetition_detection.min_count=5"])
-    assert config.rollout.repetition_rule == RepetitionRule(64, 32, 5)
+    config = configs.load(None, ["rollout.repetition_detection={min_pattern_size: 4}"])
+    assert config.rollout.repetition_rule == RepetitionRule(64, 4, 8)
     assert configs.from_dict(configs.to_dict(config)) == config
 
 
