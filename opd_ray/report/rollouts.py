@@ -44,6 +44,8 @@ _FIRST = ("", False, False)
 """The stratum of the followed prompts, before all others."""
 _ENDINGS = {"stop": 0, "horizon": 2}
 """What the page knows of a finish reason; 1 for the others, which are truncated."""
+_NOT_JUDGED = 2
+"""Beside 0 for wrong and 1 for right."""
 _COLUMNS = (
     "rollout_id", "source", "prompt_id", "prompt_tokens", "response_tokens", "behaviour_logprobs",
     "weight_versions", "finish_reason", "correct", "text", "teacher_logprobs", "repetitive", "prompt", "answer",
@@ -209,7 +211,7 @@ def _pack(row: dict[str, Any], vocab: _Vocabulary) -> dict[str, Any]:
         "cut": _ENDINGS.get(row["finish_reason"], 1),
         "end": row["finish_reason"],
         "rep": int(row["repetitive"]),
-        "ok": int(row["correct"]),
+        "ok": _NOT_JUDGED if row["finish_reason"] == "horizon" else int(row["correct"]),
         "prompt": vocab.decode(row["prompt_tokens"]) or row.get("prompt") or row["prompt_id"],
         "answer": (row.get("answer") or "")[:_MAX_PROMPT_CHARS],
         "n": len(tokens),

@@ -47,7 +47,7 @@ _ALL = (
     Metric("rollouts/periodic_tail_rate", "share", "rollouts whose last tokens repeat with a period"),
     Metric("rollouts/repetition_stops", "share", "rollouts that the engine ended, for they repeated themselves"),
     Metric("rollouts/tokens", "tokens", "all that the student sampled for the step"),
-    Metric("rollouts/saved_tokens", "tokens", "what those would have sampled up to the budget, in the step"),
+    Metric("rollouts/saved_tokens", "tokens", "what those would have sampled up to budget or horizon, in the step"),
     Metric("rollouts/horizon", "tokens", "after which rollouts but the probes were cut off"),
     Metric("rollouts/horizon_rate", "share", "rollouts that were cut off by the horizon"),
     Metric("rollouts/whole", "number", "rollouts that had the whole budget: what they come to is measured on these"),

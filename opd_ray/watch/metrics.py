@@ -39,7 +39,8 @@ def rollout_metrics(metas: Sequence[RolloutMeta], version: int, budget: int) -> 
     whole = [meta for meta in metas if meta.whole] or metas
     lengths = np.array([meta.num_response_tokens for meta in whole])
     truncated = np.array([meta.truncated for meta in whole])
-    looped = [meta.num_response_tokens for meta in metas if meta.finish_reason == "repetition"]
+    looped = [meta for meta in metas if meta.finish_reason == "repetition"]
+    saved = [(budget if meta.whole else meta.horizon) - meta.num_response_tokens for meta in looped]
     oldest = np.array([meta.oldest_version for meta in metas])
     sampled = [meta.num_response_tokens for meta in metas]
     return (
@@ -50,7 +51,7 @@ def rollout_metrics(metas: Sequence[RolloutMeta], version: int, budget: int) -> 
             "rollouts/periodic_tail_rate": float(np.mean([meta.tail_period > 0 for meta in whole])),
             "rollouts/repetition_stops": len(looped) / len(metas),
             "rollouts/tokens": float(sum(sampled)),
-            "rollouts/saved_tokens": float(budget * len(looped) - sum(looped)),
+            "rollouts/saved_tokens": float(sum(saved)),
             "rollouts/length_budget": float(budget),
             "rollouts/length_p50": float(np.quantile(lengths, 0.5)),
             "rollouts/length_p95": float(np.quantile(lengths, 0.95)),

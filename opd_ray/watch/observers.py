@@ -187,7 +187,7 @@ class StepReport:
     @property
     def student_tokens(self) -> int:
         """Response tokens of the student that the step trained on."""
-        return sum(entry.meta.num_response_tokens for entry in self.entries if entry.meta.source == "student")
+        return sum(entry.meta.num_trained_tokens for entry in self.entries if entry.meta.source == "student")
 
 
 class Observer(Protocol):

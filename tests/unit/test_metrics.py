@@ -56,11 +56,13 @@ def test_what_the_horizon_cut_off_says_nothing_of_what_rollouts_come_to():
         meta(1, num_response_tokens=80, horizon=20, whole=True, finish_reason="length", correct=False),
         meta(2, num_response_tokens=20, horizon=20, whole=False, finish_reason="horizon", correct=False),
         meta(3, num_response_tokens=10, horizon=20, whole=False),
+        meta(4, num_response_tokens=15, horizon=20, whole=False, finish_reason="repetition", correct=False),
     ]
     metrics = rollout_metrics(metas, version=0, budget=80)
     assert (metrics["rollouts/truncation_rate"], metrics["rollouts/accuracy"]) == (0.5, 0.5)
     assert (metrics["rollouts/truncated_token_share"], metrics["rollouts/length"]) == (80 / 90, 45)
-    assert [metrics[f"rollouts/{name}"] for name in ("horizon", "horizon_rate", "whole")] == [20, 0.25, 2]
+    assert [metrics[f"rollouts/{name}"] for name in ("horizon", "horizon_rate", "whole")] == [20, 0.2, 2]
+    assert metrics["rollouts/saved_tokens"] == 5  # not 65: it would have been cut off at 20
 
 
 def test_without_student_rollouts_there_is_nothing_to_say():

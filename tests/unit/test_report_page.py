@@ -127,8 +127,8 @@ def test_what_ended_a_rollout_is_told_apart(tmp_path):
     run, (_, _, _, loop, _) = make_run(tmp_path / "run"), make_rollouts(1)
     reasons = ("length", "repetition", "horizon")
     write_rollouts(run, 1, [loop | {"rollout_id": reason, "finish_reason": reason} for reason in reasons])
-    found = {rollout["end"]: rollout["cut"] for rollout in rollouts.sample(read_run(run), 100).rollouts}
-    assert found == {"length": 1, "repetition": 1, "horizon": 2}
+    found = {rollout["end"]: (rollout["cut"], rollout["ok"]) for rollout in rollouts.sample(read_run(run), 100).rollouts}
+    assert found == {"length": (1, 0), "repetition": (1, 0), "horizon": (2, 2)}  # which nobody has judged
 
 
 def test_a_sample_has_the_truncated_ones_of_every_step(tmp_path):

@@ -177,7 +177,7 @@ function startViewer(data) {
     article.rollout = rollout;
     const header = make("header");
     header.append(make("b", "", `step ${rollout.step}`), make("span", "", rollout.src));
-    header.append(rollout.ok ? make("span", "", "right") : make("span", "bad", "wrong"));
+    header.append(make("span", rollout.ok ? "" : "bad", ["wrong", "right", "not judged"][rollout.ok]));
     if (rollout.cut) header.append(make("span", "bad", rollout.cut === 2 ? "cut off" : "truncated"));
     if (rollout.rep) header.append(make("span", "bad", "repetitive"));
     header.append(make("span", "", `${rollout.n} tokens`));
