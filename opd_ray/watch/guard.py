@@ -185,6 +185,8 @@ class Guard:
 
     def horizon_at(self, step: int) -> float:
         """Share of the configured horizon that rollouts of a 0-based step get, none that was asked for before."""
+        if self._config.level == "off":  # the state is of a run that had a guard
+            return 1.0
         return next((share for since, share in reversed(self._state.horizons) if since <= step), 1.0)
 
     def healthy(self) -> bool:
@@ -206,6 +208,8 @@ class Guard:
     def restore(self, state: Mapping[str, Any]) -> None:
         values = copy.deepcopy(dict(state))
         shares = {name: Share(**share) for name, share in values.pop("shares", {}).items()}
+        if "horizons" not in state and state["notch"]:  # of a version without those of the horizon
+            values["notch"] += self._ladder.halvings
         self._state = _State(**values, shares=shares)
 
     def _judge_loss(self, step: int, loss: float) -> list[GuardEvent]:
@@ -369,6 +373,7 @@ class Guard:
         state, share, since = self._state, self.strength.horizon, step + self._steps_ahead
         if share != self.horizon_at(since):
             state.horizons.append([since, share])
+        if any(since == step for since, _ in state.horizons):  # the next step is the first with it
             state.shares.pop("repetitive_share", None)  # of all rollouts: less of a shorter one repeats itself
         while len(state.horizons) > 1 and state.horizons[1][0] <= step:
             del state.horizons[0]

@@ -45,20 +45,21 @@ class Ladder:
             kl * self._raises_kl,
             not configured.mask_truncated_tails,
         )
-        self._halvings = math.ceil(-math.log2(self._min_horizon))
+        self.halvings = math.ceil(-math.log2(self._min_horizon))
+        """The notches that are those of the horizon alone."""
         raises = self._raises_golden or self._raises_kl
         self._raises = _RAISES if raises else int(self._most.mask_truncated_tails)
-        self.num_notches = self._halvings + self._raises
+        self.num_notches = self.halvings + self._raises
 
     def above(self, notch: int) -> int:
         """The next one of an action, or the last."""
-        return min(max(notch + 1, self._halvings), self.num_notches)
+        return min(max(notch + 1, self.halvings), self.num_notches)
 
     def strength(self, notch: int) -> Strength:
-        horizon = max(self._min_horizon, 0.5 ** min(notch, self._halvings))
-        if notch <= self._halvings:
+        horizon = max(self._min_horizon, 0.5 ** min(notch, self.halvings))
+        if notch <= self.halvings:
             return Strength(horizon=horizon)
-        part = min(1.0, (notch - self._halvings) / max(1, self._raises))
+        part = min(1.0, (notch - self.halvings) / max(1, self._raises))
 
         def raised(name: str) -> float:
             configured, most = getattr(self._configured, name), getattr(self._most, name)
@@ -69,8 +70,8 @@ class Ladder:
     def setting(self, notch: int) -> str:
         """A notch in words, and why what is not raised is not."""
         strength = self.strength(notch)
-        horizon = f"rollouts up to {strength.horizon:.0%} of the horizon" if self._halvings else ""
-        if 0 < notch <= self._halvings:
+        horizon = f"rollouts up to {strength.horizon:.0%} of the horizon" if self.halvings else ""
+        if 0 < notch <= self.halvings:
             return horizon
         golden = "golden rollouts as configured" if self._has_golden else "no golden rollouts to add"
         if self._raises_golden:

@@ -1,5 +1,6 @@
 """The guard: what raises an alarm, what it asks for, and in which order; with traces of real runs."""
 
+import dataclasses
 import json
 import math
 
@@ -264,6 +265,30 @@ def test_losses_that_reward_whole_responses_keep_them():
     guard = Guard(GuardConfig(), has_golden=True, has_reference=True, may_shorten=False, rollouts_per_step=320)
     calmed(guard).look(3, share(0.9))
     assert guard.strength.horizon == 1 and guard.strength.golden_per_prompt == 1
+
+
+def test_a_run_that_resumes_keeps_what_its_guard_had_raised_and_without_a_guard_has_its_whole_horizon():
+    """The bugs: notches of a version without a horizon were taken for the horizon's, and the golden rollouts fell away;
+    with guard.level=off the horizon stayed short to the end, for nobody looked after it."""
+    guard = calmed(make("act"))
+    guard.look(3, share(0.9))
+    before = guard.state()
+    del before["horizons"]
+    resumed = make("act", min_horizon=0.25)
+    resumed.restore(before)
+    assert resumed.strength == dataclasses.replace(guard.strength, horizon=0.25)
+    resumed.look(4, share(0.0))
+    ended = make("off", min_horizon=0.25)
+    ended.restore(resumed.state())
+    assert (resumed.horizon_at(4), ended.horizon_at(4)) == (0.25, 1.0)
+
+
+def test_repetition_of_tokens_has_a_new_level_from_the_step_on_that_has_the_new_horizon():
+    """The bug: it began anew when that was decided, with steps that still had the horizon before."""
+    guard = calmed(make("act", min_horizon=0.5, ahead=2))
+    for step in range(3, 9):  # decided at 3, step 6 is the first with it
+        guard.look(step, share(0.9 if step == 3 else 0.0) | {"learner/repetitive_share": 0.5 if step < 6 else 0.1})
+        assert step < 6 or guard.state()["shares"]["repetitive_share"]["steps"][0][1] == pytest.approx(0.1)
 
 
 def test_that_a_signal_is_not_told_from_chance_is_no_health():

@@ -127,7 +127,9 @@ def test_what_ended_a_rollout_is_told_apart(tmp_path):
     run, (_, _, _, loop, _) = make_run(tmp_path / "run"), make_rollouts(1)
     reasons = ("length", "repetition", "horizon")
     write_rollouts(run, 1, [loop | {"rollout_id": reason, "finish_reason": reason} for reason in reasons])
-    found = {rollout["end"]: (rollout["cut"], rollout["ok"]) for rollout in rollouts.sample(read_run(run), 100).rollouts}
+    found = {
+        rollout["end"]: (rollout["cut"], rollout["ok"]) for rollout in rollouts.sample(read_run(run), 100).rollouts
+    }
     assert found == {"length": (1, 0), "repetition": (1, 0), "horizon": (2, 2)}  # which nobody has judged
 
 
