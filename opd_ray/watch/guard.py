@@ -249,7 +249,8 @@ class Guard:
     def _measure(self, known: Mapping[str, float]) -> dict[str, Share]:
         """Those shares in whose windows the step is, with others before it or alone."""
         here = {name: known[full_name] for name, full_name in _MEASURED.items() if full_name in known}
-        measured = min(1.0, known.get("rollouts/whole", math.inf) / self._rollouts_per_step)
+        asked = self._rollouts_per_step or 1  # where only teacher or data write, nothing is cut off
+        measured = min(1.0, known.get("rollouts/whole", asked) / asked)
         for name, value in list(here.items()):
             weight = known.get("rollouts/length", 1.0) if name.endswith("_share") else 1.0
             part = measured if name in _SHARES else 1.0

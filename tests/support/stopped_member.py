@@ -26,7 +26,7 @@ SECRET = "5ec2e7"
 
 def weights() -> list[tuple[str, torch.Tensor]]:
     """More than the buffers of sockets hold, each: a member that stops does so in the middle of one."""
-    return [(f"parameter{index}", torch.full((8_000_000,), float(index))) for index in range(4)]
+    return [(f"parameter{index}", torch.full((4_000_000,), float(index))) for index in range(4)]
 
 
 @contextmanager

@@ -154,6 +154,13 @@ def test_a_healthy_stableopd_run_raises_no_alarm():
     assert replay(make("stop", rollouts=32), map(metrics, HEALTHY * 3), first=7) == []
 
 
+def test_a_run_without_rollouts_of_the_student_is_looked_at_as_well():
+    """The bug: a step of golden solutions alone, as sft's, ended the run by a division by zero."""
+    guard = make("act", rollouts=0)
+    assert guard.look(1, {"learner/loss": 2.0, "learner/entropy": 0.5}) == []
+    assert guard.look(2, {"learner/loss": math.nan})
+
+
 def test_a_signal_warns_acts_rolls_back_and_stops_in_that_order():
     guard = calmed(make("stop", max_rollbacks=1))
     said, strength = {}, {}
