@@ -200,6 +200,15 @@ def test_what_the_teacher_would_not_accept_counts_less(outliers: str) -> None:
     np.testing.assert_allclose(loss.metrics["trust"], trust, rtol=1e-5)
 
 
+def test_what_the_teacher_rules_out_has_no_trust_and_no_advantage() -> None:
+    """The bug: P log P was 0 · −∞, and the step was lost."""
+    tokens = spread_batch()
+    teacher = dataclasses.replace(tokens.teachers["teacher"], logprobs=torch.full((MANY,), -torch.inf))
+    never = dataclasses.replace(tokens, teachers={"teacher": teacher})
+    advantage, metrics = advantages(never, ONE, AdvantageConfig(constant=-0.5), only_trusted=True)
+    assert (advantage == -0.5).all() and (metrics["trust"] == 0).all()
+
+
 def test_a_constant_advantage_needs_no_teacher() -> None:
     """OPSA: what was sampled becomes less likely."""
     tokens = dataclasses.replace(spread_batch(), teachers={}, reference=None)

@@ -70,6 +70,12 @@ def test_the_lowest_are_so_many_of_each_rollout(lengths: list[int], share: float
         assert set(chosen.tolist()) <= {0.0, 1.0} and chosen.sum() == number
 
 
+def test_the_share_of_a_long_rollout_is_not_rounded_down() -> None:
+    """The bug: .65 · 180 was below 117 in float32."""
+    chosen = lowest(torch.arange(360.0), torch.tensor([180, 180]), 0.65)
+    assert [row.sum().item() for row in chosen.split(180)] == [117, 117]
+
+
 def tail_start(repetitive: list[bool]) -> int:
     """By its definition: the shortest of the suffixes with the largest Σ (repetitive − ¾), if that is a tail."""
     scores = {start: sum(4 * each - 3 for each in repetitive[start:]) for start in range(len(repetitive))}

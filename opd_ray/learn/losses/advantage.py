@@ -80,7 +80,7 @@ def advantages(
         advantage = advantage.clamp(-config.clip, config.clip)
     if only_trusted:
         metrics["trust"] = trusted = trust(batch, weights)
-        advantage = trusted * advantage
+        advantage = torch.where(trusted > 0, trusted * advantage, 0.0)  # P log P is 0 where the teacher says never
     if config.reward_coef > 0 and batch.reward_advantages is not None:
         advantage = advantage + config.reward_coef * batch.reward_advantages
     advantage = advantage + config.constant

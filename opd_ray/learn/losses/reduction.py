@@ -65,7 +65,7 @@ def lowest(values: torch.Tensor, lengths: torch.Tensor, share: float) -> torch.T
     order = values.argsort(stable=True)
     order = order[rows[order].argsort(stable=True)]
     rank = torch.arange(len(values), device=values.device) - (lengths.cumsum(0) - lengths)[rows]
-    number = (share * lengths + 1e-9).floor().clamp(min=1)
+    number = (share * lengths.double() + 1e-9).floor().clamp(min=1)
     return torch.zeros_like(values).index_copy(0, order, (rank < number[rows]).to(values.dtype))
 
 
