@@ -44,17 +44,19 @@ class Replayed:
 
 
 class Scorers:
-    """Teachers and reference, which are loaded when they are first asked and keep what they said."""
+    """Teachers and reference, which are loaded when they are first asked and keep what they said of the last step."""
 
     def __init__(self) -> None:
         self._there: dict[tuple[str, str], Scorer] = {}
-        self._said: dict[tuple[object, ...], pa.RecordBatch] = {}
+        self._said: dict[tuple[str, str, ScoreRequest, tuple[str, ...]], pa.RecordBatch] = {}
 
     def score(self, config: Config, entries: Sequence[Entry], stop_token_ids: tuple[int, ...]) -> list[Entry]:
         """The entries with the scores that their loss compares with."""
         requests = score_requests(config, stop_token_ids)
         scored: dict[int, Entry] = {}
         groups = sorted({(entry.meta.source, entry.meta.teacher) for entry in entries})
+        own_ids = {entry.meta.rollout_id for entry in entries}
+        self._said = {key: said for key, said in self._said.items() if own_ids.issuperset(key[-1])}
         for source, teacher in groups:
             own = [
                 (at, entry)
