@@ -313,11 +313,11 @@ def replay(run_dir: Path, rollout: str | None, output: Path | None, as_json: boo
     """
     from opd_ray.run import replay as replaying
 
-    found = replaying.replay(run_dir, arguments)
+    found = replaying.replay(run_dir, arguments, rollout)
     from opd_ray.replay import show
 
     if as_json:
-        click.echo(json.dumps(show.plain(found), indent=2))
+        click.echo(json.dumps(show.plain(found, rollout), indent=2))
         return
     show.show(found, rollout)
     output = output or run_dir / f"replay-step-{found.step}.html"

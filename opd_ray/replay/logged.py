@@ -19,7 +19,8 @@ from opd_ray.watch.guard_of import guard_of
 
 def logged_steps(run_dir: Path) -> list[int]:
     """Those whose rollouts are there."""
-    return sorted(int(file.stem.removeprefix("step-")) for file in (run_dir / "rollouts").glob("step-*.parquet"))
+    names = (file.stem.removeprefix("step-") for file in (run_dir / "rollouts").glob("step-*.parquet"))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def rollouts_of(run_dir: Path, step: int) -> list[Entry]:
@@ -28,10 +29,8 @@ def rollouts_of(run_dir: Path, step: int) -> list[Entry]:
     try:
         table = pq.read_table(file)
         batch = table.select(ROLLOUT_SCHEMA.names).cast(ROLLOUT_SCHEMA).combine_chunks().to_batches()[0]
-        more = [
-            name for name in ("teacher", "repetitive", "tail_period", "worker", "horizon") if name in table.schema.names
-        ]
-        facts = table.select(more).to_pylist()
+        more = ("horizon",) if "horizon" in table.schema.names else ()
+        facts = table.select(["teacher", "repetitive", "tail_period", "worker", *more]).to_pylist()
     except (pa.ArrowException, OSError, KeyError, ValueError, IndexError) as error:
         raise InputError(f"{file}: cannot be read as a step's rollouts ({type(error).__name__}: {error})") from None
     entries = []
@@ -81,7 +80,9 @@ def metrics_of(run_dir: Path) -> dict[int, dict[str, float]]:
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # a crash cut it off
         if "learner/trained_tokens" in values:  # of a step, and not of an evaluation
-            found = {earlier: each for earlier, each in found.items() if earlier < step} | {step: values}
+            while found and next(reversed(found)) >= step:
+                found.popitem()
+            found[step] = values
     return found
 
 

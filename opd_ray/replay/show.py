@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opd_ray.errors import InputError
 from opd_ray.replay.step import SIGNALS
 
 if TYPE_CHECKING:
@@ -51,21 +51,24 @@ def write_page(replay: Replay, output: Path) -> None:
     write_report([replay.run_dir], output, title=title, notes=notes, signals=signals(replay))
 
 
-def plain(replay: Replay) -> dict[str, Any]:
-    """For JSON."""
+def plain(replay: Replay, rollout_id: str | None) -> dict[str, Any]:
+    """For JSON: the step, and one rollout or all of them; null is what is no number."""
 
     def of(entry: Entry, values: np.ndarray) -> dict[str, list[float | None]]:
         return {
             name: [float(v) if math.isfinite(v) else None for v in values[:, at]] for at, name in enumerate(SIGNALS)
         }
 
+    def numbers(metrics: Mapping[str, float]) -> dict[str, float | None]:
+        return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
     each = columns(replay)
     return {
         "step": replay.step,
         "overrides": list(replay.overrides),
         "logged": replay.logged,
-        "again": replay.again.metrics,
-        "instead": replay.instead.metrics if replay.instead else None,
+        "again": numbers(replay.again.metrics),
+        "instead": numbers(replay.instead.metrics) if replay.instead else None,
         "rollouts": [
             {
                 "rollout_id": entry.meta.rollout_id,
@@ -74,13 +77,14 @@ def plain(replay: Replay) -> dict[str, Any]:
                 "signals": {title: of(entry, tokens[entry.meta.rollout_id]) for title, tokens in each.items()},
             }
             for entry in replay.entries
+            if rollout_id in (None, entry.meta.rollout_id)
         ],
     }
 
 
 def show(replay: Replay, rollout_id: str | None) -> None:
     """Two tables on the terminal: the step, and one rollout token by token, by default that of the student (if there is
-    one) with the largest gradient. Raises InputError for a rollout that the step has not."""
+    one) with the largest gradient."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -127,7 +131,4 @@ def _chosen(replay: Replay, rollout_id: str | None) -> Entry:
     if rollout_id is None:
         of = {name: float(np.nansum(values[:, SIGNALS.index("size")])) for name, values in replay.again.tokens.items()}
         rollout_id = max(there, key=lambda name: (there[name].meta.source == "student", of[name]))
-    if rollout_id not in there:
-        some = ", ".join(sorted(there)[:4])
-        raise InputError(f"replay: --rollout {rollout_id}: is none of the step's, as {some}")
     return there[rollout_id]

@@ -59,8 +59,8 @@ class Replay:
         )
 
 
-def replay(run_dir: Path, arguments: Sequence[str]) -> Replay:
-    """``arguments``: step=N, and overrides of loss.* and guard.*.
+def replay(run_dir: Path, arguments: Sequence[str], rollout_id: str | None = None) -> Replay:
+    """``arguments``: step=N, and overrides of loss.* and guard.*; ``rollout_id``: one that the step must have.
 
     Raises InputError where there is no such run, and for a step that cannot be replayed, with those that can.
     """
@@ -75,9 +75,12 @@ def replay(run_dir: Path, arguments: Sequence[str]) -> Replay:
     metrics = metrics_of(run_dir)
     with refusing("replay"):
         start = _start(run_dir, asked, shelf, metrics, step)
-    mine, theirs = (_pinned(config) for config in (asked, changed))
     entries = rollouts_of(run_dir, step)
-    _check_ids(changed, entries)
+    there = sorted(entry.meta.rollout_id for entry in entries)
+    if rollout_id not in (None, *there):
+        raise InputError(f"replay: --rollout {rollout_id}: is none of the step's, as {', '.join(there[:4])}")
+    _check_ids(asked, changed)
+    mine, theirs = (_pinned(config) for config in (asked, changed))
     stops = [preflight.stop_token_ids(config, inspect_run(config)) for config in (mine, theirs)]
 
     from opd_ray.replay.step import Scorers, Step  # torch, behind every refusal that needs none
@@ -158,18 +161,12 @@ def _pinned(asked: Config) -> Config:
         return hub.pinned(config, locate_models(config))
 
 
-def _check_ids(config: Config, entries: Sequence[Entry]) -> None:
+def _check_ids(asked: Config, changed: Config) -> None:
     """The student's own top-k is what it was when it sampled."""
-    term = config.loss.student
-    if not (term.on_distributions and term.support == "student_top_k"):
-        return
-    for entry in entries:
-        if entry.meta.source != "student":
-            continue
-        held = len(entry.rollouts["topk_ids"][entry.row]) // entry.meta.num_response_tokens
-        if held < 1:
-            raise InputError(
-                "replay: loss.student.support=student_top_k: the run kept no top-k of the student's; take "
-                "teacher_top_k or full"
-            )
-        return
+    kept, wanted = asked.student_top_k, changed.student_top_k
+    if wanted not in (0, kept):
+        has = f"its top {kept}: take loss.student.top_k={kept}" if kept else "no top-k of the student's: take"
+        raise InputError(
+            f"replay: loss.student.support=student_top_k, top_k={wanted}: the run kept {has}"
+            f"{', or' if kept else ''} teacher_top_k or full"
+        )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -17,7 +20,9 @@ from made_up_runs import make_rollouts, make_run, make_student, write_rollouts
 from opd_ray import config as configs
 from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.errors import InputError
-from opd_ray.replay.logged import coefficients, metrics_of, rollouts_of
+from opd_ray.replay import show
+from opd_ray.replay.logged import coefficients, logged_steps, metrics_of, rollouts_of
+from opd_ray.replay.step import Replayed, Scorers
 from opd_ray.report.rollouts import Signals, of_step
 from opd_ray.report.runs import read_run
 from opd_ray.run import replay as replaying
@@ -79,9 +84,69 @@ def test_what_scored_with_weights_that_are_gone_is_refused(tmp_path: Path) -> No
         replaying.replay(tmp_path, ["step=1"])
 
 
-def test_rollouts_that_were_gone_with_their_node_are_refused_and_others_are_as_they_were(tmp_path: Path) -> None:
+def rows_of(step: int) -> list[dict[str, Any]]:
+    """As a run writes them."""
     more = {"slot": 5, "topk_ids": [], "privileged_prompt_tokens": [], "teacher": "teacher", "repetitive": True}
-    rows = [row | more | {"tail_period": 2, "worker": "one"} for row in make_rollouts(3)]
+    return [row | more | {"tail_period": 2, "worker": "one"} for row in make_rollouts(step)]
+
+
+def test_the_student_s_top_k_is_of_the_size_that_was_kept(tmp_path: Path) -> None:
+    """The bug: another top_k was read, and those that were kept were compared all the same."""
+    own = {"coef": 1.0, "divergence": "reverse_kl", "support": "student_top_k", "top_k": 8}
+    run = run_of(tmp_path / "run", [1], loss=COEFFICIENTS | {"student": own})
+    write_rollouts(run, 1, rows_of(1))
+    with pytest.raises(InputError, match="top_k=16: the run kept its top 8: take loss.student.top_k=8, or teacher"):
+        replaying.replay(run, ["step=1", "loss.student.top_k=16"])
+    other = run_of(tmp_path / "other", [1])
+    write_rollouts(other, 1, rows_of(1))
+    with pytest.raises(InputError, match="the run kept no top-k of the student's: take teacher_top_k or full"):
+        replaying.replay(other, ["step=1", "loss.student.support=student_top_k"])
+
+
+def test_a_rollout_that_the_step_has_not_is_refused_before_a_model_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replaying, "_pinned", None)
+    run = run_of(tmp_path / "run", [1])
+    write_rollouts(run, 1, rows_of(1))
+    with pytest.raises(InputError, match="--rollout none: is none of the step's, as 1-golden, 1-loop"):
+        replaying.replay(run, ["step=1"], "none")
+
+
+def test_what_was_said_of_a_step_is_kept_for_another_loss_and_not_for_other_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bug: steps that are taken again added up, and of a full vocabulary these are hidden states."""
+    run, asked, said = run_of(tmp_path / "run", []), [], []
+
+    async def score(rollouts: pa.RecordBatch, request: Any) -> tuple[None, pa.RecordBatch]:
+        answer = pa.record_batch({"logprob": pa.array(range(len(rollouts)))})
+        asked.append(rollouts["rollout_id"][0].as_py())
+        said.append(weakref.ref(answer))
+        return None, answer
+
+    scorers, config = Scorers(), configs.load(run / "config.yaml", ["loss.reference.coef=0"])
+    monkeypatch.setattr(scorers, "_asked", lambda role, scorer: SimpleNamespace(score=score))
+    for step in (1, 2):
+        write_rollouts(run, step, rows_of(step))
+        for _ in ("as it was", "another loss"):
+            scorers.score(config, rollouts_of(run, step)[:-1], (0,))  # the last is golden
+    assert asked == ["1-right", "2-right"] and [each() is None for each in said] == [True, False]
+
+
+def test_json_has_one_rollout_or_all_and_nothing_that_is_no_json(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", [])
+    write_rollouts(run, 3, rows_of(3))
+    entries = rollouts_of(run, 3)
+    tokens = {entry.meta.rollout_id: np.full((entry.meta.num_response_tokens, 4), math.nan) for entry in entries}
+    found = replaying.Replay(run, "", 3, (), entries, {}, Replayed({"loss": math.nan}, tokens), None)
+    plain = show.plain(found, None)
+    assert "null" in json.dumps(plain, allow_nan=False) and len(plain["rollouts"]) == len(entries)
+    assert [each["rollout_id"] for each in show.plain(found, "3-wrong")["rollouts"]] == ["3-wrong"]
+
+
+def test_rollouts_that_were_gone_with_their_node_are_refused_and_others_are_as_they_were(tmp_path: Path) -> None:
+    rows = rows_of(3)
     run = run_of(tmp_path / "run", [])
     write_rollouts(run, 3, rows)
     entries = rollouts_of(run, 3)
@@ -91,6 +156,11 @@ def test_rollouts_that_were_gone_with_their_node_are_refused_and_others_are_as_t
     write_rollouts(run, 4, [rows[0], rows[1] | {"response_tokens": []}])
     with pytest.raises(InputError, match="3-wrong was gone with its node"):
         rollouts_of(run, 4)
+    write_rollouts(run, 5, [{name: value for name, value in rows[0].items() if name != "worker"}])
+    with pytest.raises(InputError, match="cannot be read as a step's rollouts .KeyError"):
+        rollouts_of(run, 5)
+    (run / "rollouts" / "step-copy.parquet").touch()
+    assert logged_steps(run) == [3, 4, 5]
 
 
 def metrics(truncated: float, steps: int = 12, **more: float) -> dict[int, dict[str, float]]:
@@ -153,6 +223,15 @@ def test_the_way_that_counts_is_that_on_which_the_run_is_now(tmp_path: Path) -> 
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 2, "evaluation/x": 1}\n{"step": 3, "learn')
     found = metrics_of(tmp_path)
     assert {step: values["learner/loss"] for step, values in found.items()} == {1: 1.0, 2: 2.5}
+
+
+def test_what_was_measured_at_many_steps_is_read_at_once(tmp_path: Path) -> None:
+    """The bug: all steps before were copied for each; twice as many took four times as long."""
+    line = '{{"step": {}, "learner/trained_tokens": 1}}\n'
+    (tmp_path / "metrics.jsonl").write_text("".join(map(line.format, range(1, 20_001))))
+    began = time.process_time()
+    assert len(metrics_of(tmp_path)) == 20_000
+    assert time.process_time() - began < 2
 
 
 def test_the_viewer_gets_every_token_s_signals(tmp_path: Path) -> None:
