@@ -164,7 +164,8 @@ FACTS = SimpleNamespace(
 
 
 def report(step: int, tokens: int, evaluation: object = None) -> StepReport:
-    meta = SimpleNamespace(source="student", num_prompt_tokens=10, num_response_tokens=tokens)
+    count = {"num_response_tokens": tokens, "num_trained_tokens": tokens}
+    meta = SimpleNamespace(source="student", num_prompt_tokens=10, **count)
     entry = SimpleNamespace(meta=meta)
     return StepReport(step, [entry], {}, evaluation)
 
