@@ -38,7 +38,7 @@ class Student:
         self.module = ResponseModel(model, packing=config.learner.packing)
         own = self.adapters.weights() if self.adapters else model.named_parameters()
         self.parameters = dict(own)
-        self.steps, self._position = 0, 0
+        self._position = 0
         self._optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=config.learner.lr,

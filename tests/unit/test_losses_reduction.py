@@ -50,6 +50,13 @@ def test_no_tokens_weigh_nothing() -> None:
     assert position_weights(torch.zeros(0), nothing, 1.5).shape == lowest(torch.zeros(0), nothing, 0.5).shape == (0,)
 
 
+def test_behind_a_token_that_the_teacher_rules_out_positions_weigh_1_and_others_what_they_did() -> None:
+    """The bug: one infinite log-ratio made every weight of the batch no number, and the step was skipped."""
+    disagreement, lengths = torch.tensor([1.0, torch.inf, 1.0, 2.0, 2.0]), torch.tensor([3, 2])
+    weights = position_weights(disagreement, lengths, 1.5)
+    torch.testing.assert_close(weights, torch.tensor([1.5, 1.5, 1.0, 1.5, 1.25]), atol=1e-3, rtol=0)
+
+
 def test_weights_of_positions_fall_as_disagreement_adds_up() -> None:
     """Rollouts of disagreements 1 3 0 4 | none | 2, by hand: g_t = 1 + .5 (1 − what went before / all)."""
     disagreement, lengths = torch.tensor([1.0, 3.0, 0.0, 4.0, 0.0, 0.0, 2.0]), torch.tensor([4, 2, 1])

@@ -22,6 +22,9 @@ from opd_ray.repetition import REPETITIVE_NGRAM, SHORTEST_TAIL
 _SHORTEST = SHORTEST_TAIL - REPETITIVE_NGRAM + 1
 """Tokens of a tail at least: of a passage of SHORTEST_TAIL tokens, the first n-gram's end is the first that repeats."""
 
+_MOST_NATS = 1e4
+"""Of a token's disagreement: as good as infinite beside others, and sums of it keep those apart."""
+
 
 def token_weights(
     response_lengths: torch.Tensor, count: Count, reduction: Literal["token", "sequence", "sum"]
@@ -45,10 +48,11 @@ def position_weights(disagreement: torch.Tensor, lengths: torch.Tensor, first: f
         g_t = 1 + (first − 1)(1 − F_{t−1}),   F_{t−1} = Σ_{u < t} d_u / Σ_u d_u
 
     with d = |log π_T − log μ| of the sampled tokens, ``disagreement`` [N] (IW-OPD, arXiv 2606.22600, as the authors'
-    code has it, where π is the student that sampled, too; first = 1.5). Without any disagreement all have ``first``.
+    code has it, where π is the student that sampled, too; first = 1.5). Without any disagreement all have ``first``;
+    behind a token that the teacher rules out, d = ∞, all have 1.
     """
     rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-    d = disagreement.double()
+    d = disagreement.double().clamp(max=_MOST_NATS)
     total = d.new_zeros(len(lengths)).index_add(0, rows, d)
     before = d.cumsum(0) - d - (total.cumsum(0) - total)[rows]
     return (1 + (first - 1) * (1 - before / total.clamp(min=1e-8)[rows]).clamp(0, 1)).float()
