@@ -69,7 +69,8 @@ def main(seeds: str, arms: str, study: Path, directory: Path, tune: bool, overri
 
 
 def _tune(read: Study, seeds: str, directory: Path, say: Callable[[str], None]) -> None:
-    """Every arm at every rate on the tuning seeds, and the file of what was chosen."""
+    """Every arm at every rate on the tuning seeds, beyond them while the best is at the edge, and the file of what was
+    chosen."""
     from opd_ray.study.study import run_study
 
     tuning = read.tuning
@@ -79,8 +80,12 @@ def _tune(read: Study, seeds: str, directory: Path, say: Callable[[str], None]) 
         raise InputError(
             f"--tune --seeds {seeds}: the study's tuning seeds are {list(tuning.seeds)}; leave --seeds out"
         )
-    run_study(tuning.arms(read.arms), tuning.seeds, directory, say)
-    for name, choice in tuning.choose(read.arms, directory).items():
+    todo = tuning.arms(read.arms)
+    while todo:
+        run_study(todo, tuning.seeds, directory, say)
+        found = tuning.choose(read.arms, directory)
+        todo = tuning.beyond(read.arms, found)
+    for name, choice in found.items():
         edge = ", at the edge of the rates: one beyond may be better" if tuning.at_the_edge(choice) else ""
         say(f"{name}: {choice['lr']:g} of {choice['accuracies']}{edge}")
     say(f"chosen: {tuning.chosen}")

@@ -23,6 +23,8 @@ from opd_ray.errors import InputError
 from opd_ray.study.arms import Arm
 
 RULE = "the rate with the highest mean sampled accuracy after the last step over the tuning seeds; of equals the lowest"
+BEYOND = 2
+"""So often the best rate, where it is the lowest or the highest of those tried, is halved or doubled and tried too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,22 @@ class Tuning:
             )
         return [self.at(arm, rate) for arm in arms for rate in self.rates]
 
+    def beyond(self, arms: Sequence[Arm], found: Mapping[str, Mapping[str, Any]]) -> list[Arm]:
+        """Each of ``arms`` whose rate in ``found`` (of :meth:`choose`) is at the edge, at the next rate there."""
+        further = self._in_reach()
+        at_edge = [(arm, found[arm.name]) for arm in arms if self.at_the_edge(found[arm.name])]
+        return [
+            self.at(arm, further[place])
+            for arm, choice in at_edge
+            for place in [further.index(choice["lr"]) + (1 if choice["lr"] == max(_tried(choice)) else -1)]
+            if 0 <= place < len(further)
+        ]
+
+    def _in_reach(self) -> list[float]:
+        """The rates, and those beyond their edges that may be tried; from the lowest to the highest."""
+        lower = [float(f"{self.rates[0] / 2**times:g}") for times in range(BEYOND, 0, -1)]
+        return [*lower, *self.rates, *(float(f"{self.rates[-1] * 2**times:g}") for times in range(1, BEYOND + 1))]
+
     @staticmethod
     def at(arm: Arm, rate: float) -> Arm:
         raw = OmegaConf.to_container(OmegaConf.merge(dict(arm.raw), {"learner": {"lr": rate}}))
@@ -58,18 +76,25 @@ class Tuning:
         return found
 
     def _choice(self, arm: Arm, directory: Path) -> dict[str, Any]:
-        each = {rate: [_accuracy(self.at(arm, rate), directory, seed) for seed in self.seeds] for rate in self.rates}
-        best = max(self.rates, key=lambda rate: (fmean(each[rate]), -rate))
+        each = {rate: self._accuracies(arm, rate, directory) for rate in self._in_reach()}
+        each = {rate: values for rate, values in each.items() if values or rate in self.rates}
+        best = max(each, key=lambda rate: (fmean(each[rate]), -rate))
         accuracies = {f"{rate:g}": [round(value, 4) for value in values] for rate, values in each.items()}
         return {"lr": best, "seeds": list(self.seeds), "settings": _digest(arm.raw), "accuracies": accuracies}
+
+    def _accuracies(self, arm: Arm, rate: float, directory: Path) -> list[float]:
+        """Held out, sampled, after the last step, of each tuning seed; none where one of them has not run."""
+        summaries = [self.at(arm, rate).summary(directory, seed) for seed in self.seeds]
+        return [each["eval_after"]["accuracy_sampled"] for each in summaries if each] if all(summaries) else []
 
     def chosen_rates(self) -> dict[str, float]:
         """Of every arm that one was chosen for; none where there is no file yet. Raises InputError."""
         return {name: choice["lr"] for name, choice in self._read().items()}
 
-    def at_the_edge(self, choice: Mapping[str, Any]) -> bool:
+    @staticmethod
+    def at_the_edge(choice: Mapping[str, Any]) -> bool:
         """Is the chosen rate the lowest or the highest that was tried, so that one beyond may be better?"""
-        return choice["lr"] in (self.rates[0], self.rates[-1])
+        return choice["lr"] in (min(_tried(choice)), max(_tried(choice)))
 
     def looked_at(self) -> set[int]:
         """The seeds that rates are chosen on, and those that the rates in the file were, which may be others."""
@@ -101,6 +126,5 @@ def _digest(raw: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**raw, "learner": learner}, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _accuracy(arm: Arm, directory: Path, seed: int) -> float:
-    """Held out, sampled, after the last step."""
-    return arm.summary(directory, seed)["eval_after"]["accuracy_sampled"]
+def _tried(choice: Mapping[str, Any]) -> list[float]:
+    return [float(rate) for rate in choice["accuracies"]]

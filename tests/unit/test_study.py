@@ -135,6 +135,32 @@ def test_a_rate_at_the_edge_of_those_tried_is_told(tuned, tmp_path):
     }
 
 
+def test_beyond_an_edge_that_is_best_the_next_rates_are_tried_twice_and_no_further(tuned, tmp_path):
+    accuracies = {"a": [(0.2, 0.2), (0.5, 0.5), (0.3, 0.3)], "b": [(0.3, 0.3), (0.4, 0.4), (0.5, 0.5)]}
+    found = tune(tuned, tmp_path / "runs", accuracies)
+    study = read_study(tuned, tuned=False)
+    tried = []
+    for accuracy in (0.6, 0.7):
+        [arm] = study.tuning.beyond(study.arms, found)
+        tried.append(arm.config(100).learner.lr)
+        finish(tmp_path / "runs", arm, 100, accuracy)
+        assert study.tuning.choose(study.arms, tmp_path / "runs")["b"]["lr"] == max([0.004, *tried[:-1]]), "half tried"
+        finish(tmp_path / "runs", arm, 101, accuracy)
+        found = study.tuning.choose(study.arms, tmp_path / "runs")
+        assert found["b"]["lr"] == tried[-1]
+    assert tried == [0.008, 0.016] and study.tuning.at_the_edge(found["b"])
+    assert study.tuning.beyond(study.arms, found) == []
+
+    (tmp_path / "rates.yaml").unlink()
+    low = tune(tuned, tmp_path / "others", {"a": [(0.5, 0.5), (0.2, 0.2), (0.3, 0.3)]})
+    [arm] = study.tuning.beyond(study.arms[:1], low)
+    assert arm.config(100).learner.lr == 0.0005
+    for seed in (100, 101):
+        finish(tmp_path / "others", arm, seed, 0.4)
+    low = study.tuning.choose(study.arms[:1], tmp_path / "others")
+    assert low["a"]["lr"] == 0.001 and study.tuning.beyond(study.arms[:1], low) == []
+
+
 def test_tuning_is_a_study_of_each_arm_at_each_rate_that_goes_on_where_it_stopped(tuned, tmp_path):
     study, said = read_study(tuned, tuned=False), []
     arms = study.tuning.arms(study.arms)
