@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ def rules() -> list[dict]:
     return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 
 
+@functools.cache
 def queries() -> dict[str, str]:
     """PromQL by where it stands."""
     asked = {f"panel {panel['title']}, {t['refId']}": t["expr"] for panel in panels() for t in panel.get("targets", [])}

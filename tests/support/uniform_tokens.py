@@ -32,18 +32,19 @@ class UniformTokens:
         self._max_context_tokens = max_context_tokens
         self._requests: dict[str, tuple[GenerationRequest, int]] = {}
         self._versions: dict[str, list[int]] = {}
+        self._tokens: dict[str, list[int]] = {}
 
     def submit(self, request: GenerationRequest) -> None:
         self._requests[request.request_id] = (request, response_budget(request, self._max_context_tokens))
-        self._versions[request.request_id] = []
+        self._versions[request.request_id], self._tokens[request.request_id] = [], []
 
     def step(self) -> list[Finished]:
         finished = []
         for request_id in list(self._requests)[: self._max_num_seqs]:
-            versions = self._versions[request_id]
+            versions, tokens = self._versions[request_id], self._tokens[request_id]
             versions.append(self.weight_version)
             request, budget = self._requests[request_id]
-            tokens = [self._token(request, position) for position in range(len(versions))]
+            tokens.append(self._token(request, len(tokens)))
             if reason := self._reason(request, tokens, budget):
                 finished.append(self._finish(request, tokens, versions, reason))
                 self.abort([request_id])
@@ -53,6 +54,7 @@ class UniformTokens:
         for request_id in request_ids:
             self._requests.pop(request_id, None)
             self._versions.pop(request_id, None)
+            self._tokens.pop(request_id, None)
 
     def connect(self, group: TransferGroup) -> None:
         self.connected.append(group)
@@ -64,6 +66,7 @@ class UniformTokens:
         self.weight_version = self.received
         if unfinished == "restart":
             self._versions = {request_id: [] for request_id in self._versions}
+            self._tokens = {request_id: [] for request_id in self._tokens}
 
     def _token(self, request: GenerationRequest, position: int) -> int:
         return random.Random(f"{request.seed}/{position}").randrange(VOCAB_SIZE)

@@ -15,6 +15,7 @@ from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.data.golden import is_privileged
 from opd_ray.data.rows import read_golden, read_prompts
+from opd_ray.embedded import prepare as embedded
 from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
@@ -78,15 +79,20 @@ def leaves(raw: Any, prefix: str = "") -> Iterator[str]:
         yield from leaves(value, f"{prefix}.{name}" if prefix else name)
 
 
-@pytest.fixture
-def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Embedded models and data without building a student: the shipped teacher and small files stand in."""
-    from opd_ray.embedded import prepare as embedded
-
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped teacher in the student's place, and small files."""
+    directory = tmp_path_factory.mktemp("embedded")
     for name, problems in embedded.problem_sets(0).items():
-        embedded.write_rows(tmp_path / f"{name}.jsonl", problems[:64], with_solutions=name == "golden")
-    (tmp_path / "student").symlink_to(TEACHER_DIR)
-    monkeypatch.setattr(embedded, "prepare", lambda seed: tmp_path)
+        embedded.write_rows(directory / f"{name}.jsonl", problems[:64], with_solutions=name == "golden")
+    (directory / "student").symlink_to(TEACHER_DIR)
+    return directory
+
+
+@pytest.fixture
+def prepared(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embedded models and data without building a student."""
+    monkeypatch.setattr(embedded, "prepare", lambda seed: few)
 
 
 @pytest.mark.parametrize("name", RECIPES)
