@@ -178,6 +178,7 @@ def _put_points(kill: _Kill) -> None:
 def serve() -> None:
     """Forks a driver for every line of stdin, and says its pid and then its exit status; one driver at a time."""
     # What drivers import on their way, once for all of them: transformers alone takes three seconds.
+    from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     from transformers import AutoConfig, AutoTokenizer  # noqa: F401
 
     from opd_ray import __main__, report  # noqa: F401
