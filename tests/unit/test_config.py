@@ -318,6 +318,8 @@ def test_an_engine_on_a_fraction_of_a_gpu_takes_that_fraction_of_its_share() -> 
             ["learner.gpus_per_rank=1", "rollout.gpus_per_generator=1", "reference.update=average"],
             "reference.update=average joins the broadcast",
         ),
+        (["student=[1]"], "student: Input should be a dictionary"),  # was a traceback of OmegaConf's
+        (["rollout=???"], "rollout: Input should be a dictionary"),  # its word for what is missing was no value at all
     ],
 )
 def test_impossible_values_are_refused_in_one_line(overrides: list[str], message: str) -> None:
