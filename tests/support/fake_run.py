@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import gc
 import inspect
 import json
 import os
@@ -177,13 +178,22 @@ def _put_points(kill: _Kill) -> None:
 
 def serve() -> None:
     """Forks a driver for every line of stdin, and says its pid and then its exit status; one driver at a time."""
-    # What drivers import on their way, once for all of them: transformers alone takes three seconds.
+    # What drivers import and build on their way, once for all of them: transformers alone takes three seconds.
+    import pyarrow.dataset
+    import ray._private.grpc_utils
+    import ray.dag  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     from transformers import AutoConfig, AutoTokenizer  # noqa: F401
 
     from opd_ray import __main__, report  # noqa: F401
+    from opd_ray.embedded.prepare import TEACHER_DIR
+    from opd_ray.models.weights import check_weights
     from opd_ray.run import driver, train  # noqa: F401
 
+    check_weights("teacher.path", str(TEACHER_DIR), quantised=False)
+    pyarrow.array([0])  # at the first one pandas is imported, where it is installed
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         order = json.loads(line)
         pid = os.fork()

@@ -35,6 +35,7 @@ from typing import Any
 MODULES = (
     *("deepspeed", "transformers.models.qwen3.modeling_qwen3", "transformers.generation"),
     *("opd_ray.learn.objective", "opd_ray.score.torch"),
+    *("jsonschema", "pyarrow.parquet", "rich.progress"),  # of ray and of what needs it
 )
 VLLM_MODULES = (
     *("vllm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen3"),
