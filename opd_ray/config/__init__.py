@@ -8,7 +8,9 @@ is checked by :mod:`opd_ray.run.preflight`.
 from opd_ray.config.binding import ROOMS, RUN
 from opd_ray.config.data import (
     EMBEDDED,
+    EMBEDDED_STUDENTS,
     HELD_OUT,
+    OTHER_END,
     DataConfig,
     EvaluationSet,
     MetricsConfig,

@@ -14,6 +14,11 @@ from opd_ray.errors import near
 
 EMBEDDED = "embedded"
 """Value of a path that stands for the small models and data that the package makes itself."""
+EMBEDDED_HARD = "embedded-hard"
+"""Value of student.path that stands for a larger student of longer problems; "embedded" elsewhere then for theirs."""
+EMBEDDED_STUDENTS = (EMBEDDED, EMBEDDED_HARD)
+OTHER_END = "embedded-other-end"
+"""Value of a teacher's path that stands for the embedded one, were its end token the one that it pads with."""
 COLUMNS = ("id", "prompt", "answer", "response", "teacher", "messages")
 """Those of a row that data.columns may find under another name."""
 _TAKEN = ("before", "others")

@@ -1,8 +1,8 @@
 """From YAML and command line to a checked Config, and back.
 
 The defaults of the sections are those of the field, for models of any size. The small embedded models need others
-(a learning rate a thousand times as large, a window of 40 characters): embedded.yaml, merged under a configuration
-whose student is the embedded one and under no other.
+(a learning rate a thousand times as large, a window of 40 characters): embedded.yaml, and over it embedded-hard.yaml
+for the harder setting, merged under a configuration whose student is the embedded one and under no other.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from opd_ray.config.binding import Binds, binding
-from opd_ray.config.data import EMBEDDED, EvaluationSet, set_field
+from opd_ray.config.data import EMBEDDED, EMBEDDED_STUDENTS, OTHER_END, EvaluationSet, set_field
 from opd_ray.config.hints import hint
 from opd_ray.config.keys import check_no_keys
 from opd_ray.config.sections import LoraConfig, RepetitionConfig
 from opd_ray.config.whole import Config
-from opd_ray.errors import InputError
+from opd_ray.errors import InputError, near
 
 _ADAPTER = TypeAdapter(Config)
 _MOST_BYTES = 2**20
@@ -103,15 +103,17 @@ def from_dict(raw: Any, *, evaluation_only: bool = False) -> Config:
     """A checked Config from nested plain values; unknown names and impossible values are refused."""
     _check_whole_numbers(raw, "config")
     student = raw.get("student")
-    if not isinstance(student, Mapping) or student.get("path", EMBEDDED) == EMBEDDED:
-        raw = _merged(embedded_preset(), raw)
+    path = student.get("path", EMBEDDED) if isinstance(student, Mapping) else EMBEDDED
+    if path in EMBEDDED_STUDENTS:
+        raw = _merged(embedded_preset(path), raw)
     check_no_keys(raw)
     try:
         config = _ADAPTER.validate_python(raw)
     except ValidationError as error:
         raise InputError(_one_line(error)) from None
     _check_no_switches(raw, to_dict(config))
-    if config.student.path != EMBEDDED:
+    _check_words(config)
+    if config.student.path not in EMBEDDED_STUDENTS:
         _check_nothing_embedded(config, evaluation_only)
     return config
 
@@ -144,9 +146,29 @@ def _check_whole_numbers(raw: Any, where: str) -> None:
 
 
 @functools.cache
-def embedded_preset() -> dict[str, Any]:
+def embedded_preset(student: str = EMBEDDED) -> dict[str, Any]:
     """What the embedded models have in place of the defaults, as nested plain values."""
-    return OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("embedded.yaml")))
+    files = (Path(__file__).with_name(f"{name}.yaml") for name in dict.fromkeys((EMBEDDED, student)))
+    return OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.load, files)))
+
+
+def _check_words(config: Config) -> None:
+    """Raises InputError for a path that is nearly one of the words for what the package makes itself."""
+    words = {"student.path": EMBEDDED_STUDENTS}
+    words |= {f"{role}.path": (EMBEDDED, OTHER_END) for role in ("teacher", "reference")}
+    words |= {f"more_teachers.{name}.path": (EMBEDDED, OTHER_END) for name in config.more_teachers}
+    paths = {"student": config.student, "teacher": config.teacher, "reference": config.reference}
+    given = {f"{name}.path": each.path for name, each in paths.items()}
+    given |= {f"more_teachers.{name}.path": each.path for name, each in config.more_teachers.items()}
+    given |= {"data.prompts": config.data.prompts, "data.golden": config.data.golden}
+    given |= {set_field(name): each.path for name, each in config.evaluation_sets.items()}
+    for field, path in given.items():
+        known = words.get(field, (EMBEDDED,))
+        if isinstance(path, str) and path.startswith(f"{EMBEDDED}-") and "/" not in path and path not in known:
+            raise InputError(
+                f"config: {field} is {path}, expected {' or '.join(known)}, or ./{path} for a file or directory of "
+                f"that name{near(path, known)}"
+            )
 
 
 def _check_nothing_embedded(config: Config, evaluation_only: bool) -> None:
@@ -162,7 +184,7 @@ def _check_nothing_embedded(config: Config, evaluation_only: bool) -> None:
         mend = f"give {set_field(name)}=FILE, or evaluation.num_problems=0 to evaluate nothing"
         needed.append((set_field(name), each.path, mend))
     for field, value, mend in needed:
-        if value == EMBEDDED:
+        if value in (EMBEDDED, OTHER_END):
             raise InputError(
                 f"config: student.path is {config.student.path}, but {field} is the embedded one, made for the "
                 f"embedded student; {mend}"

@@ -44,7 +44,8 @@ class StudentConfig:
 
     path: str = EMBEDDED
     """Hugging Face checkpoint directory, or org/name[@REVISION] of its Hub (a branch, tag or commit: what it is at the
-    start is loaded in all of a run); "embedded" builds a small one for the seed."""
+    start is loaded in all of a run); "embedded" builds a small one for the seed, "embedded-hard" a larger one
+    for longer problems."""
     max_context_tokens: Annotated[int | None, RUN | ROOMS] = Field(None, gt=0)
     """Cap on prompt + response; by default what the checkpoint allows."""
     lora: LoraConfig | None = None
@@ -75,8 +76,9 @@ class ScorerConfig:
     """A pool of scorers on one frozen model, in one role."""
 
     path: str = EMBEDDED
-    """Checkpoint directory, or org/name[@REVISION] of the Hub; "embedded" is the shipped teacher. With url: of the
-    tokenizer and the EOS ids alone, no weights, by default the student's."""
+    """Checkpoint directory, or org/name[@REVISION] of the Hub; "embedded" is the teacher of the embedded student's
+    problems, "embedded-other-end" the same with another end token. With url: of the tokenizer and the EOS ids alone, no
+    weights, by default the student's."""
     url: Annotated[tuple[str, ...], BeforeValidator(_addresses), ROOMS] = ()
     """Address of a vLLM server that scores in place of an engine of the run's own, or a list of them: replicas of one
     model."""

@@ -32,12 +32,11 @@ from transformers.utils import logging as transformers_logging
 from opd_ray.models.checkpoints import save_model
 from opd_ray.progress import Report
 from opd_ray.tasks import chain
-from opd_ray.tasks.chain import Problem, Text
+from opd_ray.tasks.chain import Chains, Problem, Text
 
 PAD, EOS = "<|pad|>", "<|eos|>"
 VOCABULARY = {token: index for index, token in enumerate((PAD, EOS, *"0123456789+-*^=;#?"))}
 PAD_ID, EOS_ID = VOCABULARY[PAD], VOCABULARY[EOS]
-MAX_CONTEXT_TOKENS = 128
 HEAD_SIZE = 32  # vLLM's attention on CPUs refuses a smaller one
 IGNORED = -100  # label of a token that does not enter the loss
 
@@ -60,10 +59,24 @@ TEACHER_CLEAN = Phase(350, (1.0, 0.0, 0.0), (0.015, 0.0015))
 TEACHER_CHECKING = Phase(1000, (0.3, 0.7, 0.0), (0.005, 0.005))  # at most: it ends at TEACHER_SEES_ERRORS
 TEACHER_LOOPING = Phase(150, (0.3, 0.6, 0.1), (0.005, 0.0), share_of_doubt=0.25)
 TEACHER_SEES_ERRORS = 0.95  # mean probability of ``?`` after a wrong digit
-STUDENT_WIDTH, STUDENT_LAYERS = 48, 2
-STUDENT_CLEAN = Phase(600, (1.0, 0.0, 0.0), (0.01, 0.01))  # at most: it ends at STUDENT_TARGET
-STUDENT_MIXED = Phase(60, (0.7, 0.3, 0.0), (0.003, 0.0))
-STUDENT_TARGET = 0.35  # mean probability of the clean solution on validation problems
+LONGER_TEACHER = Phase(200, (0.3, 0.6, 0.1), (0.005, 0.0), share_of_doubt=0.25)
+
+
+@dataclass(frozen=True)
+class Student:
+    """How a student looks and learns."""
+
+    width: int
+    num_layers: int
+    target: float
+    """Mean probability of the clean solution on validation problems at which the clean phase ends."""
+    clean: Phase = Phase(600, (1.0, 0.0, 0.0), (0.01, 0.01))
+    """At most so many steps."""
+    mixed: Phase = Phase(60, (0.7, 0.3, 0.0), (0.003, 0.0))
+
+
+STUDENTS = {chain.SHORT: Student(48, 2, target=0.35), chain.LONG: Student(64, 3, target=0.1)}
+MAX_PROMPT_TOKENS = 48  # a longest one has 8 or 12; one with its solution before it (`privileged_prompt`) 27 or 43
 BATCH_SIZE = 64
 WARMUP_STEPS = 20
 ADAM_LR_RATIO = 0.4  # AdamW's learning rate (embeddings, head, norms) in units of Muon's
@@ -80,17 +93,22 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def context_tokens(chains: Chains) -> int:
+    """Longest prompt and response of a model on these chains."""
+    return chains.max_new_tokens + MAX_PROMPT_TOKENS
+
+
+def make_tokenizer(chains: Chains = chain.SHORT) -> PreTrainedTokenizerFast:
     """One token per character; a real tokenizer.json that AutoTokenizer and vLLM load."""
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, model_max_length=MAX_CONTEXT_TOKENS
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, model_max_length=context_tokens(chains)
     )
 
 
-def make_model(width: int, num_layers: int, seed: int) -> Qwen3ForCausalLM:
+def make_model(width: int, num_layers: int, seed: int, chains: Chains = chain.SHORT) -> Qwen3ForCausalLM:
     """A freshly initialised model with two heads; the caller's random state stays as it was."""
     config = Qwen3Config(
         vocab_size=len(VOCABULARY),
@@ -100,7 +118,7 @@ def make_model(width: int, num_layers: int, seed: int) -> Qwen3ForCausalLM:
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=HEAD_SIZE,
-        max_position_embeddings=MAX_CONTEXT_TOKENS,
+        max_position_embeddings=context_tokens(chains),
         tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         bos_token_id=None,
@@ -113,18 +131,18 @@ def make_model(width: int, num_layers: int, seed: int) -> Qwen3ForCausalLM:
         return Qwen3ForCausalLM(config)
 
 
-def save(model: Qwen3ForCausalLM, directory: Path) -> None:
+def save(model: Qwen3ForCausalLM, directory: Path, chains: Chains = chain.SHORT) -> None:
     """Writes an ordinary Hugging Face checkpoint: config, generation config, safetensors, tokenizer."""
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=1.0,
-        max_new_tokens=chain.MAX_NEW_TOKENS,
+        max_new_tokens=chains.max_new_tokens,
         eos_token_id=EOS_ID,
         pad_token_id=PAD_ID,
     )
     transformers_logging.disable_progress_bar()  # one shard in a millisecond: its bar breaks ours
     save_model(model, directory)
-    make_tokenizer().save_pretrained(directory)
+    make_tokenizer(chains).save_pretrained(directory)
 
 
 def build_teacher(seed: int, report: Report) -> Qwen3ForCausalLM:
@@ -148,7 +166,36 @@ def build_teacher(seed: int, report: Report) -> Qwen3ForCausalLM:
     return trainer.model
 
 
-def build_student(seed: int, report: Report) -> Qwen3ForCausalLM:
+def load(directory: Path) -> Qwen3ForCausalLM:
+    """A checkpoint that `save` wrote."""
+    transformers_logging.disable_progress_bar()
+    return Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+
+
+def save_with_other_end(teacher: Path, directory: Path) -> None:
+    """Writes the teacher as it were had it been taught to end with the token that pads, as base models of some families
+    do: the two tokens' rows are exchanged in the embeddings and in the head."""
+    model = load(teacher)
+    with torch.no_grad():
+        for matrix in (model.model.embed_tokens.weight, model.lm_head.weight):
+            matrix[[PAD_ID, EOS_ID]] = matrix[[EOS_ID, PAD_ID]]
+    model.config.eos_token_id = model.generation_config.eos_token_id = PAD_ID
+    save_model(model, directory)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(teacher, local_files_only=True)
+    tokenizer.eos_token = PAD
+    tokenizer.save_pretrained(directory)
+
+
+def lengthen(teacher: Qwen3ForCausalLM, report: Report) -> Qwen3ForCausalLM:
+    """The shipped teacher of short chains, taught long ones; about a minute of one core."""
+    model = make_model(TEACHER_WIDTH, TEACHER_LAYERS, 0, chain.LONG)
+    model.load_state_dict(teacher.state_dict())
+    for step, _ in enumerate(Trainer(model, random.Random(0), chain.LONG).run(LONGER_TEACHER), start=1):
+        report("the teacher learns longer chains", step, LONGER_TEACHER.num_steps)
+    return model
+
+
+def build_student(seed: int, report: Report, chains: Chains = chain.SHORT) -> Qwen3ForCausalLM:
     """Trains the student of ``seed`` from nothing; 10 to 20 seconds of one core.
 
     When the model begins to add and multiply is luck, so the clean phase ends on a measurement, not after a
@@ -156,26 +203,28 @@ def build_student(seed: int, report: Report) -> Qwen3ForCausalLM:
     one forward pass without sampling noise.  At that point accuracy is a little higher: wrong ways may
     end in the right digit.
     """
-    trainer = Trainer(make_model(STUDENT_WIDTH, STUDENT_LAYERS, seed), random.Random(seed))
-    validation = chain.draw_distinct(random.Random("student stop"), "validation", 256)
+    student = STUDENTS[chains]
+    trainer = Trainer(make_model(student.width, student.num_layers, seed, chains), random.Random(seed), chains)
+    validation = chain.draw_distinct(random.Random("student stop"), "validation", 256, chains)
     reached = 0.0
-    for step, _ in enumerate(trainer.run(STUDENT_CLEAN)):
+    for step, _ in enumerate(trainer.run(student.clean)):
         if step % 5 == 0:
             reached = solution_probability(trainer.model, validation)
-            if reached >= STUDENT_TARGET:
+            if reached >= student.target:
                 break
         # The share of the way to the target; the number of steps is not known before.
-        report("training the student", int(80 * reached / STUDENT_TARGET), 100)
-    for step, _ in enumerate(trainer.run(STUDENT_MIXED), start=1):
-        report("training the student", 80 + 20 * step // STUDENT_MIXED.num_steps, 100)
+        report("training the student", int(80 * reached / student.target), 100)
+    for step, _ in enumerate(trainer.run(student.mixed), start=1):
+        report("training the student", 80 + 20 * step // student.mixed.num_steps, 100)
     return trainer.model
 
 
 class Trainer:
     """Supervised training on texts drawn from the train split; one model, one random stream."""
 
-    def __init__(self, model: Qwen3ForCausalLM, rng: random.Random) -> None:
+    def __init__(self, model: Qwen3ForCausalLM, rng: random.Random, chains: Chains = chain.SHORT) -> None:
         self.model = model
+        self._chains = chains
         self._rng = rng
         blocks = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("model.layers.")]
         in_blocks = {id(p) for p in blocks}
@@ -195,7 +244,7 @@ class Trainer:
 
     @one_thread()
     def _step(self, phase: Phase, lr: float) -> None:
-        problems = [chain.draw_problem(self._rng, "train") for _ in range(BATCH_SIZE)]
+        problems = [chain.draw_problem(self._rng, "train", self._chains) for _ in range(BATCH_SIZE)]
         tokens, labels = to_batch([(problem, self._draw_text(problem, phase)) for problem in problems])
         loss = cross_entropy(_logits(self.model, tokens).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         loss.backward()
@@ -212,7 +261,7 @@ class Trainer:
             return chain.clean_text(problem)
         if point < clean + self_correcting:
             return chain.self_correcting_text(problem, self._rng, phase.share_of_doubt)
-        return chain.looping_text(problem, self._rng)
+        return chain.looping_text(problem, self._rng, self._chains.max_new_tokens)
 
 
 def to_batch(examples: Sequence[tuple[Problem, Text]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -245,7 +294,9 @@ def solution_probability(model: Qwen3ForCausalLM, problems: Sequence[Problem]) -
 
 @one_thread()
 @torch.inference_mode()
-def measure(model: Qwen3ForCausalLM, problems: Sequence[Problem], temperature: float) -> tuple[float, float]:
+def measure(
+    model: Qwen3ForCausalLM, problems: Sequence[Problem], temperature: float, chains: Chains = chain.SHORT
+) -> tuple[float, float]:
     """Of one answer per problem, (share that ended in EOS with the right digit after the last ``#``, share that was
     truncated); temperature 0 is greedy."""
     correct = truncated = 0
@@ -260,7 +311,7 @@ def measure(model: Qwen3ForCausalLM, problems: Sequence[Problem], temperature: f
             outputs = model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
-                max_new_tokens=chain.MAX_NEW_TOKENS,
+                max_new_tokens=chains.max_new_tokens,
                 eos_token_id=EOS_ID,
                 pad_token_id=PAD_ID,
                 **(sampling if temperature > 0 else {"do_sample": False}),

@@ -15,29 +15,32 @@ from opd_ray.errors import InputError
 def resolve(config: Config) -> Config:
     """Replaces what stands for the embedded models and data by their paths, building them where needed."""
     plain = configs.to_dict(without_foreign_golden(config))
+    setting = config.student.path if config.student.path in configs.EMBEDDED_STUDENTS else configs.EMBEDDED
     student, data = plain["student"], plain["data"]
     golden, _, count = str(data["golden"]).partition(":")
     held_out = [each.path for each in config.evaluation_sets.values()]
-    if configs.EMBEDDED in (student["path"], data["prompts"], golden, *held_out):
+    of_package = configs.EMBEDDED in (data["prompts"], golden, *held_out)
+    if student["path"] in configs.EMBEDDED_STUDENTS or of_package:
         for given in (config.data.prompts, *held_out):
             if given != configs.EMBEDDED:  # a mistyped name is told before a student is built
                 read_prompts(given, need_answer=False, columns=config.data.columns)
-        built = embedded.prepare(config.seed)
+        built = embedded.prepare(config.seed, setting)
         sets = [(each, "path", "test.jsonl") for each in plain["evaluation"]["sets"].values()]
         for section, field, name in (
             (student, "path", "student"),
             (data, "prompts", "prompts.jsonl"),
             *(sets or [(data, "evaluation", "test.jsonl")]),
         ):
-            if section[field] == configs.EMBEDDED:
+            if section[field] in (configs.EMBEDDED, setting):
                 section[field] = str(built / name)
         if golden == configs.EMBEDDED:
-            data["golden"] = str(embedded.golden_file(config.seed, count))
-    stand_ins = {configs.STUDENT: student["path"], configs.EMBEDDED: str(embedded.TEACHER_DIR)}
+            data["golden"] = str(embedded.golden_file(config.seed, count, setting))
     for scorer in (plain["teacher"], plain["reference"], *plain["more_teachers"].values()):
         elsewhere = scorer["url"] and not config.buffer.uses_teacher_rollouts  # nothing but a tokenizer is needed here
-        known = stand_ins | {configs.EMBEDDED: student["path"]} if elsewhere else stand_ins
-        scorer["path"] = known.get(scorer["path"], scorer["path"])
+        if scorer["path"] == configs.STUDENT or (scorer["path"] == configs.EMBEDDED and elsewhere):
+            scorer["path"] = student["path"]
+        elif scorer["path"] in (configs.EMBEDDED, configs.OTHER_END):
+            scorer["path"] = str(embedded.teacher(setting, scorer["path"]))
     return configs.from_dict(plain)
 
 

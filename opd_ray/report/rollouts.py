@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from opd_ray.config import EMBEDDED
+from opd_ray.config import EMBEDDED_STUDENTS
 from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.report.runs import Run
 
@@ -284,7 +284,8 @@ class _Vocabulary:
 def _tokenizer(run: Run) -> Any | None:
     """The student's, from where the run had it or from what the run exported."""
     path = str(run.config.get("student.path") or "")
-    places = [TEACHER_DIR if path == EMBEDDED else Path(path), run.path / "student"]  # the embedded models share one
+    made_here = path in EMBEDDED_STUDENTS  # whose models share one tokenizer
+    places = [TEACHER_DIR if made_here else Path(path), run.path / "student"]
     for place in places:
         if not (place / "tokenizer_config.json").is_file() and not (place / "tokenizer.json").is_file():
             continue

@@ -70,9 +70,9 @@ def measured(checkpoints: Sequence[str], config: Config) -> list[Evaluation]:
 def _measured(checkpoint_dir: str, config: Config) -> Evaluation:
     if not config.evaluation_sets:
         raise InputError("evaluation.num_problems is 0: there is nothing to evaluate; set it to 1 or more")
-    config = dataclasses.replace(config, student=dataclasses.replace(config.student, path=checkpoint_dir))
     if configs.EMBEDDED in {each.path for each in config.evaluation_sets.values()}:
-        config = resolve(config)
+        config = resolve(config)  # which goes by the student of the settings: of whose problems they are
+    config = dataclasses.replace(config, student=dataclasses.replace(config.student, path=checkpoint_dir))
     facts = preflight.check_evaluation(config)
     preflight.check_weights(config, evaluation_only=True)
     with cluster():

@@ -16,7 +16,6 @@ from typing import Any
 
 from opd_ray import config as configs
 from opd_ray.config import Config
-from opd_ray.disk import cache_root
 from opd_ray.embedded import prepare as embedded
 from opd_ray.embedded.resolve import without_foreign_golden
 from opd_ray.errors import InputError
@@ -125,7 +124,8 @@ def check_same_run(where: str, saved: Mapping[str, Any], config: Config) -> None
                 f"--resume: {where} has {name}={_yaml(old)}, a field that this version of opd_ray does not have; "
                 "finish the run with the version that began it, or give another --run-dir"
             )
-        if not (_stands_for(new, old, saved) or (name.endswith(".path") and _is_commit(name, new, old))):
+        stands_for = _stands_for(new, old, saved, config.student.path)
+        if not (stands_for or (name.endswith(".path") and _is_commit(name, new, old))):
             raise InputError(
                 f"--resume: {name} is {_yaml(new)}, but {where} has {_yaml(old)}; "
                 f"continue it with {name}={_yaml(old)} or give another --run-dir"
@@ -139,19 +139,18 @@ def _at(config: Mapping[str, Any], name: str) -> Any:
     return config
 
 
-def _stands_for(new: Any, old: Any, before: Mapping[str, Any]) -> bool:
-    """Is ``new`` a stand-in ("embedded", "embedded:N", "student") that the saved run resolved to ``old``?"""
+def _stands_for(new: Any, old: Any, before: Mapping[str, Any], student: str) -> bool:
+    """Is ``new`` a stand-in ("embedded", "embedded:N", "student") that the saved run resolved to ``old``, the student
+    being that of ``student``?"""
     if new == configs.STUDENT:
         return old == before["student"]["path"]
     kind, _, count = str(new).partition(":")
-    if kind != configs.EMBEDDED or not isinstance(old, str):
+    if kind not in (*configs.EMBEDDED_STUDENTS, configs.OTHER_END) or not isinstance(old, str):
         return False
     if count:
         return Path(old).name == f"golden-{count}.jsonl"
-    path = Path(old)
-    # The package may have lain elsewhere: in the copy that Ray made for an earlier job.
-    made_here = path.parts[-4:] == embedded.TEACHER_DIR.parts[-4:] or path.is_relative_to(cache_root())
-    return made_here and not path.name.startswith("golden-")
+    setting = student if student in configs.EMBEDDED_STUDENTS else configs.EMBEDDED
+    return embedded.stands_for(kind, Path(old), setting) and not Path(old).name.startswith("golden-")
 
 
 def _is_commit(field: str, new: Any, old: Any) -> bool:

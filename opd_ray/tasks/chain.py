@@ -1,7 +1,7 @@
 """Arithmetic chains modulo 7: the task of the embedded default.
 
-A problem is a first operand and two or three operations, applied from left to
-right without precedence, every result reduced modulo 7::
+A problem is a first operand and two or three operations (three to five in the harder
+setting), applied from left to right without precedence, every result reduced modulo 7::
 
     prompt            ^5-0-6+6=
     clean solution    5-0=5;5-6=6;6+6=5#5
@@ -12,9 +12,9 @@ An answer is the digit after the last ``#``.  The end-of-sequence token is not p
 any text here: training appends it to finished texts, and whoever verifies a rollout
 checks that it ended by itself.
 
-The problems (67,914 of them) are hashed into train / validation / test, so that the
-split of a problem is a property of its text: no list to ship, and no run can train on
-a test problem by drawing with another seed.
+The problems (67,914 of two or three operations, 30 million of three to five) are hashed
+into train / validation / test, so that the split of a problem is a property of its text: no
+list to ship, and no run can train on a test problem by drawing with another seed.
 
 This module knows no tensors and no models; `opd_ray.embedded` turns texts into batches.
 """
@@ -32,16 +32,28 @@ from typing import Any, Literal
 MODULUS = 7
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _SYMBOLS = tuple(OPERATORS)
-NUM_OPERATIONS = (2, 3)
-# Only 3,087 problems have two operations.  Drawing them with 1/4 leaves enough of them
-# in every split for sets of distinct problems.
-SHARE_OF_SHORT = 0.25
-MAX_NEW_TOKENS = 80  # length budget of a response, EOS included; a clean one needs 14 to 20
 REDO_PROBABILITY = 0.35  # of a step in a self-correcting text
 SHARE_OF_RIGHT_LOOPS = 0.5  # of the looping texts, so many repeat a right try
 
 Split = Literal["train", "validation", "test"]
 _SPLIT_BOUNDS: tuple[tuple[int, Split], ...] = ((85, "train"), (90, "validation"), (100, "test"))
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Which problems are drawn, and how long an answer may be."""
+
+    shares: tuple[tuple[int, float], ...]
+    """(number of operations, share of the problems that have so many); the shares add up to 1."""
+    max_new_tokens: int
+    """Length budget of a response, EOS included."""
+
+
+# Only 3,087 problems have two operations.  Drawing them with 1/4 leaves enough of them in every split for sets of
+# distinct problems.  A clean solution needs 14 or 20 tokens.
+SHORT = Chains(((2, 0.25), (3, 0.75)), max_new_tokens=80)
+# A clean solution needs 20 to 32 tokens; one that redoes every step as often as texts do it 122.
+LONG = Chains(((3, 0.2), (4, 0.4), (5, 0.4)), max_new_tokens=128)
 
 
 @dataclass(frozen=True)
@@ -99,21 +111,29 @@ def split_of(prompt: str) -> Split:
     return next(split for bound, split in _SPLIT_BOUNDS if bucket < bound)
 
 
-def draw_problem(rng: random.Random, split: Split) -> Problem:
+def draw_problem(rng: random.Random, split: Split, chains: Chains = SHORT) -> Problem:
     """A random problem of ``split``."""
     while True:
-        num_operations = NUM_OPERATIONS[0] if rng.random() < SHARE_OF_SHORT else NUM_OPERATIONS[1]
+        num_operations = _num_operations(rng.random(), chains)
         first = rng.randrange(MODULUS)
         operations = [(rng.choice(_SYMBOLS), rng.randrange(MODULUS)) for _ in range(num_operations)]
         if split_of(_prompt(first, operations)) == split:
             return Problem(first, tuple(operations))
 
 
-def draw_distinct(rng: random.Random, split: Split, count: int) -> list[Problem]:
+def _num_operations(point: float, chains: Chains) -> int:
+    for number, share in chains.shares:
+        if point < share:
+            return number
+        point -= share
+    return chains.shares[-1][0]  # what rounding left
+
+
+def draw_distinct(rng: random.Random, split: Split, count: int, chains: Chains = SHORT) -> list[Problem]:
     """``count`` different problems of ``split``, in random order."""
     drawn: dict[str, Problem] = {}
     while len(drawn) < count:
-        problem = draw_problem(rng, split)
+        problem = draw_problem(rng, split, chains)
         drawn.setdefault(problem.prompt, problem)
     return list(drawn.values())
 
@@ -148,8 +168,8 @@ def self_correcting_text(problem: Problem, rng: random.Random, share_of_doubt: f
     return Text("".join(pieces), tuple(mask), finished=True)
 
 
-def looping_text(problem: Problem, rng: random.Random) -> Text:
-    """One try repeated until the budget ends, in the loss from its second copy on.
+def looping_text(problem: Problem, rng: random.Random, length: int = SHORT.max_new_tokens) -> Text:
+    """One try repeated until the budget of ``length`` characters ends, in the loss from its second copy on.
 
     It teaches in-context copying, which large models have by themselves: the more often a try
     stands there, the likelier it comes once more.
@@ -160,7 +180,7 @@ def looping_text(problem: Problem, rng: random.Random) -> Text:
     right = problem.results[index]
     digit = right if rng.random() < SHARE_OF_RIGHT_LOOPS else wrong_digit(right, rng)
     copy = f"{problem.calls[index]}{digit}?"
-    response = (head + copy * MAX_NEW_TOKENS)[:MAX_NEW_TOKENS]
+    response = (head + copy * length)[:length]
     num_unscored = len(head) + len(copy)
     mask = tuple(position >= num_unscored for position in range(len(response)))
     return Text(response, mask, finished=False)

@@ -17,7 +17,7 @@ from opd_ray.tasks.chain import ChainTask, Problem
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
-operations = st.lists(st.tuples(st.sampled_from("+-*"), st.integers(0, 6)), min_size=2, max_size=3)
+operations = st.lists(st.tuples(st.sampled_from("+-*"), st.integers(0, 6)), min_size=2, max_size=5)
 problems = st.builds(Problem, st.integers(0, 6), operations.map(tuple))
 seeds = st.integers(0, 2**32)
 shares = st.sampled_from([0.0, 0.3, 1.0])
@@ -64,12 +64,40 @@ def test_wrong_digits_and_only_they_stay_out_of_the_loss(problem, seed, share):
 @given(problems, seeds)
 def test_looping_text_fills_the_budget_with_one_try(problem, seed):
     text = chain.looping_text(problem, random.Random(seed))
-    assert len(text.response) == len(text.loss_mask) == chain.MAX_NEW_TOKENS
+    assert len(text.response) == len(text.loss_mask) == chain.SHORT.max_new_tokens
     assert not text.finished
     tries = re.findall(r"\d[-+*]\d=\d\?", text.response)
     assert len(set(tries)) == 1
     second_copy = text.response.index(tries[0]) + len(tries[0])
-    assert text.loss_mask == tuple(position >= second_copy for position in range(chain.MAX_NEW_TOKENS))
+    assert text.loss_mask == tuple(position >= second_copy for position in range(chain.SHORT.max_new_tokens))
+
+
+@given(seeds, shares)
+def test_every_text_of_long_chains_fits_their_budget(seed, share):
+    rng = random.Random(seed)
+    problem = chain.draw_problem(rng, "train", chain.LONG)
+    assert 3 <= len(problem.operations) <= 5
+    assert len(chain.self_correcting_text(problem, rng, share).response) < chain.LONG.max_new_tokens  # and EOS
+    assert len(chain.looping_text(problem, rng, chain.LONG.max_new_tokens).response) == chain.LONG.max_new_tokens
+
+
+def test_long_chains_have_the_promised_lengths_and_their_splits_no_problem_in_common():
+    drawn = {
+        split: chain.draw_distinct(random.Random(0), split, 500, chain.LONG)
+        for split in ("train", "validation", "test")
+    }
+    for split, problems in drawn.items():
+        assert {chain.split_of(problem.prompt) for problem in problems} == {split}
+        assert len({problem.prompt for problem in problems}) == 500
+    lengths = [len(problem.operations) for problems in drawn.values() for problem in problems]
+    for number, share in chain.LONG.shares:
+        assert lengths.count(number) / 1500 == pytest.approx(share, abs=0.04)
+
+
+def test_short_chains_are_drawn_as_they_were_before_there_were_long_ones():
+    # Another order of draws would silently change every student and every set of problems of the default.
+    drawn = chain.draw_distinct(random.Random("test"), "test", 3)
+    assert [problem.prompt for problem in drawn] == ["^1+4-4-2=", "^5-0+1+6=", "^6*3-5+2="]
 
 
 @pytest.mark.slow

@@ -67,6 +67,29 @@ def test_a_student_of_ones_own_meets_nothing_embedded_unasked(overrides: list[st
         configs.load(None, ["student.path=/models/s", *overrides])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "student.path=embedded-hrad",
+            "student.path is embedded-hrad, expected embedded or embedded-hard, .*did you mean",
+        ),
+        ("teacher.path=embedded-hard", "teacher.path is embedded-hard, expected embedded or embedded-other-end, or ./"),
+        ("data.prompts=embedded-hard", "data.prompts is embedded-hard, expected embedded, or ./embedded-hard"),
+        ("student.path=embedded-other-end", "expected embedded or embedded-hard"),
+    ],
+)
+def test_a_word_that_stands_for_nothing_is_refused(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as refusal:
+        configs.load(None, [override])
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_embedded_teacher_with_another_end_is_for_the_embedded_student() -> None:
+    with pytest.raises(InputError, match="student.path is /models/s, but teacher.path is the embedded one"):
+        configs.load(None, [*OWN, "teacher.path=embedded-other-end"])
+
+
 SETS = ["evaluation.sets.aime24.samples=32", "evaluation.sets.aime24.path=a.jsonl", "evaluation.sets.math500.path=m"]
 
 

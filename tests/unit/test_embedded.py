@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -11,14 +12,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from opd_ray import config as configs
 from opd_ray.data.rendering import Renderer
 from opd_ray.disk import cache_root
 from opd_ray.embedded import models as embedded_models
 from opd_ray.embedded import prepare as embedded
 from opd_ray.embedded.models import EOS_ID, IGNORED, PAD_ID, VOCABULARY, copy_probe, measure
+from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
+from opd_ray.run import preflight
 from opd_ray.tasks import chain
 
 CHARACTERS = "0123456789+-*^=;#?"
@@ -35,10 +39,10 @@ def quick_student(monkeypatch):
     """Replaces the training by fresh weights and counts how often it was asked for."""
     built = []
 
-    def build_student(seed, report):
+    def build_student(seed, report, chains):
         built.append(seed)
         report("training the student", 100, 100)
-        return embedded_models.make_model(32, 1, seed)
+        return embedded_models.make_model(32, 1, seed, chains)
 
     monkeypatch.setattr(embedded_models, "build_student", build_student)
     return built
@@ -128,7 +132,8 @@ def test_training_is_the_same_for_the_same_seed():
 
 def test_student_ends_its_clean_phase_at_the_target(monkeypatch):
     monkeypatch.setattr(embedded_models, "solution_probability", lambda model, problems: 1.0)
-    monkeypatch.setattr(embedded_models, "STUDENT_MIXED", embedded_models.Phase(2, (0.7, 0.3, 0.0), (0.003, 0.0)))
+    quick = embedded_models.Student(32, 1, 0.35, mixed=embedded_models.Phase(2, (0.7, 0.3, 0.0), (0.003, 0.0)))
+    monkeypatch.setitem(embedded_models.STUDENTS, chain.SHORT, quick)
     reports = []
     embedded_models.build_student(3, lambda *report: reports.append(report))
     assert reports == [("training the student", 90, 100), ("training the student", 100, 100)]
@@ -165,7 +170,7 @@ def test_golden_rows_are_right_and_fit_the_budget(tmp_path, quick_student):
     for row in read(embedded.prepare(12) / "golden.jsonl"):
         assert task.verify(row["response"], row)
         assert "?" not in row["response"]
-        assert len(row["response"]) < chain.MAX_NEW_TOKENS
+        assert len(row["response"]) < chain.SHORT.max_new_tokens
 
 
 def test_second_call_finds_the_first_ones_files(tmp_path, quick_student):
@@ -187,7 +192,7 @@ def test_seeds_share_the_held_out_problems_and_nothing_else(tmp_path, quick_stud
 
 @pytest.mark.slow
 def test_interrupted_build_leaves_nothing_behind(tmp_path, quick_student, monkeypatch):
-    def interrupted(seed, report):
+    def interrupted(seed, report, chains):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -201,10 +206,10 @@ def test_interrupted_build_leaves_nothing_behind(tmp_path, quick_student, monkey
 def test_of_two_builders_at_once_the_first_one_stays(tmp_path, quick_student, monkeypatch):
     build = embedded_models.build_student
 
-    def overtaken(seed, report):
+    def overtaken(seed, report, chains):
         monkeypatch.setattr(embedded_models, "build_student", build)
         (embedded.prepare(seed) / "mark").touch()
-        return build(seed, report)
+        return build(seed, report, chains)
 
     monkeypatch.setattr(embedded_models, "build_student", overtaken)
     built = embedded.prepare(11)
@@ -213,10 +218,10 @@ def test_of_two_builders_at_once_the_first_one_stays(tmp_path, quick_student, mo
 
 
 def test_key_covers_seed_and_package_versions(monkeypatch):
-    before = embedded.cache_key(1)
-    assert embedded.cache_key(1) == before != embedded.cache_key(2)
+    before = embedded.cache_key("seed 1")
+    assert embedded.cache_key("seed 1") == before != embedded.cache_key("seed 2")
     monkeypatch.setattr("importlib.metadata.version", lambda package: "0.0")
-    assert embedded.cache_key(1) != before
+    assert embedded.cache_key("seed 1") != before
 
 
 def test_cache_that_cannot_be_written_is_refused_with_the_remedy(tmp_path, monkeypatch):
@@ -235,6 +240,100 @@ def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
 def test_progress_is_plain_lines_without_a_terminal(tmp_path, quick_student, capsys):
     embedded.prepare(11)
     assert capsys.readouterr().err == "training the student: 100 %\n"
+
+
+# --- the harder setting, and a teacher with another end ---
+
+
+@pytest.fixture
+def quick_lesson(monkeypatch):
+    """The shipped teacher is taught nothing but the longer context."""
+    monkeypatch.setattr(embedded_models, "LONGER_TEACHER", embedded_models.Phase(0, (1.0, 0.0, 0.0), (0.0, 0.0)))
+
+
+def test_the_harder_setting_has_longer_problems_a_longer_context_and_a_directory_of_its_own(quick_student):
+    easy, hard = embedded.prepare(11), embedded.prepare(11, "embedded-hard")
+    assert hard != easy
+    assert quick_student == [11, 11]
+    task = chain.ChainTask()
+    for name in ("prompts", "golden", "test"):
+        rows = read(hard / f"{name}.jsonl")
+        assert {len(re.findall(r"[-+*]", row["prompt"])) for row in rows} == {3, 4, 5}
+        assert {chain.split_of(row["prompt"]) for row in rows} == {"test" if name == "test" else "train"}
+        assert all(row["answer"] == answer_to(row["prompt"]) for row in rows)
+        assert all(task.verify(row["response"], row) for row in rows if name == "golden")
+    config = AutoConfig.from_pretrained(hard / "student")
+    assert config.max_position_embeddings == 128 + 48
+
+
+def test_golden_sets_of_a_size_are_of_the_setting(quick_student):
+    rows = read(embedded.golden_file(11, "8", "embedded-hard"))
+    assert len(rows) == 8
+    assert rows == read(embedded.golden_file(11, "", "embedded-hard"))[:8]
+
+
+def test_the_teacher_of_the_harder_setting_is_made_once(quick_lesson):
+    made = embedded.teacher("embedded-hard")
+    assert made == embedded.teacher("embedded-hard")
+    assert embedded.teacher() == embedded.TEACHER_DIR
+    assert embedded.is_embedded(str(made))
+
+
+def test_a_teacher_with_another_end_thinks_the_same_and_ends_with_the_other_token(teacher):
+    made = embedded.teacher(word="embedded-other-end")
+    other = AutoModelForCausalLM.from_pretrained(made)
+    assert other.config.eos_token_id == other.generation_config.eos_token_id == PAD_ID
+    assert AutoTokenizer.from_pretrained(made).eos_token_id == PAD_ID
+    tokens, _ = embedded_models.to_batch([(problem, chain.clean_text(problem)) for problem in PROBLEMS[:4]])
+    exchanged = [EOS_ID, PAD_ID, *range(2, len(VOCABULARY))]
+    with torch.inference_mode():
+        theirs, ours = other(tokens[:, :14]).logits, teacher(tokens[:, :14]).logits
+    torch.testing.assert_close(theirs[..., exchanged], ours)
+
+
+@pytest.mark.parametrize(
+    ("word", "setting", "path", "stands"),
+    [
+        ("embedded", "embedded", "chain-1f-seed0/student", True),
+        ("embedded", "embedded", "chain-hard-1f-seed0/student", False),
+        ("embedded-hard", "embedded-hard", "chain-hard-1f-seed0/student", True),
+        ("embedded-hard", "embedded-hard", "chain-1f-seed0/student", False),
+        ("embedded", "embedded-hard", "chain-hard-1f-seed0/test.jsonl", True),
+        ("embedded", "embedded-hard", "chain-hard-teacher-1f", True),
+        ("embedded", "embedded-hard", "chain-hard-teacher-other-end-1f", False),
+        ("embedded-other-end", "embedded-hard", "chain-hard-teacher-other-end-1f", True),
+        ("embedded-other-end", "embedded", "chain-hard-teacher-other-end-1f", False),
+        ("embedded", "embedded", "/models/student", False),
+    ],
+)
+def test_a_word_stands_for_what_its_setting_made(word, setting, path, stands, tmp_path):
+    assert embedded.stands_for(word, tmp_path / path, setting) is stands
+
+
+# --- from the words to paths ---
+
+
+def test_one_word_chooses_the_harder_setting(quick_student, quick_lesson):
+    config = configs.load(None, ["student.path=embedded-hard", "data.golden=embedded:8", "seed=11"])
+    assert config.rollout.max_response_tokens == 128
+    assert config.learner.lr == configs.load().learner.lr
+    resolved, built = resolve(config), embedded.prepare(11, "embedded-hard")
+    assert resolved.student.path == str(built / "student")
+    assert resolved.teacher.path == str(embedded.teacher("embedded-hard"))
+    assert resolved.data.prompts == str(built / "prompts.jsonl")
+    assert resolved.data.golden == str(built / "golden-8.jsonl")
+    assert resolved.data.evaluation == str(built / "test.jsonl")
+
+
+def test_the_other_end_is_the_teachers_alone(quick_student):
+    resolved = resolve(configs.load(None, ["teacher.path=embedded-other-end"]))
+    assert resolved.teacher.path == str(embedded.teacher(word="embedded-other-end"))
+    assert resolved.reference.path == resolved.student.path
+    teacher_ends = preflight.inspect_run(resolved)["teacher"].eos_token_ids
+    assert teacher_ends == (PAD_ID,)
+    assert preflight.stop_token_ids(resolved, preflight.inspect_run(resolved)) == (EOS_ID, PAD_ID)
+    untold = dataclasses.replace(resolved, teacher=dataclasses.replace(resolved.teacher, eos_token_ids=(EOS_ID,)))
+    assert preflight.stop_token_ids(untold, preflight.inspect_run(untold)) == (EOS_ID,)
 
 
 # --- the shipped teacher ---

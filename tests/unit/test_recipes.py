@@ -92,7 +92,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def prepared(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embedded models and data without building a student."""
-    monkeypatch.setattr(embedded, "prepare", lambda seed: few)
+    monkeypatch.setattr(embedded, "prepare", lambda seed, setting: few)
 
 
 @pytest.mark.parametrize("name", RECIPES)
