@@ -196,6 +196,21 @@ def tail_mean(run: Run, metric: str, steps: int = 10) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def head_mean(run: Run, metric: str, steps: int = 20) -> float | None:
+    """Mean of a metric over the run's first ``steps`` steps; None if it has none of them."""
+    values = [value for step, value in run.metrics.get(metric, {}).items() if step <= steps]
+    return statistics.fmean(values) if values else None
+
+
+def endorsed(run: Run) -> float | None:
+    """The teacher's mean log-prob (nats) of repetitive tokens, over the steps that truncated more than half of their
+    rollouts; None where none did. Near 0 it endorses the loops; far below, they have another cause."""
+    truncated = run.metrics.get(TRUNCATION, {})
+    logprobs = run.metrics.get("learner/teacher_logprob_repetitive", {})
+    values = [value for step, value in logprobs.items() if truncated.get(step, 0.0) > HALF]
+    return statistics.fmean(values) if values else None
+
+
 def markdown(arms: Sequence[Arm], titles: Sequence[str]) -> str:
     """A table of some of the MEASURES: number of seeds, mean ± standard error, and each seed's value."""
     chosen = [measure for measure in MEASURES if measure.title in titles]
@@ -296,6 +311,7 @@ def _reached(show: Callable[[float], str]) -> Callable[[Spread], str]:
 
 
 _WHOLE = "{:.0f}".format
+_NATS = "{:.2f}".format
 ACCURACY = Measure(
     "sampled accuracy after", evaluated("after", "accuracy_sampled"), share, "held out, at temperature", None, "sampled"
 )
@@ -324,6 +340,19 @@ MEASURES = (
     Measure("mean length after", evaluated("after", "mean_length"), "{:.1f}".format, "tokens, held out"),
     HIGHEST_TRUNCATION,
     Measure("truncation passes ½ at step", inflated_at, _WHOLE, "first step over half", _crossings),
+    Measure("teacher's log-prob of repeats", endorsed, _NATS, "nats, in steps over half truncated"),
+    Measure(
+        "teacher's P(stop) at ends",
+        lambda run: head_mean(run, "learner/eos_teacher_end"),
+        share,
+        "first 20 steps; 0 where it ends with another token",
+    ),
+    Measure(
+        "off-policy KL",
+        lambda run: head_mean(run, "learner/off_policy_kl"),
+        _NATS,
+        "nats a token, first 20 steps: how far rollouts are behind",
+    ),
     Measure("trained tokens", _summarised("trained_tokens"), count, "response tokens, golden ones included"),
     Measure("generated tokens", _summarised("rollout_tokens"), count, "of the student's rollouts that were trained on"),
     Measure(

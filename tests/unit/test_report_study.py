@@ -11,7 +11,7 @@ import pytest
 from made_up_pages import panels, report
 from made_up_runs import STUDY_ARMS, make_run, make_student, make_study
 from opd_ray.report import curves
-from opd_ray.report.arms import ACCURACY, group
+from opd_ray.report.arms import ACCURACY, MEASURES, group
 from opd_ray.report.crossing import crossings, signature
 from opd_ray.report.golden import kinds
 from opd_ray.report.maps import maps, shade
@@ -64,6 +64,20 @@ def test_runs_without_repetitive_tokens_are_listed_but_not_counted(tmp_path):
     assert signature(found[2:]).startswith("No advantages")
     assert "did not have" in signature(found[1:2])
     assert crossings(group([run_of(tmp_path, {"rollouts/truncation_rate": {1: 0.5}})])) == []
+
+
+def test_what_tells_collapses_apart_is_of_the_collapse_or_of_the_beginning(tmp_path):
+    collapsed = rates(
+        30,
+        teacher_logprob_repetitive={2: -9.0, 30: -0.1, 31: -0.3},
+        eos_teacher_end={1: 0.0, 20: 0.5, 21: 1.0},
+        off_policy_kl={1: 0.0, 2: 3.0, 40: 9.0},
+    )
+    titles = ("teacher's log-prob of repeats", "teacher's P(stop) at ends", "off-policy KL")
+    of = {measure.title: measure.of for measure in MEASURES if measure.title in titles}
+    assert [of[title](run_of(tmp_path, collapsed)) for title in titles] == pytest.approx([-0.2, 0.25, 1.5])
+    healthy = {"rollouts/truncation_rate": {30: 0.5}, "learner/teacher_logprob_repetitive": {30: -0.1}}
+    assert [of[title](run_of(tmp_path, healthy)) for title in titles] == [None] * 3
 
 
 def kinds_of(*runs: Path):
