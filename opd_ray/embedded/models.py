@@ -75,7 +75,7 @@ class Student:
     mixed: Phase = Phase(60, (0.7, 0.3, 0.0), (0.003, 0.0))
 
 
-STUDENTS = {chain.SHORT: Student(48, 2, target=0.35), chain.LONG: Student(64, 3, target=0.1)}
+STUDENTS = {chain.SHORT: Student(48, 2, target=0.35), chain.LONG: Student(64, 3, target=0.06)}
 MAX_PROMPT_TOKENS = 48  # a longest one has 8 or 12; one with its solution before it (`privileged_prompt`) 27 or 43
 BATCH_SIZE = 64
 WARMUP_STEPS = 20
