@@ -19,6 +19,9 @@ RUN := .venv/bin/python
 # One thread per process: each actor is a process, and two threads in each are slower than one.
 export OMP_NUM_THREADS ?= 1
 
+# Tests start hundreds of processes: where an environment keeps nothing that is compiled, each compiles all it imports.
+test test-fast: export PYTHONDONTWRITEBYTECODE =
+
 # Named after what decides the installation, so that an unchanged checkout never installs twice.
 STAMP := .venv-$(DEVICE)/.ready-$(firstword $(shell cat pyproject.toml .ci/setup .ci/*.txt | cksum))
 
