@@ -24,7 +24,7 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, drawn: Tensor) ->
     if (top_p < 1).any():
         logprobs = _nucleus(logprobs, torch.where(greedy, 1.0, top_p))
     # The first token at which the cumulative probability is above what was drawn; tokens without probability never are.
-    cumulative = logprobs.double().exp().cumsum(-1)
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     below = torch.minimum(drawn[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, below, right=True)[:, 0]

@@ -1,4 +1,5 @@
-"""The torch engine's key-value cache: whatever comes and goes, each row goes on as if it were alone."""
+"""The torch engine's forward passes and their key-value cache: whatever comes and goes, each row goes on as if it were
+alone."""
 
 from __future__ import annotations
 
@@ -7,22 +8,55 @@ import random
 import pytest
 import torch
 
-from opd_ray.generate import columns
-from opd_ray.generate.columns import Columns
+from opd_ray.generate import columns, plain
+from opd_ray.generate.any_model import AnyModel
+from opd_ray.generate.plain import PlainModel, is_plain
 
 VOCABULARY = 32
+NOTHING = torch.empty(0, dtype=torch.int64)
 
 
-@pytest.fixture(scope="module", params=["as many heads", "shared heads, sliding window"])
-def model(request, tiny_model):
-    from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+SHARED = {"num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
-    if request.param == "as many heads":
-        return AutoModelForCausalLM.from_pretrained(tiny_model["untied"], dtype=torch.float32).eval()
+
+def _random(kind: str):
+    import transformers
+
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 12}
-    return MistralForCausalLM(MistralConfig(vocab_size=VOCABULARY, **sizes, **heads)).eval()
+    if kind == "Mistral":
+        own = {"head_dim": 8, "sliding_window": 12}
+    elif kind == "Qwen2":
+        own = {"tie_word_embeddings": True}
+    else:
+        rotation = LLAMA3 | {"original_max_position_embeddings": 8}
+        own = {"attention_bias": True, "mlp_bias": True, "rope_parameters": rotation}
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **SHARED, **own)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if not name.endswith("norm.weight") and "layernorm" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)  # biases, too
+    return model
+
+
+@pytest.fixture(scope="module", params=["Qwen3", "Qwen2", "Llama", "Mistral"])
+def model(request, tiny_model):
+    """As many heads for keys as for queries or fewer, tied or not, with biases, scaled rotations, sliding windows."""
+    from transformers import AutoModelForCausalLM
+
+    if request.param == "Qwen3":
+        return AutoModelForCausalLM.from_pretrained(tiny_model["untied"], dtype=torch.float32).eval()
+    return _random(request.param)
+
+
+@pytest.fixture(params=[AnyModel, PlainModel])
+def passes(request, model):
+    windowed = type(model).__name__ == "MistralForCausalLM"
+    assert is_plain(model) != windowed
+    if request.param is PlainModel and windowed:
+        pytest.skip("its layers look back a window")
+    return request.param
 
 
 def last_logits(model, rows: list[list[int]]) -> torch.Tensor:
@@ -31,29 +65,31 @@ def last_logits(model, rows: list[list[int]]) -> torch.Tensor:
     return model(padded).logits[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
 
 
-@pytest.mark.parametrize("first", [4, 16, 128])
+@pytest.mark.parametrize("first", [4, 128])
 @torch.inference_mode()
-def test_rows_that_come_and_go_have_the_logits_of_a_forward_pass(model, monkeypatch, first: int) -> None:
-    """With little room at the beginning, so that it is outgrown and moved about; at times nobody is left."""
+def test_rows_that_come_and_go_have_the_logits_of_a_forward_pass(model, passes, monkeypatch, first: int) -> None:
+    """With little room at the beginning, so that it is outgrown and moved about, and rows in groups of two, each of
+    which is a call if it is the first's turn; at times nobody is left."""
     monkeypatch.setattr(columns, "_FIRST_COLUMNS", first)
+    for module in (columns, plain):
+        monkeypatch.setattr(module, "GROUP", 2)
+    monkeypatch.setattr(plain, "_PADDING_BYTES", 0 if first == 4 else 1000)
     rng, most = random.Random(first), 6
-    cache, rows = Columns(model, most), []
-    cache.enter([torch.tensor([1])], 0)  # room for one
+    cache, rows = passes(model, most), []
+    cache.advance(NOTHING, [torch.tensor([1])])  # room for one
 
     def tokens(number: int) -> list[int]:
         return [rng.randrange(VOCABULARY) for _ in range(number)]
 
-    for turn in range(60):
-        logits = []
-        if rows:
-            new = tokens(len(rows))
-            logits.append(cache.extend(torch.tensor(new)))
-            rows = [[*row, token] for row, token in zip(rows, new, strict=True)]
-        if entering := [tokens(rng.randint(1, 30)) for _ in range(rng.randint(0, most - len(rows)))]:
-            logits.append(cache.enter([torch.tensor(each) for each in entering], len(rows)))
-            rows += entering
-        if rows:
-            torch.testing.assert_close(torch.cat(logits), last_logits(model, rows), atol=1e-5, rtol=1e-4)
+    for turn in range(40):
+        new = tokens(len(rows))
+        entering = [tokens(rng.randint(1, 30)) for _ in range(rng.randint(0, most - len(rows)))]
+        rows = [[*row, token] for row, token in zip(rows, new, strict=True)] + entering
+        if not rows:
+            continue
+        entered = [torch.tensor(each) for each in entering]
+        got = cache.advance(torch.tensor(new, dtype=torch.int64), entered)
+        torch.testing.assert_close(got, last_logits(model, rows), atol=1e-4, rtol=1e-4)
         share = 1.0 if turn % 20 == 19 else 0.3
         gone = [row for row, each in enumerate(rows) if rng.random() < share or len(each) > 60]
         was = cache.leave(gone, len(rows))
@@ -62,12 +98,31 @@ def test_rows_that_come_and_go_have_the_logits_of_a_forward_pass(model, monkeypa
 
 
 @torch.inference_mode()
-def test_prefixes_are_computed_anew_in_place_of_what_was_there(model) -> None:
+def test_prefixes_are_computed_anew_in_place_of_what_was_there(model, passes) -> None:
     """As after a weight update: rows are entered from the first one on, over what older weights left."""
-    cache = Columns(model, 3)
-    cache.enter([torch.tensor([1, 2, 3]), torch.tensor([4])], 0)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(2.0)
-    got = cache.enter([torch.tensor([5, 6]), torch.tensor([7, 8, 9, 10])], 0)
+    cache = passes(model, 3)
+    cache.advance(NOTHING, [torch.tensor([1, 2, 3]), torch.tensor([4])])
+    weights = [parameter.data for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.1
+    got = cache.advance(NOTHING, [torch.tensor([5, 6]), torch.tensor([7, 8, 9, 10])])
     for row, logits in zip(([5, 6], [7, 8, 9, 10]), got, strict=True):
-        torch.testing.assert_close(logits, model(torch.tensor([row])).logits[0, -1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits, model(torch.tensor([row])).logits[0, -1], atol=1e-4, rtol=1e-4)
+    for parameter, before in zip(model.parameters(), weights, strict=True):
+        parameter.data = before
+
+
+def test_the_longest_rows_stand_first_and_few_move() -> None:
+    """A hundred rows that come with one token and leave at random: groups keep apart what is long and what is short."""
+    rng, cache, number = random.Random(0), columns.Columns(100), 0
+    for _ in range(500):
+        cache.make_room([torch.empty(0, 1, 0, 1)], number, 100, 1)
+        cache.end += 1
+        cache.lengths[:number] += 1
+        cache.lengths[number:] = 1
+        was = cache.leave([row for row in range(100) if rng.random() < 0.02], 100)
+        number = len(was)
+        assert sum(row != before for row, before in enumerate(was)) <= 7 * (100 - number)
+    of_groups = [cache.lengths[first : first + columns.GROUP] for first in range(0, number, columns.GROUP)]
+    padded = sum(int(each.max()) * len(each) for each in of_groups)
+    assert padded < 1.6 * cache.lengths[:number].sum() < 0.5 * number * int(cache.lengths[:number].max())
