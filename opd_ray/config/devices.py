@@ -32,5 +32,5 @@ def check_spans_whole_gpus(field: str, gpus: float, tensor_parallel_size: int) -
 
 def check_takes_engine_args(engine: str, engine_args: Mapping[str, Any]) -> None:
     """Raises ValueError where nobody would read them."""
-    if engine_args and engine != "vllm":
+    if engine_args and engine == "torch":
         raise ValueError(f"engine_args={dict(engine_args)} are vLLM's, but engine is {engine}")

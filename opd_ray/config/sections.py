@@ -234,13 +234,18 @@ class RepetitionConfig:
             )
 
 
+_LARGE_MODEL = 3_000_000
+"""Parameters from which on vLLM's kernels save on a CPU what it does around a step: at 4 million both take as long."""
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RolloutConfig:
     """How the student generates."""
 
-    engine: Annotated[Literal["vllm", "torch"], ROOMS] = "vllm"
-    """Generation engine; torch, on transformers alone, is the faster one on CPUs for models of less than a million
-    parameters (jobs/bench_engines.py), and the one for systems that vLLM has no wheels for."""
+    engine: Annotated[Literal["auto", "vllm", "torch"], ROOMS] = "auto"
+    """Generation engine: auto is torch on CPUs for models of less than 3 million parameters, where it takes less for a
+    token (jobs/bench_engines.py), and vllm for all others. torch, on transformers alone, is also the one for systems
+    that vLLM has no wheels for."""
     num_generators: Annotated[int, ROOMS] = Field(1, ge=1)
     """StudentGenerator actors that the run starts with."""
     min_generators: Annotated[int | None, ROOMS] = Field(None, ge=1)
@@ -292,6 +297,13 @@ class RolloutConfig:
     """Generators on the teacher, where buffer.teacher_per_prompt asks for them; each as large as a student's."""
     teacher_temperature: Annotated[float, RUN] = Field(1.0, gt=0)
     """Sampling temperature of the teacher's rollouts."""
+
+    def engine_for(self, parameters: float) -> Literal["vllm", "torch"]:
+        """The engine of a model of so many parameters."""
+        if self.engine != "auto":
+            return self.engine
+        asks_for_vllm = self.gpus_per_generator or self.engine_args or self.kv_cache_bytes
+        return "torch" if parameters < _LARGE_MODEL and not asks_for_vllm else "vllm"
 
     @property
     def repetition_rule(self) -> RepetitionRule | None:

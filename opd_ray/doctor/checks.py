@@ -21,6 +21,7 @@ from opd_ray.doctor import findings
 from opd_ray.doctor.findings import Finding
 from opd_ray.doctor.inspector import EngineHolder, Inspector, NodeReport, Talker, report
 from opd_ray.errors import RunError, ServerFailed
+from opd_ray.generate import chosen_engine
 from opd_ray.messages import TransferGroup
 from opd_ray.placement.nodes import Node, answers, nodes, pinned
 from opd_ray.rooms.threads import within
@@ -165,10 +166,12 @@ class Doctor:
 
     def _engine(self) -> list[Finding]:
         rollout = self._config.rollout
-        small = partial(dataclasses.replace, rollout, tensor_parallel_size=1, max_num_seqs=4, kv_cache_bytes=None)
+        engine = chosen_engine(self._config.student.path, rollout)
+        alike = {"engine": engine, "tensor_parallel_size": 1, "max_num_seqs": 4, "kv_cache_bytes": None}
+        small = partial(dataclasses.replace, rollout, **alike)
         gpus = min(1.0, rollout.gpus_per_generator)
         differences = self._on_holders("generated", gpus, small(gpus_per_generator=gpus))
-        return [findings.engine(differences, rollout.engine, rollout.dtype)]
+        return [findings.engine(differences, engine, rollout.dtype)]
 
     def _teacher(self) -> list[Finding]:
         teacher = self._config.teacher

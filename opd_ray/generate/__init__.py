@@ -9,6 +9,8 @@ from typing import Any
 
 from opd_ray.config import RolloutConfig
 from opd_ray.generate.engine import GenerationEngine
+from opd_ray.models.checkpoints import read_config
+from opd_ray.models.size import size_of
 
 
 def make_generation_engine(path: str, rollout: RolloutConfig, max_context_tokens: int) -> GenerationEngine:
@@ -19,7 +21,7 @@ def make_generation_engine(path: str, rollout: RolloutConfig, max_context_tokens
         "max_num_seqs": rollout.max_num_seqs,
         "max_context_tokens": max_context_tokens,
     }
-    if rollout.engine == "torch":
+    if chosen_engine(path, rollout) == "torch":
         from opd_ray.generate.torch import TorchGenerationEngine
 
         return TorchGenerationEngine(**shared, device="cuda" if rollout.gpus_per_generator else "cpu")
@@ -32,3 +34,10 @@ def make_generation_engine(path: str, rollout: RolloutConfig, max_context_tokens
         gpu_memory_utilization=rollout.memory_share,
         engine_args=rollout.engine_args,
     )
+
+
+def chosen_engine(path: str, rollout: RolloutConfig) -> str:
+    """The engine that a checkpoint gets; it is looked at where rollout.engine leaves that open."""
+    if rollout.engine != "auto":
+        return rollout.engine
+    return rollout.engine_for(size_of(read_config(path).get_text_config(), path).parameters)

@@ -199,21 +199,22 @@ def generator(
     engine has those of the next broadcast as well; its cache has twice the columns of its longest row, and while it
     grows that of before beside it; its sampling holds a logit in 24 bytes."""
     number = rollout.num_generators if room == "generate" else rollout.teacher_generators
+    engine = rollout.engine_for(model.parameters)
     width, tensor_parallel = DTYPE_BYTES[dtype], rollout.tensor_parallel_size
     weights = width * model.parameters / tensor_parallel
-    logits = (12.0 if rollout.engine == "vllm" else 24.0) * rollout.max_num_seqs * model.vocab_size
+    logits = (12.0 if engine == "vllm" else 24.0) * rollout.max_num_seqs * model.vocab_size
     one = max_context_tokens * model.kv_bytes_per_token(width) / tensor_parallel
-    cache = one if rollout.engine == "vllm" else 3 * one * rollout.max_num_seqs
+    cache = one if engine == "vllm" else 3 * one * rollout.max_num_seqs
     parts = {"weights": weights, "key-value cache": cache, "logits": logits}
-    if rollout.engine == "torch" and room == "generate":
+    if engine == "torch" and room == "generate":
         parts["weights coming in"] = weights
     gpus = rollout.gpus_per_generator
     if gpus:
         parts |= {"CUDA": float(_CUDA_BYTES)}
-        share = rollout.memory_share if rollout.engine == "vllm" else None
-        host = {"process": float(BASE_BYTES[rollout.engine])}
+        share = rollout.memory_share if engine == "vllm" else None
+        host = {"process": float(BASE_BYTES[engine])}
         return Process(room, number, parts, gpus * tensor_parallel, host, share)
-    if rollout.engine == "vllm":
+    if engine == "vllm":
         token_bytes = model.kv_bytes_per_token(width)
         cache = float(rollout.kv_cache_bytes or cache_bytes(token_bytes, max_context_tokens, rollout.max_num_seqs))
         parts |= {
@@ -221,7 +222,7 @@ def generator(
             "weights repacked and coming in": 2.5 * weights,
             "activations": pass_bytes(model, max(_PREFILLED_TOKENS, max_context_tokens), width),
         }
-    return Process(room, number, {"process": float(BASE_BYTES[rollout.engine])} | parts)
+    return Process(room, number, {"process": float(BASE_BYTES[engine])} | parts)
 
 
 def pass_bytes(model: ModelSize, tokens: float, width: int) -> float:

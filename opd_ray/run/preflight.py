@@ -12,6 +12,7 @@ Hub get their commits in check_files, behind the checks of data: who goes on doe
 from __future__ import annotations
 
 import functools
+import math
 import multiprocessing
 import os
 import sys
@@ -158,7 +159,8 @@ def check_weights(config: Config, *, evaluation_only: bool = False) -> None:
     if not evaluation_only:
         for role, scorer in checkpoints.used(config).items():
             writes = role == "teacher" and config.buffer.uses_teacher_rollouts
-            engines = [scorer.engine] * (not scorer.url) + [config.rollout.engine] * writes
+            # Where it is left open, a quantised one is taken for a large one.
+            engines = [scorer.engine] * (not scorer.url) + [config.rollout.engine_for(math.inf)] * writes
             if checkpoints.is_loaded(config, role) and scorer.path != STUDENT:
                 name, may = asked.get(scorer.path, (f"{checkpoints.field_of(config, role)}.path", True))
                 asked[scorer.path] = (name, may and "torch" not in engines)
@@ -217,6 +219,9 @@ def _facts(
         prompt = max(len(each.prompt_tokens), len(each.privileged_prompt_tokens))
         longest = max(longest, prompt + len(each.response_tokens))
     _check_caches(config, models, longest)
+    writers = ["student", *(["teacher"] if config.buffer.uses_teacher_rollouts and "teacher" in models else [])]
+    if "vllm" in (config.rollout.engine_for(models[role].size.parameters) for role in writers):
+        _check_vllm("rollout")
     return Preflight(
         eos_token_ids=eos_token_ids,
         max_context_tokens=longest,
@@ -239,7 +244,7 @@ def _check_caches(config: Config, models: Mapping[str, ModelFacts], longest: int
     """A key-value cache that cannot hold one sequence ends a vLLM engine while it starts."""
     engines = {"rollout": (config.rollout, "student")} | {role: (it, role) for role, it in config.scorers.items()}
     for section, (engine, role) in engines.items():
-        if engine.kv_cache_bytes is None or engine.engine != "vllm" or role not in models:
+        if engine.kv_cache_bytes is None or engine.engine == "torch" or role not in models:
             continue
         # No more than the checkpoint takes; a scorer's sequences have the token that vLLM insists on sampling.
         tokens = min(longest, models[role].context_tokens or longest) + (role != "student")
@@ -302,11 +307,8 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
     if not evaluation_only:
         engines |= {role: scorer for role, scorer in config.scorers.items() if not scorer.url}
     for section, room in engines.items():
-        if room.engine == "vllm" and find_spec("vllm") is None:
-            raise InputError(
-                f"{section}.engine=vllm, but vLLM is not installed; run 'make setup' (CPU) or "
-                f"pip install 'opd_ray[gpu]' (CUDA), or set {section}.engine=torch"
-            )
+        if room.engine == "vllm":
+            _check_vllm(section)
         check_engine_args(f"{section}.engine_args", room.engine_args)
     if not evaluation_only and find_spec("deepspeed") is None:
         raise InputError("the learner needs DeepSpeed, which is not installed; pip install 'opd_ray[deepspeed]'")
@@ -319,6 +321,14 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
         if config.data.task == task and find_spec(package) is None:
             name = package.replace("_", "-")
             raise InputError(f"data.task={task} needs {name}, which is not installed; pip install 'opd_ray[{extra}]'")
+
+
+def _check_vllm(section: str) -> None:
+    if find_spec("vllm") is None:
+        raise InputError(
+            f"{section}.engine=vllm, but vLLM is not installed; run 'make setup' (CPU) or "
+            f"pip install 'opd_ray[gpu]' (CUDA), or set {section}.engine=torch"
+        )
 
 
 def check_peft(config: Config) -> None:

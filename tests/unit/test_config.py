@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 
 from opd_ray import config as configs
-from opd_ray.config import Config, EvaluationSet, LoraConfig, RepetitionConfig, describe, describe_absent, hints
+from opd_ray.config import (
+    Config,
+    EvaluationSet,
+    LoraConfig,
+    RepetitionConfig,
+    RolloutConfig,
+    describe,
+    describe_absent,
+    hints,
+)
 from opd_ray.errors import InputError
+from opd_ray.generate import chosen_engine
 from opd_ray.messages import RepetitionRule
 from opd_ray.repetition import is_repetitive
 from opd_ray.score.requests import score_requests
@@ -447,3 +457,15 @@ def test_what_other_trainers_names_stand_for_is_there() -> None:
     assert [
         ours for ours in hints._ELSEWHERE.values() if not any(f"{name}.".startswith(f"{ours}.") for name in names)
     ] == []
+
+
+def test_models_of_less_than_three_million_parameters_generate_with_torch_on_cpus_unless_vllms_fields_are_set(
+    tiny_model: dict[str, Path],
+) -> None:
+    rollout, path = RolloutConfig(), str(tiny_model["tied"])
+    assert [rollout.engine_for(size) for size in (1e6, 3e6, 1e9)] == ["torch", "vllm", "vllm"]
+    assert chosen_engine(path, rollout) == "torch"
+    for field in ({"gpus_per_generator": 1}, {"kv_cache_bytes": 10**5}, {"engine_args": {"x": 1}}, {"engine": "vllm"}):
+        asks = RolloutConfig(**field)
+        assert asks.engine_for(1e6) == chosen_engine(path, asks) == "vllm"
+    assert RolloutConfig(engine="torch").engine_for(1e9) == "torch"

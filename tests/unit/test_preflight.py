@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from opd_ray import config as configs
-from opd_ray.config import Config
+from opd_ray.config import Config, sections
 from opd_ray.data.golden_problems import KINDS
 from opd_ray.data.prompts import Prompts
 from opd_ray.data.rendering import Renderer
@@ -396,6 +396,10 @@ def test_a_missing_engine_is_refused_with_how_to_install_it(
     message = refused(lambda: preflight.check_files(configured(setting, rollout__engine="vllm")))
     assert "vLLM is not installed" in message
     assert "make setup" in message
+    small = configured(setting, rollout__engine="auto")
+    preflight.check_files(small)
+    monkeypatch.setattr(sections, "_LARGE_MODEL", 1)
+    assert refused(lambda: preflight.check_files(small)) == message
 
 
 def test_adapters_are_refused_before_a_model_loads(setting: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
