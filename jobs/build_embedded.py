@@ -2,10 +2,12 @@
 
     python jobs/build_embedded.py [--seed 200] [--student-seed 100] [--output opd_ray/embedded/assets/chain_teacher]
     python jobs/build_embedded.py --hard [--student-seed 100]
+    python jobs/build_embedded.py --pairs
 
 About three minutes on one core.  Exit code 0: both passed and the teacher was written; 1: a gate failed and
 nothing was.  Needed only after a change of the task or of the recipe in `opd_ray/embedded/models.py`.  --hard measures
-the models of the harder setting, which nobody ships: they are made where they are asked for, from the shipped teacher.
+the models of the harder setting, --pairs the teacher with another tokenizer, which nobody ships: they are made where
+they are asked for, the harder ones from the shipped teacher.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import click
 
 from opd_ray.embedded import models as embedded_models
 from opd_ray.embedded import prepare as embedded
-from opd_ray.embedded.models import copy_probe, measure
+from opd_ray.embedded.models import PAIRS, SINGLE, copy_probe, measure
 from opd_ray.progress import terminal_progress
 from opd_ray.tasks import chain
 
@@ -35,18 +37,18 @@ MAX_BYTES = 1_000_000  # of everything that ships
 Gate = tuple[str, float, float, float]  # (what, measured, at least, at most)
 
 
-def teacher_gates(model, problems, chains) -> Iterator[Gate]:
+def teacher_gates(model, problems, chains, alphabet=SINGLE) -> Iterator[Gate]:
     """The teacher solves the task, sees errors, doubts itself a little, and copies what repeats."""
-    (greedy, _), (sampled, truncated) = (measure(model, problems, temperature, chains) for temperature in (0.0, 1.0))
+    (greedy, _), (sampled, truncated) = (measure(model, problems, at, chains, alphabet) for at in (0.0, 1.0))
     yield "greedy accuracy", greedy, 0.99, 1.0
     yield "sampled accuracy", sampled, 0.85, 1.0
     yield "own truncation at T = 1", truncated, 0.0, 0.06
     few = problems[:128]
-    yield "sees a wrong step", copy_probe(model, few, 0, right=False)[1], 0.85, 1.0
-    yield "doubts a right step", copy_probe(model, few, 0, right=True)[1], 0.03, 0.12
-    yield "goes on doubting after 5 copies", copy_probe(model, few, 5, right=True)[1], 0.85, 1.0
-    yield "copies a wrong try, none before", copy_probe(model, few, 0, right=False)[0], 0.0, 0.03
-    yield "copies a wrong try after 5 copies", copy_probe(model, few, 5, right=False)[0], 0.5, 1.0
+    yield "sees a wrong step", copy_probe(model, few, 0, False, alphabet)[1], 0.85, 1.0
+    yield "doubts a right step", copy_probe(model, few, 0, True, alphabet)[1], 0.03, 0.12
+    yield "goes on doubting after 5 copies", copy_probe(model, few, 5, True, alphabet)[1], 0.85, 1.0
+    yield "copies a wrong try, none before", copy_probe(model, few, 0, False, alphabet)[0], 0.0, 0.03
+    yield "copies a wrong try after 5 copies", copy_probe(model, few, 5, False, alphabet)[0], 0.5, 1.0
 
 
 def student_gates(model, problems, chains) -> Iterator[Gate]:
@@ -79,8 +81,14 @@ def passes(title: str, gates: Iterator[Gate]) -> bool:
 @click.option("--student-seed", default=100, show_default=True, help="Seed of the student that is measured.")
 @click.option("--output", type=click.Path(path_type=Path), default=embedded.TEACHER_DIR, help="Where the teacher goes.")
 @click.option("--hard", is_flag=True, help="Measure the models of the harder setting, and write nothing.")
-def main(seed: int, student_seed: int, output: Path, hard: bool) -> None:
+@click.option("--pairs", is_flag=True, help="Measure the teacher with another tokenizer, and write nothing.")
+def main(seed: int, student_seed: int, output: Path, hard: bool, pairs: bool) -> None:
     """Build the embedded teacher and a student, and measure both."""
+    if pairs:
+        problems = chain.draw_distinct(random.Random("build"), "validation", NUM_PROBLEMS)
+        with terminal_progress() as report:
+            teacher = embedded_models.build_teacher(embedded.PAIRS_SEED, report, PAIRS)
+        sys.exit(not passes("teacher of pairs", teacher_gates(teacher, problems, chain.SHORT, PAIRS)))
     chains = chain.LONG if hard else chain.SHORT
     problems = chain.draw_distinct(random.Random("build"), "validation", NUM_PROBLEMS, chains)
     with terminal_progress() as report:

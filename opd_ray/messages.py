@@ -52,7 +52,8 @@ ROLLOUT_SCHEMA = pa.schema(
 """One row per rollout. The response ends with its EOS token when finish_reason is "stop".
 Golden and teacher rows have no behaviour policy that is a student: their behaviour_logprobs and weight_versions are
 empty. topk_ids are the sampler's k most probable tokens at each position, position-major, empty unless asked for;
-privileged_prompt_tokens is the prompt with the golden solution in it, empty unless a teacher is shown it."""
+privileged_prompt_tokens is the prompt as its teacher is shown it, empty unless that is another than the student's: with
+the golden solution in it, or in the tokens of a teacher with another tokenizer."""
 
 SCORE_SCHEMA = pa.schema(
     [
@@ -63,6 +64,7 @@ SCORE_SCHEMA = pa.schema(
         pa.field("given_logprobs", pa.list_(pa.float32()), nullable=False),
         pa.field("stop_logprobs", pa.list_(pa.float32()), nullable=False),
         pa.field("hidden", pa.list_(pa.float32()), nullable=False),
+        pa.field("spans", pa.list_(pa.int32()), nullable=False),
     ]
 )
 """A scorer's answer to one rollout batch, T response tokens a row; what a ScoreRequest did not ask for is empty.
@@ -73,6 +75,9 @@ topk_logprobs   [T, k] their log-probs
 given_logprobs  [T, k'] log-probs of the rollout's own topk_ids
 stop_logprobs   [T] log P(stop): of all tokens of the EOS set together
 hidden          [T, H] the states that the output layer turns into logits (float32; float16 of a bfloat16 model)
+spans           [T] of a teacher with another tokenizer, who has an opinion on stretches of text alone: the number of
+                the span that each token is in, from 0 on, -1 for none. The log-probs of a span's tokens are equal parts
+                of the teacher's log-prob of all of it; those of no span have the one that they were sampled with
 
 All EOS tokens count as one, the first of the set: it carries their summed probability, the others have none."""
 
@@ -141,7 +146,8 @@ class PromptGroup:
     teacher: str = "teacher"
     """Name of the teacher that this prompt's row asks for."""
     privileged_prompt_tokens: tuple[int, ...] = ()
-    """The prompt with its golden solution in it; empty unless a teacher is shown it."""
+    """The prompt as its teacher is shown it, with its golden solution in it or in the teacher's own tokens; empty
+    unless that is another than the student's."""
     horizon: int | None = None
     """Tokens after which a response is cut off and trained on no further, fewer than its budget; None for none."""
     probe: bool = False

@@ -8,6 +8,7 @@ is checked by :mod:`opd_ray.run.preflight`.
 from opd_ray.config.binding import ROOMS, RUN
 from opd_ray.config.data import (
     EMBEDDED,
+    EMBEDDED_PAIRS,
     EMBEDDED_STUDENTS,
     HELD_OUT,
     OTHER_END,

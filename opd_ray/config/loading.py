@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from opd_ray.config.binding import Binds, binding
-from opd_ray.config.data import EMBEDDED, EMBEDDED_STUDENTS, OTHER_END, EvaluationSet, set_field
+from opd_ray.config.data import EMBEDDED, EMBEDDED_PAIRS, EMBEDDED_STUDENTS, OTHER_END, EvaluationSet, set_field
 from opd_ray.config.hints import hint
 from opd_ray.config.keys import check_no_keys
 from opd_ray.config.sections import LoraConfig, RepetitionConfig
@@ -184,7 +184,7 @@ def _check_nothing_embedded(config: Config, evaluation_only: bool) -> None:
         mend = f"give {set_field(name)}=FILE, or evaluation.num_problems=0 to evaluate nothing"
         needed.append((set_field(name), each.path, mend))
     for field, value, mend in needed:
-        if value in (EMBEDDED, OTHER_END):
+        if value in (EMBEDDED, EMBEDDED_PAIRS, OTHER_END):
             raise InputError(
                 f"config: student.path is {config.student.path}, but {field} is the embedded one, made for the "
                 f"embedded student; {mend}"

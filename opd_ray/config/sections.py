@@ -77,8 +77,8 @@ class ScorerConfig:
 
     path: str = EMBEDDED
     """Checkpoint directory, or org/name[@REVISION] of the Hub; "embedded" is the teacher of the embedded student's
-    problems, "embedded-other-end" the same with another end token. With url: of the tokenizer and the EOS ids alone, no
-    weights, by default the student's."""
+    problems, "embedded-other-end" the same with another end token, "embedded-pairs" one with another tokenizer. With
+    url: of the tokenizer and the EOS ids alone, no weights, by default the student's."""
     url: Annotated[tuple[str, ...], BeforeValidator(_addresses), ROOMS] = ()
     """Address of a vLLM server that scores in place of an engine of the run's own, or a list of them: replicas of one
     model."""

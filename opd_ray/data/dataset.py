@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from opd_ray.config import Config, Sources, schedule, set_field, written
 from opd_ray.data.golden import Golden, check_golden, is_privileged
-from opd_ray.data.prompts import Prompts, PromptStream
+from opd_ray.data.prompts import DEFAULT_TEACHER, Prompts, PromptStream
 from opd_ray.data.rendering import Renderer
 from opd_ray.data.rows import read_golden, read_prompts
 from opd_ray.errors import InputError
@@ -47,6 +47,8 @@ class Dataset:
         self.golden: Golden | None = None
         self.shown: Prompts | None = None
         """The prompts with their golden solutions in them, where a privileged teacher is shown those."""
+        self.translated: dict[str, Prompts] = {}
+        """The prompts in the tokens and the chat template of each teacher with another tokenizer, by name."""
 
     def _read(self, field: str, sources: Sources, *, need_answer: bool) -> Prompts:
         with _of(field):
@@ -94,6 +96,14 @@ class Dataset:
         self.prompts.order(self._config.seed, self._config.data.shuffle)  # refuses a source without rows
         if self.shown:
             self.shown = self.shown.without(indices)
+        self.translated = {name: prompts.without(indices) for name, prompts in self.translated.items()}
+
+    def translate(self, paths: Mapping[str, str]) -> None:
+        """Renders the prompts for teachers with another tokenizer, too: by name, where it is."""
+        self.translated = {name: self._translation(self.prompts, path) for name, path in paths.items()}
+
+    def _translation(self, prompts: Prompts, path: str) -> Prompts:
+        return Prompts(prompts.where, prompts.rows, self.renderer.of_model(path), numbers=prompts.numbers)
 
     @property
     def report(self) -> dict[str, int]:
@@ -136,8 +146,13 @@ class Dataset:
             num_responses=config.rollout.responses_per_prompt,
             seed=config.seed + 1_000_003 * attempt,
             shown=self.shown,
+            translated=self.translated,
         )
 
     def problem_streams(self) -> dict[str, PromptStream]:
         """The held-out problems of each set, in the order of its file."""
-        return {name: PromptStream(problems) for name, problems in self.problems.items()}
+        first = self.translated.get(DEFAULT_TEACHER)  # who looks at the answers
+        return {
+            name: PromptStream(problems, shown=first and self._translation(problems, first.renderer.path))
+            for name, problems in self.problems.items()
+        }

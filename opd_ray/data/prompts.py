@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -126,9 +127,11 @@ class PromptStream:
         num_responses: int = 1,
         seed: int = 0,
         shown: Prompts | None = None,
+        translated: Mapping[str, Prompts] = MappingProxyType({}),
     ) -> None:
-        """Without ``order`` slots are rows; ``shown`` are the prompts as a privileged teacher sees them."""
-        self._prompts, self._order, self._shown = prompts, order, shown
+        """Without ``order`` slots are rows; ``shown`` are the prompts as a teacher sees them that sees others than the
+        student, ``translated`` those of teachers with another tokenizer, by name."""
+        self._prompts, self._order, self._shown, self._translated = prompts, order, shown, translated
         self._num_responses, self._seed = num_responses, seed
 
     def __len__(self) -> int:
@@ -144,6 +147,8 @@ class PromptStream:
 
     def __getitem__(self, slot: int) -> PromptGroup:
         index, row = self._index(slot), self.row(slot)
+        teacher = row.get("teacher", DEFAULT_TEACHER)
+        shown = self._translated.get(teacher, self._shown)
         return PromptGroup(
             slot=slot,
             prompt_id=row["id"],
@@ -151,8 +156,8 @@ class PromptStream:
             row=dict(row),
             num_responses=self._num_responses,
             seed=_request_seed(self._seed, slot * max(self._num_responses, 1)),
-            teacher=row.get("teacher", DEFAULT_TEACHER),
-            privileged_prompt_tokens=() if self._shown is None else tuple(self._shown[index].tolist()),
+            teacher=teacher,
+            privileged_prompt_tokens=() if shown is None else tuple(shown[index].tolist()),
         )
 
 

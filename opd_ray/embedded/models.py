@@ -8,6 +8,9 @@ learn on one CPU core from texts drawn on the fly, train split only:
               problem, doubts itself now and then, and once text repeats, it copies on
     student   clean solutions until it is right in about 2 of 5 answers, then a little self-correction
 
+A second teacher learns the same from the same texts in another alphabet, PAIRS, whose tokens are two characters
+wherever a sign stands before a digit: one whose token ids mean nothing to the student.
+
 Muon on the matrices inside the blocks makes the phase transition of modular arithmetic come after 100 to 250
 steps on every seed; with AdamW it took 300 to over 1,000.  https://kellerjordan.github.io/posts/muon/
 
@@ -19,8 +22,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,10 +40,38 @@ from opd_ray.tasks import chain
 from opd_ray.tasks.chain import Chains, Problem, Text
 
 PAD, EOS = "<|pad|>", "<|eos|>"
-VOCABULARY = {token: index for index, token in enumerate((PAD, EOS, *"0123456789+-*^=;#?"))}
-PAD_ID, EOS_ID = VOCABULARY[PAD], VOCABULARY[EOS]
+CHARACTERS = "0123456789+-*^=;#?"
 HEAD_SIZE = 32  # vLLM's attention on CPUs refuses a smaller one
 IGNORED = -100  # label of a token that does not enter the loss
+
+
+@dataclass(frozen=True)
+class Alphabet:
+    """The tokens that texts are made of: PAD, EOS, each character, and pairs of characters that are one token wherever
+    they stand side by side. No pair ends with a character that another one begins with, so that order is no matter."""
+
+    pairs: tuple[str, ...] = ()
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        return {token: index for index, token in enumerate((PAD, EOS, *CHARACTERS, *self.pairs))}
+
+    def tokens(self, text: str) -> list[str]:
+        """What the text is made of, in order."""
+        return self._pattern.findall(text)
+
+    def ids(self, text: str) -> list[int]:
+        return [self.vocabulary[token] for token in self.tokens(text)]
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join([*map(re.escape, self.pairs), "."]))
+
+
+SINGLE = Alphabet()
+PAIRS = Alphabet(tuple(f"{sign}{digit}" for sign in "+-*=;#?" for digit in range(chain.MODULUS)))
+VOCABULARY = SINGLE.vocabulary
+PAD_ID, EOS_ID = VOCABULARY[PAD], VOCABULARY[EOS]  # of every alphabet
 
 
 @dataclass(frozen=True)
@@ -98,20 +131,25 @@ def context_tokens(chains: Chains) -> int:
     return chains.max_new_tokens + MAX_PROMPT_TOKENS
 
 
-def make_tokenizer(chains: Chains = chain.SHORT) -> PreTrainedTokenizerFast:
-    """One token per character; a real tokenizer.json that AutoTokenizer and vLLM load."""
-    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+def make_tokenizer(chains: Chains = chain.SHORT, alphabet: Alphabet = SINGLE) -> PreTrainedTokenizerFast:
+    """A real tokenizer.json that AutoTokenizer and vLLM load: BPE where characters are merged."""
+    if alphabet.pairs:
+        tokenizer = Tokenizer(models.BPE(alphabet.vocabulary, [(*pair,) for pair in alphabet.pairs], unk_token=PAD))
+    else:
+        tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=PAD))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, model_max_length=context_tokens(chains)
     )
 
 
-def make_model(width: int, num_layers: int, seed: int, chains: Chains = chain.SHORT) -> Qwen3ForCausalLM:
+def make_model(
+    width: int, num_layers: int, seed: int, chains: Chains = chain.SHORT, alphabet: Alphabet = SINGLE
+) -> Qwen3ForCausalLM:
     """A freshly initialised model with two heads; the caller's random state stays as it was."""
     config = Qwen3Config(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(alphabet.vocabulary),
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=num_layers,
@@ -131,7 +169,7 @@ def make_model(width: int, num_layers: int, seed: int, chains: Chains = chain.SH
         return Qwen3ForCausalLM(config)
 
 
-def save(model: Qwen3ForCausalLM, directory: Path, chains: Chains = chain.SHORT) -> None:
+def save(model: Qwen3ForCausalLM, directory: Path, chains: Chains = chain.SHORT, alphabet: Alphabet = SINGLE) -> None:
     """Writes an ordinary Hugging Face checkpoint: config, generation config, safetensors, tokenizer."""
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -142,22 +180,23 @@ def save(model: Qwen3ForCausalLM, directory: Path, chains: Chains = chain.SHORT)
     )
     transformers_logging.disable_progress_bar()  # one shard in a millisecond: its bar breaks ours
     save_model(model, directory)
-    make_tokenizer(chains).save_pretrained(directory)
+    make_tokenizer(chains, alphabet).save_pretrained(directory)
 
 
-def build_teacher(seed: int, report: Report) -> Qwen3ForCausalLM:
+def build_teacher(seed: int, report: Report, alphabet: Alphabet = SINGLE) -> Qwen3ForCausalLM:
     """Trains a teacher from nothing; about four minutes of one core.
 
     To check a step takes a second phase transition, long after the first; a teacher that stops before it
     redoes right and wrong steps alike.  So the second phase ends on a measurement.
     """
-    trainer = Trainer(make_model(TEACHER_WIDTH, TEACHER_LAYERS, seed), random.Random(seed))
+    model = make_model(TEACHER_WIDTH, TEACHER_LAYERS, seed, alphabet=alphabet)
+    trainer = Trainer(model, random.Random(seed), alphabet=alphabet)
     validation = chain.draw_distinct(random.Random("teacher stop"), "validation", 128)
     for step, _ in enumerate(trainer.run(TEACHER_CLEAN), start=1):
         report("the teacher learns to calculate", step, TEACHER_CLEAN.num_steps)
     for step, _ in enumerate(trainer.run(TEACHER_CHECKING), start=1):
         if step % 25 == 0:
-            _, seen = copy_probe(trainer.model, validation, num_tries=0, right=False)
+            _, seen = copy_probe(trainer.model, validation, num_tries=0, right=False, alphabet=alphabet)
             report("the teacher learns to check", int(100 * seen), 100)
             if seen >= TEACHER_SEES_ERRORS:
                 break
@@ -222,9 +261,15 @@ def build_student(seed: int, report: Report, chains: Chains = chain.SHORT) -> Qw
 class Trainer:
     """Supervised training on texts drawn from the train split; one model, one random stream."""
 
-    def __init__(self, model: Qwen3ForCausalLM, rng: random.Random, chains: Chains = chain.SHORT) -> None:
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        rng: random.Random,
+        chains: Chains = chain.SHORT,
+        alphabet: Alphabet = SINGLE,
+    ) -> None:
         self.model = model
-        self._chains = chains
+        self._chains, self._alphabet = chains, alphabet
         self._rng = rng
         blocks = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("model.layers.")]
         in_blocks = {id(p) for p in blocks}
@@ -245,7 +290,8 @@ class Trainer:
     @one_thread()
     def _step(self, phase: Phase, lr: float) -> None:
         problems = [chain.draw_problem(self._rng, "train", self._chains) for _ in range(BATCH_SIZE)]
-        tokens, labels = to_batch([(problem, self._draw_text(problem, phase)) for problem in problems])
+        texts = [(problem, self._draw_text(problem, phase)) for problem in problems]
+        tokens, labels = to_batch(texts, self._alphabet)
         loss = cross_entropy(_logits(self.model, tokens).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -264,19 +310,23 @@ class Trainer:
         return chain.looping_text(problem, self._rng, self._chains.max_new_tokens)
 
 
-def to_batch(examples: Sequence[tuple[Problem, Text]]) -> tuple[torch.Tensor, torch.Tensor]:
+def to_batch(
+    examples: Sequence[tuple[Problem, Text]], alphabet: Alphabet = SINGLE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and next-token labels, both int64 of shape (batch, longest text - 1), padded on the right.
 
-    A label is `IGNORED` on the prompt, on padding and where the text's mask says so.
+    A label is `IGNORED` on the prompt, on padding and where the text's mask leaves out a character of the token. No
+    token is of prompt and response.
     """
     rows, targets = [], []
     for problem, text in examples:
-        characters = problem.prompt + text.response
-        mask = (False,) * len(problem.prompt) + text.loss_mask
-        ids = [VOCABULARY[character] for character in characters]
-        labels = [token if scored else IGNORED for token, scored in zip(ids, mask, strict=True)]
-        rows.append(torch.tensor(ids + [EOS_ID] * text.finished))
-        targets.append(torch.tensor(labels + [EOS_ID] * text.finished))
+        prompt, response = alphabet.ids(problem.prompt), alphabet.tokens(text.response)
+        ends = list(itertools.accumulate(map(len, response)))
+        scored = [all(text.loss_mask[end - len(token) : end]) for token, end in zip(response, ends, strict=True)]
+        ids = [alphabet.vocabulary[token] for token in response]
+        labels = [token if counts else IGNORED for token, counts in zip(ids, scored, strict=True)]
+        rows.append(torch.tensor(prompt + ids + [EOS_ID] * text.finished))
+        targets.append(torch.tensor([IGNORED] * len(prompt) + labels + [EOS_ID] * text.finished))
     pad = torch.nn.utils.rnn.pad_sequence
     tokens = pad(rows, batch_first=True, padding_value=PAD_ID)
     return tokens[:, :-1], pad(targets, batch_first=True, padding_value=IGNORED)[:, 1:]
@@ -295,19 +345,23 @@ def solution_probability(model: Qwen3ForCausalLM, problems: Sequence[Problem]) -
 @one_thread()
 @torch.inference_mode()
 def measure(
-    model: Qwen3ForCausalLM, problems: Sequence[Problem], temperature: float, chains: Chains = chain.SHORT
+    model: Qwen3ForCausalLM,
+    problems: Sequence[Problem],
+    temperature: float,
+    chains: Chains = chain.SHORT,
+    alphabet: Alphabet = SINGLE,
 ) -> tuple[float, float]:
     """Of one answer per problem, (share that ended in EOS with the right digit after the last ``#``, share that was
     truncated); temperature 0 is greedy."""
     correct = truncated = 0
-    tokenizer, task = make_tokenizer(), chain.ChainTask()
+    tokenizer, task = make_tokenizer(alphabet=alphabet), chain.ChainTask()
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     in_order = sorted(problems, key=lambda problem: len(problem.prompt))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for length, group in itertools.groupby(in_order, lambda problem: len(problem.prompt)):
+        for _, group in itertools.groupby(in_order, lambda problem: len(problem.prompt)):
             rows = list(group)  # prompts of one length need no padding
-            prompts = torch.tensor([[VOCABULARY[c] for c in problem.prompt] for problem in rows])
+            prompts = torch.tensor([alphabet.ids(problem.prompt) for problem in rows])
             outputs = model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
@@ -315,7 +369,7 @@ def measure(
                 eos_token_id=EOS_ID,
                 pad_token_id=PAD_ID,
                 **(sampling if temperature > 0 else {"do_sample": False}),
-            )[:, length:].tolist()
+            )[:, prompts.shape[1] :].tolist()
             texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
             for problem, output, text in zip(rows, outputs, texts, strict=True):
                 truncated += EOS_ID not in output
@@ -326,7 +380,7 @@ def measure(
 @one_thread()
 @torch.inference_mode()
 def copy_probe(
-    model: Qwen3ForCausalLM, problems: Sequence[Problem], num_tries: int, right: bool
+    model: Qwen3ForCausalLM, problems: Sequence[Problem], num_tries: int, right: bool, alphabet: Alphabet = SINGLE
 ) -> tuple[float, float]:
     """What the model does where the last step was tried ``num_tries`` times already, always with one digit.
 
@@ -335,20 +389,20 @@ def copy_probe(
     second number says how reliably the error is seen.
     """
     rng = random.Random(0)
-    texts, digits = [], []
+    rows = []
     for problem in problems:
         *head, call = problem.calls
         value = problem.results[-1]
         digit = value if right else chain.wrong_digit(value, rng)
         steps = "".join(f"{done}{result};" for done, result in zip(head, problem.results[:-1], strict=True))
-        texts.append(problem.prompt + steps + f"{call}{digit}?" * num_tries + f"{call}{digit}")
-        digits.append(VOCABULARY[str(digit)])
-    rows = [torch.tensor([VOCABULARY[character] for character in text]) for text in texts]
+        response = steps + f"{call}{digit}?" * num_tries + f"{call}{digit}"
+        rows.append(torch.tensor(alphabet.ids(problem.prompt) + alphabet.ids(response)))
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
     probabilities = _logits(model, tokens).softmax(dim=-1)
-    row, last = torch.arange(len(texts)), torch.tensor([len(text) - 1 for text in texts])
-    copied = probabilities[row, last - 1, torch.tensor(digits)]
-    redone = probabilities[row, last, VOCABULARY["?"]]
+    row, last = torch.arange(len(rows)), torch.tensor([len(each) - 1 for each in rows])
+    copied = probabilities[row, last - 1, tokens[row, last]]
+    again = [index for token, index in alphabet.vocabulary.items() if token.startswith("?")]
+    redone = probabilities[row, last][:, again].sum(-1)
     return copied.mean().item(), redone.mean().item()
 
 

@@ -28,7 +28,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from opd_ray.config.data import EMBEDDED, EMBEDDED_HARD, OTHER_END
+from opd_ray.config.data import EMBEDDED, EMBEDDED_HARD, EMBEDDED_PAIRS, OTHER_END
 from opd_ray.disk import cache_root
 from opd_ray.errors import InputError
 from opd_ray.progress import terminal_progress
@@ -38,6 +38,8 @@ from opd_ray.tasks.chain import Chains, Problem
 CHAINS = {EMBEDDED: chain.SHORT, EMBEDDED_HARD: chain.LONG}
 """Of the setting that a student's path says."""
 TEACHER_DIR = Path(__file__).parent / "assets" / "chain_teacher"
+PAIRS_SEED = 202
+"""Of the teacher with another tokenizer; with this one the phase transitions come early."""
 NUM_PROMPTS = 8192
 NUM_GOLDEN = 128
 MOST_GOLDEN = 8192
@@ -55,9 +57,17 @@ def prepare(seed: int, setting: str = EMBEDDED) -> Path:
 
 def teacher(setting: str = EMBEDDED, word: str = EMBEDDED) -> Path:
     """The checkpoint of the setting's teacher, made now if neither the package nor the cache holds it; of ``OTHER_END``
-    the same with the end token and the one that pads exchanged."""
+    the same with the end token and the one that pads exchanged; of ``EMBEDDED_PAIRS`` one whose tokens are pairs of
+    characters, a minute of one core, as good as the shipped one by the same probes (jobs/build_embedded.py)."""
     if (setting, word) == (EMBEDDED, EMBEDDED):
         return TEACHER_DIR
+    if word == EMBEDDED_PAIRS:
+        if setting != EMBEDDED:
+            raise InputError(
+                f"teacher.path={word} is made for the problems of student.path={EMBEDDED}, not of {setting}; take that "
+                "student, or another teacher"
+            )
+        return _cached(f"{_stem(setting, word)}-{cache_key(f'seed {PAIRS_SEED}')}", _build_pairs_teacher)
     shipped = hashlib.sha256((TEACHER_DIR / "model.safetensors").read_bytes()).hexdigest()
     return _cached(f"{_stem(setting, word)}-{cache_key(shipped)}", lambda directory: _teach(directory, setting, word))
 
@@ -66,7 +76,8 @@ def stands_for(word: str, path: Path, setting: str = EMBEDDED) -> bool:
     """May the word have been resolved to ``path``, in a run of ``setting``?"""
     if (setting, word) == (EMBEDDED, EMBEDDED) and path.parts[-4:] == TEACHER_DIR.parts[-4:]:
         return True  # the package may have lain elsewhere: in the copy that Ray made for an earlier job
-    stems = {OTHER_END: (_stem(setting, OTHER_END),), EMBEDDED: (_stem(setting), _stem(setting, EMBEDDED))}
+    own = {word: (_stem(setting, word),) for word in (OTHER_END, EMBEDDED_PAIRS)}
+    stems = own | {EMBEDDED: (_stem(setting), _stem(setting, EMBEDDED))}
     if not path.is_relative_to(cache_root()) or path == cache_root():
         return False
     name = path.relative_to(cache_root()).parts[0]
@@ -75,7 +86,7 @@ def stands_for(word: str, path: Path, setting: str = EMBEDDED) -> bool:
 
 def _stem(setting: str, teacher: str = "") -> str:
     """How directories of the cache begin."""
-    kind = {"": "", EMBEDDED: "-teacher", OTHER_END: "-teacher-other-end"}[teacher]
+    kind = {"": "", EMBEDDED: "-teacher", OTHER_END: "-teacher-other-end", EMBEDDED_PAIRS: "-teacher-pairs"}[teacher]
     return "chain" + setting.removeprefix(EMBEDDED) + kind
 
 
@@ -169,6 +180,14 @@ def _teach(directory: Path, setting: str, word: str) -> None:
     with terminal_progress() as report:
         model = embedded_models.lengthen(embedded_models.load(TEACHER_DIR), report)
     embedded_models.save(model, directory, CHAINS[setting])
+
+
+def _build_pairs_teacher(directory: Path) -> None:
+    from opd_ray.embedded import models as embedded_models
+
+    with terminal_progress() as report:
+        model = embedded_models.build_teacher(PAIRS_SEED, report, embedded_models.PAIRS)
+    embedded_models.save(model, directory, alphabet=embedded_models.PAIRS)
 
 
 def write_rows(path: Path, problems: Sequence[Problem], *, with_solutions: bool = False) -> None:

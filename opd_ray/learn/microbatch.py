@@ -135,11 +135,27 @@ def _scored(group: Sequence[Entry], payloads: Payloads, role: str) -> ScoredToke
         given_logprobs=column("given_logprobs"),
         stop_logprobs=column("stop_logprobs", single=True),
         hidden=column("hidden"),
+        spans=_spans(group, column("spans", single=True), payloads, role),
     )
     widths = {0 if each is None else each.shape[1] for each in (scored.topk_ids, scored.topk_logprobs)}
     if len(widths) > 1:
         raise RunError(f"rollout {group[0].meta.rollout_id}: the {role}'s topk_ids and topk_logprobs differ in number")
     return scored
+
+
+def _spans(group: Sequence[Entry], numbers: torch.Tensor | None, payloads: Payloads, role: str) -> torch.Tensor | None:
+    """[N] numbers that no two rollouts share. A span of which a horizon leaves a part is none: nobody knows what the
+    teacher says of that part."""
+    if numbers is None:
+        return None
+    parts, first = [], 0
+    for entry, own in zip(group, numbers.split([each.meta.num_trained_tokens for each in group]), strict=True):
+        whole = payloads.row(entry, "spans", role)
+        if len(own) < len(whole) and whole[len(own)] == whole[len(own) - 1]:
+            own = torch.where(own == own[-1], -1, own)
+        parts.append(torch.where(own < 0, -1, own + first))
+        first += int(own.max()) + 1
+    return torch.cat(parts)
 
 
 def _column(

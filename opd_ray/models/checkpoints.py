@@ -177,21 +177,47 @@ def check_agreement(student: ModelFacts, scorer: ModelFacts) -> frozenset[int]:
     tokens (chat markup, EOS) may have other names, as Qwen2.5's and DeepSeek-R1-Distill-Qwen's do; returns the ids
     of the student's tokens that the scorer reads as others, which a prompt must not contain.
     """
+    if difference := disagreement(student, scorer):
+        raise InputError(
+            f"vocabularies differ: token {difference.token!r} is {difference.theirs} in {scorer.name} but "
+            f"{difference.ours} in {student.name} (the first of {difference.number} differences, at id "
+            f"{difference.at}); use models of one tokenizer"
+        )
+    ours, theirs = student.tokenizer.get_vocab(), scorer.tokenizer.get_vocab()
+    return frozenset(id_ for _, id_ in ours.items() - theirs.items())
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first token of ordinary text that two tokenizers do not have in common."""
+
+    token: str
+    theirs: str
+    """What it is in the scorer's, "id 5" or "absent", and"""
+    ours: str
+    """in the student's."""
+    at: int
+    number: int
+    """Of such tokens."""
+
+    def __str__(self) -> str:
+        return f"token {self.token!r} is {self.theirs} there, {self.ours} in the student's"
+
+
+def disagreement(student: ModelFacts, scorer: ModelFacts) -> Difference | None:
+    """Where the ordinary token ids of a scorer begin to mean something else than the student's; None where all mean the
+    same."""
     ours, theirs = student.tokenizer.get_vocab(), scorer.tokenizer.get_vocab()
     if ours == theirs:
-        return frozenset()
+        return None
     our_own, their_own = ours.items() - theirs.items(), theirs.items() - ours.items()
     added, their_added = student.tokenizer.get_added_vocab(), scorer.tokenizer.get_added_vocab()
     wrong = [item for item in our_own if item[0] not in added]
     wrong += [item for item in their_own if item[0] not in their_added]
-    if wrong:
-        token, id_ = min(wrong, key=lambda item: (item[1], item[0]))
-        raise InputError(
-            f"vocabularies differ: token {token!r} is {_id(theirs, token)} in {scorer.name} but {_id(ours, token)} "
-            f"in {student.name} (the first of {len(dict(wrong))} differences, at id {id_}); "
-            "use models of one tokenizer"
-        )
-    return frozenset(id_ for _, id_ in our_own)
+    if not wrong:
+        return None
+    token, id_ = min(wrong, key=lambda item: (item[1], item[0]))
+    return Difference(token, _id(theirs, token), _id(ours, token), id_, len(dict(wrong)))
 
 
 def eos_set(student: ModelFacts, scorers: Mapping[str, tuple[ModelFacts, Sequence[int] | None]]) -> tuple[int, ...]:

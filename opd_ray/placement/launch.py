@@ -36,6 +36,7 @@ from opd_ray.watch.recorder import Recorder
 
 if TYPE_CHECKING:
     from opd_ray.score.replicas import Baseline
+    from opd_ray.score.translation import Translation
 
 _CONCURRENT_CALLS = 1000
 """Calls that an async actor holds at once; what they wait for is the engine."""
@@ -201,10 +202,16 @@ async def _group_up(group: Group, limit: float) -> None:
     group.is_up = True
 
 
-async def begin(config: Config, rooms: Rooms, stop_token_ids: Sequence[int]) -> None:
+async def begin(
+    config: Config,
+    rooms: Rooms,
+    stop_token_ids: Sequence[int],
+    translations: Mapping[str, Translation] = MappingProxyType({}),
+) -> None:
     """A run begins, or begins anew, in rooms that are up: the learner loads its student, scorers their checkpoints
     where they have others or followed a student, generators drop what they had left. No process starts anew.
 
+    ``translations``: of teachers with another tokenizer, by role, how they are asked.
     The generators get the student's weights by the first broadcast. Raises RunError when the run needs a room that is
     not there, or one with other engines.
     """
@@ -225,7 +232,10 @@ async def begin(config: Config, rooms: Rooms, stop_token_ids: Sequence[int]) -> 
         pool.calls_at_once = config.rollout.calls_at_once
     await together(
         rooms.learner.call_all("begin", config, config.student.path, tuple(stop_token_ids), deadline_s=limit),
-        *(rooms.scorers[role].begin(scorer, deadline_s=limit) for role, scorer in scorers.items()),
+        *(
+            rooms.scorers[role].begin(scorer, translations.get(role), deadline_s=limit)
+            for role, scorer in scorers.items()
+        ),
         *(pool.begin(_settings(config), deadline_s=limit) for pool in generators),
     )
 

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ from opd_ray.replay.student import Student
 from opd_ray.score.requests import roles_of, score_requests
 from opd_ray.score.scorer import Scorer
 from opd_ray.score.torch import TorchScoringEngine
+from opd_ray.score.translation import Translation
 
 SIGNALS = ("loss", "push", "size", "advantage")
 """What is known of each token, in units of the mean token of its source (times the number of its source's tokens): its
@@ -46,7 +48,9 @@ class Replayed:
 class Scorers:
     """Teachers and reference, which are loaded when they are first asked and keep what they said of the last step."""
 
-    def __init__(self) -> None:
+    def __init__(self, translations: Mapping[str, Translation] = MappingProxyType({})) -> None:
+        """``translations``: how teachers with another tokenizer are asked, by role."""
+        self._translations = translations
         self._there: dict[tuple[str, str], Scorer] = {}
         self._said: dict[tuple[str, str, ScoreRequest, tuple[str, ...]], pa.RecordBatch] = {}
 
@@ -87,7 +91,8 @@ class Scorers:
                     path=scorer.path, dtype=scorer.dtype, max_batch_tokens=scorer.max_batch_tokens
                 )
 
-            self._there[role, scorer.path] = Scorer(make_engine=make, scorer=scorer, member=False)
+            there = self._there[role, scorer.path] = Scorer(make_engine=make, scorer=scorer, member=False)
+            asyncio.run(there.begin(scorer, self._translations.get(role)))
         return self._there[role, scorer.path]
 
 

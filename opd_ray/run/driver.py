@@ -233,7 +233,8 @@ class Driver:
     async def _begin(self) -> None:
         """The student as it was before the first step, in rooms that may have had another run."""
         try:
-            await launch.begin(self._config, self._rooms, self._facts.eos_token_ids)
+            facts = self._facts
+            await launch.begin(self._config, self._rooms, facts.eos_token_ids, facts.translations)
         except GroupLost:
             raise
         except Exception:

@@ -37,6 +37,7 @@ from opd_ray.models.checkpoints import ModelFacts, inspect, inspect_run, locate_
 from opd_ray.models.engine_args import check_engine_args
 from opd_ray.models.size import DTYPE_BYTES, ModelSize, cache_bytes
 from opd_ray.placement.wanted import Wanted
+from opd_ray.run import translations
 from opd_ray.tasks import look_here
 from opd_ray.tasks.judge import Judge
 from opd_ray.watch.trackers import check_trackers
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from opd_ray.data.prompts import Prompts
     from opd_ray.run.servers import Look
     from opd_ray.score.replicas import Baseline
+    from opd_ray.score.translation import Translation
 
 _NO_LIMIT = 2**20
 """Tokens."""
@@ -72,6 +74,8 @@ class Preflight:
     """Of "student" and of every other model by its role."""
     servers: Mapping[str, Baseline] = field(default_factory=dict, repr=False, compare=False)
     """By role that is scored by servers: what they are when the run begins."""
+    translations: Mapping[str, Translation] = field(default_factory=dict, repr=False)
+    """By teacher with another tokenizer than the student's: how it is asked about the student's rollouts."""
     commits: Mapping[str, str] = field(default_factory=dict)
     """Of models of the Hub: what they are called in the configuration, and org/name@COMMIT, which was looked at."""
 
@@ -139,16 +143,22 @@ def check_files(config: Config) -> Preflight:
         data.renderer.path, data.renderer.tokenizer = config.student.path, student.tokenizer
         data.renderer.check(student.name)
         data.renderer.most_tokens = _longest_context(config, models)
-        renamed = {role: checkpoints.check_agreement(student, facts) for role, facts in models.items()}
+        foreign = translations.check(config, models)
+        alike = {role: facts for role, facts in models.items() if role not in foreign}
+        renamed = {role: checkpoints.check_agreement(student, facts) for role, facts in alike.items()}
+        translations.prepare(config, data, models, foreign)
         servers = _look_at_servers(config, models, data.prompts)
         models |= {role: look.facts for role, look in servers.items()}
         eos_token_ids = stop_token_ids(config, models)
-        longest = checks.check_prompts(config, data, models)
+        longest = checks.check_prompts(config, data, {role: models[role] for role in models if role not in foreign})
         checks.check_markup(data.prompts, models, renamed)
         data.read_golden(models, eos_token_ids, judge)
     checks.check_golden(config, data, models)
     checks.check_teachers(config, data)
-    facts = replace(_facts(config, models, eos_token_ids, data, longest), commits=commits)
+    asked = translations.translations(config, data, models, eos_token_ids)
+    longest = longest._replace(sequence=max([longest.sequence, *(each.most_tokens for each in asked.values())]))
+    facts = _facts(config, models, eos_token_ids, data, longest)
+    facts = replace(facts, commits=commits, translations=asked)
     return replace(facts, servers=_baselines(config, servers, eos_token_ids)) if servers else facts
 
 
@@ -353,8 +363,9 @@ def _check_adapters(config: Config, student: ModelFacts) -> None:
 
 
 def stop_token_ids(config: Config, models: Mapping[str, ModelFacts]) -> tuple[int, ...]:
-    """The EOS set of the student and of all that score it; the first id stands for all."""
-    given = {role: scorer.eos_token_ids for role, scorer in config.scorers.items()}
-    given |= {"teacher": config.teacher.eos_token_ids} if "teacher" in models else {}
+    """The EOS set of the student and of all that score it in its tokens; the first id stands for all."""
+    foreign = translations.others(config, models)
+    given = {role: scorer.eos_token_ids for role, scorer in config.scorers.items() if role not in foreign}
+    given |= {"teacher": config.teacher.eos_token_ids} if "teacher" in models.keys() - foreign.keys() else {}
     asked = {checkpoints.field_of(config, role): (models[role], ids) for role, ids in given.items()}
     return checkpoints.eos_set(models["student"], asked)

@@ -15,13 +15,14 @@ from opd_ray.errors import InputError, refusing
 from opd_ray.models import hub
 from opd_ray.models.checkpoints import inspect_run, locate_models
 from opd_ray.replay.logged import coefficients, logged_steps, metrics_of, rollouts_of
-from opd_ray.run import preflight
+from opd_ray.run import preflight, translations
 from opd_ray.snapshots import Shelf, Storage, read_arrays
 from opd_ray.snapshots.calls import FileCalls
 
 if TYPE_CHECKING:
     from opd_ray.messages import Entry
     from opd_ray.replay.step import Replayed
+    from opd_ray.score.translation import Translation
 
 _CONFIG = "config.yaml"
 _MAY_CHANGE = ("loss.", "guard.")
@@ -81,25 +82,25 @@ def replay(run_dir: Path, arguments: Sequence[str], rollout_id: str | None = Non
         raise InputError(f"replay: --rollout {rollout_id}: is none of the step's, as {', '.join(there[:4])}")
     _check_ids(asked, changed)
     mine, theirs = (_pinned(config) for config in (asked, changed))
-    stops = [preflight.stop_token_ids(config, inspect_run(config)) for config in (mine, theirs)]
+    asked_of = [_asked_of(config) for config in (mine, theirs)]
 
     from opd_ray.replay.step import Scorers, Step  # torch, behind every refusal that needs none
     from opd_ray.replay.student import Student
 
-    student, scorers = Student(mine), Scorers()
+    student, scorers = Student(mine), Scorers(asked_of[1][1] | asked_of[0][1])
     if start:
         checkpoint = shelf.at(start)
         files = [checkpoint.files[part] for part in checkpoint.snapshot.learner_parts]
         parts = [read_arrays(storage, file, "replay another step") for file in files]
         student.restore(checkpoint.snapshot.learner_facts, parts, checkpoint.where)
-    then = Step(mine, student, scorers, stops[0])
+    then = Step(mine, student, scorers, asked_of[0][0])
     for before in range(start + 1, step):
         work = before, rollouts_of(run_dir, before), coefficients(mine, mine, metrics, before)
         student.take(functools.partial(then.backward, *work))
     again = then.measure(step, entries, coefficients(mine, mine, metrics, step))
     instead = None
     if overrides:
-        other = Step(theirs, student, scorers, stops[1])
+        other = Step(theirs, student, scorers, asked_of[1][0])
         instead = other.measure(step, entries, coefficients(theirs, mine, metrics, step))
     return Replay(run_dir, mine.student.path, step, overrides, entries, metrics[step], again, instead)
 
@@ -159,6 +160,14 @@ def _pinned(asked: Config) -> Config:
     preflight.check_peft(config)
     with refusing("replay"):
         return hub.pinned(config, locate_models(config))
+
+
+def _asked_of(config: Config) -> tuple[tuple[int, ...], dict[str, Translation]]:
+    """The EOS set, and how teachers with another tokenizer are asked."""
+    models = inspect_run(config)
+    stops = preflight.stop_token_ids(config, models)
+    foreign = translations.check(config, models)
+    return stops, {role: translations.translation(config, role, models[role], stops) for role in foreign}
 
 
 def _check_ids(asked: Config, changed: Config) -> None:

@@ -6,7 +6,7 @@ They know nothing of tasks, text, slots, Ray or the driver. An engine is used fr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -44,6 +44,8 @@ class Scores:
     """[T] log P(stop), of all stop tokens together; [0] without stop tokens."""
     hidden: np.ndarray
     """[T, H] what the output layer turns into logits; float16 of a bfloat16 model, else float32."""
+    spans: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """[T] int32: see SCORE_SCHEMA; no engine's, but of :mod:`opd_ray.score.translation`."""
 
 
 class ScoringEngine(Protocol):

@@ -30,6 +30,7 @@ from opd_ray.score.engine import Rollout, Scores, ScoringEngine
 
 if TYPE_CHECKING:
     from opd_ray.score.follower import Follower
+    from opd_ray.score.translation import Translation, Translator
 
 _log = logs.get(__name__)
 
@@ -83,6 +84,8 @@ class Scorer:
         self._scorer = scorer
         self._receiving = asyncio.Lock()
         """Held by whoever joins a group, takes a broadcast in or changes what it is for."""
+        self._translation: Translation | None = None
+        self._translator: Translator | None = None
         self._follower: Follower | None = None
         if member:  # torch is loaded by those that need it
             from opd_ray.score.follower import Follower
@@ -99,10 +102,11 @@ class Scorer:
     async def timeline(self) -> Spans:
         return spans.collect()
 
-    async def begin(self, scorer: ScorerConfig) -> None:
-        """Another run: its checkpoint, unless that is at hand and unchanged, and its way to follow the student."""
+    async def begin(self, scorer: ScorerConfig, translation: Translation | None = None) -> None:
+        """Another run: its checkpoint, unless that is at hand and unchanged, and its way to follow the student;
+        ``translation`` where the student has another tokenizer."""
         async with self._receiving:
-            await self._worker.call(self._begin, scorer, urgent=True)
+            await self._worker.call(self._begin, scorer, translation, urgent=True)
 
     async def score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[int, pa.RecordBatch]:
         """Returns the number of response tokens scored, and a row of SCORE_SCHEMA per rollout.
@@ -145,19 +149,26 @@ class Scorer:
         return self._follower
 
     @spans.spanned("load")
-    def _begin(self, scorer: ScorerConfig) -> None:
+    def _begin(self, scorer: ScorerConfig, translation: Translation | None) -> None:
         moved = self._scorer.follows_student and (self._following().version > 0 or not self._following().whole)
         if moved or scorer.path != self._scorer.path:
             self._engine.load(scorer.path)
         self._scorer = scorer
+        if translation != self._translation:
+            from opd_ray.score.translation import Translator  # transformers: for those that need it
+
+            self._translator = Translator.of(translation) if translation else None
+            self._translation = translation
         if self._follower is not None:
             self._follower.follow(self._engine.parameters(), scorer)
 
     def _score(self, rollouts: pa.RecordBatch, request: ScoreRequest) -> tuple[int, pa.RecordBatch]:
-        sequences = _sequences(rollouts, request)
         try:
-            with spans.span("score", rollouts=len(sequences)):
-                scores = self._engine.score(sequences, request)
+            with spans.span("score", rollouts=len(rollouts)):
+                if self._translator is not None:
+                    scores = self._translator.score(self._engine, rollouts, request)
+                else:
+                    scores = self._engine.score(_sequences(rollouts, request), request)
         except (OpdError, ValueError):
             raise
         except Exception as error:  # of a device or an engine that may be broken: another worker may do better

@@ -71,6 +71,7 @@ _ALL = (
     Metric("learner/student_logprob", "nats", "log π_θ of the sampled tokens, their mean"),
     Metric("learner/entropy", "nats", "of the student, nats per token; near 0 it is deterministic"),
     Metric("learner/importance_ratio", "factor", "ratio π_θ/μ over the sampled tokens; 1 is on policy"),
+    Metric("learner/unaligned_share", "share", "tokens that a teacher with another tokenizer has no opinion on"),
     Metric("learner/off_policy_kl", "nats", "KL(μ‖π_θ) a token, k3 estimate"),
     *_TAUGHT,
     Metric("learner/teacher_logprob_repetitive", "nats", "how far the teacher endorses repetitive tokens"),

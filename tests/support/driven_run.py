@@ -33,6 +33,7 @@ FACTS: Any = SimpleNamespace(
     prompts={"rows": 8, "used": 8},
     golden={"rows": 5, "used": 5},
     servers={},
+    translations={},
     data=SimpleNamespace(
         prompt_stream=lambda attempt: stream(),
         problem_streams=lambda: defaultdict(stream),

@@ -148,7 +148,7 @@ def _bad_settings() -> dict[str, tuple[Callable[[Path], Any], dict[str, str], li
         "other vocabulary": (
             lambda root: make_checkpoint(root / "teacher", tokens=[*CHARACTERS[:-1], "@"]),
             {},
-            ["vocabularies differ", "token '@'"],
+            ["has another tokenizer than the student (token '@'", "loss.advantage.policy=behaviour"],
         ),
         "EOS that is text": (
             nothing,

@@ -93,6 +93,25 @@ def test_a_prompt_is_read_as_it_stands():
     assert ids == [VOCABULARY[character] for character in "^5-0-6+6="]
 
 
+PAIRS = embedded_models.PAIRS
+
+
+@pytest.mark.slow
+@given(text=st.text(alphabet=CHARACTERS))
+def test_the_tokenizer_of_pairs_merges_as_its_alphabet_says(text):
+    tokenizer = embedded_models.make_tokenizer(alphabet=PAIRS)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert ids == PAIRS.ids(text)
+    assert tokenizer.convert_ids_to_tokens(ids) == PAIRS.tokens(text) and "".join(PAIRS.tokens(text)) == text
+    assert tokenizer.decode([*ids, EOS_ID, PAD_ID], skip_special_tokens=True) == text
+
+
+def test_pairs_are_a_sign_and_a_digit():
+    assert PAIRS.tokens("^5-0-6+6=") == ["^", "5", "-0", "-6", "+6", "="]
+    assert PAIRS.tokens("5-0=5;5-6=2?5-6=6#6") == ["5", *["-0", "=5", ";5", "-6", "=2", "?5", "-6", "=6", "#6"]]
+    assert {*VOCABULARY.items()} < {*PAIRS.vocabulary.items()}
+
+
 # --- batches ---
 
 
@@ -105,6 +124,15 @@ def test_batch_scores_the_response_and_its_eos_but_no_prompt_and_no_padding():
     prompt_labels = labels[1, : len("^5-0-6+6=") - 1]
     assert (prompt_labels == IGNORED).all()
     assert labels[1, -1] == EOS_ID
+
+
+def test_a_pair_is_scored_where_both_of_its_characters_are_and_no_token_is_of_prompt_and_response():
+    problem = chain.Problem(1, (("+", 2), ("+", 3)))
+    text = chain.Text("1+2=4?1+2=3", (True,) * 4 + (False,) + (True,) * 6, finished=False)
+    tokens, labels = embedded_models.to_batch([(problem, text)], PAIRS)
+    named = {index: token for token, index in PAIRS.vocabulary.items()}
+    assert [named[token] for token in tokens[0].tolist()] == [*["^", "1", "+2", "+3", "=", "1", "+2", "=4", "?1", "+2"]]
+    assert [named[label] for label in labels[0].tolist() if label != IGNORED] == [*["1", "+2", "?1", "+2", "=3"]]
 
 
 def test_batch_cuts_a_looping_text_without_eos():
@@ -334,6 +362,28 @@ def test_the_other_end_is_the_teachers_alone(quick_student):
     assert preflight.stop_token_ids(resolved, preflight.inspect_run(resolved)) == (EOS_ID, PAD_ID)
     untold = dataclasses.replace(resolved, teacher=dataclasses.replace(resolved.teacher, eos_token_ids=(EOS_ID,)))
     assert preflight.stop_token_ids(untold, preflight.inspect_run(untold)) == (EOS_ID,)
+
+
+@pytest.mark.slow
+def test_the_teacher_of_pairs_is_built_once_with_its_own_tokenizer(monkeypatch, quick_student):
+    built = []
+
+    def build_teacher(seed, report, alphabet):
+        built.append(seed)
+        return embedded_models.make_model(32, 1, seed, alphabet=alphabet)
+
+    monkeypatch.setattr(embedded_models, "build_teacher", build_teacher)
+    config = resolve(configs.load(None, ["teacher.path=embedded-pairs"]))
+    path = embedded.teacher(word="embedded-pairs")
+    assert config.teacher.path == str(path) and embedded.is_embedded(config.teacher.path)
+    assert built == [embedded.PAIRS_SEED] and config.reference.path != config.teacher.path
+    assert AutoTokenizer.from_pretrained(path).get_vocab() == PAIRS.vocabulary
+    assert AutoModelForCausalLM.from_pretrained(path).config.vocab_size == len(PAIRS.vocabulary)
+    mine = ["student.path=/s", "data.prompts=/p", "evaluation.num_problems=0"]
+    with pytest.raises(InputError, match="teacher.path is the embedded one"):
+        configs.load(None, ["teacher.path=embedded-pairs", *mine])
+    with pytest.raises(InputError, match="made for the problems of student.path=embedded, not of embedded-hard"):
+        embedded.teacher("embedded-hard", "embedded-pairs")
 
 
 # --- the shipped teacher ---

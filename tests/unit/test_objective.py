@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -281,6 +283,7 @@ def test_a_source_that_the_step_lacks_has_no_metrics(module: ResponseModel) -> N
 
 def test_every_metric_of_the_objective_is_in_the_catalogue_and_the_other_way_round(module: ResponseModel) -> None:
     logged = {name for loss in LOSSES.values() for name in take(module, [whole(STEP)], config_with(loss)).metrics}
+    logged |= take(module, [whole(in_spans(STEP, np.arange))], config_with(SPANS)).metrics.keys()
     assert {name for name in logged if metric(f"learner/{name}") is None} == set()
     others = {
         "grad_norm",
@@ -292,6 +295,74 @@ def test_every_metric_of_the_objective_is_in_the_catalogue_and_the_other_way_rou
     }  # the learner's, the pipeline's
     known = {name.removeprefix("learner/") for name in METRICS if name.startswith("learner/")}
     assert {metric(f"learner/{name}").name.removeprefix("learner/") for name in logged} == known - others
+
+
+SPANS = LOSSES["reward to go"] | {"advantage": {"policy": "behaviour"}}
+
+
+def in_spans(entries: list[Entry], number: Callable[[int], Any]) -> list[Entry]:
+    """As a teacher with another tokenizer scores them: ``number`` gives the spans [T] of T tokens."""
+    changed = []
+    for entry in entries:
+        scores = {}
+        for role, payload in entry.scores.items():
+            rows = payload.to_pylist()
+            if role == "teacher" and entry.meta.source == "student":
+                for row in rows:
+                    row["spans"] = np.asarray(number(len(row["logprobs"])), np.int32)
+            scores[role] = pa.RecordBatch.from_pylist(rows, schema=SCORE_SCHEMA)
+        changed.append(dataclasses.replace(entry, scores=scores))
+    return changed
+
+
+@pytest.mark.parametrize(
+    "advantage", [{}, {"proximal": 0.2}, {"extrapolation": 1.25, "clip": 2.0}, {"reward_coef": 0.5}], ids=str
+)
+def test_spans_of_one_token_are_the_tokens(module: ResponseModel, advantage: dict[str, Any]) -> None:
+    config = config_with(SPANS | {"advantage": {"policy": "behaviour"} | advantage})
+    step = take(module, [whole(in_spans(STEP, np.arange))], config)
+    assert step.sums.pop("unaligned_share") == 0
+    assert_same(step, take(module, [whole(STEP)], config))
+
+
+def test_every_token_of_a_span_has_the_advantage_of_the_whole_span_and_one_of_none_has_0(module: ResponseModel) -> None:
+    """However the step is cut: the sums are taken before it is."""
+    entries = [entry for entry in STEP if entry.meta.source == "student"]
+    config = config_with(SPANS | {"reference": {"coef": 0.0}})
+    spans = [np.where(np.arange(length) < length - length % 3, np.arange(length) // 3, -1) for length in range(100)]
+    expected, last, tokens = 0.0, 0, sum(entry.meta.num_response_tokens for entry in entries)
+    for entry, logprobs in zip(entries, [logprobs_of(module, [entry]) for entry in entries], strict=True):
+        row = entry.rollouts.slice(entry.row, 1).to_pylist()[0]
+        scores = entry.scores["teacher"].slice(entry.row, 1).to_pylist()[0]
+        own = logprobs.gather(-1, torch.tensor(row["response_tokens"])[:, None])[:, 0]
+        ratios = np.array(scores["logprobs"]) - np.array(row["behaviour_logprobs"])
+        number = spans[len(ratios)]
+        last += (number < 0).sum()
+        for span in range(number.max() + 1):
+            expected -= ratios[number == span].sum() * own[number == span].sum().item() / tokens
+    scored = in_spans(entries, lambda length: spans[length])
+    for chunk_rows in (None, 4):
+        for packing in (False, True):
+            step = take(module, [whole(scored)], config, packing=packing, chunk_rows=chunk_rows)
+            assert step.metrics["loss_student"] == pytest.approx(expected, rel=1e-4)
+            assert step.metrics["unaligned_share"] == pytest.approx(last / tokens)
+
+
+def test_a_span_of_which_a_horizon_leaves_a_part_is_none() -> None:
+    """What the teacher says of all of it says nothing of a part."""
+    entry = next(entry for entry in STEP if entry.meta.num_response_tokens == 9)
+    for horizon, expected in ((4, [0, 0, 1, 1]), (5, [0, 0, 1, 1, -1]), (9, [0, 0, 1, 1, 2, 2, 3, 3, 4])):
+        cut_off = dataclasses.replace(entry, meta=dataclasses.replace(entry.meta, horizon=horizon))
+        [scored] = in_spans([cut_off], lambda length: np.arange(length) // 2)
+        payloads, _ = fetch_payloads(whole([scored]), lambda refs: refs)
+        [segment] = collate([scored], payloads, packing=False).segments
+        assert segment.tokens.teachers["teacher"].spans.tolist() == expected
+
+
+def test_spans_are_compared_with_what_they_were_sampled_with(module: ResponseModel) -> None:
+    config = config_with(SPANS | {"advantage": {}})
+    with pytest.raises(RunError, match=r"set loss.advantage.policy=behaviour"):
+        take(module, [whole(in_spans(STEP, np.arange))], config)
 
 
 def test_the_reward_alone_needs_no_scores(module: ResponseModel) -> None:

@@ -86,6 +86,7 @@ def test_everything_at_once_is_position_major():
         "given_logprobs": 12,
         "stop_logprobs": 3,
         "hidden": 12,
+        "spans": 0,  # no engine's
     }
     assert lengths == {name: [length] for name, length in expected.items()}
     assert engine.sequences[0][0].given_ids.tolist() == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]

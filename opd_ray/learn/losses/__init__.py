@@ -44,6 +44,9 @@ class ScoredTokens:
     """[N] log P(stop); None unless asked for."""
     hidden: torch.Tensor | None = None
     """[N, H] in front of the output layer; None unless asked for."""
+    spans: torch.Tensor | None = None
+    """[N] int64: the span that each token is in, no number twice in a batch, -1 for none; None of a scorer with the
+    student's tokenizer."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,13 @@ it. The clip bounds what comes from the models and not the reward, which is boun
                     the tokens that are least likely, student.lowest_share). OPSA's own goes on to −1 with the token's
                     entropy among the step's, which no micro-batch knows: not here.
 
+A teacher with another tokenizer has an opinion on spans of text alone (:mod:`opd_ray.score.translation`). A span is
+then one action: r is that of the whole span, Σ over its tokens of log π_T − log π, and each token of the span has all
+of it, as −r ∇log π(span) = −r Σ ∇log π(y_t) is the gradient of the reverse KL over spans. Not divided among them, as
+DPCA (arXiv 2606.09456) divides the teacher's log-prob of a chunk, by what it calls a semantic prior (read in a summary;
+the formula is not in the code that its authors gave out). π is the student that sampled: of the one that is trained now
+a piece of a micro-batch may hold a part of a span. Tokens of no span have r = 0.
+
 With ρ = π_θ(y)/μ(y) of the very token, importance.correction gives the loss
 
     none      −A log π_θ
@@ -74,6 +81,11 @@ def advantages(
     metrics: dict[str, torch.Tensor] = {}
     advantage = batch.teacher_advantages
     if advantage is None:
+        if spans_of(batch.teachers) is not None:
+            raise RunError(
+                "a teacher with another tokenizer compares spans, which takes the log-probs that they were sampled "
+                "with; set loss.advantage.policy=behaviour"
+            )
         advantage = log_ratios(batch, batch.logprobs.detach(), weights, config)
     if config.clip is not None:
         metrics["advantage_clip_fraction"] = (advantage.abs() > config.clip).float()
@@ -94,16 +106,30 @@ def log_ratios(
     """r of each token, [N], with ``policy`` its log π [N]; 0 without a teacher. RunError without a needed reference."""
     if not config.uses_teacher:
         return torch.zeros_like(policy)
-    teacher = combined_logprobs(tokens.teachers, weights)
-    ratios = teacher - policy
+    teacher, spans = combined_logprobs(tokens.teachers, weights), spans_of(tokens.teachers)
+    ratios = over_spans(teacher - policy, spans)
     if config.proximal is not None:
         ratios = torch.logaddexp(ratios + math.log(config.proximal), ratios.new_tensor(math.log1p(-config.proximal)))
     ratios = config.teacher_coef * ratios
     if config.extrapolation != 1:
         if tokens.reference is None:
             raise RunError("advantage.extrapolation needs the reference's log-probs, but the scores have none")
-        ratios = ratios + (config.extrapolation - 1) * (teacher - tokens.reference.logprobs)
+        ratios = ratios + (config.extrapolation - 1) * over_spans(teacher - tokens.reference.logprobs, spans)
     return ratios
+
+
+def spans_of(teachers: Mapping[str, ScoredTokens]) -> torch.Tensor | None:
+    """The spans [N] of the teacher with another tokenizer, who is then the only one; None without such."""
+    return next((scored.spans for scored in teachers.values() if scored.spans is not None), None)
+
+
+def over_spans(values: torch.Tensor, spans: torch.Tensor | None) -> torch.Tensor:
+    """[N] the sum of ``values`` [N] over each token's span, 0 for a token of none; as they are without ``spans``."""
+    if spans is None:
+        return values
+    inside = spans >= 0
+    sums = values.new_zeros(1 + int(spans.max().clamp(min=0))).index_add(0, spans[inside], values[inside])
+    return torch.where(inside, sums[spans.clamp(min=0)], 0.0)
 
 
 def trust(batch: TokenBatch, weights: Mapping[str, float]) -> torch.Tensor:

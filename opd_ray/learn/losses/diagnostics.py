@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from opd_ray.learn.losses import TokenBatch, block_rows, is_any_of
-from opd_ray.learn.losses.advantage import combined_logprobs, log_importance_ratio
+from opd_ray.learn.losses.advantage import combined_logprobs, log_importance_ratio, spans_of
 from opd_ray.learn.losses.support import merged
 
 RATIOS = {
@@ -34,7 +34,8 @@ def student_metrics(
     advantage is log π_T − log π_θ of the sampled token, the negative k1 estimate of the reverse KL (with several
     teachers their weighted mean); importance_ratio is π_θ/μ, and off_policy_kl its k3 estimate of KL(μ‖π_θ) (how far
     the weights moved, plus what temperature, top-p and the generator's precision add). ``ends`` and ``cuts`` [N] are 1
-    at the last token of a rollout that stopped, or was cut off. Teacher metrics are there when teachers are.
+    at the last token of a rollout that stopped, or was cut off. Teacher metrics are there when teachers are;
+    unaligned_share, of tokens that are in no span of a teacher with another tokenizer, with such a one.
     ``batch`` is a detached one: what is logged must not become part of the graph.
     """
     logprobs, log_ratio = batch.logprobs, log_importance_ratio(batch)
@@ -56,6 +57,8 @@ def student_metrics(
             "teacher_logprob": teacher,
             "teacher_logprob_repetitive": teacher * repetitive,
         }
+        if (spans := spans_of(batch.teachers)) is not None:
+            metrics["unaligned_share"] = (spans < 0).float()
         if all(scored.stop_logprobs is not None for scored in batch.teachers.values()):
             stop = sum(weights[name] * scored.stop_logprobs.exp() for name, scored in batch.teachers.items())
             metrics |= _stops("teacher", stop, ends, cuts)
