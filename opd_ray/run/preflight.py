@@ -43,7 +43,6 @@ from opd_ray.tasks.judge import Judge
 from opd_ray.watch.trackers import check_trackers
 
 if TYPE_CHECKING:
-    from opd_ray.data.prompts import Prompts
     from opd_ray.run.servers import Look
     from opd_ray.score.replicas import Baseline
     from opd_ray.score.translation import Translation
@@ -147,7 +146,7 @@ def check_files(config: Config) -> Preflight:
         alike = {role: facts for role, facts in models.items() if role not in foreign}
         renamed = {role: checkpoints.check_agreement(student, facts) for role, facts in alike.items()}
         translations.prepare(config, data, models, foreign)
-        servers = _look_at_servers(config, models, data.prompts)
+        servers = _look_at_servers(config, models, data)
         models |= {role: look.facts for role, look in servers.items()}
         eos_token_ids = stop_token_ids(config, models)
         longest = checks.check_prompts(config, data, {role: models[role] for role in models if role not in foreign})
@@ -159,7 +158,7 @@ def check_files(config: Config) -> Preflight:
     longest = longest._replace(sequence=max([longest.sequence, *(each.most_tokens for each in asked.values())]))
     facts = _facts(config, models, eos_token_ids, data, longest)
     facts = replace(facts, commits=commits, translations=asked)
-    return replace(facts, servers=_baselines(config, servers, eos_token_ids)) if servers else facts
+    return replace(facts, servers=_baselines(config, servers, facts)) if servers else facts
 
 
 def check_weights(config: Config, *, evaluation_only: bool = False) -> None:
@@ -266,18 +265,18 @@ def _check_caches(config: Config, models: Mapping[str, ModelFacts], longest: int
             )
 
 
-def _look_at_servers(config: Config, models: Mapping[str, ModelFacts], prompts: Prompts) -> dict[str, Look]:
+def _look_at_servers(config: Config, models: Mapping[str, ModelFacts], data: Dataset) -> dict[str, Look]:
     if not any(scorer.url for scorer in config.scorers.values()):
         return {}
-    from opd_ray.run.servers import MOST_PROMPTS, looks  # an HTTP client, which no other run needs
+    from opd_ray.run.servers import looks  # an HTTP client, which no other run needs
 
-    return looks(config, models, [prompts[index] for index in range(min(len(prompts), MOST_PROMPTS))])
+    return looks(config, models, data)
 
 
-def _baselines(config: Config, found: Mapping[str, Look], eos_token_ids: tuple[int, ...]) -> dict[str, Baseline]:
+def _baselines(config: Config, found: Mapping[str, Look], facts: Preflight) -> dict[str, Baseline]:
     from opd_ray.run.servers import baselines
 
-    return baselines(config, found, eos_token_ids)
+    return baselines(config, found, facts.eos_token_ids, facts.translations)
 
 
 def _generators(config: Config, number: int) -> _Asked:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from opd_ray.config import Config, ScorerConfig
+from opd_ray.data.dataset import Dataset
 from opd_ray.errors import InputError, KeyRefused, NotOffered, ServerFailed, ServerRefused, near
 from opd_ray.messages import ScoreRequest
 from opd_ray.models.checkpoints import ModelFacts, ending_tokens, field_of
@@ -26,8 +27,9 @@ from opd_ray.score.replicas import Baseline
 from opd_ray.score.requests import score_requests
 from opd_ray.score.server import CONNECT_S, Server, key_in
 from opd_ray.score.standing import distance, probe_opinion
+from opd_ray.score.translation import Translation
 
-MOST_PROMPTS = 16
+_MOST_PROMPTS = 16
 """First prompts of a run that are of use here."""
 _PROBE_TOKENS = 128
 """Of the first prompts, one behind the other: as much as a mean needs, and scored in a moment."""
@@ -52,7 +54,8 @@ class Look:
     def __init__(
         self, name: str, scorer: ScorerConfig, student: ModelFacts, facts: ModelFacts, prompts: Sequence[np.ndarray]
     ) -> None:
-        """``facts`` of the tokenizer in the role's path; ``prompts`` are token ids of prompts of the run."""
+        """``facts`` of the tokenizer in the role's path; ``prompts`` are token ids of prompts of the run, in the tokens
+        of ``student``: the role's own facts once more, where it is asked in its own tokens."""
         self._name, self._scorer, self._student, self._facts = name, scorer, student, facts
         self._prompts, self._key = prompts, key_in(scorer.url_key_env)
         if scorer.url_key_env and not self._key:
@@ -133,7 +136,7 @@ class Look:
                 if (theirs := server.detokenize([eos])) != (ours := tokenizer.decode([eos])):
                     raise InputError(
                         f"{self._name}.url={server.url}: token {eos}, which ends a response, is {theirs!r} there but "
-                        f"{ours!r} in {self._student.name}; serve a model of the student's tokenizer"
+                        f"{ours!r} in {self._student.name}; serve a model of that tokenizer"
                     )
         except ServerFailed as error:
             raise self._refusal(error, "expected a vLLM server with its tokenizer (/tokenize, /detokenize)") from None
@@ -144,11 +147,11 @@ class Look:
             if here != there:
                 raise InputError(
                     f"{self._name}.url={server.url}: token {token} is {there!r} there but {here!r} in "
-                    f"{self._student.name}; serve a model of the student's tokenizer"
+                    f"{self._student.name}; serve a model of that tokenizer"
                 )
         raise InputError(
             f"{self._name}.url={server.url}: the student's tokens of {text!r} are another text there; serve a model of "
-            "the student's tokenizer"
+            "that tokenizer"
         )
 
     def _check_answers(self, probe: np.ndarray, requests: Sequence[ScoreRequest]) -> bool:
@@ -218,22 +221,35 @@ class Look:
         return allowed
 
 
-def looks(config: Config, models: Mapping[str, ModelFacts], prompts: Sequence[np.ndarray]) -> dict[str, Look]:
+def looks(config: Config, models: Mapping[str, ModelFacts], data: Dataset) -> dict[str, Look]:
     """At the servers of every role that has some."""
-    return {
-        role: Look(field_of(config, role), scorer, models["student"], models[role], prompts)
-        for role, scorer in config.scorers.items()
-        if scorer.url
-    }
+    found = {}
+    for role, scorer in config.scorers.items():
+        if scorer.url:
+            student, prompts = models["student"], data.prompts
+            if role in data.translated:
+                student, prompts = models[role], data.translated[role]
+            some = [prompts[index] for index in range(min(len(prompts), _MOST_PROMPTS))]
+            found[role] = Look(field_of(config, role), scorer, student, models[role], some)
+    return found
 
 
-def baselines(config: Config, found: Mapping[str, Look], eos_token_ids: tuple[int, ...]) -> dict[str, Baseline]:
+def baselines(
+    config: Config,
+    found: Mapping[str, Look],
+    eos_token_ids: tuple[int, ...],
+    translations: Mapping[str, Translation],
+) -> dict[str, Baseline]:
     """Of every role that has servers."""
     asked = score_requests(config, eos_token_ids).values()
-    return {
-        role: look.baseline([each[role] for each in asked if role in each], eos_token_ids)
-        for role, look in found.items()
-    }
+    made = {}
+    for role, look in found.items():
+        requests, ends = [each[role] for each in asked if role in each], eos_token_ids
+        if role in translations:
+            ends = translations[role].own_stop_token_ids
+            requests = [ScoreRequest(stop_token_ids=ends)]
+        made[role] = look.baseline(requests, ends)
+    return made
 
 
 def _at_once(ask: Callable[[Any], Any], what: Sequence[Any]) -> list[Any]:

@@ -80,8 +80,6 @@ def _problems(config: Config, role: str) -> Iterator[str]:
         yield "loss.teachers=weighted adds up several teachers' opinions on one token: set loss.teachers=routed"
     if teacher.privileged:
         yield "it is shown solutions in the student's tokens: set privileged=false"
-    if teacher.url:
-        yield "servers are asked in the student's tokens so far: load it in the run (path, without url)"
     if teacher.follows_student:
         yield f"update={teacher.update} gives it the student's weights: set update=fixed"
 

@@ -69,7 +69,6 @@ def test_prompts_are_rendered_with_the_template_and_the_tokens_of_their_teacher(
         ),
         (SPANS | {"teacher__privileged": "true"}, "set privileged=false"),
         (SPANS | {"teacher__update": "periodic"}, "set update=fixed"),
-        (SPANS | {"teacher__url": "http://127.0.0.1:1"}, "servers are asked in the student's tokens so far"),
         (SPANS | {"reference__path": "TEACHER"}, "vocabularies differ: token '0' is id 9 in reference.path="),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:40],

@@ -29,7 +29,7 @@ from opd_ray.run import servers as looking
 from opd_ray.score.server import Server
 from opd_ray.status.reasons import explain
 from opd_ray.status.state import FILE, read
-from tiny_checkpoints import CHARACTERS, configured, make_setting, refused
+from tiny_checkpoints import CHARACTERS, configured, make_checkpoint, make_setting, refused
 
 ONE, TWO = "http://one:8000", "http://two:8000"
 
@@ -135,6 +135,21 @@ def test_the_context_of_a_server_has_room_for_one_more_token(
     assert f"its 5 prompt tokens + rollout.max_response_tokens=20 are 25, more than the context of 24 of {TWO}" in (
         message.replace("teacher.url=", "")
     )
+
+
+def test_servers_with_another_tokenizer_are_asked_in_their_own_tokens(
+    setting: dict[str, str], servers: dict[str, FakeServer], tmp_path: Path
+) -> None:
+    words = (*CHARACTERS[:3], *reversed(CHARACTERS[3:]))
+    make_checkpoint(tmp_path / "teacher", tokens=words)
+    for each in servers.values():
+        each.words, each.endings = words, (2, 1)
+    spans = {"loss__student__divergence": "k1", "loss__advantage__policy": "behaviour"}
+    facts = look(setting, **spans)
+    assert facts.servers["teacher"].probe.tolist() == [words.index(each) for each in "1+1=12+1="]
+    assert facts.translations["teacher"].own_stop_token_ids == (1, 2) and facts.eos_token_ids == (1,)
+    servers[TWO].words = CHARACTERS
+    assert "serve a model of that tokenizer" in refused(lambda: look(setting, **spans))
 
 
 def test_servers_that_choose_are_asked_to(setting: dict[str, str], servers: dict[str, FakeServer]) -> None:
