@@ -27,6 +27,8 @@ class World:
 
     student: Path
     teacher: Path
+    pairs: Path
+    """Another teacher, with the tokenizer of embedded:pairs."""
     prompts: Path
     golden: Path
     evaluation: Path
@@ -48,6 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Random models of two sizes with the embedded tokenizer, and problems of the chain task."""
     from transformers import AutoTokenizer
 
+    from opd_ray.embedded.models import PAIRS, make_tokenizer
     from opd_ray.embedded.prepare import TEACHER_DIR
     from random_models import save_random_model
 
@@ -66,7 +69,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     }
     for name, rows in files.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return World(root / "student", root / "teacher", *(root / f"{name}.jsonl" for name in files))
+    save_random_model(root / "pairs", make_tokenizer(PAIRS), seed=2, **sizes, num_hidden_layers=1)
+    return World(
+        *(root / name for name in ("student", "teacher", "pairs")), *(root / f"{name}.jsonl" for name in files)
+    )
 
 
 @pytest.fixture(scope="session")

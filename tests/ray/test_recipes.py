@@ -22,6 +22,7 @@ from opd_ray import config as configs
 from opd_ray import train
 from opd_ray.buffer.mixture import Mixture
 from opd_ray.config import Config
+from opd_ray.embedded.models import PAIRS, make_tokenizer
 from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.embedded.resolve import resolve
 from opd_ray.placement.session import Session
@@ -30,6 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.deepspeed]
 
 DIRECTORY = Path(__file__).parents[2] / "opd_ray" / "recipes"
 RECIPES = sorted(path.stem for path in DIRECTORY.glob("*.yaml") if not path.stem.startswith("paper_"))
+TEXTS = make_tokenizer()
 STEPS = 2
 BUDGET = 24
 SMALL = [
@@ -95,7 +97,9 @@ def overrides(name: str, world, config: Config) -> list[str]:
     budget = "[[0, 8], [1, 24]]" if isinstance(config.rollout.max_response_tokens, tuple) else BUDGET
     small.append(f"rollout.max_response_tokens={budget}")
     small += [f"more_teachers.{other}.path={world.teacher}" for other in config.more_teachers]
-    if config.teacher.path != configs.STUDENT:
+    if config.teacher.path == configs.EMBEDDED_PAIRS:
+        small.append(f"teacher.path={world.pairs}")
+    elif config.teacher.path != configs.STUDENT:
         small.append(f"teacher.path={world.teacher}")
     if config.teacher.privileged:
         small.append(f"data.prompts={world.golden}")
@@ -116,8 +120,10 @@ def run(name: str, world, session: Session, run_dir: Path) -> Outcome:
 
     async def cell() -> dict[str, Any]:
         """As a notebook calls it: where an event loop is running."""
-        # A teacher that writes has rooms of its own: its generators keep to one teacher.
-        return train(config, run_dir, session=None if config.buffer.uses_teacher_rollouts else session)
+        # A teacher that writes has rooms of its own: its generators keep to one teacher. So does one with another
+        # vocabulary: the others' takes in the student's weights.
+        alone = config.buffer.uses_teacher_rollouts or config.teacher.path == str(world.pairs)
+        return train(config, run_dir, session=None if alone else session)
 
     try:
         summary = asyncio.run(cell())
@@ -200,6 +206,15 @@ def check_mopd(outcome: Outcome) -> None:
     assert all(row["teacher_logprobs"] for row in outcome.of("student"))
     assert outcome.values("learner/masked_share")
     assert max(outcome.values("rollouts/accuracy")) > 0, "there is a reward to mix in"
+
+
+def check_cross_tokenizer(outcome: Outcome) -> None:
+    assert all(0 <= value < 0.5 for value in outcome.values("learner/unaligned_share"))
+    pairs = PAIRS.vocabulary
+    for row in outcome.of("student"):
+        prompt = TEXTS.decode(row["prompt_tokens"])
+        assert list(row["privileged_prompt_tokens"]) == [pairs[token] for token in PAIRS.tokens(prompt)]
+        assert len(row["teacher_logprobs"]) == len(row["response_tokens"])
 
 
 def check_exopd(outcome: Outcome) -> None:

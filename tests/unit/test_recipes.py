@@ -29,6 +29,7 @@ PAPER = [name for name in RECIPES if name.startswith("paper_")]
 EMBEDDED = [name for name in RECIPES if name not in PAPER]
 METHODS = {
     "async_opd": "opd",
+    "cross_tokenizer": "opd",
     "eopd": "opd",
     "exopd": "opd",
     "gkd": "gkd",
@@ -93,6 +94,14 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embedded models and data without building a student."""
     monkeypatch.setattr(embedded, "prepare", lambda seed, setting: few)
+
+    def pairs() -> Path:
+        from opd_ray.embedded import models
+
+        models.save(models.make_model(32, 1, 0, models.PAIRS), tmp_path / "pairs", models.PAIRS)
+        return tmp_path / "pairs"
+
+    monkeypatch.setattr(embedded, "pairs_teacher", pairs)
 
 
 @pytest.mark.parametrize("name", RECIPES)
