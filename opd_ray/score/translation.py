@@ -19,7 +19,6 @@ so that the loss has nothing to say of them, are the student's tokens behind the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -125,7 +124,8 @@ class Translator:
                 f"rollout {rollout_id} has no prompt in the tokens of its teacher, which has another tokenizer than "
                 "the student; prompts are rendered for it before the run begins"
             )
-        room = max(0, self._facts.most_tokens - len(prompt))
+        prompt = prompt[: self._facts.most_tokens]
+        room = self._facts.most_tokens - len(prompt)
         fits = len(ids) + ended <= room
         ids = list(ids[:room])
         theirs = self._places(ids, text.encode(), text_places, whole=ended or not fits)
@@ -163,7 +163,10 @@ class Translator:
 
 def _common(one: bytes, other: bytes) -> int:
     """Bytes that both begin with."""
-    return len(os.path.commonprefix([one, other]))
+    size = min(len(one), len(other))
+    if one[:size] == other[:size]:
+        return size
+    return int(np.argmax(np.frombuffer(one[:size], np.uint8) != np.frombuffer(other[:size], np.uint8)))
 
 
 def _told(reading: _Reading, scores: Scores, behaviour: np.ndarray, with_stops: bool) -> Scores:

@@ -15,6 +15,7 @@ from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.data.golden import is_privileged
 from opd_ray.data.rows import read_golden, read_prompts
+from opd_ray.embedded import models
 from opd_ray.embedded import prepare as embedded
 from opd_ray.embedded.prepare import TEACHER_DIR
 from opd_ray.embedded.resolve import resolve
@@ -87,21 +88,15 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, problems in embedded.problem_sets(0).items():
         embedded.write_rows(directory / f"{name}.jsonl", problems[:64], with_solutions=name == "golden")
     (directory / "student").symlink_to(TEACHER_DIR)
+    models.save(models.make_model(32, 1, 0, models.PAIRS), directory / "pairs", models.PAIRS)
     return directory
 
 
 @pytest.fixture
 def prepared(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embedded models and data without building a student."""
-    monkeypatch.setattr(embedded, "prepare", lambda seed, setting: few)
-
-    def pairs() -> Path:
-        from opd_ray.embedded import models
-
-        models.save(models.make_model(32, 1, 0, models.PAIRS), tmp_path / "pairs", models.PAIRS)
-        return tmp_path / "pairs"
-
-    monkeypatch.setattr(embedded, "pairs_teacher", pairs)
+    monkeypatch.setattr(embedded, "prepare", lambda seed: few)
+    monkeypatch.setattr(embedded, "pairs_teacher", lambda: few / "pairs")
 
 
 @pytest.mark.parametrize("name", RECIPES)
