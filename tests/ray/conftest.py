@@ -69,7 +69,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     }
     for name, rows in files.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    save_random_model(root / "pairs", make_tokenizer(PAIRS), seed=2, **sizes, num_hidden_layers=1)
+    save_random_model(root / "pairs", make_tokenizer(alphabet=PAIRS), seed=2, **sizes, num_hidden_layers=1)
     return World(
         *(root / name for name in ("student", "teacher", "pairs")), *(root / f"{name}.jsonl" for name in files)
     )

@@ -88,15 +88,17 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, problems in embedded.problem_sets(0).items():
         embedded.write_rows(directory / f"{name}.jsonl", problems[:64], with_solutions=name == "golden")
     (directory / "student").symlink_to(TEACHER_DIR)
-    models.save(models.make_model(32, 1, 0, models.PAIRS), directory / "pairs", models.PAIRS)
+    pairs = models.make_model(32, 1, 0, alphabet=models.PAIRS)
+    models.save(pairs, directory / "pairs", alphabet=models.PAIRS)
     return directory
 
 
 @pytest.fixture
 def prepared(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embedded models and data without building a student."""
-    monkeypatch.setattr(embedded, "prepare", lambda seed: few)
-    monkeypatch.setattr(embedded, "pairs_teacher", lambda: few / "pairs")
+    monkeypatch.setattr(embedded, "prepare", lambda seed, setting: few)
+    others = {configs.EMBEDDED: TEACHER_DIR, configs.EMBEDDED_PAIRS: few / "pairs"}
+    monkeypatch.setattr(embedded, "teacher", lambda setting, word: others[word])
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -321,7 +321,7 @@ def test_with_a_tokenizer_that_only_numbers_otherwise_the_scores_are_those_of_th
 
 
 def test_the_pairs_of_the_second_teacher_are_spans_of_two_of_the_student_s_characters():
-    student, teacher = embedded_models.make_tokenizer(), embedded_models.make_tokenizer(PAIRS)
+    student, teacher = embedded_models.make_tokenizer(), embedded_models.make_tokenizer(alphabet=PAIRS)
     facts = Translation("student", "teacher", (EOS_ID,), (EOS_ID,), 128)
     reader = Translator(facts, TokenTexts(student), TokenTexts(teacher))
     ended, cut = reader.read(
