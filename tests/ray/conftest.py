@@ -28,7 +28,7 @@ class World:
     student: Path
     teacher: Path
     pairs: Path
-    """Another teacher, with the tokenizer of embedded:pairs."""
+    """Another teacher, with the tokenizer of embedded-pairs."""
     prompts: Path
     golden: Path
     evaluation: Path
