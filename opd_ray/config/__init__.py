@@ -10,6 +10,7 @@ from opd_ray.config.data import (
     EMBEDDED,
     EMBEDDED_PAIRS,
     EMBEDDED_STUDENTS,
+    EMBEDDED_TEACHERS,
     HELD_OUT,
     OTHER_END,
     DataConfig,

@@ -21,6 +21,7 @@ OTHER_END = "embedded-other-end"
 """Value of a teacher's path that stands for the embedded one, were its end token the one that it pads with."""
 EMBEDDED_PAIRS = "embedded-pairs"
 """Value of a teacher's path that stands for one with another tokenizer, whose tokens are pairs of characters."""
+EMBEDDED_TEACHERS = (EMBEDDED, OTHER_END, EMBEDDED_PAIRS)
 COLUMNS = ("id", "prompt", "answer", "response", "teacher", "messages")
 """Those of a row that data.columns may find under another name."""
 _TAKEN = ("before", "others")

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from opd_ray.config.binding import Binds, binding
-from opd_ray.config.data import EMBEDDED, EMBEDDED_PAIRS, EMBEDDED_STUDENTS, OTHER_END, EvaluationSet, set_field
+from opd_ray.config.data import EMBEDDED, EMBEDDED_STUDENTS, EMBEDDED_TEACHERS, OTHER_END, EvaluationSet, set_field
 from opd_ray.config.hints import hint
 from opd_ray.config.keys import check_no_keys
 from opd_ray.config.sections import LoraConfig, RepetitionConfig
@@ -155,8 +155,8 @@ def embedded_preset(student: str = EMBEDDED) -> dict[str, Any]:
 def _check_words(config: Config) -> None:
     """Raises InputError for a path that is nearly one of the words for what the package makes itself."""
     words = {"student.path": EMBEDDED_STUDENTS}
-    words |= {f"{role}.path": (EMBEDDED, OTHER_END) for role in ("teacher", "reference")}
-    words |= {f"more_teachers.{name}.path": (EMBEDDED, OTHER_END) for name in config.more_teachers}
+    words |= {"teacher.path": EMBEDDED_TEACHERS, "reference.path": (EMBEDDED, OTHER_END)}
+    words |= {f"more_teachers.{name}.path": EMBEDDED_TEACHERS for name in config.more_teachers}
     paths = {"student": config.student, "teacher": config.teacher, "reference": config.reference}
     given = {f"{name}.path": each.path for name, each in paths.items()}
     given |= {f"more_teachers.{name}.path": each.path for name, each in config.more_teachers.items()}
@@ -184,7 +184,7 @@ def _check_nothing_embedded(config: Config, evaluation_only: bool) -> None:
         mend = f"give {set_field(name)}=FILE, or evaluation.num_problems=0 to evaluate nothing"
         needed.append((set_field(name), each.path, mend))
     for field, value, mend in needed:
-        if value in (EMBEDDED, EMBEDDED_PAIRS, OTHER_END):
+        if value in EMBEDDED_TEACHERS:
             raise InputError(
                 f"config: student.path is {config.student.path}, but {field} is the embedded one, made for the "
                 f"embedded student; {mend}"

@@ -39,7 +39,7 @@ def resolve(config: Config) -> Config:
         elsewhere = scorer["url"] and not config.buffer.uses_teacher_rollouts  # nothing but a tokenizer is needed here
         if scorer["path"] == configs.STUDENT or (scorer["path"] == configs.EMBEDDED and elsewhere):
             scorer["path"] = student["path"]
-        elif scorer["path"] in (configs.EMBEDDED, configs.EMBEDDED_PAIRS, configs.OTHER_END):
+        elif scorer["path"] in configs.EMBEDDED_TEACHERS:
             scorer["path"] = str(embedded.teacher(setting, scorer["path"]))
     return configs.from_dict(plain)
 

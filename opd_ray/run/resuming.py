@@ -145,7 +145,7 @@ def _stands_for(new: Any, old: Any, before: Mapping[str, Any], student: str) -> 
     if new == configs.STUDENT:
         return old == before["student"]["path"]
     kind, _, count = str(new).partition(":")
-    if kind not in (*configs.EMBEDDED_STUDENTS, configs.EMBEDDED_PAIRS, configs.OTHER_END) or not isinstance(old, str):
+    if kind not in (*configs.EMBEDDED_STUDENTS, *configs.EMBEDDED_TEACHERS) or not isinstance(old, str):
         return False
     if count:
         return Path(old).name == f"golden-{count}.jsonl"

@@ -84,7 +84,10 @@ def test_a_student_of_ones_own_meets_nothing_embedded_unasked(overrides: list[st
             "student.path=embedded-hrad",
             "student.path is embedded-hrad, expected embedded or embedded-hard, .*did you mean",
         ),
-        ("teacher.path=embedded-hard", "teacher.path is embedded-hard, expected embedded or embedded-other-end, or ./"),
+        (
+            "teacher.path=embedded-hard",
+            "teacher.path is embedded-hard, expected embedded or embedded-other-end or embedded-pairs, or ./",
+        ),
         ("data.prompts=embedded-hard", "data.prompts is embedded-hard, expected embedded, or ./embedded-hard"),
         ("student.path=embedded-other-end", "expected embedded or embedded-hard"),
     ],
