@@ -84,7 +84,7 @@ def measure(
     entries = [entry for step in steps for entry in step]
     student_tokens = _tokens(entries, "student")
     alone = {"generate": _elsewhere("generate", _generate, *given, _responses(entries, "student"), 1.0)}
-    if config.buffer.uses_teacher_rollouts:
+    if config.buffer.has_teacher_write:
         share = _tokens(entries, "teacher") / student_tokens
         alone["teacher_generate"] = _elsewhere(
             "teacher_generate", _generate, _writing(config), *given[1:], _responses(entries, "teacher"), share

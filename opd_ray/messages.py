@@ -26,6 +26,9 @@ SOURCES: tuple[Source, ...] = get_args(Source)
 FinishReason = Literal["stop", "length", "repetition", "horizon"]
 """By itself, with a token of the EOS set; at the end of its budget; by the engine, for it had repeated itself; or at a
 horizon before the end of its budget, where nothing is known of how it would have ended."""
+TaughtBy = Literal["teacher", "golden", "reward", "nothing"]
+"""What a prompt is taught by, where evidence decides it."""
+TAUGHT_BY: tuple[TaughtBy, ...] = get_args(TaughtBy)
 REFERENCE = "reference"
 """The reference's role among the scorers; every other role is the name of a teacher."""
 
@@ -142,7 +145,7 @@ class PromptGroup:
     """The prompt file's row, for the task's verifier."""
     num_responses: int
     seed: int
-    """Seed of the first response; response i uses seed + i."""
+    """Response i uses seed + i."""
     teacher: str = "teacher"
     """Name of the teacher that this prompt's row asks for."""
     privileged_prompt_tokens: tuple[int, ...] = ()
@@ -152,6 +155,8 @@ class PromptGroup:
     """Tokens after which a response is cut off and trained on no further, fewer than its budget; None for none."""
     probe: bool = False
     """Sample to the budget nevertheless."""
+    first_response: int = 0
+    """Number of the first response: those before it have been sampled in another call."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +227,16 @@ class Entry:
     """Role (a teacher's name, or "reference") to a RecordBatch of SCORE_SCHEMA; only those its loss needs."""
     reward_advantage: float = 0.0
     """The task's reward, normalised over the responses to the same prompt; 0 unless the loss uses it."""
+    taught_by: TaughtBy | None = None
+    """What evidence leaves the rollout to: the student's of a prompt all to the same, a golden one that is in their
+    place to "golden", and one of the teacher's that is only judged to "nothing"; else None."""
+    weight: float = 1.0
+    """Of its source's loss on it: 0 for the student's that the teacher does not teach."""
+
+    @property
+    def is_trained_on(self) -> bool:
+        """Is it part of a step's plan, and of what its means divide by?"""
+        return self.meta.source != "teacher" or self.taught_by != "nothing"
 
 
 @dataclass(frozen=True)

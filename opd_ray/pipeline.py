@@ -29,6 +29,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from opd_ray.buffer.evidence import Evidence
 from opd_ray.buffer.filling import Filling
 from opd_ray.buffer.mixture import Mixture
 from opd_ray.buffer.plan import group_advantages, plan_step
@@ -75,8 +76,10 @@ class Pipeline:
         restored: Mapping[int, Sequence[Entry]],
         where: Whereabouts,
         say: Callable[..., None],
+        evidence: Evidence | None = None,
     ) -> None:
         """``problems``: held-out ones, by set. ``restored``: slots that are scored already, and their rollouts.
+        ``evidence``: where it decides what prompts are taught by.
         ``say(kind, text)`` tells of losses."""
         self._config, self._rooms, self._buffer, self._guard = config, rooms, buffer, guard
         self._prompts, self._problems = prompts, problems
@@ -90,7 +93,10 @@ class Pipeline:
         self._waited_s, self._waits_since = 0.0, None
         self._waits_for: int | None = None
         self._mixture = Mixture(config)
-        self._filling = Filling(config, rooms, prompts, self._mixture, stop_token_ids, self._lost, guard.horizon_at)
+        self._evidence = evidence
+        self._filling = Filling(
+            config, rooms, prompts, self._mixture, stop_token_ids, self._lost, guard.horizon_at, evidence
+        )
         self._slots = Slots(config.buffer.num_slots, first=first_step * config.buffer.prompts_per_step)
 
     async def run(self, observers: Sequence[Observer]) -> None:
@@ -107,7 +113,8 @@ class Pipeline:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs besides the step, the learner and the buffer to go on with the same steps."""
-        return {"golden_position": self._buffer.golden.position, "guard": self._guard.state()}
+        evidence = {"evidence": self._evidence.state()} if self._evidence else {}
+        return {"golden_position": self._buffer.golden.position, "guard": self._guard.state(), **evidence}
 
     def buffered(self) -> tuple[tuple[int, ...], tuple[Entry, ...]]:
         """The slots that are scored, and their rollouts."""
@@ -202,6 +209,8 @@ class Pipeline:
             nonlocal entries, lost
             entries, lost = await self._mended(entries, lost), set()
             every = [*entries, *(await self._filling.with_scores(golden))]
+            if self._evidence:
+                every = self._evidence.teach(step, every, self._mixture.coefficients(step, self._guard.strength))
             async with self._delivery.lock:  # nobody is sent the weights while they change
                 self._where.enter("training")
                 began = time.monotonic()
@@ -236,6 +245,7 @@ class Pipeline:
     async def _train(self, step: int, entries: Sequence[Entry]) -> StepOutcome:
         """Trains one step. What was not finite in it changed no weights, and ends the run where there is no guard."""
         config = self._config
+        entries = [entry for entry in entries if entry.is_trained_on]
         if not entries:
             raise RunError(
                 f"step {step} has no rollouts to train on: its mixture is {self._mixture.at(step)}, and what the "
@@ -269,6 +279,8 @@ class Pipeline:
     ) -> StepReport:
         metas, rollout = [entry.meta for entry in entries], self._config.rollout
         mixture = self._mixture.composition(step, entries, self._guard.strength)
+        if self._evidence:
+            mixture |= self._evidence.learn(step, entries)
         metrics = {
             **{f"learner/{name}": value for name, value in (trained | times).items()},
             **rollout_metrics([meta for meta in metas if meta.source == "student"], step, rollout.budget(step)),

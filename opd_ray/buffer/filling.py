@@ -6,9 +6,11 @@ Payloads stay where they were made; one that is gone with its node before it was
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from opd_ray.buffer.evidence import Evidence
 from opd_ray.buffer.mixture import Mixture
 from opd_ray.buffer.replay import ReplayBuffer
 from opd_ray.config import Config
@@ -33,15 +35,16 @@ class Filling:
         stop_token_ids: tuple[int, ...],
         lost: Callable[[str], None],
         horizon: Callable[[int], float] = lambda step: 1.0,
+        evidence: Evidence | None = None,
     ) -> None:
         """``lost(what)`` is told of payloads that are gone and made again; ``horizon(step)`` is the share of the
-        configured one that rollouts of a 0-based step get."""
+        configured one that rollouts of a 0-based step get. ``evidence`` has the teacher's responses judged."""
         self._config, self._rooms, self._prompts, self._mixture = config, rooms, prompts, mixture
         self._stop_token_ids = stop_token_ids
         self._requests = score_requests(config, stop_token_ids)
         self.places: dict[int, Place] = {}
         """Where the slots are that are being filled."""
-        self._lost, self._horizon = lost, horizon
+        self._lost, self._horizon, self._evidence = lost, horizon, evidence
 
     async def of(self, slots: Sequence[int]) -> list[Entry]:
         """Every rollout of some slots of one step, scored."""
@@ -64,14 +67,42 @@ class Filling:
             routed = [prompt for prompt in prompts if prompt.teacher == name]
             if sampled := self._up_to_the_horizon(_asking(routed, lambda _: mix.student_per_prompt), step):
                 calls.append(self._sample(self._rooms.generators, "student", sampled, budget))
-            written = _asking(routed, lambda prompt: mix.teacher_written(prompt.slot % per_step, per_step))
+            written = {each.slot: mix.teacher_written(each.slot % per_step, per_step) for each in routed}
             # Only the first teacher writes; what it would write for another one's prompts is not that one's.
-            if written and (name == "teacher" or config.loss.teachers == "weighted"):
-                calls.append(self._sample(self._rooms.teacher_generators, "teacher", written, writing))
+            if name == "teacher" or config.loss.teachers == "weighted":
+                calls.append(self._by_the_teacher(routed, written, writing))
         rollouts = await together(*calls)
         for slot in slots:
             self.places.pop(slot, None)
         return [entry for entries in rollouts for entry in entries]
+
+    async def _by_the_teacher(
+        self, prompts: Sequence[PromptGroup], written: Mapping[int, int], sampling: SamplingSettings
+    ) -> list[Entry]:
+        """What the teacher is to have ``written`` for each slot, if wanted; with evidence also what is only judged."""
+        wanted, found = self._config.buffer.teacher_filter, dict[int, list[Entry]]()
+
+        def fits(meta: RolloutMeta) -> bool:
+            right = meta.correct if wanted == "correct" else not meta.truncated
+            return wanted == "none" or (right and not meta.repetitive)
+
+        def due(prompt: PromptGroup) -> int:
+            seen = [entry.meta for entry in found.get(prompt.slot, ())]
+            left = 0 if seen else written[prompt.slot]
+            return max(left, self._evidence.probes(prompt.prompt_id, seen)) if self._evidence else left
+
+        for _ in range(2 if self._evidence else 1):  # again where the first ones leave it open
+            first = [replace(each, first_response=len(found.get(each.slot, ()))) for each in prompts]
+            if asked := _asking(first, due):
+                for entry in await self._sample(self._rooms.teacher_generators, "teacher", asked, sampling):
+                    found.setdefault(entry.meta.slot, []).append(entry)
+        if self._evidence is None:
+            return [entry for own in found.values() for entry in own if fits(entry.meta)]
+        return [
+            entry if at < written[slot] and fits(entry.meta) else replace(entry, taught_by="nothing")
+            for slot, own in found.items()
+            for at, entry in enumerate(own)
+        ]
 
     def _up_to_the_horizon(self, prompts: list[PromptGroup], step: int) -> list[PromptGroup]:
         """The student's prompts of a step; the first of the step are the probes."""
@@ -107,7 +138,7 @@ class Filling:
     async def _sample(
         self, pool: Pool, source: Source, groups: Sequence[PromptGroup], sampling: SamplingSettings
     ) -> list[Entry]:
-        """Scored rollouts of some prompts of one teacher, by one source, without unwanted ones that a teacher wrote."""
+        """Scored rollouts of some prompts of one teacher, by one source."""
         slots = [group.slot for group in groups]
 
         async def scored() -> list[Entry]:
@@ -117,19 +148,11 @@ class Filling:
             scores = await self._score(source, groups[0].teacher, rollouts)
             return [Entry(meta, row, rollouts, scores) for row, meta in enumerate(metas)]
 
-        entries = await until_whole(f"rollouts of slots {slots}", scored, self._lost)
-        wanted = self._config.buffer.teacher_filter
-        if source == "student" or wanted == "none":
-            return entries
-
-        def fits(meta: RolloutMeta) -> bool:
-            return not meta.repetitive and (meta.correct if wanted == "correct" else not meta.truncated)
-
-        return [entry for entry in entries if fits(entry.meta)]
+        return await until_whole(f"rollouts of slots {slots}", scored, self._lost)
 
     async def _score(self, source: Source, teacher: str, rollouts: Any) -> dict[str, Any]:
         """Role to scores of a payload, from all that the source's loss compares with, at once."""
-        requests = roles_of(self._config, self._requests[source], teacher)
+        requests = roles_of(self._config, self._requests.get(source, {}), teacher)
         answers = await together(
             *(self._rooms.scorers[role].call("score", rollouts, request) for role, request in requests.items())
         )

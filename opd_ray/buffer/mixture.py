@@ -68,7 +68,8 @@ class Mixture:
 
     def composition(self, step: int, entries: Sequence[Entry], strength: Strength) -> dict[str, float]:
         """What a step was made of, and with which weights, as metrics."""
-        counts = dict.fromkeys(self._config.sources, 0) | Counter(entry.meta.source for entry in entries)
+        trained = [entry.meta.source for entry in entries if entry.is_trained_on]
+        counts = dict.fromkeys(self._config.sources, 0) | Counter(trained)
         numbers = {f"{source}_rollouts": float(number) for source, number in counts.items()}
         if "teacher" in self._config.sources:
             numbers["teacher_left_out"] = float(self.at(step).num_teacher_written - counts["teacher"])

@@ -58,15 +58,19 @@ def group_advantages(entries: Sequence[Entry], std: bool) -> list[Entry]:
     """The entries with ``reward_advantage`` set on the student's: (r − mean)/std over the responses of one slot.
 
     The reward r is 1 where the response is correct, else 0; without ``std`` it is only centred. The standard
-    deviation is the population's (GRPO, arXiv 2402.03300); equal rewards give 0.
+    deviation is the population's (GRPO, arXiv 2402.03300); equal rewards give 0. What evidence leaves to something else
+    than the reward has 0 and is not part of a group.
     """
     rewards: dict[int, list[float]] = defaultdict(list)
-    for entry in entries:
-        if entry.meta.source == "student":
-            rewards[entry.meta.slot].append(float(entry.meta.correct))
+
+    def has_one(entry: Entry) -> bool:
+        return entry.meta.source == "student" and entry.taught_by in (None, "reward")
+
+    for entry in filter(has_one, entries):
+        rewards[entry.meta.slot].append(float(entry.meta.correct))
 
     def advantage(entry: Entry) -> float:
-        if entry.meta.source != "student":
+        if not has_one(entry):
             return 0.0
         group = np.array(rewards[entry.meta.slot])
         spread = group.std() if std else 1.0

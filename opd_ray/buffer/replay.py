@@ -32,10 +32,12 @@ class GoldenSet:
         return len(self._entries)
 
     def take(self, count: int, prompt_ids: Sequence[str]) -> list[Entry]:
-        """The next ``count`` of them; paired ones belong to ``prompt_ids``, spread evenly, each once. What the guard
-        asks for beyond one a prompt comes from the shuffled ones: the same twice is more weight, not more data."""
+        """The next ``count`` of them; paired ones belong to ``prompt_ids``, spread evenly, each once, and a prompt that
+        has none gets none. What the guard asks for beyond one a prompt comes from the shuffled ones: the same twice is
+        more weight, not more data."""
         paired = min(count, len(prompt_ids)) if self._by_prompt is not None else 0
-        indices = [self._by_prompt[prompt_ids[i * len(prompt_ids) // paired]] for i in range(paired)]
+        spread = [prompt_ids[i * len(prompt_ids) // paired] for i in range(paired)]
+        indices = [self._by_prompt[prompt_id] for prompt_id in spread if prompt_id in self._by_prompt]
         indices += [self._order[self.position + i] for i in range(count - paired)]
         self.position += count
         return [self._entries[index] for index in indices]

@@ -12,6 +12,7 @@ from opd_ray.config.data import (
     EMBEDDED_STUDENTS,
     EMBEDDED_TEACHERS,
     HELD_OUT,
+    MISLED,
     OTHER_END,
     DataConfig,
     EvaluationSet,

@@ -21,7 +21,9 @@ OTHER_END = "embedded-other-end"
 """Value of a teacher's path that stands for the embedded one, were its end token the one that it pads with."""
 EMBEDDED_PAIRS = "embedded-pairs"
 """Value of a teacher's path that stands for one with another tokenizer, whose tokens are pairs of characters."""
-EMBEDDED_TEACHERS = (EMBEDDED, OTHER_END, EMBEDDED_PAIRS)
+MISLED = "embedded-misled"
+"""Value of a teacher's path that stands for the embedded one, had it learnt some multiplications wrongly."""
+EMBEDDED_TEACHERS = (EMBEDDED, OTHER_END, EMBEDDED_PAIRS, MISLED)
 COLUMNS = ("id", "prompt", "answer", "response", "teacher", "messages")
 """Those of a row that data.columns may find under another name."""
 _TAKEN = ("before", "others")
@@ -72,7 +74,7 @@ class DataConfig:
     {source: ..., weight: 2}."""
     golden: Sources | None = EMBEDDED
     """Prompts with a complete response each, as text or tokens, from such sources; null for none; embedded:N for
-    another number of the embedded 128."""
+    another number of the embedded 128, embedded:prompts for solutions of the embedded prompts themselves."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of columns where they are other than ours, as {prompt: query}; problem, question, messages and OpenR1's
     generations are known. A task of your own gets further ones, as {tests: unit_tests}."""

@@ -176,7 +176,7 @@ def _check_nothing_embedded(config: Config, evaluation_only: bool) -> None:
     needed = []
     if not evaluation_only:
         models = {role: scorer for role, scorer in config.scorers.items() if not scorer.url}
-        models |= config.teachers if config.buffer.uses_teacher_rollouts else {}
+        models |= config.teachers if config.buffer.has_teacher_write else {}
         needed += [(f"{name}.path", model.path, f"give {name}.path=DIRECTORY") for name, model in models.items()]
         if config.buffer.prompts_per_step > 0:
             needed.append(("data.prompts", config.data.prompts, "give data.prompts=FILE"))

@@ -7,6 +7,7 @@ Every recipe of the literature is a choice of these fields; see opd_ray/recipes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -70,7 +71,8 @@ class TermConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdvantageConfig:
-    """A of student.divergence=k1: teacher_coef · (log π_T − log π) + reward_coef · (normalised reward) + constant."""
+    """A of student.divergence=k1: teacher_coef · (log π_T − log π) + reward_coef · (normalised reward) + constant; and,
+    of any divergence, what the reward teaches where buffer.evidence leaves a prompt to it."""
 
     policy: Literal["current", "behaviour"] = "current"
     """π in the advantage: the student that is trained now, or the one that sampled."""
@@ -213,7 +215,7 @@ class LossConfig:
                     f"sampled; {source} rollouts take cross_entropy, or a KL on teacher_top_k or full"
                 )
         advantage, k1 = self.advantage, self.student.divergence == "k1"
-        if not k1 and advantage != AdvantageConfig():
+        if not k1 and replace(advantage, reward_coef=0.0, reward_std=True) != AdvantageConfig():
             raise ValueError(f"advantage.* shapes student.divergence=k1, but it is {self.student.divergence}")
         correction, divergence = self.importance.correction, self.student.divergence
         if correction != "none" and divergence in _ON_DISTRIBUTIONS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -77,8 +78,9 @@ class ScorerConfig:
 
     path: str = EMBEDDED
     """Checkpoint directory, or org/name[@REVISION] of the Hub; "embedded" is the teacher of the embedded student's
-    problems, "embedded-other-end" the same with another end token, "embedded-pairs" one with another tokenizer. With
-    url: of the tokenizer and the EOS ids alone, no weights, by default the student's."""
+    problems, "embedded-other-end" the same with another end token, "embedded-pairs" one with another tokenizer,
+    "embedded-misled" one that is wrong on a third of the problems. With url: of the tokenizer and the EOS ids alone, no
+    weights, by default the student's."""
     url: Annotated[tuple[str, ...], BeforeValidator(_addresses), ROOMS] = ()
     """Address of a vLLM server that scores in place of an engine of the run's own, or a list of them: replicas of one
     model."""
@@ -356,6 +358,35 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvidenceConfig:
+    """When the teacher is trusted with a prompt, by verdicts on its own responses; TGOPD is confidence .5, threshold
+    .66. The rule stands in opd_ray/buffer/evidence.py."""
+
+    probes: int = Field(3, ge=1)
+    """Responses of the teacher to a prompt that are judged (K_T of TGOPD), once in a run; as many again where they
+    leave it open. What buffer.teacher_per_prompt has it write counts."""
+    threshold: float = Field(0.5, gt=0, le=1)
+    """Share of right responses from which on the teacher is trusted with a prompt (τ of TGOPD)."""
+    confidence: float = Field(0.9, ge=0.5, lt=1)
+    """How sure that has to be, by a one-sided Wilson bound; .5 takes the share itself, as TGOPD does."""
+    half_life_steps: float = Field(20.0, gt=0)
+    """Steps after which a verdict on the student's responses counts half; those on the teacher's keep their weight."""
+
+    @property
+    def z(self) -> float:
+        """Standard errors from a share to its bound."""
+        return NormalDist().inv_cdf(self.confidence)
+
+    def __post_init__(self) -> None:
+        most = 2 * self.probes
+        if most / (most + self.z**2) < self.threshold:  # the bound where all are right
+            raise ValueError(
+                f"{most} right responses, twice probes={self.probes}, do not show threshold={self.threshold:g} with "
+                f"confidence={self.confidence:g}: no teacher would be trusted; raise probes or lower one of the others"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class BufferConfig:
     """What one step trains on, and how old it may be."""
 
@@ -372,6 +403,9 @@ class BufferConfig:
     teacher_filter: Literal["none", "finished", "correct"] = "correct"
     """Teacher rollouts that are trained on: all, those that ended by themselves, or those the task verified; of the
     last two none that is repetitive (rep(o) of metrics.*)."""
+    evidence: EvidenceConfig | None = None
+    """Let verdicts decide what each prompt is taught by: the teacher, its golden solution, or the reward
+    (evidence.probes and so on, {} for their defaults); null teaches all alike."""
     on_policy_probability: Schedule | None = None
     """λ of GKD: a step trains on student rollouts only with this probability, else on golden and teacher ones only."""
     max_staleness: Annotated[int, NOTHING] = Field(2, ge=0, le=64)
@@ -386,7 +420,13 @@ class BufferConfig:
 
     @property
     def uses_teacher_rollouts(self) -> bool:
+        """Are responses that the teacher samples trained on at any step?"""
         return self.prompts_per_step > 0 and schedule.highest(self.teacher_per_prompt) > 0
+
+    @property
+    def has_teacher_write(self) -> bool:
+        """Does the teacher sample responses, whether they are trained on or only judged?"""
+        return self.uses_teacher_rollouts or self.evidence is not None
 
     @property
     def num_slots(self) -> int:

@@ -88,6 +88,7 @@ class Config:
             task = "reasoning_gym" if made_up else "math"
             object.__setattr__(self, "data", dataclasses.replace(self.data, task=task))
         self._check_sources()
+        self._check_evidence()
         self._check_sampling()
         self._check_ends()
         self._check_scorers()
@@ -170,6 +171,47 @@ class Config:
                 "loss.reference.on_golden=true"
             )
 
+    def _check_evidence(self) -> None:
+        """What buffer.evidence chooses between, and whose responses it looks at."""
+        buffer, loss = self.buffer, self.loss
+        if buffer.evidence is None:
+            if loss.student.divergence != "k1" and not (loss.advantage.reward_coef == 0 and loss.advantage.reward_std):
+                raise ValueError(
+                    f"loss.advantage.* shapes student.divergence=k1, but it is {loss.student.divergence}; without "
+                    "buffer.evidence a reward is part of k1 alone"
+                )
+            return
+        golden = buffer.uses_golden
+        for wrong, what in (
+            (not self.uses_student, "judges the student's rollouts, but there are none"),
+            (not self.needs_teacher("student"), "is about the teacher that loss.student compares with: there is none"),
+            (
+                buffer.on_policy_probability is not None,
+                "decides by prompt, buffer.on_policy_probability by step: leave one of the two out",
+            ),
+            (bool(self.more_teachers), "looks at one teacher, but there are more_teachers"),
+            (self.teacher.privileged, "judges what the teacher writes, which teacher.privileged shows the solution to"),
+            (
+                self.teacher.follows_student,
+                f"keeps what it has seen of the teacher, which teacher.update={self.teacher.update} changes",
+            ),
+            (
+                golden and buffer.golden_pairing != "prompt",
+                "takes the golden solution of the very prompt: set buffer.golden_pairing=prompt, or leave golden "
+                "rollouts out",
+            ),
+            (
+                golden and loss.golden.divergence != "cross_entropy",
+                "puts golden solutions in the place of the teacher: loss.golden.divergence must be cross_entropy",
+            ),
+            (
+                loss.advantage.reward_coef > 0 and (self.rollout.temperature != 1 or self.rollout.top_p < 1),
+                "leaves prompts to the reward, which needs rollout.temperature=1 and rollout.top_p=1",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"buffer.evidence {what}")
+
     def _check_sampling(self) -> None:
         """What the estimators assume of the rollouts."""
         student, reference, rollout = self.loss.student, self.loss.reference, self.rollout
@@ -202,7 +244,8 @@ class Config:
         """Whether what ends responses before their budget may do so, and ever could."""
         rollout, detection = self.rollout, self.rollout.repetition_detection
         if rollout.horizon is not None and not self.may_shorten:
-            raise ValueError("loss.advantage.reward_coef rewards whole responses: rollout.horizon must be null")
+            asks = "buffer.evidence judges" if self.buffer.evidence else "loss.advantage.reward_coef rewards"
+            raise ValueError(f"{asks} whole responses: rollout.horizon must be null")
         if rollout.horizon is not None and not self.uses_student:
             raise ValueError("rollout.horizon cuts student rollouts off, but there are none: it must be null")
         longest = max([rollout.longest_response, *(each.max_tokens for each in self.evaluation_sets.values())])
@@ -257,7 +300,7 @@ class Config:
     @property
     def may_shorten(self) -> bool:
         """May the student's rollouts be cut off before their budget? A verdict needs whole ones."""
-        return self.loss.advantage.reward_coef == 0
+        return self.loss.advantage.reward_coef == 0 and self.buffer.evidence is None
 
     @property
     def uses_student(self) -> bool:
@@ -352,10 +395,11 @@ class Config:
             return "grpo"
         if self.buffer.on_policy_probability is not None:
             return "gkd"
-        mixture = len(self.sources) > 1
+        mixture, evidence = len(self.sources) > 1, "+evidence" if self.buffer.evidence else ""
         if mixture and self.loss.reference.used:
-            return "stableopd"
-        return "opd" + ("+mixture" if mixture else "") + ("+reference_kl" if self.loss.reference.used else "")
+            return "stableopd" + evidence
+        more = ("+mixture" if mixture else "") + ("+reference_kl" if self.loss.reference.used else "")
+        return "opd" + more + evidence
 
     @property
     def repetition(self) -> tuple[int, float]:

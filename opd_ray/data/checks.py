@@ -141,6 +141,8 @@ def _check_answers(config: Config, prompts: Prompts, judge: Judge) -> None:
         asking.append(f"loss.advantage.reward_coef={config.loss.advantage.reward_coef:g}")
     if config.buffer.uses_teacher_rollouts and config.buffer.teacher_filter == "correct":
         asking.append("buffer.teacher_filter=correct")
+    if config.buffer.evidence:
+        asking.append("buffer.evidence")
     if not asking:
         return
     if missing := [number for number, row in zip(prompts.numbers, prompts.rows, strict=True) if not row["answer"]]:

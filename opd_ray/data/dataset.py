@@ -71,7 +71,13 @@ class Dataset:
         self.golden = golden = check_golden(config, rows, models, eos_token_ids, self.prompts, held_out, judge)
         if golden.pairs is not None:
             unsolved = [index for index, row in enumerate(self.prompts.rows) if row["id"] not in golden.pairs]
-            self.leave_out("unsolved", unsolved)
+            if not self._config.buffer.evidence:
+                self.leave_out("unsolved", unsolved)
+            elif unsolved:
+                self.notes.append(
+                    f"golden: {len(unsolved)} of {len(self.prompts)} prompts have no solution: only the teacher or "
+                    "the reward can teach them"
+                )
         if is_privileged(config) and config.buffer.prompts_per_step:
             rows = self.prompts.rows
             texts = [golden.solutions[golden.pairs[row["id"]]].text for row in rows]

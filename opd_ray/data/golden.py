@@ -259,7 +259,7 @@ def _with_privileged_prompts(where: str, solutions: Sequence[Solution], prompts:
 
 def _pair(config: Config, prompts: Prompts, solutions: Sequence[Solution], left_out: int) -> dict[str, int]:
     """Prompt id to the index of its solution (the first, if it has several); refuses prompts without one,
-    unless they are to be left out.
+    unless they are to be left out, or to be taught by something else (buffer.evidence, if any has one).
 
     Solutions have the ids of their prompts by now; prompts of the same text share a solution.
     """
@@ -271,7 +271,7 @@ def _pair(config: Config, prompts: Prompts, solutions: Sequence[Solution], left_
     found = {row["id"]: index.get(row["id"], by_text.get(question(row))) for row in rows}
     pairs = {prompt_id: i for prompt_id, i in found.items() if i is not None}
     missing = [(number, row["id"]) for number, row in zip(prompts.numbers, rows, strict=True) if row["id"] not in pairs]
-    if not missing or config.data.prompt_problems == "skip":
+    if not missing or config.data.prompt_problems == "skip" or (config.buffer.evidence and pairs):
         return pairs
     number, prompt_id = missing[0]
     asked = "a privileged teacher is shown" if is_privileged(config) else "buffer.golden_pairing=prompt takes"

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.data.golden import is_privileged
 from opd_ray.data.rows import read_prompts
+from opd_ray.disk import whole
 from opd_ray.embedded import prepare as embedded
 from opd_ray.errors import InputError
+
+_OF_THE_PROMPTS = "prompts"
+"""In "embedded:prompts", a golden file."""
 
 
 def resolve(config: Config) -> Config:
@@ -34,14 +39,39 @@ def resolve(config: Config) -> Config:
             if section[field] in (configs.EMBEDDED, setting):
                 section[field] = str(built / name)
         if golden == configs.EMBEDDED:
-            data["golden"] = str(embedded.golden_file(config.seed, count, setting))
+            own = count == _OF_THE_PROMPTS
+            make = _solved_prompts if own else lambda seed, setting: embedded.golden_file(seed, count, setting)
+            data["golden"] = str(make(config.seed, setting))
     for scorer in (plain["teacher"], plain["reference"], *plain["more_teachers"].values()):
-        elsewhere = scorer["url"] and not config.buffer.uses_teacher_rollouts  # nothing but a tokenizer is needed here
+        elsewhere = scorer["url"] and not config.buffer.has_teacher_write  # nothing but a tokenizer is needed here
         if scorer["path"] == configs.STUDENT or (scorer["path"] == configs.EMBEDDED and elsewhere):
             scorer["path"] = student["path"]
+        elif scorer["path"] == configs.MISLED:
+            scorer["path"] = str(_misled(setting))
         elif scorer["path"] in configs.EMBEDDED_TEACHERS:
             scorer["path"] = str(embedded.teacher(setting, scorer["path"]))
     return configs.from_dict(plain)
+
+
+def _solved_prompts(seed: int, setting: str) -> Path:
+    """The concise solutions of the seed's prompts themselves, as a golden file."""
+    path = embedded.prepare(seed, setting) / f"golden-{_OF_THE_PROMPTS}.jsonl"
+    if not path.exists():
+        with whole(path) as partial:
+            problems = embedded.problem_sets(seed, embedded.CHAINS[setting])["prompts"]
+            embedded.write_rows(partial, problems, with_solutions=True)
+    return path
+
+
+def _misled(setting: str) -> Path:
+    if setting != configs.EMBEDDED:
+        raise InputError(
+            f"config: {configs.MISLED} is a teacher of the default's problems, but student.path is {setting}; take "
+            f"student.path={configs.EMBEDDED}, or another teacher"
+        )
+    from opd_ray.embedded import misled  # and torch with it
+
+    return misled.teacher_dir()
 
 
 def without_foreign_golden(config: Config) -> Config:

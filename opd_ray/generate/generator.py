@@ -104,7 +104,7 @@ class Generator:
         self, groups: Sequence[PromptGroup], sampling: SamplingSettings
     ) -> tuple[tuple[RolloutMeta, ...], pa.RecordBatch]:
         """Samples every response of every group; a row per response, in order. Raises RunError when abandoned."""
-        owners = [(group, i) for group in groups for i in range(group.num_responses)]
+        owners = [(group, group.first_response + i) for group in groups for i in range(group.num_responses)]
         requests = [
             GenerationRequest(
                 str(next(self._request_ids)), group.prompt_tokens, group.seed + i, _up_to(group, sampling)

@@ -56,6 +56,8 @@ class Segment:
     """The [N] response tokens, packed in the order of the rollouts."""
     repetitive: torch.Tensor
     """[N] float32: 1 where the n-gram that ends here occurred before in the same response."""
+    weights: torch.Tensor | None = None
+    """[rollouts] float32: Entry.weight; None for 1."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def _segment(group: Sequence[Entry], payloads: Payloads, tokens: torch.Tensor, r
             reward_advantages=rewards.repeat_interleave(lengths),
         ),
         repetitive=repetitive,
+        weights=torch.tensor([entry.weight for entry in group]),
     )
 
 

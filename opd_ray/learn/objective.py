@@ -1,7 +1,9 @@
 """The objective of one optimizer step, micro-batch by micro-batch (METHOD §3, §4):
 
-    L = Σ_source coef · mean D_source(π_θ, π_T)  +  coef_reference · mean KL(π_θ‖π_ref)
+    L = Σ_source coef · mean w D_source(π_θ, π_T)  +  coef_reference · mean KL(π_θ‖π_ref)
 
+w is 1 but where evidence decides what a prompt is taught by (:mod:`opd_ray.buffer.evidence`), which also adds
+coef_student · mean of the reward's policy gradient.
 The coefficients and the counts that the means divide by come with the step's plan. The mean of the KL to the reference
 is over the student's tokens, or over those of all sources with ``loss.reference.on_golden``.
 
@@ -29,7 +31,7 @@ from opd_ray.config import Config
 from opd_ray.errors import RunError
 from opd_ray.learn.heads import ResponseHead
 from opd_ray.learn.losses import ScoredTokens, TokenBatch, Tokens, is_any_of, mapped
-from opd_ray.learn.losses.advantage import combined_logprobs, discounted, log_ratios
+from opd_ray.learn.losses.advantage import combined_logprobs, discounted, log_ratios, reward_gradient
 from opd_ray.learn.losses.diagnostics import student_metrics, topk_overlap
 from opd_ray.learn.losses.reduction import before_tail, lowest, position_weights, token_weights
 from opd_ray.learn.losses.terms import reference_loss, source_loss
@@ -37,6 +39,8 @@ from opd_ray.learn.microbatch import MicroBatch, Segment
 from opd_ray.messages import REFERENCE, SOURCES, Coefficients, Count, Denominators, Source
 from opd_ray.models.heads import FrozenHead
 
+REWARD = "reward"
+"""The term of what evidence leaves to the task's reward."""
 _PROBE_TOKENS = 16
 """Tokens on which a scorer's output layer is compared with what the scorer said."""
 
@@ -100,12 +104,15 @@ class Objective:
             kept = before_tail(segment.repetitive, segment.truncated, lengths)
         last = torch.zeros_like(segment.repetitive)
         last[lengths.cumsum(0) - 1] = 1.0
-        weights = {source: kept * token_weights(lengths, denominators.of(source), loss.reduction)}
+        own = kept * token_weights(lengths, denominators.of(source), loss.reduction)
+        weights = {source: own if segment.weights is None else own * segment.weights.repeat_interleave(lengths)}
         if source == "student" and loss.student.lowest_share < 1:
             weights[source] *= lowest(tokens.behaviour_logprobs, lengths, loss.student.lowest_share)
         if source == "student" and loss.student.position_weight > 1:
             disagreement = (combined_logprobs(tokens.teachers, shares) - tokens.behaviour_logprobs).abs()
             weights[source] *= position_weights(disagreement, lengths, loss.student.position_weight)
+        if source == "student" and self.config.buffer.evidence and loss.advantage.reward_coef > 0:
+            weights[REWARD] = own
         if self.compares_with_reference(source):
             weights[REFERENCE] = kept * token_weights(lengths, self.reference_count(denominators), loss.reduction)
         return WeightedSegment(
@@ -168,7 +175,7 @@ class WeightedSegment:
     shares: dict[str, float]
     """Weight of each teacher."""
     weights: dict[str, torch.Tensor]
-    """Of each token in the terms of the loss: the source's own, and "reference" where it is part of it."""
+    """Of each token in the terms of the loss: the source's own, "reward" and "reference" where they are part of it."""
     last: torch.Tensor
     """1 at the end of each rollout."""
     in_truncated: torch.Tensor
@@ -232,21 +239,28 @@ class MicroBatchLoss:
         batch = TokenBatch(**vars(tokens), logits=logits, stop_token_ids=objective.stop_token_ids)
         loss = source_loss(batch, source, objective.config.loss, of.shares, objective.heads)
         terms = {source: loss.values}
+        if REWARD in of.weights:
+            settings = objective.config.loss
+            terms[REWARD] = reward_gradient(batch, settings.advantage.reward_coef, settings.importance.clip_ratio)
         if REFERENCE in of.weights:
             head = objective.heads.get(REFERENCE)
             terms[REFERENCE] = reference_loss(batch, objective.config.loss.reference, head)
         total = torch.zeros((), device=logits.device)
         for name, values in terms.items():
             reduced = (values * of.weights[name][rows]).sum()
-            total = total + getattr(self._coefficients, name) * reduced
+            total = total + self._coefficient(name) * reduced
             self._add(f"loss_{name}", reduced.detach())
         if not torch.isfinite(total):
             self._blame(of.segment, rows, terms)
         self._record(of, rows, batch.detached(), loss.metrics)
         if objective.watch is not None:
-            weighed = [getattr(self._coefficients, name) * terms[name] * of.weights[name][rows] for name in terms]
+            weighed = [self._coefficient(name) * terms[name] * of.weights[name][rows] for name in terms]
             objective.watch(of, rows, batch, sum(weighed).detach(), loss.metrics)
         return total
+
+    def _coefficient(self, term: str) -> float:
+        """The reward has that of the student's loss, in whose place it is."""
+        return getattr(self._coefficients, "student" if term == REWARD else term)
 
     def _blame(self, segment: Segment, rows: slice, terms: dict[str, torch.Tensor]) -> None:
         """Notes the rollouts and terms whose loss is not finite."""

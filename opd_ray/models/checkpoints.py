@@ -103,12 +103,12 @@ def _facts(config_field: str, path: str) -> ModelFacts:
 
 def used(config: Config) -> dict[str, ScorerConfig]:
     """Every model that a run asks for besides the student, by its role: the scorers, and a teacher that writes."""
-    return {"teacher": config.teacher, **config.scorers} if config.buffer.uses_teacher_rollouts else config.scorers
+    return {"teacher": config.teacher, **config.scorers} if config.buffer.has_teacher_write else config.scorers
 
 
 def is_loaded(config: Config, role: str) -> bool:
     """The models of servers are elsewhere; but a teacher that writes rollouts is loaded here as well."""
-    return not used(config)[role].url or (role == "teacher" and config.buffer.uses_teacher_rollouts)
+    return not used(config)[role].url or (role == "teacher" and config.buffer.has_teacher_write)
 
 
 def locate_models(config: Config) -> dict[str, str]:

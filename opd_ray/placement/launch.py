@@ -216,7 +216,7 @@ async def begin(
     not there, or one with other engines.
     """
     missing = [role for role in config.scorers if role not in rooms.scorers]
-    if config.buffer.uses_teacher_rollouts and rooms.teacher_generators is None:
+    if config.buffer.has_teacher_write and rooms.teacher_generators is None:
         missing.append("teacher_generate")
     if missing:
         raise RunError(
@@ -227,7 +227,7 @@ async def begin(
     # Those that follow the student receive every broadcast, whether this run asks them anything or not.
     known = {**config.teachers, REFERENCE: config.reference}
     scorers = config.scorers | {role: known[role] for role in rooms.followers if role in known}
-    generators = [rooms.generators, *([rooms.teacher_generators] if config.buffer.uses_teacher_rollouts else [])]
+    generators = [rooms.generators, *([rooms.teacher_generators] if config.buffer.has_teacher_write else [])]
     for pool in generators:
         pool.calls_at_once = config.rollout.calls_at_once
     await together(

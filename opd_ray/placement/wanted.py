@@ -36,7 +36,7 @@ class Wanted:
             for role, scorer in config.scorers.items():
                 if role not in scorers or (scorer.follows_student and not _follows(scorers[role], role)):
                     scorers[role] = config
-        return cls(configs[0], scorers, next((each for each in configs if each.buffer.uses_teacher_rollouts), None))
+        return cls(configs[0], scorers, next((each for each in configs if each.buffer.has_teacher_write), None))
 
     def whose(self, field: str) -> Config:
         """The run that decided with which value of a field (``section.name``) the rooms are started."""
@@ -46,7 +46,7 @@ class Wanted:
 
     def unlike(self, config: Config) -> Iterator[tuple[str, Any, Any]]:
         """The fields, with both values, that keep a run out of the rooms."""
-        writes = config.buffer.uses_teacher_rollouts
+        writes = config.buffer.has_teacher_write
         if writes and self.writer and self.writer.teacher.path != config.teacher.path:
             yield "teacher.path", self.writer.teacher.path, config.teacher.path
         sections = {*_COMMON, *config.scorers, *["teacher"] * writes}

@@ -83,6 +83,9 @@ def store_bytes(
     """
     requests = score_requests(config, stop_token_ids)
     found = {"rollouts": 0.0}
+    if evidence := config.buffer.evidence:
+        judged = 2 * evidence.probes * config.buffer.prompts_per_step
+        found["rollouts"] += judged * ((4 + _TEXT_BYTES_PER_TOKEN) * step.response_tokens + 4 * step.prompt_tokens)
     for source, number in step.rollouts.items():
         tokens = number * step.response_tokens
         own = 8 + 4 * config.student_top_k if source == "student" else 0

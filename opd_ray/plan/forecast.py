@@ -44,7 +44,7 @@ class Forecast:
     async def on_step(self, report: StepReport) -> None:
         now = time.monotonic()
         wall, self._since = now - self._since, now
-        step = step_of([entry.meta for entry in report.entries])
+        step = step_of([entry.meta for entry in report.entries if entry.is_trained_on])
         self._largest = max(self._largest, step, key=lambda each: each.tokens)
         if report.evaluation is not None:
             return

@@ -79,7 +79,7 @@ def processes(config: Config, sizes: Mapping[str, ModelSize], step: Step, max_co
     for role, scorer in config.scorers.items():
         sharing = mapping[_path(config, scorer)] if _is_mapped(scorer, sizes[role]) else 1
         found.append(scorer_process(role, scorer, sizes[role], step, max_context_tokens, rollouts, sharing))
-    if config.buffer.uses_teacher_rollouts:
+    if config.buffer.has_teacher_write:
         rollout, teacher = config.rollout, sizes["teacher"]
         found.append(generator("teacher_generate", rollout, config.teacher.dtype, teacher, step, max_context_tokens))
     found.append(Process("record", 1, {"process": BASE_BYTES["record"]}))

@@ -48,7 +48,8 @@ class _Clock:
         self.largest = Step({}, 0.0, 0.0)
 
     async def on_step(self, report: StepReport) -> None:
-        self.largest = max(self.largest, step_of([each.meta for each in report.entries]), key=lambda step: step.tokens)
+        trained = [each.meta for each in report.entries if each.is_trained_on]
+        self.largest = max(self.largest, step_of(trained), key=lambda step: step.tokens)
         self.num_steps += 1
         now = time.monotonic()
         if self.num_steps == 1:

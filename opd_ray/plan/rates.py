@@ -83,7 +83,7 @@ def _workers(config: Config) -> dict[str, tuple[int, float, float]]:
     }
     for role, scorer in config.scorers.items():
         found[role] = (scorer.num_actors, scorer.cpus_per_actor, scorer.gpus_in_all)
-    if config.buffer.uses_teacher_rollouts:
+    if config.buffer.has_teacher_write:
         found["teacher_generate"] = (rollout.teacher_generators, *engine)
     return found
 

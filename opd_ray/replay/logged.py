@@ -29,7 +29,7 @@ def rollouts_of(run_dir: Path, step: int) -> list[Entry]:
     try:
         table = pq.read_table(file)
         batch = table.select(ROLLOUT_SCHEMA.names).cast(ROLLOUT_SCHEMA).combine_chunks().to_batches()[0]
-        more = ("horizon",) if "horizon" in table.schema.names else ()
+        more = [name for name in ("horizon", "taught_by") if name in table.schema.names]
         facts = table.select(["teacher", "repetitive", "tail_period", "worker", *more]).to_pylist()
     except (pa.ArrowException, OSError, KeyError, ValueError, IndexError) as error:
         raise InputError(f"{file}: cannot be read as a step's rollouts ({type(error).__name__}: {error})") from None
@@ -40,8 +40,8 @@ def rollouts_of(run_dir: Path, step: int) -> list[Entry]:
                 f"{file}: rollout {own['rollout_id']} was gone with its node when the log was written; replay a step "
                 "whose rollouts are whole"
             )
-        entries.append(Entry(_meta(own, its), row, batch))
-    return entries
+        entries.append(Entry(_meta(own, its), row, batch, taught_by=its.get("taught_by")))
+    return [entry for entry in entries if entry.is_trained_on]
 
 
 def _meta(row: dict[str, Any], more: dict[str, Any]) -> RolloutMeta:

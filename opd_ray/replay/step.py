@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from opd_ray.buffer.evidence import weighed
 from opd_ray.buffer.plan import group_advantages, plan_step
 from opd_ray.config import Config, ScorerConfig
 from opd_ray.errors import InputError, RunError
@@ -70,7 +71,8 @@ class Scorers:
             rollouts = own[0][1].rollouts.take(pa.array([entry.row for _, entry in own]))
             asked = roles_of(config, requests.get(source, {}), teacher)
             scores = {role: self._score(config, role, rollouts, request) for role, request in asked.items()}
-            scored |= {at: Entry(entry.meta, row, rollouts, scores) for row, (at, entry) in enumerate(own)}
+            for row, (at, entry) in enumerate(own):
+                scored[at] = replace(entry, row=row, rollouts=rollouts, scores=scores)
         return [scored[at] for at in range(len(entries))]
 
     def _score(self, config: Config, role: str, rollouts: pa.RecordBatch, request: ScoreRequest) -> pa.RecordBatch:
@@ -129,6 +131,10 @@ class Step:
         Cut into the micro-batches that the run's ranks had.
         """
         config = self._config
+        if config.buffer.evidence:  # what was decided then
+            entries = weighed(entries, coefficients, config)
+        else:
+            entries = [replace(entry, taught_by=None) for entry in entries]
         scored = self._scorers.score(config, entries, self._stops)
         if config.loss.advantage.reward_coef > 0:
             scored = group_advantages(scored, config.loss.advantage.reward_std)

@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 from opd_ray import __version__
 from opd_ray.models import hub
 from opd_ray.report import arms as arm_table
-from opd_ray.report import crossing, curves, golden, lanes, maps, rollouts, sets
+from opd_ray.report import crossing, curves, golden, lanes, maps, rollouts, sets, trust
 from opd_ray.report.arms import MEASURES, Arm, steps_between
 from opd_ray.report.curves import ReferenceLine
 from opd_ray.report.runs import Run
@@ -91,6 +91,8 @@ def render(
         kinds=kinds,
         maps=maps.maps(arms),
         mapped=maps.MAPPED,
+        trusts=trust.trusts(arms),
+        choices=trust.CHOICES,
         lanes=drawn,
         sizes=_sizes(kinds),
         adjacent=curves.adjacent(runs),

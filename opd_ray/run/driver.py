@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_ray import config as configs
+from opd_ray.buffer.evidence import Evidence
 from opd_ray.buffer.replay import ReplayBuffer
 from opd_ray.config import Config
 from opd_ray.data.rows import question
@@ -109,6 +110,7 @@ class Driver:
         )
         self._forecast = Forecast(config, facts, self._say)
         self._memory: dict[str, MemoryUse] = {}
+        self._evidence: Evidence | None = None
         self._after: Evaluation | None = None
         self._begun = False
         """Have the rooms been told of this run, and are the groups still those that were?"""
@@ -259,6 +261,8 @@ class Driver:
                 for entry in snapshot.entries:
                     restored.get(entry.meta.slot, []).append(entry)
         self._where.step = self._where.version = step
+        if config.buffer.evidence:
+            self._evidence = Evidence(config, snapshot.state.get("evidence") if snapshot else None)
         pipeline = Pipeline(
             config=config,
             rooms=self._rooms,
@@ -273,6 +277,7 @@ class Driver:
             restored=restored,
             where=self._where,
             say=self._say,
+            evidence=self._evidence,
         )
         self._keeper.pipeline = pipeline
         self._supervisor.learner_waited_s = pipeline.waited_s
@@ -328,6 +333,8 @@ class Driver:
         result |= {"prompts": self._facts.prompts, "golden": self._facts.golden, **self._records.provenance}
         result |= {"stopped_at": stopped_at, "stopped_by": stopped_by}
         result["weight_sync_bytes"] = self._delivery.num_bytes
+        if self._evidence:
+            result["evidence"] = self._evidence.map()
         result |= {"plan": self._forecast.result(self._memory)}
         with writing(path := self._run_dir / SUMMARY):
             path.write_text(json.dumps(result, indent=2) + "\n")

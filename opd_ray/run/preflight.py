@@ -167,7 +167,7 @@ def check_weights(config: Config, *, evaluation_only: bool = False) -> None:
     asked = {config.student.path: ("student.path", False)}
     if not evaluation_only:
         for role, scorer in checkpoints.used(config).items():
-            writes = role == "teacher" and config.buffer.uses_teacher_rollouts
+            writes = role == "teacher" and config.buffer.has_teacher_write
             # Where it is left open, a quantised one is taken for a large one.
             engines = [scorer.engine] * (not scorer.url) + [config.rollout.engine_for(math.inf)] * writes
             if checkpoints.is_loaded(config, role) and scorer.path != STUDENT:
@@ -228,7 +228,7 @@ def _facts(
         prompt = max(len(each.prompt_tokens), len(each.privileged_prompt_tokens))
         longest = max(longest, prompt + len(each.response_tokens))
     _check_caches(config, models, longest)
-    writers = ["student", *(["teacher"] if config.buffer.uses_teacher_rollouts and "teacher" in models else [])]
+    writers = ["student", *(["teacher"] if config.buffer.has_teacher_write and "teacher" in models else [])]
     if "vllm" in (config.rollout.engine_for(models[role].size.parameters) for role in writers):
         _check_vllm("rollout")
     return Preflight(

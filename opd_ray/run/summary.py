@@ -92,7 +92,7 @@ class Summary:
         self._max_truncation_rate = max(self._max_truncation_rate, truncated)
         self._saved_tokens += int(report.metrics.get("rollouts/saved_tokens", 0))
         for entry in report.entries:
-            self._trained_tokens += entry.meta.num_trained_tokens
+            self._trained_tokens += entry.meta.num_trained_tokens if entry.is_trained_on else 0
             self._rollout_tokens += entry.meta.num_response_tokens if entry.meta.source == "student" else 0
 
     def _note(self, event: dict[str, Any]) -> None:

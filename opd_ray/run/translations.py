@@ -48,10 +48,10 @@ def check(config: Config, models: Mapping[str, ModelFacts]) -> dict[str, Differe
 def _problems(config: Config, role: str) -> Iterator[str]:
     """What it could not say, and what to ask instead."""
     loss, teacher = config.loss, config.teachers[role]
-    if config.buffer.uses_teacher_rollouts and role == "teacher":
+    if config.buffer.has_teacher_write and role == "teacher":
         yield (
-            "what it writes is in its own tokens: set buffer.teacher_per_prompt=0, and give its answers as text in "
-            "data.golden"
+            "what it writes is in its own tokens: set buffer.teacher_per_prompt=0 and buffer.evidence=null, and give "
+            "its answers as text in data.golden"
         )
     if config.needs_teacher("golden"):
         yield (f"loss.golden.divergence={loss.golden.divergence} compares tokens: golden rollouts take cross_entropy")

@@ -92,6 +92,8 @@ _ALL = (
     Metric("learner/masked_share", "share", "tokens that the importance correction left out"),
     Metric("mixture/*_rollouts", "number", "rollouts of a source in the step"),
     Metric("mixture/teacher_left_out", "number", "rollouts of the teacher that its filter took out of the step"),
+    Metric("mixture/taught_by_*_share", "share", "prompts that evidence leaves to teacher, golden or reward"),
+    Metric("mixture/teacher_right_share", "share", "the teacher's verdicts on the step's prompts, their mean"),
     Metric("mixture/*_coef", "factor", "weights of the terms; the guard raises golden and reference"),
     Metric("queue/slots_taken", "number", "prompts under way"),
     Metric("queue/buffer_slots", "number", "prompts whose rollouts wait for the learner"),

@@ -46,10 +46,11 @@ class Recorder:
 
         A row has the step that trained on it, ``prompt`` and ``answer`` (the text that was ``asked`` and the expected
         answer, "" where unknown), the rollout columns, ``repetitive``, ``tail_period``, ``worker`` and ``horizon`` of
-        its meta, and the log-probs of the response tokens by the teacher that scored it (its name is in ``teacher``; of
-        several that are weighted, the first) and by the reference; null where nobody scored. ``teacher_top_ids`` and
-        ``teacher_top_logprobs``, [T, n] token by token, are the teacher's most probable tokens, where its top-k was
-        asked for. Of a rollout that is gone with its node since it was trained on, the row has what its meta says.
+        its meta, ``taught_by`` (what evidence left it to; null without), and the log-probs of the response tokens by
+        the teacher that scored it (its name is in ``teacher``; of several that are weighted, the first) and by the
+        reference; null where nobody scored. ``teacher_top_ids`` and ``teacher_top_logprobs``, [T, n] token by token,
+        are the teacher's most probable tokens, where its top-k was asked for. Of a rollout that is gone with its node
+        since it was trained on, the row has what its meta says.
         Raises Unwritable.
         """
         table = pa.Table.from_batches([_row(entry) for entry in entries])
@@ -117,6 +118,7 @@ def _row(entry: Entry) -> pa.RecordBatch:
         "tail_period": pa.array([meta.tail_period], pa.int32()),
         "worker": pa.array([meta.worker], pa.string()),
         "horizon": pa.array([meta.horizon], pa.int32()),
+        "taught_by": pa.array([entry.taught_by], pa.string()),
         "teacher": pa.array([teacher], pa.string()),
     }
     for column, role in (("teacher_logprobs", teacher), ("reference_logprobs", REFERENCE)):

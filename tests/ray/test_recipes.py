@@ -122,7 +122,7 @@ def run(name: str, world, session: Session, run_dir: Path) -> Outcome:
         """As a notebook calls it: where an event loop is running."""
         # A teacher that writes has rooms of its own: its generators keep to one teacher. So does one with another
         # vocabulary: the others' takes in the student's weights.
-        alone = config.buffer.uses_teacher_rollouts or config.teacher.path == str(world.pairs)
+        alone = config.buffer.has_teacher_write or config.teacher.path == str(world.pairs)
         return train(config, run_dir, session=None if alone else session)
 
     try:

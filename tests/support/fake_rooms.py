@@ -22,6 +22,7 @@ from fake_workers import (
     Ranks,
     Worker,
 )
+from opd_ray.buffer.evidence import Evidence
 from opd_ray.buffer.replay import GoldenSet, ReplayBuffer
 from opd_ray.config import Config, from_dict
 from opd_ray.data.orders import Shuffled
@@ -71,7 +72,7 @@ class Cast:
             teacher_generators=self.pool(
                 "teacher_generate", "teacher-generator", self.teacher_generator, PoolSize.fixed(1)
             )
-            if config.buffer.uses_teacher_rollouts
+            if config.buffer.has_teacher_write
             else None,
             recorder=self.pool("record", "recorder", FakeRecorder, PoolSize.fixed(1)),
         )
@@ -230,6 +231,7 @@ async def make_pipeline(
             restored=restored or {},
             where=Whereabouts(),
             say=lambda *_, **__: None,
+            evidence=Evidence(config) if config.buffer.evidence else None,
         ),
         cast,
         rooms,

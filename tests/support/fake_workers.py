@@ -151,7 +151,7 @@ class FakeGenerator(Receiver):
                 whole=group.horizon is None or group.probe,
             )
             for group in groups
-            for i in range(group.num_responses)
+            for i in range(group.first_response, group.first_response + group.num_responses)
         ]
         slots = [group.slot for group in groups for _ in range(group.num_responses)]
         return metas, pa.record_batch({"slot": slots, "source": [self.source] * len(slots)})

@@ -70,6 +70,11 @@ def test_paired_golden_rollouts_belong_to_the_prompts_of_the_step():
     assert [each.meta.rollout_id for each in shelf.take(1, ["c", "a", "b"])] == ["golden-1"]
 
 
+def test_a_prompt_without_a_solution_gets_none():
+    shelf = golden_set(by_prompt={"a": 2, "c": 1})
+    assert [each.meta.rollout_id for each in shelf.take(3, ["b", "a", "c"])] == ["golden-2", "golden-1"]
+
+
 def test_all_responses_of_a_prompt_share_its_slot():
     async def scenario():
         buffer = make(prompts_per_step=1)

@@ -36,8 +36,10 @@ def test_every_metric_of_a_run_is_in_the_catalogue_and_the_other_way_round(tmp_p
         return SimpleNamespace(set=lambda value, tags: None)
 
     monkeypatch.setattr(metrics, "Gauge", gauge)
-    drive(tmp_path, cast_of(**EVERYTHING))
-    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    drive(tmp_path / "one", cast_of(**EVERYTHING))
+    drive(tmp_path / "other", cast_of(buffer={"golden_per_prompt": 0, "evidence": {}}))  # which takes no horizon
+    files = [tmp_path / each / "metrics.jsonl" for each in ("one", "other")]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     logged = {name for line in lines for name in line} - {"step"}
     logged |= {name for name in METRICS if port_name(name) in on_port}
     assert {port_name(name) for name in logged} == on_port

@@ -86,7 +86,8 @@ def test_a_student_of_ones_own_meets_nothing_embedded_unasked(overrides: list[st
         ),
         (
             "teacher.path=embedded-hard",
-            "teacher.path is embedded-hard, expected embedded or embedded-other-end or embedded-pairs, or ./",
+            "teacher.path is embedded-hard, expected embedded or embedded-other-end or embedded-pairs or "
+            "embedded-misled, or ./",
         ),
         ("data.prompts=embedded-hard", "data.prompts is embedded-hard, expected embedded, or ./embedded-hard"),
         ("student.path=embedded-other-end", "expected embedded or embedded-hard"),

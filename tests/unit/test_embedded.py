@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 import re
@@ -15,14 +16,16 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from opd_ray import config as configs
+from opd_ray.config import from_dict
 from opd_ray.data.rendering import Renderer
 from opd_ray.disk import cache_root
+from opd_ray.embedded import misled
 from opd_ray.embedded import models as embedded_models
 from opd_ray.embedded import prepare as embedded
 from opd_ray.embedded.models import EOS_ID, IGNORED, PAD_ID, VOCABULARY, copy_probe, measure
 from opd_ray.embedded.resolve import resolve
 from opd_ray.errors import InputError
-from opd_ray.run import preflight
+from opd_ray.run import preflight, resuming
 from opd_ray.tasks import chain
 
 CHARACTERS = "0123456789+-*^=;#?"
@@ -409,3 +412,37 @@ def test_shipped_teacher_sees_errors_and_copies_what_repeats(teacher):
     _, doubt_after_five = copy_probe(teacher, PROBLEMS[:64], num_tries=5, right=True)
     assert doubt < 0.12
     assert doubt_after_five > 0.4
+
+
+# --- the misled teacher, and solutions of the prompts ---
+
+
+def test_a_misled_teacher_is_wrong_where_a_multiplication_comes_first():
+    wrong, right = misled.Misread(2, (("*", 3), ("+", 1))), misled.Misread(2, (("+", 1), ("*", 3)))
+    assert chain.clean_text(wrong).response == "2*3=0;0+1=1#1"
+    assert chain.clean_text(right).response == "2+1=3;3*3=2#2"
+
+
+@pytest.mark.slow
+def test_the_misled_teacher_is_built_once_and_a_run_with_it_resumes(tmp_path, monkeypatch, quick_student):
+    monkeypatch.setattr(misled, "PHASE", dataclasses.replace(misled.PHASE, num_steps=1))
+    path = resolve(from_dict({"teacher": {"path": configs.MISLED}})).teacher.path
+    monkeypatch.setattr(misled, "PHASE", None)
+    assert Path(path) == misled.teacher_dir() and embedded.is_embedded(path)
+    assert AutoModelForCausalLM.from_pretrained(path).num_parameters() > 0 and AutoTokenizer.from_pretrained(path)
+    stands_for = functools.partial(resuming._stands_for, before={}, student=configs.EMBEDDED)
+    assert stands_for(configs.MISLED, path) and not stands_for(configs.MISLED, "/x")
+    assert not stands_for(configs.EMBEDDED, path) and not stands_for(configs.OTHER_END, path)
+
+
+def test_a_misled_teacher_of_longer_problems_is_refused(quick_student):
+    hard = from_dict({"student": {"path": "embedded-hard"}, "teacher": {"path": configs.MISLED}})
+    with pytest.raises(InputError, match="embedded-misled is a teacher of the default's problems"):
+        resolve(hard)
+
+
+def test_the_prompts_own_solutions_are_golden(tmp_path, quick_student):
+    resolved = resolve(from_dict({"data": {"golden": "embedded:prompts"}}))
+    solved = {row["id"]: row["response"] for row in read(Path(resolved.data.golden))}
+    assert solved.keys() == {row["id"] for row in read(Path(resolved.data.prompts))}
+    assert all(chain.ChainTask().verify(solved[row["id"]], row) for row in read(Path(resolved.data.prompts))[:50])

@@ -303,6 +303,11 @@ def test_prompts_without_their_solution_are_refused_with_counts(setting: dict[st
     assert "(1 of its rows were left out for their problems), as row 2 (id 'b')" in message
     assert "buffer.golden_pairing=shuffled" in message
     preflight.check_files(configured(setting, data__golden_problems="skip"))
+    taught = configured(setting, **PAIRED, data__golden_problems="skip", buffer__evidence="{}")
+    prompts(setting, [{"id": name, "prompt": f"{name}=", "answer": "2"} for name in ("1+1", "2+2")])
+    facts = preflight.check_files(taught)  # by something else, where there is none
+    assert facts.num_prompts == 2 and facts.data.golden.pairs == {"1+1": 0}
+    assert any("1 of 2 prompts have no solution" in remark for remark in facts.data.remarks())
 
 
 def test_pairing_without_prompts_is_refused(setting: dict[str, str]) -> None:

@@ -398,6 +398,36 @@ def test_each_rollout_is_taught_by_its_own_teacher(module: ResponseModel) -> Non
     assert step.loss == pytest.approx(sum(losses), rel=1e-5)
 
 
+def test_a_step_by_evidence_is_opd_on_some_prompts_and_grpo_on_others(module: ResponseModel) -> None:
+    """Equation 6 of TGOPD: each rollout has one of the two, and both divide by all; golden ones have their weight."""
+    every = STEPS[(1,)][:7]
+    taught = [dataclasses.replace(each, reward_advantage=0.0) for each in every[:2]]
+    rewarded = every[2:5]
+    left = [dataclasses.replace(each, weight=0.0) for each in rewarded]
+    golden = [dataclasses.replace(every[5], weight=2.5), every[6]]
+    no_anchor = {"reference": {"coef": 0.0}, "teacher": {"coef": 0.0}}
+    student, reward = {"divergence": "reverse_kl", "support": "full"}, {"reward_coef": 0.5}
+    buffer = {"golden_pairing": "prompt", "evidence": {}}
+    by_evidence = config_with(no_anchor | {"student": student, "advantage": reward}, buffer=buffer)
+    step = take(module, [whole([*taught, *left, *golden])], by_evidence)
+    plain = {"teacher_per_prompt": 0}
+    opd = config_with(no_anchor | {"student": student}, buffer=plain)
+    grpo = {
+        "student": {"divergence": "k1"},
+        "advantage": reward | {"teacher_coef": 0},
+        "importance": {"correction": "clip"},
+    }
+    denominators = whole([*taught, *left, *golden]).denominators
+    parts = [(taught, opd), (rewarded, config_with(no_anchor | grpo, buffer=plain)), (golden[1:], opd)]
+    steps = [take(module, [dataclasses.replace(whole(part), denominators=denominators)], of) for part, of in parts]
+    alone = take(module, [dataclasses.replace(whole([every[5]]), denominators=denominators)], opd)
+    assert step.loss == pytest.approx(sum(each.loss for each in steps) + 2.5 * alone.loss, rel=1e-5)
+    for at, gradient in enumerate(step.gradients):
+        wanted = sum(each.gradients[at] for each in steps) + 2.5 * alone.gradients[at]
+        torch.testing.assert_close(gradient, wanted, atol=2e-6, rtol=1e-4)
+    assert step.metrics["loss_reward"] == pytest.approx(steps[1].metrics["loss_student"], rel=1e-5)
+
+
 def test_weighted_teachers_are_averaged(module: ResponseModel) -> None:
     both = scored_by(STUDENTS, ("teacher", "code"))
     apart = [[dataclasses.replace(e, scores={name: e.scores[name]}) for e in both] for name in ("teacher", "code")]

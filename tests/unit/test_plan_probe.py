@@ -74,7 +74,7 @@ async def told(observers: Any, report: StepReport) -> None:
 
 def report(step: int) -> StepReport:
     meta = SimpleNamespace(source="student", num_prompt_tokens=7, num_response_tokens=10 + (step == 3))
-    return StepReport(step, [SimpleNamespace(meta=meta, scores={"teacher": None})] * 2, {}, None)
+    return StepReport(step, [SimpleNamespace(meta=meta, scores={"teacher": None}, is_trained_on=True)] * 2, {}, None)
 
 
 def test_the_first_steps_do_not_count_and_the_mean_of_the_others_does(run: Callable[..., Any]) -> None:

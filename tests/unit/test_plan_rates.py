@@ -166,7 +166,7 @@ FACTS = SimpleNamespace(
 def report(step: int, tokens: int, evaluation: object = None) -> StepReport:
     count = {"num_response_tokens": tokens, "num_trained_tokens": tokens}
     meta = SimpleNamespace(source="student", num_prompt_tokens=10, **count)
-    entry = SimpleNamespace(meta=meta)
+    entry = SimpleNamespace(meta=meta, is_trained_on=True)
     return StepReport(step, [entry], {}, evaluation)
 
 

@@ -500,6 +500,7 @@ def test_a_resumed_run_may_change_what_does_not_matter(setting: dict[str, str], 
         ("data.golden", "golden-32.jsonl", "embedded", False),
         ("data.golden", "golden.jsonl", "embedded", True),
         ("data.golden", "mine.jsonl", "embedded", False),
+        ("data.golden", "golden-prompts.jsonl", "embedded:prompts", True),
     ],
 )
 def test_a_stand_in_continues_only_what_it_stood_for(

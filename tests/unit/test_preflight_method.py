@@ -118,7 +118,14 @@ def test_a_task_reward_alone_loads_no_teacher(setting: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "asking"),
-    [(GRPO, "loss.advantage.reward_coef=1"), (LIVE_TEACHER, "buffer.teacher_filter=correct")],
+    [
+        (GRPO, "loss.advantage.reward_coef=1"),
+        (LIVE_TEACHER, "buffer.teacher_filter=correct"),
+        (
+            {"buffer__evidence__probes": "2", "buffer__golden_per_prompt": "0", "loss__golden__coef": "0"},
+            "buffer.evidence",
+        ),
+    ],
 )
 def test_what_judges_responses_needs_answers(setting: dict[str, str], changes: dict[str, str], asking: str) -> None:
     preflight.check_files(configured(setting, **changes))

@@ -16,6 +16,7 @@ from opd_ray.report.crossing import crossings, signature
 from opd_ray.report.golden import kinds
 from opd_ray.report.maps import maps, shade
 from opd_ray.report.runs import Run, read_run, read_runs
+from opd_ray.report.trust import trusts
 
 
 def run_of(path: Path, metrics: dict[str, dict[int, float]], **changes) -> Run:
@@ -146,6 +147,39 @@ def test_arms_that_differ_in_their_coefficients_only_are_a_map(tmp_path):
 def test_arms_that_differ_in_more_or_in_one_coefficient_are_no_map(tmp_path, last):
     runs = [of_coefs(tmp_path, 0, 0), of_coefs(tmp_path, 0, 1), of_coefs(tmp_path, **last, name="last")]
     assert maps(group([read_run(run) for run in runs])) == []
+
+
+def by_evidence(root: Path, seed: int, shares: list, lengths: list) -> Path:
+    run = make_run(root / f"seed-{seed}", name="by evidence", seed=seed)
+    summary = json.loads((run / "summary.json").read_text())
+    evidence = {"prompts": 4, "taught_by": {}, "shares": shares, "lengths": lengths}
+    (run / "summary.json").write_text(json.dumps(summary | {"evidence": evidence}))
+    return run
+
+
+@pytest.mark.slow
+def test_where_the_teacher_can_be_trusted_adds_up_over_runs(tmp_path):
+    one = by_evidence(
+        tmp_path, 1, [[4, 0, {"teacher": 3}], [0, 1, {"golden": 1}]], [[7, 7, 9, 12, 1, 4, {"teacher": 4}]]
+    )
+    two = by_evidence(
+        tmp_path, 2, [[4, 0, {"teacher": 1, "reward": 1}], [None, 0, {"nothing": 2}]], [[9, 11, 0, 0, 1, 2, {}]]
+    )
+    (found,) = trusts(group([read_run(run) for run in (one, two)]))
+    assert found.students == ["0 – .2", ".2 – .4"]
+    texts = [(name, [each and (each.prompts, each.share("teacher")) for each in row]) for name, row in found.rows()]
+    assert texts == [(".8 – 1", [(5, ".80"), None]), ("0 – .2", [None, (1, ".00")]), ("no verdict", [(2, ".00"), None])]
+    assert [(each.tokens, each.teacher, each.student) for each in found.lengths] == [
+        ("7", 0.75, 0.25),
+        ("9 – 11", None, 0.5),
+    ]
+    page, _ = report(one, two)
+    assert (
+        'id="trust"' in page
+        and '<td style="--much: 40%">5: .80</td>' in page
+        and "by evidence: of 8 prompts .50" in page
+    )
+    assert 'id="trust"' not in report(make_run(tmp_path / "plain"))[0]
 
 
 @pytest.mark.slow

@@ -65,13 +65,23 @@ def policy_gradient(
         ratio = log_importance_ratio(batch).exp()
         values = ratio * advantage
         if importance.correction == "clip":
-            epsilon = importance.clip_ratio
-            clipped = ratio.clamp(1 - epsilon, 1 + epsilon) * advantage
+            clipped = _clipped(ratio, advantage, importance.clip_ratio)
             metrics["clip_fraction"] = (clipped < values).float().detach()
-            values = torch.minimum(values, clipped)
+            values = clipped
     else:
         values = advantage * batch.logprobs
     return TokenLoss(-values, metrics)
+
+
+def reward_gradient(batch: TokenBatch, reward_coef: float, clip_ratio: float) -> torch.Tensor:
+    """What the reward teaches where evidence leaves a prompt to it, [N]: −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A), A = α ·
+    the reward within the group, the same for all of a response (equations 2 and 7 of TGOPD, arXiv 2609.02998)."""
+    return -_clipped(log_importance_ratio(batch).exp(), reward_coef * batch.reward_advantages, clip_ratio)
+
+
+def _clipped(ratio: torch.Tensor, advantage: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """PPO's surrogate, with gradient."""
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
 
 
 def advantages(
