@@ -30,6 +30,7 @@ from typing import Any
 from opd_ray.config import Config
 from opd_ray.errors import InputError, RunError
 from opd_ray.messages import Entry, GenerationRequest, SamplingSettings, Source
+from opd_ray.rooms.memory import HEAP
 
 _MEASURED_S, _WARM_S = 8.0, 2.0
 _LIMIT_S = 900.0
@@ -126,6 +127,7 @@ def _elsewhere(stage: str, run: Callable[..., Any], *arguments: Any) -> Any:
     """What ``run`` returns in a process of its own."""
     spawning = multiprocessing.get_context("spawn")
     ours, theirs = spawning.Pipe()
+    os.environ |= HEAP  # as actors have it: read when a process begins
     process = spawning.Process(target=_answer, args=(theirs, run, arguments), daemon=True)
     process.start()
     theirs.close()

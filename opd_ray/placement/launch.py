@@ -24,7 +24,7 @@ from opd_ray.models.checkpoints import load_tokenizer
 from opd_ray.placement.wanted import Wanted
 from opd_ray.rooms import Rooms, logs
 from opd_ray.rooms.group import Group
-from opd_ray.rooms.memory import KERNEL_CACHES
+from opd_ray.rooms.memory import HEAP, KERNEL_CACHES
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import Member, Spawn
 from opd_ray.rooms.together import together
@@ -170,6 +170,7 @@ def _spawning(
         "OMP_NUM_THREADS": str(max(1, int(resources["num_cpus"]))),
         "TOKENIZERS_PARALLELISM": "false",
         **KERNEL_CACHES,
+        **HEAP,
         logs.ROOM_VARIABLE: room,
         **{name: str(value) for name, value in env.items()},
     }
