@@ -21,6 +21,7 @@ from opd_ray.config import HELD_OUT, from_dict
 from opd_ray.errors import InputError
 from opd_ray.evaluation import verdicts
 from opd_ray.evaluation.scores import Evaluation, pass_at, score
+from opd_ray.run import evaluate
 from opd_ray.watch.observers import EvaluationProgress, say_evaluation
 
 
@@ -293,3 +294,16 @@ def test_a_single_set_without_a_name_is_said_in_one_line():
     assert said == [
         "evaluation before: sampled 0.500 ± 0.500, truncated 0.000, repetitive 0.000, length 8.0 (2 problems)"
     ]
+
+
+def test_a_checkpoint_is_asked_the_problems_of_the_setting_that_trained_it(monkeypatch):
+    """The bug that was in reach: the checkpoint's path stood in the student's place before the word for the setting was
+    read, and a student of the harder setting would have been asked short chains."""
+
+    def far_enough(config):
+        raise InputError(f"resolved with {config.student.path}")
+
+    monkeypatch.setattr(evaluate, "resolve", far_enough)
+    monkeypatch.setattr(evaluate, "locate", lambda name, path: path)
+    with pytest.raises(InputError, match="resolved with embedded-hard"):
+        evaluate.measured(["/checkpoint"], from_dict({"student": {"path": "embedded-hard"}}))

@@ -546,6 +546,21 @@ def test_the_embedded_default_is_continued_from_another_copy_of_the_package() ->
     assert "--resume: teacher.path is embedded" in refused(lambda: resuming.check_same_run("it", saved, asked))
 
 
+def test_a_run_of_the_harder_setting_is_continued_as_that_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPD_RAY_CACHE", str(tmp_path))
+    asked = configs.load(None, ["student.path=embedded-hard"])
+    saved = configs.to_dict(asked)
+    saved["student"]["path"] = str(tmp_path / "chain-hard-1f-seed0" / "student")
+    saved["teacher"]["path"] = str(tmp_path / "chain-hard-teacher-1f")
+    resuming.check_same_run("it", saved, asked)
+    for field in ("teacher.path=embedded-other-end", "student.path=embedded"):
+        other = configs.load(None, ["student.path=embedded-hard", "rollout.max_response_tokens=128", field])
+        message = refused(lambda other=other: resuming.check_same_run("it", saved, other))
+        assert f"--resume: {field.replace('=', ' is ')}, but it has" in message
+
+
 def test_a_checkpoint_with_a_field_of_another_version_is_refused_without_advice_that_cannot_be_followed() -> None:
     """The bug: it said "continue it with loss.advantage.scale=1.0", which then was an unknown field."""
     saved = configs.to_dict(Config())
