@@ -5,6 +5,7 @@ The engine is made inside the actor, so that only an actor imports an inference 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from opd_ray.config import RolloutConfig
@@ -37,7 +38,7 @@ def make_generation_engine(path: str, rollout: RolloutConfig, max_context_tokens
 
 
 def chosen_engine(path: str, rollout: RolloutConfig) -> str:
-    """The engine that a checkpoint gets; it is looked at where rollout.engine leaves that open."""
-    if rollout.engine != "auto":
-        return rollout.engine
+    """The engine that a checkpoint gets; it is looked at where its size decides."""
+    if (smallest := rollout.engine_for(0)) == rollout.engine_for(math.inf):
+        return smallest
     return rollout.engine_for(size_of(read_config(path).get_text_config(), path).parameters)

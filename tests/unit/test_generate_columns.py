@@ -40,23 +40,24 @@ def _random(kind: str):
     return model
 
 
-@pytest.fixture(scope="module", params=["Qwen3", "Qwen2", "Llama", "Mistral"])
-def model(request, tiny_model):
-    """As many heads for keys as for queries or fewer, tied or not, with biases, scaled rotations, sliding windows."""
+PAIRS = [(kind, passes) for kind in ("Qwen3", "Qwen2", "Llama") for passes in (AnyModel, PlainModel)]
+
+
+@pytest.fixture(
+    scope="module", params=[*PAIRS, ("Mistral", AnyModel)], ids=lambda pair: f"{pair[0]}-{pair[1].__name__}"
+)
+def subject(request, tiny_model):
+    """A model and its passes: as many heads for keys as for queries or fewer, tied or not, with biases, scaled
+    rotations, layers that look back a window."""
     from transformers import AutoModelForCausalLM
 
-    if request.param == "Qwen3":
-        return AutoModelForCausalLM.from_pretrained(tiny_model["untied"], dtype=torch.float32).eval()
-    return _random(request.param)
-
-
-@pytest.fixture(params=[AnyModel, PlainModel])
-def passes(request, model):
-    windowed = type(model).__name__ == "MistralForCausalLM"
-    assert is_plain(model) != windowed
-    if request.param is PlainModel and windowed:
-        pytest.skip("its layers look back a window")
-    return request.param
+    kind, passes = request.param
+    if kind == "Qwen3":
+        model = AutoModelForCausalLM.from_pretrained(tiny_model["untied"], dtype=torch.float32).eval()
+    else:
+        model = _random(kind)
+    assert is_plain(model) == (kind != "Mistral")
+    return model, passes
 
 
 def last_logits(model, rows: list[list[int]]) -> torch.Tensor:
@@ -67,7 +68,7 @@ def last_logits(model, rows: list[list[int]]) -> torch.Tensor:
 
 @pytest.mark.parametrize("first", [4, 128])
 @torch.inference_mode()
-def test_rows_that_come_and_go_have_the_logits_of_a_forward_pass(model, passes, monkeypatch, first: int) -> None:
+def test_rows_that_come_and_go_have_the_logits_of_a_forward_pass(subject, monkeypatch, first: int) -> None:
     """With little room at the beginning, so that it is outgrown and moved about, and rows in groups of two, each of
     which is a call if it is the first's turn; at times nobody is left."""
     monkeypatch.setattr(columns, "_FIRST_COLUMNS", first)
@@ -75,6 +76,7 @@ def test_rows_that_come_and_go_have_the_logits_of_a_forward_pass(model, passes, 
         monkeypatch.setattr(module, "GROUP", 2)
     monkeypatch.setattr(plain, "_PADDING_BYTES", 0 if first == 4 else 1000)
     rng, most = random.Random(first), 6
+    model, passes = subject
     cache, rows = passes(model, most), []
     cache.advance(NOTHING, [torch.tensor([1])])  # room for one
 
@@ -98,8 +100,9 @@ def test_rows_that_come_and_go_have_the_logits_of_a_forward_pass(model, passes, 
 
 
 @torch.inference_mode()
-def test_prefixes_are_computed_anew_in_place_of_what_was_there(model, passes) -> None:
+def test_prefixes_are_computed_anew_in_place_of_what_was_there(subject) -> None:
     """As after a weight update: rows are entered from the first one on, over what older weights left."""
+    model, passes = subject
     cache = passes(model, 3)
     cache.advance(NOTHING, [torch.tensor([1, 2, 3]), torch.tensor([4])])
     weights = [parameter.data for parameter in model.parameters()]
