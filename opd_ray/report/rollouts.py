@@ -112,6 +112,8 @@ def of_step(run: Run, signals: Signals, most: int, most_tokens: int = 200_000) -
     rows = list(_choose(file, run, most, most_tokens, []))
     vocab, packed = _Vocabulary(_tokenizer(run)), []
     for row in rows:
+        if any(row["rollout_id"] not in own for own in signals.of.values()):
+            continue  # of the teacher's and only judged (buffer.evidence), so that no loss is of it
         keep = _kept(len(row["response_tokens"]))[2]
         own = [signals.of[name][row["rollout_id"]] for name in signals.of]
         values = [[_rounded(each[t]) for t in keep] for each in own]

@@ -245,6 +245,9 @@ def test_the_viewer_gets_every_token_s_signals(tmp_path: Path) -> None:
     assert {each["id"] for each in sample.rollouts} == rows.keys()
     [right] = [each for each in sample.rollouts if each["id"] == "2-right"]
     assert right["X"][0][:3] == [None, 0.3333, 0.6667] and len(right["X"][0]) == len(right["ids"])
+    del values["2-right"]  # the bug: a rollout that was only judged has none, and ended the page
+    sample = of_step(read_run(run), Signals(2, {"push, as configured": values}), most=100)
+    assert {each["id"] for each in sample.rollouts} == values.keys()
 
 
 def test_a_remark_tells_of_a_loss_that_is_not_what_was_logged() -> None:
