@@ -23,6 +23,8 @@ EMBEDDED_PAIRS = "embedded-pairs"
 """Value of a teacher's path that stands for one with another tokenizer, whose tokens are pairs of characters."""
 MISLED = "embedded-misled"
 """Value of a teacher's path that stands for the embedded one, had it learnt some multiplications wrongly."""
+OF_SHORT_CHAINS = (EMBEDDED_PAIRS, MISLED)
+"""Teachers that student.path=embedded alone can have: they know nothing of the longer problems."""
 EMBEDDED_TEACHERS = (EMBEDDED, OTHER_END, EMBEDDED_PAIRS, MISLED)
 COLUMNS = ("id", "prompt", "answer", "response", "teacher", "messages")
 """Those of a row that data.columns may find under another name."""

@@ -21,7 +21,16 @@ from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from opd_ray.config.binding import Binds, binding
-from opd_ray.config.data import EMBEDDED, EMBEDDED_STUDENTS, EMBEDDED_TEACHERS, OTHER_END, EvaluationSet, set_field
+from opd_ray.config.data import (
+    EMBEDDED,
+    EMBEDDED_HARD,
+    EMBEDDED_STUDENTS,
+    EMBEDDED_TEACHERS,
+    OF_SHORT_CHAINS,
+    OTHER_END,
+    EvaluationSet,
+    set_field,
+)
 from opd_ray.config.hints import hint
 from opd_ray.config.keys import check_no_keys
 from opd_ray.config.sections import LoraConfig, RepetitionConfig
@@ -153,9 +162,11 @@ def embedded_preset(student: str = EMBEDDED) -> dict[str, Any]:
 
 
 def _check_words(config: Config) -> None:
-    """Raises InputError for a path that is nearly one of the words for what the package makes itself."""
+    """Raises InputError for a path that is nearly one of the words for what the package makes itself, and for a teacher
+    that does not know the student's problems: before a student is built, which takes a minute."""
     words = {"student.path": EMBEDDED_STUDENTS}
     words |= {"teacher.path": EMBEDDED_TEACHERS, "reference.path": (EMBEDDED, OTHER_END)}
+    words |= {"data.golden": (EMBEDDED, f"{EMBEDDED}:N", f"{EMBEDDED}:prompts")}
     words |= {f"more_teachers.{name}.path": EMBEDDED_TEACHERS for name in config.more_teachers}
     paths = {"student": config.student, "teacher": config.teacher, "reference": config.reference}
     given = {f"{name}.path": each.path for name, each in paths.items()}
@@ -167,8 +178,20 @@ def _check_words(config: Config) -> None:
         if isinstance(path, str) and path.startswith(f"{EMBEDDED}-") and "/" not in path and path not in known:
             raise InputError(
                 f"config: {field} is {path}, expected {' or '.join(known)}, or ./{path} for a file or directory of "
-                f"that name{near(path, known)}"
+                f"that name{_whose_word(path) or near(path, known)}"
             )
+        if config.student.path == EMBEDDED_HARD and path in OF_SHORT_CHAINS:
+            raise InputError(
+                f"config: {field} is {path}, a teacher of the problems of student.path={EMBEDDED}, but student.path is "
+                f"{EMBEDDED_HARD}; take that student, or another teacher"
+            )
+
+
+def _whose_word(path: str) -> str:
+    """A clause for a word of other fields than the one it was given for; empty for no word."""
+    if path in EMBEDDED_STUDENTS:
+        return f"; it is a word of student.path, and {EMBEDDED} stands for the teacher and the data of that student"
+    return "; it is a word of teacher.path" if path in EMBEDDED_TEACHERS else ""
 
 
 def _check_nothing_embedded(config: Config, evaluation_only: bool) -> None:

@@ -20,6 +20,7 @@ _OF_THE_PROMPTS = "prompts"
 def resolve(config: Config) -> Config:
     """Replaces what stands for the embedded models and data by their paths, building them where needed."""
     plain = configs.to_dict(without_foreign_golden(config))
+    _check_golden_count(str(config.data.golden))
     setting = config.student.path if config.student.path in configs.EMBEDDED_STUDENTS else configs.EMBEDDED
     student, data = plain["student"], plain["data"]
     golden, _, count = str(data["golden"]).partition(":")
@@ -47,7 +48,7 @@ def resolve(config: Config) -> Config:
         if scorer["path"] == configs.STUDENT or (scorer["path"] == configs.EMBEDDED and elsewhere):
             scorer["path"] = student["path"]
         elif scorer["path"] == configs.MISLED:
-            scorer["path"] = str(_misled(setting))
+            scorer["path"] = str(_misled())
         elif scorer["path"] in configs.EMBEDDED_TEACHERS:
             scorer["path"] = str(embedded.teacher(setting, scorer["path"]))
     return configs.from_dict(plain)
@@ -63,12 +64,18 @@ def _solved_prompts(seed: int, setting: str) -> Path:
     return path
 
 
-def _misled(setting: str) -> Path:
-    if setting != configs.EMBEDDED:
+def _check_golden_count(golden: str) -> None:
+    """Raises InputError for what golden_file would refuse, before a student is built."""
+    word, colon, count = golden.partition(":")
+    fits = count == _OF_THE_PROMPTS or (count.isdecimal() and 0 < int(count) <= embedded.MOST_GOLDEN)
+    if word == configs.EMBEDDED and colon and not fits:
         raise InputError(
-            f"config: {configs.MISLED} is a teacher of the default's problems, but student.path is {setting}; take "
-            f"student.path={configs.EMBEDDED}, or another teacher"
+            f"data.golden={golden}: expected {configs.EMBEDDED}:N with N from 1 to {embedded.MOST_GOLDEN}, or "
+            f"{configs.EMBEDDED}:{_OF_THE_PROMPTS}"
         )
+
+
+def _misled() -> Path:
     from opd_ray.embedded import misled  # and torch with it
 
     return misled.teacher_dir()
@@ -77,7 +84,7 @@ def _misled(setting: str) -> Path:
 def without_foreign_golden(config: Config) -> Config:
     """The embedded golden solutions answer the embedded prompts: never mixed into other data."""
     data = config.data
-    if data.prompts == configs.EMBEDDED or not str(data.golden).startswith(configs.EMBEDDED):
+    if data.prompts == configs.EMBEDDED or str(data.golden).partition(":")[0] != configs.EMBEDDED:
         return config
     if config.buffer.uses_golden or is_privileged(config):
         raise InputError(

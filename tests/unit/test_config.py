@@ -87,10 +87,11 @@ def test_a_student_of_ones_own_meets_nothing_embedded_unasked(overrides: list[st
         (
             "teacher.path=embedded-hard",
             "teacher.path is embedded-hard, expected embedded or embedded-other-end or embedded-pairs or "
-            "embedded-misled, or ./",
+            "embedded-misled, or ./.*; it is a word of student.path, and embedded stands for the teacher",
         ),
         ("data.prompts=embedded-hard", "data.prompts is embedded-hard, expected embedded, or ./embedded-hard"),
-        ("student.path=embedded-other-end", "expected embedded or embedded-hard"),
+        ("data.golden=embedded-prompts", "expected embedded or embedded:N or embedded:prompts, .*mean 'embedded:prom"),
+        ("student.path=embedded-other-end", "expected embedded or embedded-hard, .*; it is a word of teacher.path"),
     ],
 )
 def test_a_word_that_stands_for_nothing_is_refused(override: str, message: str) -> None:

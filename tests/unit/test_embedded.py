@@ -23,7 +23,7 @@ from opd_ray.embedded import misled
 from opd_ray.embedded import models as embedded_models
 from opd_ray.embedded import prepare as embedded
 from opd_ray.embedded.models import EOS_ID, IGNORED, PAD_ID, VOCABULARY, copy_probe, measure
-from opd_ray.embedded.resolve import resolve
+from opd_ray.embedded.resolve import resolve, without_foreign_golden
 from opd_ray.errors import InputError
 from opd_ray.run import preflight, resuming
 from opd_ray.tasks import chain
@@ -435,10 +435,25 @@ def test_the_misled_teacher_is_built_once_and_a_run_with_it_resumes(tmp_path, mo
     assert not stands_for(configs.EMBEDDED, path) and not stands_for(configs.OTHER_END, path)
 
 
-def test_a_misled_teacher_of_longer_problems_is_refused(quick_student):
-    hard = from_dict({"student": {"path": "embedded-hard"}, "teacher": {"path": configs.MISLED}})
-    with pytest.raises(InputError, match="embedded-misled is a teacher of the default's problems"):
-        resolve(hard)
+@pytest.mark.parametrize("word", ["embedded-misled", "embedded-pairs"])
+@pytest.mark.parametrize("role", ["teacher", "more_teachers.second"])
+def test_a_teacher_of_the_defaults_problems_is_refused_before_the_harder_student_is_built(word, role):
+    # It was told after the minute that building takes.
+    with pytest.raises(InputError, match=f"{role}.path is {word}, a teacher of the problems of student.path=e"):
+        configs.load(None, ["student.path=embedded-hard", f"{role}.path={word}"])
+
+
+@pytest.mark.parametrize("count", ["0", "8193", "prompt", "²"])
+def test_an_impossible_number_of_golden_solutions_is_refused_before_a_student_is_built(quick_student, count):
+    with pytest.raises(InputError, match=f"golden=embedded:{count}: .* N from 1 to 8192, or embedded:prompts"):
+        resolve(from_dict({"data": {"golden": f"embedded:{count}"}}))
+    assert quick_student == []
+
+
+def test_a_golden_file_whose_name_begins_like_the_word_is_ones_own():
+    mine = {"prompts": "mine.jsonl", "golden": "embedded_solutions.jsonl"}
+    config = from_dict({"data": mine})
+    assert without_foreign_golden(config) == config  # it was refused as the embedded one
 
 
 def test_the_prompts_own_solutions_are_golden(tmp_path, quick_student):
