@@ -41,6 +41,8 @@ from opd_ray.models.heads import FrozenHead
 
 REWARD = "reward"
 """The term of what evidence leaves to the task's reward."""
+_MOST_NATS = 1e4
+"""Of a token that is left out: as good as infinite where it is logged."""
 _PROBE_TOKENS = 16
 """Tokens on which a scorer's output layer is compared with what the scorer said."""
 
@@ -115,9 +117,10 @@ class Objective:
             weights[REWARD] = own
         if self.compares_with_reference(source):
             weights[REFERENCE] = kept * token_weights(lengths, self.reference_count(denominators), loss.reduction)
+        tokens = replace(tokens, teacher_advantages=advantages)
         return WeightedSegment(
             segment=segment,
-            tokens=replace(tokens, teacher_advantages=advantages),
+            tokens=_bounded(tokens, weights[source] > 0, weights.get(REFERENCE, weights[source]) > 0),
             shares=shares,
             weights=weights,
             last=last,
@@ -292,6 +295,27 @@ class MicroBatchLoss:
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+
+def _bounded(tokens: Tokens, taught: torch.Tensor, anchored: torch.Tensor) -> Tokens:
+    """With finite values at tokens that the source's loss, or the KL to the reference, leaves out ([N] bool: what is
+    not ``taught``, not ``anchored``): what a scorer rules out has log-prob −∞, and 0 · ∞ would be nan."""
+
+    def bounded(scored: ScoredTokens | None, counts: torch.Tensor) -> ScoredTokens | None:
+        def bound(values: torch.Tensor | None) -> torch.Tensor | None:
+            if values is None:
+                return None
+            return torch.where(counts.view(-1, *[1] * (values.dim() - 1)), values, values.clamp(min=-_MOST_NATS))
+
+        names = ("logprobs", "topk_logprobs", "given_logprobs", "stop_logprobs")
+        return scored and replace(scored, **{name: bound(getattr(scored, name)) for name in names})
+
+    advantages = tokens.teacher_advantages
+    if advantages is not None:
+        advantages = torch.where(taught, advantages, advantages.nan_to_num().clamp(-_MOST_NATS, _MOST_NATS))
+    teachers = {name: bounded(scored, taught) for name, scored in tokens.teachers.items()}
+    reference = bounded(tokens.reference, anchored)
+    return replace(tokens, teachers=teachers, reference=reference, teacher_advantages=advantages)
 
 
 def _missing(what: str, segment: Segment) -> str:

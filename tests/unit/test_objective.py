@@ -467,6 +467,38 @@ def test_a_loss_that_is_not_finite_names_its_rollouts_and_spoils_the_gradient_on
     assert any(gradient.isnan().any() for gradient in step.gradients)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"student": {"divergence": "k1"}},
+        {"student": {"divergence": "k1"}, "advantage": {"policy": "behaviour"}},
+        {"student": {"divergence": "k2"}},
+        {"student": {"divergence": "reverse_kl", "support": "student_top_k"}},
+    ],
+    ids=str,
+)
+def test_a_token_that_the_teacher_rules_out_is_nothing_to_a_loss_that_leaves_it_out(
+    module: ResponseModel, loss: dict[str, Any]
+) -> None:
+    """The bug: 0 · ∞ was nan where evidence had the teacher teach nothing, or a repetitive tail was masked."""
+    config = config_with(loss | {"reference": {"coef": 0.0}})
+
+    def step(rules_out: bool) -> Step:
+        rows = STEP[1].scores["teacher"].to_pylist()
+        if rules_out:
+            row = rows[STEP[1].row]
+            for name in ("logprobs", "given_logprobs", "stop_logprobs"):
+                row[name] = [-math.inf, *row[name][1:]]
+        payload = pa.RecordBatch.from_pylist(rows, schema=SCORE_SCHEMA)
+        entry = dataclasses.replace(STEP[1], weight=0.0, scores=STEP[1].scores | {"teacher": payload})
+        return take(module, [whole([STEP[0], entry])], config)
+
+    found, expected = step(True), step(False)
+    assert found.problems == [] and found.loss == expected.loss
+    assert all(map(torch.equal, found.gradients, expected.gradients))
+    assert all(map(math.isfinite, found.metrics.values()))
+
+
 def test_an_output_layer_that_is_not_the_scorers_is_found_out(module: ResponseModel) -> None:
     config = config_with({"student": {"support": "full"}})
     with pytest.raises(RunError, match="teacher: its output layer does not make its log-probs"):
