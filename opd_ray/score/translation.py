@@ -127,8 +127,8 @@ class Translator:
         prompt = prompt[: self._facts.most_tokens]
         room = self._facts.most_tokens - len(prompt)
         fits = len(ids) + ended <= room
+        theirs = self._places(ids, text.encode(), text_places, whole=ended)[:room]
         ids = list(ids[:room])
-        theirs = self._places(ids, text.encode(), text_places, whole=ended or not fits)
         own, other = spans(own_places, theirs)
         if ended:
             last = 1 + max(own.max(initial=-1), other.max(initial=-1))
@@ -184,7 +184,9 @@ def _told(reading: _Reading, scores: Scores, behaviour: np.ndarray, with_stops: 
         # The teacher may stop where it begins a token; within a span nobody knows.
         stops = np.full(len(own), -np.inf, np.float32)
         first = np.flatnonzero(np.diff(own, prepend=-2))
-        begins = np.searchsorted(np.where(known, theirs, number), np.where(own[first] < 0, number, own[first]))
+        of_spans = np.full(number + 1, len(theirs))  # the last: of what is in none
+        np.minimum.at(of_spans, np.where(known, theirs, number), np.arange(len(theirs)))
+        begins = of_spans[own[first]]
         there = begins < len(scores.stop_logprobs)
         stops[first[there]] = scores.stop_logprobs[begins[there]]
     nothing = np.zeros((len(own), 0), np.float32)

@@ -208,6 +208,16 @@ def test_what_is_beyond_the_teacher_s_context_is_not_scored():
     assert reading.own.tolist() == [0, 1, 2, 3, -1, -1, -1]
 
 
+def test_what_might_have_grown_is_left_out_where_the_teacher_s_context_ends_too():
+    """The bug: of "ab" at a cut, which may become "abx", "a" was scored where "b" was beyond the context."""
+    other = byte_level([(b"b", b"x"), (b"a", b"bx")], first_id=9)
+    tokens = [token for character in "1ab" for token in STUDENT.encode(character)]
+    for room in (1, 2, 3):
+        reader = translator(teacher=other, most_tokens=2 + room)
+        [reading] = reader.read(rollouts({"response_tokens": tokens, "finish_reason": "length"}))
+        assert reading.own.tolist() == [0, -1, -1], room
+
+
 def test_an_empty_response_and_one_of_an_end_alone():
     empty, end = translator().read(
         rollouts({"response_tokens": [], "finish_reason": "length"}, {"response_tokens": [STOPS[1]]})
@@ -231,6 +241,18 @@ def test_a_span_s_log_prob_is_the_sum_of_the_teacher_s_tokens_in_equal_parts():
     [own] = Alphabetical().score([sequence], request)
     assert scores.logprobs == pytest.approx([own.logprobs[:2].sum() / 2] * 2 + own.logprobs[2:].tolist())
     assert scores.stop_logprobs.tolist() == [-1, -np.inf, -3, -4]  # within a span the teacher cannot stop
+
+
+def test_the_end_is_compared_with_stopping_there_where_the_text_before_is_in_no_span():
+    """The bug: P(stop) of an end was that of the place from which the teacher reads another text."""
+    changing = byte_level([])
+    changing.backend_tokenizer.normalizer = normalizers.Replace("x", "yy")
+    tokens = [*STUDENT.encode("1xb"), STOPS[0]]
+    [scores] = translator(teacher=changing).score(
+        Alphabetical(), rollouts({"response_tokens": tokens}), ScoreRequest(stop_token_ids=STOPS)
+    )
+    assert scores.spans.tolist() == [0, -1, -1, 1]  # of "1yyb" and the end
+    assert scores.stop_logprobs.tolist() == [-1, -2, -np.inf, -5]
 
 
 def test_a_token_of_no_span_has_the_log_prob_that_it_was_sampled_with():
