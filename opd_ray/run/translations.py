@@ -86,7 +86,7 @@ def _problems(config: Config, role: str) -> Iterator[str]:
 
 def prepare(config: Config, data: Dataset, models: Mapping[str, ModelFacts], found: Mapping[str, Difference]) -> None:
     """Renders the prompts for each of ``found`` as well, and says in a line that spans are compared. Raises InputError
-    for tokenizers whose tokens are no pieces of a text, and for prompts that do not fit."""
+    for tokenizers whose tokens are no pieces of a text."""
     if not found:
         return
     student = models["student"]
@@ -97,14 +97,6 @@ def prepare(config: Config, data: Dataset, models: Mapping[str, ModelFacts], fou
         for each in (student, facts):
             _check_texts(each, prompts)
         _check_opening(student, facts, data.prompts, prompts)
-        longest, number = prompts.longest()
-        response, limit = config.rollout.longest_response, facts.context_tokens
-        if limit is not None and longest + response > limit:
-            raise InputError(
-                f"{prompts.where} row {number}: in the tokens of its teacher, its {longest} prompt tokens + "
-                f"rollout.max_response_tokens={response} are {longest + response}, more than the context of {limit} of "
-                f"{facts.name}; shorten the prompt or set rollout.max_response_tokens={max(limit - longest, 1)}"
-            )
         data.notes.append(
             f"{facts.name}: has another tokenizer than the student, so that the loss compares spans of text, not "
             f"tokens ({difference})"
@@ -114,12 +106,22 @@ def prepare(config: Config, data: Dataset, models: Mapping[str, ModelFacts], fou
 def translations(
     config: Config, data: Dataset, models: Mapping[str, ModelFacts], stop_token_ids: tuple[int, ...]
 ) -> dict[str, Translation]:
-    """How each of them is asked, by role; behind ``prepare``. ``stop_token_ids``: the student's."""
+    """How each of them is asked, by role; behind ``prepare``. ``stop_token_ids``: the student's. Raises InputError for
+    prompts that do not fit into a context, of a server's model what the server takes."""
     found = {}
     for role, prompts in data.translated.items():
-        ours, theirs = (_size(each.tokenizer, prompts) for each in (models["student"], models[role]))
-        room = prompts.longest()[0] + math.ceil(_ROOM * max(1.0, theirs / ours) * config.rollout.longest_response)
-        found[role] = translation(config, role, models[role], stop_token_ids, room)
+        facts = models[role]
+        longest, number = prompts.longest()
+        response, limit = config.rollout.longest_response, facts.context_tokens
+        if limit is not None and longest + response > limit:
+            raise InputError(
+                f"{prompts.where} row {number}: in the tokens of its teacher, its {longest} prompt tokens + "
+                f"rollout.max_response_tokens={response} are {longest + response}, more than the context of {limit} of "
+                f"{facts.name}; shorten the prompt or set rollout.max_response_tokens={max(limit - longest, 1)}"
+            )
+        ours, theirs = (_size(each.tokenizer, prompts) for each in (models["student"], facts))
+        room = longest + math.ceil(_ROOM * max(1.0, theirs / ours) * response)
+        found[role] = translation(config, role, facts, stop_token_ids, room)
     return found
 
 

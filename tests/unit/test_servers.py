@@ -148,7 +148,9 @@ def test_servers_with_another_tokenizer_are_asked_in_their_own_tokens(
     facts = look(setting, **spans)
     assert facts.servers["teacher"].probe.tolist() == [words.index(each) for each in "1+1=12+1="]
     assert facts.translations["teacher"].own_stop_token_ids == (1, 2) and facts.eos_token_ids == (1,)
-    servers[TWO].words = CHARACTERS
+    servers[TWO].max_model_len = 25  # the bug: prompts were cut, and nothing of the responses was scored
+    assert f"are 25, more than the context of 24 of teacher.url={TWO}" in refused(lambda: look(setting, **spans))
+    servers[TWO].max_model_len, servers[TWO].words = 64, CHARACTERS
     assert "serve a model of that tokenizer" in refused(lambda: look(setting, **spans))
 
 
