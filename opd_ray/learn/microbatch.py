@@ -33,10 +33,13 @@ class Payloads(dict[int, pa.RecordBatch]):
         self._flat: dict[tuple[int, str], tuple[np.ndarray, list[int]]] = {}
 
     def row(self, entry: Entry, name: str, role: str | None = None) -> np.ndarray:
-        """One rollout's values of a list column of its payload, or of a role's scores of it, without a copy."""
+        """One rollout's values of a list column of its payload, or of a role's scores of it, without a copy; none where
+        the payload is of a checkpoint that is older than the column."""
         key = id(entry.rollouts if role is None else entry.scores[role]), name
         if (flat := self._flat.get(key)) is None:
-            column = self[key[0]].column(name)
+            if name not in (payload := self[key[0]]).schema.names:
+                return np.zeros(0)
+            column = payload.column(name)
             flat = self._flat[key] = column.values.to_numpy(), column.offsets.to_pylist()
         values, offsets = flat
         return values[offsets[entry.row] : offsets[entry.row + 1]]

@@ -359,6 +359,15 @@ def test_a_span_of_which_a_horizon_leaves_a_part_is_none() -> None:
         assert segment.tokens.teachers["teacher"].spans.tolist() == expected
 
 
+def test_scores_of_a_checkpoint_from_before_there_were_spans_have_none() -> None:
+    """The bug: a run of an earlier version that was continued ended with a KeyError."""
+    before = {role: payload.drop_columns(["spans"]) for role, payload in STEP[0].scores.items()}
+    entry = dataclasses.replace(STEP[0], scores=before)
+    payloads, _ = fetch_payloads(whole([entry]), lambda refs: refs)
+    [segment] = collate([entry], payloads, packing=False).segments
+    assert segment.tokens.teachers["teacher"].spans is None
+
+
 def test_spans_are_compared_with_what_they_were_sampled_with(module: ResponseModel) -> None:
     config = config_with(SPANS | {"advantage": {}})
     with pytest.raises(RunError, match=r"set loss.advantage.policy=behaviour"):
