@@ -30,6 +30,12 @@ def check_spans_whole_gpus(field: str, gpus: float, tensor_parallel_size: int) -
         raise ValueError(f"tensor_parallel_size={tensor_parallel_size} spans whole GPUs, but {field}={gpus:g}")
 
 
+def check_spans_one_device(engine: str, tensor_parallel_size: int) -> None:
+    """Raises ValueError where workers would be reserved, and places in a broadcast, for an engine that has only one."""
+    if tensor_parallel_size > 1 and engine == "torch":
+        raise ValueError(f"tensor_parallel_size={tensor_parallel_size} needs engine=vllm, but it is torch")
+
+
 def check_takes_engine_args(engine: str, engine_args: Mapping[str, Any]) -> None:
     """Raises ValueError where nobody would read them."""
     if engine_args and engine == "torch":

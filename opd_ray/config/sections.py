@@ -12,7 +12,13 @@ from pydantic.dataclasses import dataclass
 from opd_ray.config import schedule
 from opd_ray.config.binding import NOTHING, ROOMS, RUN
 from opd_ray.config.data import EMBEDDED
-from opd_ray.config.devices import check_spans_whole_gpus, check_takes_engine_args, memory_share, settle_dtype
+from opd_ray.config.devices import (
+    check_spans_one_device,
+    check_spans_whole_gpus,
+    check_takes_engine_args,
+    memory_share,
+    settle_dtype,
+)
 from opd_ray.config.method import STRICT
 from opd_ray.config.runtime import check_size
 from opd_ray.config.schedule import Schedule
@@ -164,8 +170,7 @@ class ScorerConfig:
         settle_dtype(self, self.gpus_per_actor)
         check_spans_whole_gpus("gpus_per_actor", self.gpus_per_actor, self.tensor_parallel_size)
         check_takes_engine_args(self.engine, self.engine_args)
-        if self.engine == "torch" and self.tensor_parallel_size > 1:
-            raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size} needs engine=vllm, but it is torch")
+        check_spans_one_device(self.engine, self.tensor_parallel_size)
         if self.follows_student and self.engine != "torch":
             raise ValueError(f"update={self.update} needs engine=torch, but it is {self.engine}")
         if self.follows_student and self.size != PoolSize.fixed(self.num_actors):
@@ -304,7 +309,8 @@ class RolloutConfig:
         """The engine of a model of so many parameters."""
         if self.engine != "auto":
             return self.engine
-        asks_for_vllm = self.gpus_per_generator or self.engine_args or self.kv_cache_bytes
+        several = self.tensor_parallel_size > 1
+        asks_for_vllm = several or self.gpus_per_generator or self.engine_args or self.kv_cache_bytes
         return "torch" if parameters < _LARGE_MODEL and not asks_for_vllm else "vllm"
 
     @property
@@ -348,6 +354,7 @@ class RolloutConfig:
         settle_dtype(self, self.gpus_per_generator)
         check_spans_whole_gpus("gpus_per_generator", self.gpus_per_generator, self.tensor_parallel_size)
         check_takes_engine_args(self.engine, self.engine_args)
+        check_spans_one_device(self.engine, self.tensor_parallel_size)
         if schedule.lowest(self.max_response_tokens) < 1:
             raise ValueError("max_response_tokens must be 1 or more at every step")
         if self.horizon is not None and schedule.lowest(self.horizon) < 1:

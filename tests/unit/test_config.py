@@ -351,6 +351,8 @@ def test_an_engine_on_a_fraction_of_a_gpu_takes_that_fraction_of_its_share() -> 
         ),
         (["learner.gpus_per_rank=0.5", "learner.num_ranks=2"], "may put two of 2 ranks on one GPU"),
         (["rollout.gpus_per_generator=0.5", "rollout.tensor_parallel_size=2"], "spans whole GPUs"),
+        # Once accepted: the first broadcast waited for workers that there were not.
+        (["rollout.engine=torch", "rollout.tensor_parallel_size=2"], "needs engine=vllm, but it is torch"),
         (["teacher.engine=vllm", "teacher.gpus_per_actor=0.5", "teacher.tensor_parallel_size=2"], "spans whole GPUs"),
         (
             ["learner.gpus_per_rank=1", "rollout.gpus_per_generator=1", "reference.update=average"],
@@ -470,7 +472,8 @@ def test_models_of_less_than_three_million_parameters_generate_with_torch_on_cpu
     rollout, path = RolloutConfig(), str(tiny_model["tied"])
     assert [rollout.engine_for(size) for size in (1e6, 3e6, 1e9)] == ["torch", "vllm", "vllm"]
     assert chosen_engine(path, rollout) == "torch"
-    for field in ({"gpus_per_generator": 1}, {"kv_cache_bytes": 10**5}, {"engine_args": {"x": 1}}, {"engine": "vllm"}):
-        asks = RolloutConfig(**field)
+    vllms = {"gpus_per_generator": 1, "tensor_parallel_size": 2, "kv_cache_bytes": 10**5, "engine_args": {"x": 1}}
+    for field, value in {**vllms, "engine": "vllm"}.items():
+        asks = RolloutConfig(**{field: value})
         assert asks.engine_for(1e6) == chosen_engine("not looked at", asks) == "vllm"
     assert RolloutConfig(engine="torch").engine_for(1e9) == "torch"

@@ -104,7 +104,7 @@ def test_an_engine_of_several_workers_takes_as_many_ranks():
         assert {group.world_size for group in groups} == {7}
         assert len({(group.host, group.port) for group in groups}) == 1
 
-    sending(scenario, rollout={"num_generators": 2, "tensor_parallel_size": 3})
+    sending(scenario, rollout={"num_generators": 2, "engine": "vllm", "tensor_parallel_size": 3})
 
 
 def test_the_group_is_formed_anew_at_the_next_broadcast_and_not_before():

@@ -340,7 +340,12 @@ def test_the_longest_prompt_is_found_among_tokens_of_unequal_length(tmp_path: Pa
             "2 GPUs asked (learner 2 x 1), 0 there",
         ),
         (
-            {"rollout__gpus_per_generator": "1", "rollout__tensor_parallel_size": "4", "teacher__gpus_per_actor": "1"},
+            {
+                "rollout__engine": "vllm",
+                "rollout__gpus_per_generator": "1",
+                "rollout__tensor_parallel_size": "4",
+                "teacher__gpus_per_actor": "1",
+            },
             {"CPU": 8.0, "GPU": 4.0},
             "5 GPUs asked (generators 1 x 4, teacher 1 x 1), 4 there",
         ),
