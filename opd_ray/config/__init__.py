@@ -25,12 +25,14 @@ from opd_ray.config.data import (
 from opd_ray.config.learner import LearnerConfig
 from opd_ray.config.loading import (
     FieldDoc,
+    check_form,
     describe,
     describe_absent,
     differences,
     from_dict,
     leaves,
     load,
+    merged,
     to_dict,
     to_yaml,
 )

@@ -57,12 +57,7 @@ def load(
 
     ``evaluation_only``: nothing is to be trained, so no teacher and no prompts are missed.
     """
-    for override in overrides:
-        if "=" not in override:
-            mend = f"; a file is read with --config {override}" if override.endswith((".yaml", ".yml")) else ""
-            raise InputError(f"override '{override}' is not of the form section.field=value{mend}")
-        if (name := override.partition("=")[0]).count(".") > _MOST_DOTS:
-            raise InputError(f"override '{name[:60]}...': is nested too deeply; expected section.field=value")
+    check_form(overrides)
     where = f"--config {path}" if path else "overrides"
     try:
         given = OmegaConf.create({}) if path is None else OmegaConf.load(io.StringIO(_text(path)))
@@ -90,6 +85,16 @@ def load(
     return from_dict(raw, evaluation_only=evaluation_only)
 
 
+def check_form(overrides: Sequence[str]) -> None:
+    """Raises InputError for one that is not section.field=value."""
+    for override in overrides:
+        if "=" not in override:
+            mend = f"; a file is read with --config {override}" if override.endswith((".yaml", ".yml")) else ""
+            raise InputError(f"override '{override}' is not of the form section.field=value{mend}")
+        if (name := override.partition("=")[0]).count(".") > _MOST_DOTS:
+            raise InputError(f"override '{name[:60]}...': is nested too deeply; expected section.field=value")
+
+
 def _text(path: Path) -> str:
     """A file of the size that a configuration can have, whatever it is."""
     try:
@@ -114,7 +119,7 @@ def from_dict(raw: Any, *, evaluation_only: bool = False) -> Config:
     student = raw.get("student")
     path = student.get("path", EMBEDDED) if isinstance(student, Mapping) else EMBEDDED
     if path in EMBEDDED_STUDENTS:
-        raw = _merged(embedded_preset(path), raw)
+        raw = merged(embedded_preset(path), raw)
     check_no_keys(raw)
     try:
         config = _ADAPTER.validate_python(raw)
@@ -127,12 +132,15 @@ def from_dict(raw: Any, *, evaluation_only: bool = False) -> Config:
     return config
 
 
-def _merged(under: Any, over: Any) -> Any:
-    """Sections in one, what is over the others where both say something; OmegaConf's copies of all take ten times as
-    long as the rest of a configuration."""
+def merged(under: Any, over: Any) -> Any:
+    """Sections in one, what is over the others where both say something; neither is changed.
+
+    OmegaConf's copies of all take ten times as long as the rest of a configuration; a list in a section's place is a
+    TypeError of its merge, and ??? no value at all.
+    """
     if not (isinstance(under, Mapping) and isinstance(over, Mapping)):
         return over
-    return {**under, **{name: _merged(under.get(name), value) for name, value in over.items()}}
+    return {**under, **{name: merged(under.get(name), value) for name, value in over.items()}}
 
 
 def _check_no_switches(raw: Any, read: Any, name: str = "config: ") -> None:

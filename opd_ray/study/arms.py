@@ -49,7 +49,7 @@ class Arm:
         kind, _, count = golden.partition(":")
         if kind != TEACHER_ROLLOUTS:
             return 0
-        if not (count.isdigit() and int(count) > 0):
+        if not (count.isdecimal() and int(count) > 0):
             raise InputError(
                 f"arm '{self.name}': data.golden is {golden}, expected {TEACHER_ROLLOUTS}:N with N above 0"
             )

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from opd_ray.config import check_form, merged
 from opd_ray.errors import InputError
 from opd_ray.study import claims
 from opd_ray.study.arms import Arm
@@ -67,9 +68,10 @@ def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
     """A study file; ``overrides`` hold for all arms, ``only`` picks some by name or directory, in that order. Without
     ``tuned`` the learning rates are those of the file, whatever has been chosen."""
     raw = _read(path)
+    check_form(overrides)
     try:
         changes = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:  # Python's, of a number of thousands of digits
         raise InputError(f"study {path}: {' '.join(str(error).split())}") from None
     if not raw.get("arms"):
         raise InputError(f"study {path}: expected 'arms', a mapping of names to settings; {_beside()}")
@@ -84,11 +86,15 @@ def read_study(path: Path, overrides: Sequence[str] = (), only: Sequence[str] = 
         if num_seeds is not None and (not isinstance(num_seeds, int) or num_seeds < 1):
             raise InputError(f"study {path}: arm '{name}': seeds is {num_seeds!r}, expected how many: 1 or more")
         rate = {"learner": {"lr": chosen[name]}} if name in chosen else {}
-        of_file = OmegaConf.merge(raw.get("common") or {}, own)
-        merged = OmegaConf.merge(of_file, rate, changes)
-        arms.append(Arm(name, OmegaConf.to_container(merged), num_seeds))
+        of_file = merged(raw.get("common") or {}, own)
+        arms.append(Arm(name, merged(merged(of_file, rate), changes), num_seeds))
+        if given := {"seed", "name"} & arms[-1].raw.keys():
+            raise InputError(
+                f"study {path}: arm '{name}' has the field {min(given)}, but its runs are of the study's seeds and "
+                "have its own name; leave it out, and choose seeds with --seeds or under seeds"
+            )
         untuned += [name] * (not rate)
-        if rate and tuning.chosen_otherwise(name, OmegaConf.to_container(of_file), arms[-1].raw):
+        if rate and tuning.chosen_otherwise(name, of_file, arms[-1].raw):
             otherwise.append(name)
     _check_apart(path, arms)
     known = {name: arm for arm in arms for name in (arm.name, arm.directory)}
@@ -123,7 +129,7 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except OSError as error:
         raise InputError(f"study {path}: {error.strerror}; give an existing YAML file") from None
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:  # and what is not UTF-8
         raise InputError(f"study {path}: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict) or (unknown := set(raw) - _KEYS):
         what = f"key '{sorted(map(str, unknown))[0]}'" if isinstance(raw, dict) else "no mapping"
@@ -138,7 +144,7 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = _read(path.parent / str(raw.pop("extends")), (*extended_by, path.resolve()))
     if twice := [name for name in raw.get("arms") or {} if name in (base.get("arms") or {})]:
         raise InputError(f"study {path}: arm '{twice[0]}' is in the study that it extends, too; give it another name")
-    common = OmegaConf.to_container(OmegaConf.merge(base.get("common") or {}, raw.get("common") or {}))
+    common = merged(base.get("common") or {}, raw.get("common") or {})
     arms = {**(base.get("arms") or {}), **(raw.get("arms") or {})}
     stated = [*(base.get("claims") or []), *(raw.get("claims") or [])]
     return {**base, **raw, "common": common, "arms": arms, "claims": stated}

@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
+from opd_ray.config import merged
 from opd_ray.disk import whole
 from opd_ray.errors import InputError
 from opd_ray.study.arms import Arm
@@ -62,8 +63,7 @@ class Tuning:
 
     @staticmethod
     def at(arm: Arm, rate: float) -> Arm:
-        raw = OmegaConf.to_container(OmegaConf.merge(dict(arm.raw), {"learner": {"lr": rate}}))
-        return Arm(f"{arm.name}, lr {rate:g}", raw)
+        return Arm(f"{arm.name}, lr {rate:g}", merged(arm.raw, {"learner": {"lr": rate}}))
 
     def choose(self, arms: Sequence[Arm], directory: Path) -> dict[str, dict[str, Any]]:
         """By RULE, from the runs in ``directory``: of each arm its rate and the accuracies of all rates by seed, which

@@ -46,6 +46,19 @@ def test_an_arm_is_the_common_settings_and_its_own_and_overrides_win(study):
     assert opd.directory == "opd-full"
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner=[1]", "arm 'StableOPD': config: learner: Input should be a dictionary"),  # was a traceback
+        ("seed=5", "arm 'StableOPD' has the field seed"),  # was read and ignored
+        ("jobs/collapses.yaml", "override 'jobs/collapses.yaml' is not of the form section.field=value"),
+    ],
+)
+def test_an_override_that_no_arm_can_take_is_refused(study, override, message):
+    with pytest.raises(InputError, match=message):
+        read_study(study, [override])
+
+
 def test_an_arm_may_run_on_the_first_seeds_only(tmp_path):
     wide, narrow = arms_of(tmp_path, "arms: {a: {}, b: {seeds: 2}}")
     assert (wide.seeds([3, 5, 7]), narrow.seeds([3, 5, 7])) == ([3, 5, 7], [3, 5])
@@ -228,11 +241,20 @@ def test_a_file_of_rates_that_is_none_is_refused(tuned, tmp_path):
         ("arms: {a: {}}\nextends: study.yaml", "it extends itself"),
         ("arms: {'a, b': {}, 'a b': {}}", "the arms 'a, b' and 'a b' have one directory, a-b"),
         ("arms: [", "study"),
+        # Were tracebacks, of OmegaConf's merge, of Python's int() and of the file's text.
+        ("common: {learner: {lr: 0.1}}\narms: {a: {learner: [1]}}", "arm 'a': config: learner: Input should be"),
+        ("arms: {a: {data: {golden: 'teacher-rollouts:²'}}}", "teacher-rollouts:², expected teacher-rollouts:N"),
+        (f"arms: {{a: {{learner: {{lr: {'1' * 5000}}}}}}}", "Exceeds the limit"),
+        ("arms: {a: {name: \udcff}}", "can't decode byte 0xff"),
+        # Were read and ignored.
+        ("common: {learner: {lr: 0.1}}\narms: {a: {learner: '???'}}", "arm 'a': config: learner: Input should be"),
+        ("arms: {a: {seed: 5}}", "arm 'a' has the field seed, but its runs are of the study's seeds"),
+        ("common: {name: b}\narms: {a: {}}", "arm 'a' has the field name"),
     ],
 )
 def test_a_bad_study_is_refused_in_one_line_before_anything_starts(tmp_path, text, message):
     path = tmp_path / "study.yaml"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=message) as caught:
         read_study(path)
     assert "\n" not in str(caught.value)
@@ -265,7 +287,9 @@ def test_a_scorer_that_follows_the_student_in_one_arm_is_started_so_for_all(tmp_
     assert shared_rooms(arms, 0).scorers["reference"].name == "renewed"
 
 
-@pytest.mark.parametrize("name", ["ablation", "collapses", pytest.param("leaderboard", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["ablation", "collapses", "misled", pytest.param("leaderboard", marks=pytest.mark.slow)]
+)
 def test_the_studies_in_jobs_are_whole_and_report_no_seed_that_was_looked_at_before(name):
     study = read_study(JOBS / f"{name}.yaml")
     shared_rooms(study.arms, study.first_seed)
