@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from opd_ray.embedded import models as embedded_models
 from opd_ray.embedded import prepare as embedded
@@ -41,7 +42,8 @@ def teacher_gates(model, problems, chains, alphabet=SINGLE) -> Iterator[Gate]:
     """The teacher solves the task, sees errors, doubts itself a little, and copies what repeats."""
     (greedy, _), (sampled, truncated) = (measure(model, problems, at, chains, alphabet) for at in (0.0, 1.0))
     yield "greedy accuracy", greedy, 0.99, 1.0
-    yield "sampled accuracy", sampled, 0.85, 1.0
+    shipped = chains == chain.SHORT and alphabet is SINGLE
+    yield "sampled accuracy", sampled, 0.88 if shipped else 0.85, 1.0
     yield "own truncation at T = 1", truncated, 0.0, 0.06
     few = problems[:128]
     yield "sees a wrong step", copy_probe(model, few, 0, False, alphabet)[1], 0.85, 1.0
@@ -71,6 +73,16 @@ def passes(title: str, gates: Iterator[Gate]) -> bool:
     return all_pass
 
 
+def _check_all_is_read(hard: bool, pairs: bool) -> None:
+    """Raises UsageError for an option that says nothing about the models that are measured."""
+    which = "--pairs" if pairs else "--hard"
+    unread = ("hard", "student_seed", "seed", "output") if pairs else ("seed", "output") if hard else ()
+    for name in unread:
+        if click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = name.replace("_", "-")
+            raise click.UsageError(f"--{option} beside {which}: nothing of it would be read; leave one of them out")
+
+
 @click.command()
 @click.option(
     "--seed",
@@ -84,6 +96,7 @@ def passes(title: str, gates: Iterator[Gate]) -> bool:
 @click.option("--pairs", is_flag=True, help="Measure the teacher with another tokenizer, and write nothing.")
 def main(seed: int, student_seed: int, output: Path, hard: bool, pairs: bool) -> None:
     """Build the embedded teacher and a student, and measure both."""
+    _check_all_is_read(hard, pairs)
     if pairs:
         problems = chain.draw_distinct(random.Random("build"), "validation", NUM_PROBLEMS)
         with terminal_progress() as report:

@@ -116,7 +116,7 @@ def _text(path: Path) -> str:
 def from_dict(raw: Any, *, evaluation_only: bool = False) -> Config:
     """A checked Config from nested plain values; unknown names and impossible values are refused."""
     _check_whole_numbers(raw, "config")
-    student = raw.get("student")
+    student = raw.get("student") if isinstance(raw, Mapping) else None
     path = student.get("path", EMBEDDED) if isinstance(student, Mapping) else EMBEDDED
     if path in EMBEDDED_STUDENTS:
         raw = merged(embedded_preset(path), raw)
@@ -320,6 +320,9 @@ def _one_line(error: ValidationError) -> str:
     forms = ("float", "str", "SourceConfig", "tuple[", "literal[")
     where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(forms))
     if first["type"] == "unexpected_keyword_argument":
+        if "." in (name := str(first["loc"][-1])):
+            nested = name.replace(".", ": {") + ": ..." + "}" * name.count(".")
+            return f"config: unknown field '{where}'; in a file a field stands in its section, as {nested}"
         section, _, _ = where.rpartition(".")
         every = (*describe(), *describe_absent(*first["loc"][2:3]))
         siblings = {".".join(field.name.split(".")[: len(first["loc"])]) for field in every}

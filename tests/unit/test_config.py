@@ -100,6 +100,11 @@ def test_a_word_that_stands_for_nothing_is_refused(override: str, message: str) 
     assert "\n" not in str(refusal.value)
 
 
+def test_what_is_no_mapping_is_no_configuration() -> None:
+    with pytest.raises(InputError, match="Input should be a dictionary"):  # was an AttributeError
+        configs.from_dict([])
+
+
 def test_the_embedded_teacher_with_another_end_is_for_the_embedded_student() -> None:
     with pytest.raises(InputError, match="student.path is /models/s, but teacher.path is the embedded one"):
         configs.load(None, [*OWN, "teacher.path=embedded-other-end"])
@@ -381,6 +386,8 @@ def test_vllm_on_a_gpu_scores_the_students_top_k() -> None:
         ("a: [1\n", "run.yaml"),
         (None, "No such file"),
         ("a: 1\n", "unknown field 'a'"),
+        ("rollout.top_p: 1\n", "stands in its section, as rollout: {top_p: ...}$"),  # was asked whether it meant itself
+        ("student: {lora.rank: 1}\n", "'student.lora.rank'; .* as lora: {rank: ...}$"),
         ("a: {b: 1, b: 2}\n", "duplicate key"),
         ("", "run.yaml: sets nothing; set a field"),
         ("#learner:\n#  steps: 3\n", "run.yaml: sets nothing; set a field"),

@@ -9,8 +9,10 @@ import random
 import re
 from pathlib import Path
 
+import build_embedded
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -412,6 +414,16 @@ def test_shipped_teacher_sees_errors_and_copies_what_repeats(teacher):
     _, doubt_after_five = copy_probe(teacher, PROBLEMS[:64], num_tries=5, right=True)
     assert doubt < 0.12
     assert doubt_after_five > 0.4
+
+
+@pytest.mark.parametrize(
+    ("options", "unread"),
+    [(["--hard", "--seed", "1"], "--seed beside --hard"), (["--hard", "--output", "x"], "--output beside --hard")]
+    + [(["--pairs", "--hard"], "--hard beside --pairs"), (["--pairs", "--student-seed", "1"], "--student-seed beside")],
+)
+def test_who_builds_models_is_told_what_would_not_be_read(options, unread):
+    told = CliRunner().invoke(build_embedded.main, options)
+    assert told.exit_code == 2 and unread in told.output
 
 
 # --- the misled teacher, and solutions of the prompts ---
