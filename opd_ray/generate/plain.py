@@ -32,7 +32,9 @@ def is_plain(model: PreTrainedModel) -> bool:
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
     rotary, size = model.model.rotary_emb, model.model.layers[0].self_attn.head_dim
     turns = rotary.rope_type in _ROTATIONS and 2 * len(rotary.inv_freq) == size
-    return turns and set(kinds) == {"full_attention"}
+    # Of a directory with adapters peft puts its own in their place, whose weight is that of the base alone.
+    linears = [each for name, each in model.named_modules() if name.endswith(("_proj", "lm_head"))]
+    return turns and set(kinds) == {"full_attention"} and all(type(each) is nn.Linear for each in linears)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,31 @@ def subject(request, tiny_model):
     return model, passes
 
 
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+        ("Qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}}),
+        ("Qwen3", {"dtype": torch.bfloat16}),
+        ("Qwen3", {"adapters": True}),
+        ("Qwen3", {}),
+    ],
+)
+def test_what_is_not_written_out_goes_through_transformers(kind: str, own: dict) -> None:
+    """The bug: a checkpoint with adapters beside its weights was taken for plain, and generated as if it had none."""
+    import transformers
+
+    own = dict(own)
+    adapters, dtype = own.pop("adapters", False), own.pop("dtype", torch.float32)
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **SHARED, head_dim=8, **own)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype)
+    if adapters:
+        peft = pytest.importorskip("peft")
+        model.add_adapter(peft.LoraConfig(target_modules=["down_proj"]))
+    assert is_plain(model) == (not own and dtype == torch.float32 and not adapters)
+
+
 def last_logits(model, rows: list[list[int]]) -> torch.Tensor:
     """[rows, vocabulary] after the last token of each row, by one forward pass: none attends to the padding behind."""
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
