@@ -16,11 +16,11 @@ import psutil
 import ray
 from ray.actor import ActorHandle
 
-from opd_ray.config import Config, RolloutConfig, ScorerConfig
+from opd_ray.config import EMBEDDED_STUDENTS, Config, RolloutConfig, ScorerConfig
 from opd_ray.doctor import findings
 from opd_ray.doctor.findings import Finding
 from opd_ray.doctor.inspector import EngineHolder, Inspector, NodeReport, Talker, report
-from opd_ray.errors import RunError, ServerFailed
+from opd_ray.errors import InputError, RunError, ServerFailed
 from opd_ray.generate import chosen_engine
 from opd_ray.messages import TransferGroup
 from opd_ray.placement.nodes import Node, answers, nodes, pinned
@@ -166,7 +166,12 @@ class Doctor:
 
     def _engine(self) -> list[Finding]:
         rollout = self._config.rollout
-        engine = chosen_engine(self._config.student.path, rollout)
+        path = self._config.student.path
+        try:  # the embedded ones, which may not have been built yet, are small
+            engine = rollout.engine_for(0) if path in EMBEDDED_STUDENTS else chosen_engine(path, rollout)
+        except InputError as error:  # which begins with the path
+            mend = "put the checkpoint there: rollout.engine=auto goes by its size; or set rollout.engine"
+            return [Finding("engine", f"student.path={error}", mend)]
         alike = {"engine": engine, "tensor_parallel_size": 1, "max_num_seqs": 4, "kv_cache_bytes": None}
         small = partial(dataclasses.replace, rollout, **alike)
         gpus = min(1.0, rollout.gpus_per_generator)

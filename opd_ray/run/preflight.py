@@ -230,7 +230,7 @@ def _facts(
     _check_caches(config, models, longest)
     writers = ["student", *(["teacher"] if config.buffer.has_teacher_write and "teacher" in models else [])]
     if "vllm" in (config.rollout.engine_for(models[role].size.parameters) for role in writers):
-        _check_vllm("rollout")
+        _check_vllm("rollout", config.rollout.engine)
     return Preflight(
         eos_token_ids=eos_token_ids,
         max_context_tokens=longest,
@@ -317,7 +317,7 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
         engines |= {role: scorer for role, scorer in config.scorers.items() if not scorer.url}
     for section, room in engines.items():
         if room.engine == "vllm":
-            _check_vllm(section)
+            _check_vllm(section, room.engine)
         check_engine_args(f"{section}.engine_args", room.engine_args)
     if not evaluation_only and find_spec("deepspeed") is None:
         raise InputError("the learner needs DeepSpeed, which is not installed; pip install 'opd_ray[deepspeed]'")
@@ -332,10 +332,11 @@ def _check_packages(config: Config, evaluation_only: bool = False) -> None:
             raise InputError(f"data.task={task} needs {name}, which is not installed; pip install 'opd_ray[{extra}]'")
 
 
-def _check_vllm(section: str) -> None:
+def _check_vllm(section: str, engine: str) -> None:
     if find_spec("vllm") is None:
+        taken = f"{section}.engine={engine}" + (", which takes vLLM for this model" if engine == "auto" else "")
         raise InputError(
-            f"{section}.engine=vllm, but vLLM is not installed; run 'make setup' (CPU) or "
+            f"{taken}, but vLLM is not installed; run 'make setup' (CPU) or "
             f"pip install 'opd_ray[gpu]' (CUDA), or set {section}.engine=torch"
         )
 

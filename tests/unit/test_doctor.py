@@ -124,6 +124,21 @@ def test_engines_must_agree_within_their_precision(difference: float) -> None:
     assert "on b" in findings.teacher({"a": 0.0, "b": difference}, "torch", "bfloat16").text
 
 
+def test_the_engine_that_a_size_decides_needs_no_embedded_student_and_says_which_checkpoint_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bug: rollout.engine=auto looked for a directory called embedded, and sent people to the logs of actors."""
+    asked = []
+    monkeypatch.setattr(Doctor, "_on_holders", lambda _, method, gpus, settings: asked.append(settings) or {"a": 0.0})
+    [finding] = Doctor(configs.load(None, ["rollout.engine=auto"]), tmp_path)._engine()
+    assert finding.ok and asked[0].engine == "torch"
+    config = configs.Config()
+    elsewhere = replace(config, student=replace(config.student, path=str(tmp_path / "student")))
+    [finding] = Doctor(elsewhere, tmp_path)._engine()
+    assert finding.text.startswith(f"student.path={tmp_path}/student") and "rollout.engine=auto" in finding.mend
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("number", range(2, 9))
 def test_in_a_tournament_each_pair_meets_once_and_nobody_twice_at_a_time(number: int) -> None:
     rounds = tournament(range(number))
