@@ -109,7 +109,8 @@ class ImportanceConfig:
     correction: Correction = "none"
     """none; ratio; clip (PPO, k1 only); truncate (at the cap, no gradient); mask (0 outside a range, no gradient)."""
     clip_ratio: float = Field(0.2, gt=0)
-    """ε of clip: the ratio counts between 1 − ε and 1 + ε."""
+    """ε of clip, and of the reward where buffer.evidence leaves a prompt to it: the ratio counts between 1 − ε and
+    1 + ε."""
     cap: float = Field(2.0, ge=1)
     """Largest weight of truncate."""
     mask_low: float = Field(0.5, ge=0, le=1)

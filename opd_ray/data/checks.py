@@ -7,6 +7,7 @@ What does not is refused or, where ``data.prompt_problems=skip``, left out and c
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from opd_ray.config import Config, written
@@ -82,6 +83,15 @@ def check_golden(config: Config, data: Dataset, models: Mapping[str, ModelFacts]
         if config.data.prompt_problems == "skip":
             data.leave_out("over_length", _too_long(data.shown, privileged, config))
         _check_length(data.shown, privileged, config, "with its golden solution, ")
+
+
+def check_translated(config: Config, data: Dataset, models: Mapping[str, ModelFacts]) -> None:
+    """The length of prompts in the tokens of teachers with another tokenizer; the student's cap is on its own."""
+    config = replace(config, student=replace(config.student, max_context_tokens=None))
+    for name in data.translated:
+        if config.data.prompt_problems == "skip":
+            data.leave_out("over_length", _too_long(data.translated[name], [models[name]], config))
+        _check_length(data.translated[name], [models[name]], config, "in the tokens of its teacher, ")
 
 
 def check_teachers(config: Config, data: Dataset) -> None:

@@ -153,6 +153,7 @@ def check_files(config: Config) -> Preflight:
         checks.check_markup(data.prompts, models, renamed)
         data.read_golden(models, eos_token_ids, judge)
     checks.check_golden(config, data, models)
+    checks.check_translated(config, data, models)
     checks.check_teachers(config, data)
     asked = translations.translations(config, data, models, eos_token_ids)
     longest = longest._replace(sequence=max([longest.sequence, *(each.most_tokens for each in asked.values())]))

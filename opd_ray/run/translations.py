@@ -55,6 +55,8 @@ def _problems(config: Config, role: str) -> Iterator[str]:
         )
     if config.needs_teacher("golden"):
         yield (f"loss.golden.divergence={loss.golden.divergence} compares tokens: golden rollouts take cross_entropy")
+    if loss.teachers == "weighted" and len(config.teachers) > 1:
+        yield "loss.teachers=weighted adds up several teachers' opinions on one token: set loss.teachers=routed"
     if not config.needs_teacher("student"):
         return
     if loss.student.divergence != "k1":
@@ -76,8 +78,6 @@ def _problems(config: Config, role: str) -> Iterator[str]:
             f"loss.advantage.policy={loss.advantage.policy}, where a span is compared with the log-prob that it was "
             "sampled with: set loss.advantage.policy=behaviour"
         )
-    if loss.teachers == "weighted" and len(config.teachers) > 1:
-        yield "loss.teachers=weighted adds up several teachers' opinions on one token: set loss.teachers=routed"
     if teacher.privileged:
         yield "it is shown solutions in the student's tokens: set privileged=false"
     if teacher.follows_student:
@@ -106,22 +106,12 @@ def prepare(config: Config, data: Dataset, models: Mapping[str, ModelFacts], fou
 def translations(
     config: Config, data: Dataset, models: Mapping[str, ModelFacts], stop_token_ids: tuple[int, ...]
 ) -> dict[str, Translation]:
-    """How each of them is asked, by role; behind ``prepare``. ``stop_token_ids``: the student's. Raises InputError for
-    prompts that do not fit into a context, of a server's model what the server takes."""
+    """How each of them is asked, by role; behind ``prepare``. ``stop_token_ids``: the student's."""
     found = {}
     for role, prompts in data.translated.items():
-        facts = models[role]
-        longest, number = prompts.longest()
-        response, limit = config.rollout.longest_response, facts.context_tokens
-        if limit is not None and longest + response > limit:
-            raise InputError(
-                f"{prompts.where} row {number}: in the tokens of its teacher, its {longest} prompt tokens + "
-                f"rollout.max_response_tokens={response} are {longest + response}, more than the context of {limit} of "
-                f"{facts.name}; shorten the prompt or set rollout.max_response_tokens={max(limit - longest, 1)}"
-            )
-        ours, theirs = (_size(each.tokenizer, prompts) for each in (models["student"], facts))
-        room = longest + math.ceil(_ROOM * max(1.0, theirs / ours) * response)
-        found[role] = translation(config, role, facts, stop_token_ids, room)
+        ours, theirs = (_size(each.tokenizer, prompts) for each in (models["student"], models[role]))
+        room = prompts.longest()[0] + math.ceil(_ROOM * max(1.0, theirs / ours) * config.rollout.longest_response)
+        found[role] = translation(config, role, models[role], stop_token_ids, room)
     return found
 
 

@@ -84,6 +84,12 @@ def test_several_teachers_opinions_are_not_added_up(setting: dict[str, str], tmp
     make_checkpoint(tmp_path / "code")
     changes = SPANS | {"more_teachers__code__path": str(tmp_path / "code"), "loss__teachers": "weighted"}
     assert "set loss.teachers=routed" in refused(lambda: preflight.check_files(configured(setting, **changes)))
+    # Nor on what the first of them wrote, the bug: they were asked for a distribution while the run went on.
+    written = {"teacher__path": str(tmp_path / "code"), "more_teachers__code__path": setting["teacher.path"]}
+    written |= {"loss__student__coef": "0", "rollout__responses_per_prompt": "0", "buffer__teacher_per_prompt": "1"}
+    written |= {"loss__teacher__coef": "1", "loss__teacher__divergence": "forward_kl", "loss__reference__coef": "0"}
+    written |= {"loss__teachers": "weighted"}
+    assert "set loss.teachers=routed" in refused(lambda: preflight.check_files(configured(setting, **written)))
 
 
 def test_a_prompt_that_leaves_its_teacher_no_room_is_refused(setting: dict[str, str], tmp_path: Path) -> None:
@@ -91,6 +97,20 @@ def test_a_prompt_that_leaves_its_teacher_no_room_is_refused(setting: dict[str, 
     message = refused(lambda: preflight.check_files(configured(setting, **SPANS)))
     assert "in the tokens of its teacher, its 7 prompt tokens + rollout.max_response_tokens=20 are 27" in message
     assert "more than the context of 24 of teacher.path=" in message
+    make_checkpoint(tmp_path / "teacher", tokens=PAIRS)
+    preflight.check_files(configured(setting, **SPANS, student__max_context_tokens="25"))  # which are the student's
+
+
+def test_prompts_that_leave_their_teacher_no_room_are_left_out_where_that_is_asked_for(
+    setting: dict[str, str], tmp_path: Path
+) -> None:
+    """The bug: data.prompt_problems=skip was not looked at."""
+    make_checkpoint(tmp_path / "teacher", tokens=PAIRS, context=24)
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+", "answer": "3"}]
+    write_jsonl(Path(setting["data.prompts"]), rows)
+    data = preflight.check_files(configured(setting, **SPANS, data__prompt_problems="skip")).data
+    assert [row["prompt"] for row in data.prompts.rows] == ["1+"] and len(data.translated["teacher"]) == 1
+    assert data.report["over_length"] == 1
 
 
 def test_a_template_that_opens_thoughts_on_one_side_alone_is_refused(setting: dict[str, str], tmp_path: Path) -> None:
