@@ -6,7 +6,7 @@ the task's verifier is asked. Of a prompt with n_T verdicts on the teacher's res
 k_S on the student's,
 
     teacher   where L(k_T, n_T) ≥ threshold and not L(k_S, n_S) > U(k_T, n_T):    w D(π_θ, π_T) with w = 1
-    golden    else, where the step has a golden solution to it:                    cross-entropy on it, w = c below
+    golden    else, where the step has a golden solution to it:                    cross-entropy on it, w = 1 + c below
     reward    else, where loss.advantage.reward_coef = α > 0 and the verdicts on the student's responses of the step
               differ:    −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),    A = α (r − mean r), over std r with reward_std
     nothing   else
@@ -27,8 +27,9 @@ half of theirs in ``half_life_steps``, for it changes. Probes are asked for whil
 prompt and, where the bounds lie on both sides of the threshold, as many again, once. A visit costs 2 · probes at most.
 
 All rollouts of the student stay in the step with the KL to the reference on their states, and in what means divide by:
-a prompt weighs the same whatever it is taught by. A golden solution in the student's place counts as its rollouts would
-have, c = coef_student / coef_golden · (golden rollouts of the step / its prompts); of a sum instead of a mean, · G.
+a prompt weighs the same whatever it is taught by. A golden solution in the student's place counts for itself, as that of
+every prompt does, and as those rollouts would have, c = coef_student / coef_golden · (golden rollouts of the step / its
+prompts); of a sum instead of a mean, c = coef_student / coef_golden · (the student's rollouts / its prompts).
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def weighed(entries: Sequence[Entry], coefficients: Coefficients, config: Config
 
     def weight(entry: Entry) -> float:
         if entry.meta.source == "golden":
-            return instead if entry.taught_by == "golden" else 1.0
+            return 1.0 + instead * (entry.taught_by == "golden")
         return float(entry.meta.source != "student" or entry.taught_by in (None, "teacher"))
 
     return [replace(entry, weight=weight(entry)) for entry in entries]

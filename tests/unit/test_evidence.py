@@ -162,15 +162,15 @@ def test_probes_are_few_and_once_more_where_they_leave_it_open():
 
 
 @pytest.mark.parametrize("reduction", ["token", "sum"])
-def test_a_golden_solution_weighs_as_much_as_the_rollouts_in_whose_place_it_is(reduction):
+def test_a_golden_solution_weighs_what_it_did_and_as_much_as_the_rollouts_in_whose_place_it_is(reduction):
     config = configured(loss={"reduction": reduction})
     entries = step_of("p", "---", "++++", golden=True)
     for slot, prompt in enumerate("qrs", start=1):
         entries += step_of(prompt, "+++", "++++", golden=prompt != "s", slot=slot)
     taught = Evidence(config).teach(0, entries, COEFFICIENTS)
     golden = {each.meta.prompt_id: each.weight for each in taught if each.meta.source == "golden"}
-    # Three golden rollouts: of their mean, .75 w/3 shall be .25/4; of their sum, .75 w the .25 of four rollouts.
-    assert golden["p"] == pytest.approx({"token": 0.25, "sum": 4 / 3}[reduction]) and golden["q"] == 1
+    # Three golden rollouts: of their mean, .75 c/3 shall be .25/4; of their sum, .75 c the .25 of four rollouts.
+    assert golden["p"] == pytest.approx(1 + {"token": 0.25, "sum": 4 / 3}[reduction]) and golden["q"] == 1
     assert [each.weight for each in taught if each.meta.source == "student"] == [0] * 4 + [1] * 12
     assert weighed(taught, COEFFICIENTS, config) == taught, "a replay gives the same"
 
