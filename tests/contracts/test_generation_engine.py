@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -52,6 +53,7 @@ MODELS = [
     pytest.param(("vllm", "tied"), marks=pytest.mark.vllm, id="vllm-tied"),
     pytest.param(("torch", "untied"), id="torch-untied"),
     pytest.param(("torch", "tied"), id="torch-tied"),
+    pytest.param(("torch, any model", "untied"), id="torch-any-model"),
 ]
 ANY = [*MODELS, pytest.param(("fake", "none"), id="fake")]
 
@@ -161,6 +163,9 @@ def _build(kind: str, path: Path | None, host: EngineHost) -> GenerationEngine:
         return UniformTokens(max_num_seqs=MAX_NUM_SEQS, max_context_tokens=MAX_CONTEXT_TOKENS)
     if kind == "torch":
         return TorchGenerationEngine(path=str(path), device="cpu", max_num_seqs=MAX_NUM_SEQS)
+    if kind == "torch, any model":  # by transformers' forward pass, as architectures that have none of ours
+        with mock.patch("opd_ray.generate.torch.is_plain", return_value=False):
+            return TorchGenerationEngine(path=str(path), device="cpu", max_num_seqs=MAX_NUM_SEQS)
     return host.build(
         "opd_ray.generate.vllm:VllmGenerationEngine",
         path=str(path),
