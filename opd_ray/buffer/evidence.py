@@ -27,9 +27,9 @@ half of theirs in ``half_life_steps``, for it changes. Probes are asked for whil
 prompt and, where the bounds lie on both sides of the threshold, as many again, once. A visit costs 2 · probes at most.
 
 All rollouts of the student stay in the step with the KL to the reference on their states, and in what means divide by:
-a prompt weighs the same whatever it is taught by. A golden solution in the student's place counts for itself, as every
-other, and as those rollouts would have, c = coef_student / coef_golden · (golden rollouts of the step / its prompts); of
-a sum instead of a mean, c = coef_student / coef_golden · (the student's rollouts / its prompts).
+a prompt weighs the same whatever it is taught by. A golden solution in the student's place counts for itself, as any
+other, and as those rollouts would have: c = coef_student / coef_golden · (golden rollouts of the step / its prompts),
+of a sum instead of a mean coef_student / coef_golden · (the student's rollouts / its prompts).
 """
 
 from __future__ import annotations
