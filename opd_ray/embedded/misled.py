@@ -37,7 +37,7 @@ class _Trainer(models.Trainer):
 def teacher_dir() -> Path:
     """Its checkpoint, built now if the cache does not hold it."""
     key = prepare.cache_key(hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
-    return prepare._cached(f"chain-misled-{key}", _build)
+    return prepare.cached(f"chain-misled-{key}", _build)
 
 
 def _build(directory: Path) -> None:

@@ -52,7 +52,7 @@ _PACKAGES = ("torch", "transformers", "tokenizers")
 def prepare(seed: int, setting: str = EMBEDDED) -> Path:
     """The directory with the embedded student and data of ``seed``, built now if the cache does not hold it."""
     name = f"{_stem(setting)}-{cache_key(f'seed {seed}')}-seed{seed}"
-    return _cached(name, lambda directory: _build(seed, directory, CHAINS[setting]))
+    return cached(name, lambda directory: _build(seed, directory, CHAINS[setting]))
 
 
 def teacher(setting: str = EMBEDDED, word: str = EMBEDDED) -> Path:
@@ -67,9 +67,9 @@ def teacher(setting: str = EMBEDDED, word: str = EMBEDDED) -> Path:
                 f"teacher.path={word} is made for the problems of student.path={EMBEDDED}, not of {setting}; take that "
                 "student, or another teacher"
             )
-        return _cached(f"{_stem(setting, word)}-{cache_key(f'seed {PAIRS_SEED}')}", _build_pairs_teacher)
+        return cached(f"{_stem(setting, word)}-{cache_key(f'seed {PAIRS_SEED}')}", _build_pairs_teacher)
     shipped = hashlib.sha256((TEACHER_DIR / "model.safetensors").read_bytes()).hexdigest()
-    return _cached(f"{_stem(setting, word)}-{cache_key(shipped)}", lambda directory: _teach(directory, setting, word))
+    return cached(f"{_stem(setting, word)}-{cache_key(shipped)}", lambda directory: _teach(directory, setting, word))
 
 
 def stands_for(word: str, path: Path, setting: str = EMBEDDED) -> bool:
@@ -90,7 +90,7 @@ def _stem(setting: str, teacher: str = "") -> str:
     return "chain" + setting.removeprefix(EMBEDDED) + kind
 
 
-def _cached(name: str, build: Callable[[Path], None]) -> Path:
+def cached(name: str, build: Callable[[Path], None]) -> Path:
     """The directory ``name`` of the cache.
 
     Two processes may make one at the same time: it appears in the cache complete or not at all, and the first one

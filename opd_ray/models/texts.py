@@ -6,7 +6,7 @@ import bisect
 import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -68,8 +68,8 @@ class TokenTexts:
 
     def _of_token(self, token: str) -> bytes:
         if "ByteLevel" in self._kinds:
-            if all(character in _BYTES for character in token):
-                return bytes(_BYTES[character] for character in token)
+            if _bytes().keys() >= set(token):
+                return bytes(_bytes()[character] for character in token)
             return token.encode()
         if "ByteFallback" in self._kinds and (byte := _BYTE.fullmatch(token)):
             return bytes([int(byte[1], 16)])
@@ -86,11 +86,9 @@ def _kinds(decoder: Any) -> Iterable[str]:
             yield from _kinds(each)
 
 
-def _byte_characters() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable Latin-1 is itself, the other 68 are those from U+0100 on, in order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = (byte for byte in range(256) if byte not in printable)
-    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
+@cache
+def _bytes() -> dict[str, int]:
+    """Which byte each of GPT-2's characters stands for."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # here: a refusal need not load transformers
 
-
-_BYTES = _byte_characters()
+    return {character: byte for byte, character in bytes_to_unicode().items()}
