@@ -288,7 +288,7 @@ def test_a_scorer_that_follows_the_student_in_one_arm_is_started_so_for_all(tmp_
 
 
 @pytest.mark.parametrize(
-    "name", ["ablation", "collapses", "misled", pytest.param("leaderboard", marks=pytest.mark.slow)]
+    "name", ["ablation", "collapses", "map", "misled", pytest.param("leaderboard", marks=pytest.mark.slow)]
 )
 def test_the_studies_in_jobs_are_whole_and_report_no_seed_that_was_looked_at_before(name):
     study = read_study(JOBS / f"{name}.yaml")
