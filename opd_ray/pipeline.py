@@ -10,9 +10,9 @@ Two loops run in the driver at the same time and share nothing but slots and buf
 
 ``_admit``    takes free slots, asks generators for their rollouts, has them scored by teachers and
               reference at once, and puts them into the buffer. Waits for: free slots.
-``_learn``    takes a step from the buffer, adds its golden rollouts, trains it on all learner ranks, broadcasts
-              the new weights, frees the step's slots, evaluates when it is time, and lets the guard look.
-              Waits for: a complete step.
+``_learn``    takes a step from the buffer, adds its golden rollouts (those of the next one are scored meanwhile),
+              trains it on all learner ranks, broadcasts the new weights, frees the step's slots, evaluates when it is
+              time, and lets the guard look. Waits for: a complete step.
 
 The driver makes every call and therefore owns every object; payloads never pass through it.
 Step ``s`` (0-based) trains weights of version ``s`` into version ``s + 1``. Workers may die at any moment: a pool gives
@@ -106,7 +106,7 @@ class Pipeline:
         try:
             async with asyncio.TaskGroup() as group:
                 admit = group.create_task(self._admit(group), name="admit")
-                await self._learn(observers)
+                await self._learn(observers, group)
                 admit.cancel()
         except BaseExceptionGroup as failures:
             raise first_failure(failures) from None
@@ -170,12 +170,14 @@ class Pipeline:
         """Puts every rollout of some slots of one step into the buffer."""
         await self._buffer.add(slots, await self._filling.of(slots))
 
-    async def _learn(self, observers: Sequence[Observer]) -> None:
+    async def _learn(self, observers: Sequence[Observer], tasks: asyncio.TaskGroup) -> None:
         for step in range(self._first_step, self._config.learner.steps):
             began = time.monotonic()
             entries = await self._gather(step)
             async with self.between_steps:
                 golden = self._filling.golden(step, self._buffer, self._guard.strength)
+                if step + 1 < self._config.learner.steps:
+                    self._filling.score_ahead(step + 1, self._buffer, self._guard.strength, tasks)
                 waited = time.monotonic() - began
                 entries, trained, times = await self._train_and_send(step, entries, golden)
                 self._slots.free(self._buffer.slots_of(step))
@@ -208,7 +210,7 @@ class Pipeline:
         async def attempt() -> tuple[list[Entry], StepOutcome, dict[str, float]]:
             nonlocal entries, lost
             entries, lost = await self._mended(entries, lost), set()
-            every = [*entries, *(await self._filling.with_scores(golden))]
+            every = [*entries, *(await self._filling.with_scores(step, golden))]
             if self._evidence:
                 every = self._evidence.teach(step, every, self._mixture.coefficients(step, self._guard.strength))
             async with self._delivery.lock:  # nobody is sent the weights while they change

@@ -5,6 +5,7 @@ Payloads stay where they were made; one that is gone with its node before it was
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -45,6 +46,8 @@ class Filling:
         self.places: dict[int, Place] = {}
         """Where the slots are that are being filled."""
         self._lost, self._horizon, self._evidence = lost, horizon, evidence
+        self._ahead: dict[int, tuple[list[Entry], asyncio.Task[list[Entry]]]] = {}
+        """Golden rollouts that are scored ahead of their step, by step."""
 
     async def of(self, slots: Sequence[int]) -> list[Entry]:
         """Every rollout of some slots of one step, scored."""
@@ -117,13 +120,38 @@ class Filling:
 
     def golden(self, step: int, buffer: ReplayBuffer, strength: Strength) -> list[Entry]:
         """The step's golden rollouts, which are taken from the buffer's."""
+        return buffer.golden.take(*self._golden_of(step, buffer, strength))
+
+    def score_ahead(self, step: int, buffer: ReplayBuffer, strength: Strength, tasks: asyncio.TaskGroup) -> None:
+        """Begins with the scores of the golden rollouts that the next step has unless the guard asks for others.
+
+        Not where one of the scorers follows the student: it answers by the weights of the step.
+        """
+        roles = self._requests.get("golden", {})
+        if not roles or roles.keys() & self._rooms.followers.keys():
+            return
+        if golden := buffer.golden.next(*self._golden_of(step, buffer, strength)):
+            what = f"golden rollouts of step {step}"
+            scored = until_whole(what, lambda: self._scored(golden), self._lost)
+            self._ahead[step] = golden, tasks.create_task(scored, name=what)
+
+    async def with_scores(self, step: int, golden: Sequence[Entry]) -> list[Entry]:
+        """A step's golden rollouts with the scores that their loss compares with, if it does: those that were made
+        ahead, the first time."""
+        ahead, scored = self._ahead.pop(step, (None, None))
+        if scored is not None:
+            if ahead == golden:
+                return await scored
+            scored.cancel()
+        return await self._scored(golden)
+
+    def _golden_of(self, step: int, buffer: ReplayBuffer, strength: Strength) -> tuple[int, list[str]]:
+        """How many a step has, and the prompts that they belong to where they are paired."""
         paired = self._config.buffer.golden_pairing == "prompt"
         prompt_ids = [self._prompts[slot].prompt_id for slot in buffer.slots_of(step)] if paired else []
-        num_golden = self._mixture.at(step, strength).num_golden if len(buffer.golden) else 0
-        return buffer.golden.take(num_golden, prompt_ids)
+        return self._mixture.at(step, strength).num_golden if len(buffer.golden) else 0, prompt_ids
 
-    async def with_scores(self, golden: Sequence[Entry]) -> list[Entry]:
-        """Golden rollouts with the scores that their loss compares with, if it does."""
+    async def _scored(self, golden: Sequence[Entry]) -> list[Entry]:
         if not self._requests.get("golden"):
             return list(golden)
         scored: list[Entry] = []

@@ -31,7 +31,7 @@ class GoldenSet:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def take(self, count: int, prompt_ids: Sequence[str]) -> list[Entry]:
+    def next(self, count: int, prompt_ids: Sequence[str]) -> list[Entry]:
         """The next ``count`` of them; paired ones belong to ``prompt_ids``, spread evenly, each once, and a prompt that
         has none gets none. What the guard asks for beyond one a prompt comes from the shuffled ones: the same twice is
         more weight, not more data."""
@@ -39,8 +39,13 @@ class GoldenSet:
         spread = [prompt_ids[i * len(prompt_ids) // paired] for i in range(paired)]
         indices = [self._by_prompt[prompt_id] for prompt_id in spread if prompt_id in self._by_prompt]
         indices += [self._order[self.position + i] for i in range(count - paired)]
-        self.position += count
         return [self._entries[index] for index in indices]
+
+    def take(self, count: int, prompt_ids: Sequence[str]) -> list[Entry]:
+        """Takes what is ``next``."""
+        entries = self.next(count, prompt_ids)
+        self.position += count
+        return entries
 
 
 class ReplayBuffer:

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 import fake_ray
 from fake_rooms import make_pipeline
+from fake_workers import FakeLearner
+from opd_ray.data.orders import Shuffled
 from opd_ray.errors import RunError
 from opd_ray.pipeline import GuardOrder
 
@@ -163,6 +165,63 @@ def test_golden_rollouts_are_scored_when_their_loss_compares_with_the_teacher():
     assert len(entries) == 4
     assert all(set(entry.scores) == {"teacher", "reference"} for entry in entries)
     assert [entry.row for entry in entries] == [0, 1, 2, 3]
+
+
+GOLDEN = {"golden": {"coef": 1, "divergence": "forward_kl"}, "reference": {"on_golden": True}}
+
+
+def golden_scores(made):
+    """How many golden payloads the reference was asked about, which is the last to be asked."""
+    return sum(event[:2] == ("reference", "golden") for event in made.log)
+
+
+def golden_ids(report):
+    return [entry.meta.rollout_id for entry in report.entries if entry.meta.source == "golden"]
+
+
+def test_golden_rollouts_are_scored_while_the_step_before_is_trained():
+    """They stood in the way of every step: nobody began with them before the step's other rollouts were there."""
+
+    class Waiting(FakeLearner):
+        async def train_step(self, plan):
+            if plan.step < 5:
+                await fake_ray.until(lambda: golden_scores(seen[0]) == plan.step + 2)
+            return await super().train_step(plan)
+
+    seen = []
+    made = run(make_pipeline(loss=GOLDEN, prepare=lambda cast: setattr(cast, "learner", Waiting), **OFF), seen.append)
+    assert golden_scores(made) == 6, "once a step"
+    assert [len(golden_ids(report)) for report in made.recording.reports] == [4] * 6
+
+
+def test_golden_rollouts_that_the_guard_adds_after_the_others_were_scored_are_scored_with_them():
+    class Rescue:
+        async def on_step(self, report):
+            if report.step == 2:
+                at_full_strength(seen[0])
+
+    async def whole():
+        made = await make_pipeline(buffer={"golden_per_prompt": 0.5}, loss=GOLDEN)
+        seen.append(made)
+        await made.pipeline.run([made.recording, Rescue()])
+        return made
+
+    seen = []
+    made = fake_ray.run(whole())
+    ids = [golden_ids(report) for report in made.recording.reports]
+    assert [len(each) for each in ids] == [2, 2, 8, 8, 8, 8]
+    assert golden_scores(made) == 6 + 1
+    order = Shuffled(5, 0)
+    assert [name for each in ids for name in each] == [f"golden-{order[position]}" for position in range(36)]
+    entries = [entry for entry in made.recording.reports[2].entries if entry.meta.source == "golden"]
+    assert all(set(entry.scores) == {"teacher", "reference"} for entry in entries)
+
+
+def test_a_scorer_that_follows_the_student_is_asked_about_golden_rollouts_at_their_step():
+    """Ahead it would answer by weights that are a step older than those that it is asked for."""
+    made = run(make_pipeline(loss=GOLDEN, reference={"update": "average"}, **OFF))
+    order = [event for event in made.log if event[:2] == ("reference", "golden") or event[0] == "train_step"]
+    assert [event[0] for event in order] == ["reference", "train_step"] * 6
 
 
 def test_each_prompt_goes_to_the_teacher_that_its_row_names():

@@ -166,6 +166,23 @@ def test_golden_scores_that_are_gone_after_rollouts_were_cost_no_rollouts_again(
     assert len(sampled(made)) == 4 + 2, "the slots that share the payload, once"
 
 
+def test_what_is_gone_while_golden_rollouts_are_scored_ahead_is_made_again():
+    def before(made):
+        def lose(actor, method):
+            calls.append(method)
+            if method == "select" and calls.count("select") == 2:
+                raise ObjectLostError("00" * 28, "", "")
+
+        made.cast.world.before = lose
+
+    calls = []
+    made = run(make_pipeline(steps=3, loss=GOLDEN, **OFF), before)
+    assert calls.index("train_step") > [at for at, each in enumerate(calls) if each == "select"][1], "it was ahead"
+    assert calls.count("select") == 3 + 1 and made.pipeline.num_lost_payloads == 1
+    assert [sum(entry.meta.source == "golden" for entry in each.entries) for each in made.recording.reports] == [4] * 3
+    assert len(made.learner.plans) == 3, "no step was begun without them"
+
+
 def test_payloads_that_the_learner_lacks_again_and_again_end_the_run():
     with pytest.raises(RunError, match="step 0: rollouts were lost 10 times in a row, the last: .*'0-0'"):
         run(make_pipeline(steps=2, **NO_GOLDEN, **OFF), lambda made: lose_payloads(made, 99))
