@@ -157,8 +157,9 @@ class Filling:
         scored: list[Entry] = []
         for name in sorted({entry.meta.teacher for entry in golden}):
             routed = [entry for entry in golden if entry.meta.teacher == name]
-            rows = [entry.row for entry in routed]
-            _, rollouts = await self._rooms.recorder.call("select", routed[0].rollouts, rows)
+            blocks = {block: at for at, block in enumerate(dict.fromkeys(entry.rollouts for entry in routed))}
+            rows = [(blocks[entry.rollouts], entry.row) for entry in routed]
+            _, rollouts = await self._rooms.recorder.call("select", rows, *blocks)
             scores = await self._score("golden", name, rollouts)
             scored += [Entry(entry.meta, row, rollouts, scores) for row, entry in enumerate(routed)]
         return scored

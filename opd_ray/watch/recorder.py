@@ -103,9 +103,10 @@ class Recorder:
         return {name: float(value) for name, value in sums.items()}
 
     @spans.spanned("select")
-    def select(self, batch: pa.RecordBatch, rows: Sequence[int]) -> tuple[int, pa.RecordBatch]:
-        """Some rows of a payload, in the order asked for, as a payload of their own; and their number."""
-        return len(rows), batch.take(pa.array(rows, pa.int64()))
+    def select(self, rows: Sequence[tuple[int, int]], *batches: pa.RecordBatch) -> tuple[int, pa.RecordBatch]:
+        """Some rows of payloads, (which payload, its row) in the order asked for, as a payload of their own; and their
+        number."""
+        return len(rows), pa.concat_batches([batches[at].slice(row, 1) for at, row in rows])
 
 
 def _row(entry: Entry) -> pa.RecordBatch:

@@ -194,9 +194,9 @@ class FakeScorer(Receiver):
 
 
 class FakeRecorder(Worker):
-    def select(self, rollouts: pa.RecordBatch, rows: Sequence[int]) -> tuple[int, pa.RecordBatch]:
+    def select(self, rows: Sequence[tuple[int, int]], *batches: pa.RecordBatch) -> tuple[int, pa.RecordBatch]:
         self.log.append(("select", rows))
-        return len(rows), rollouts.take(pa.array(rows, pa.int64()))
+        return len(rows), pa.concat_batches([batches[at].slice(row, 1) for at, row in rows])
 
     def write(
         self, directory: str, step: int, entries: Sequence[Entry], asked: Sequence[tuple[str, str]], keep: int

@@ -129,7 +129,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing_that_takes_space(rec
 
 
 def test_selected_rows_are_a_payload_of_their_own(recorder):
-    number, selected = recorder.select(rollouts(5), [3, 0, 3])
+    number, selected = recorder.select([(0, 3), (1, 0), (0, 3)], rollouts(5), rollouts(2))
     assert number == 3
     assert isinstance(selected, pa.RecordBatch)
     assert selected.schema == ROLLOUT_SCHEMA
