@@ -262,6 +262,7 @@ class Pipeline:
             num_ranks=config.learner.num_ranks,
             micro_batch_tokens=config.learner.micro_batch_tokens,
             packing=config.learner.packing,
+            nodes=[member.node for member in self._rooms.learner.members],
         )
         try:
             outcome: StepOutcome = (await self._rooms.learner.call_all("train_step", each=plans))[0]

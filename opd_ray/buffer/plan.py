@@ -11,6 +11,9 @@ import numpy as np
 
 from opd_ray.messages import SOURCES, Coefficients, Count, Denominators, Entry, Source, StepPlan
 
+_UNEVEN = 1.02
+"""Of the tokens of the rank that has most, how many it may have so that fewer nodes are sent a payload."""
+
 
 def plan_step(
     entries: Sequence[Entry],
@@ -20,10 +23,13 @@ def plan_step(
     micro_batch_tokens: int,
     packing: bool,
     coefficients: Coefficients,
+    nodes: Sequence[str] = (),
 ) -> list[StepPlan]:
     """One plan per rank: every entry exactly once, the same number of micro-batches everywhere.
 
-    Ranks are balanced by tokens (longest rollout first, to the rank with the fewest so far). Within a rank,
+    Ranks are balanced by tokens (longest rollout first, to the rank with the fewest so far). ``nodes``: that of each
+    rank. A payload is sent whole to every node with a rank that trains on a row of it; where ranks are on several,
+    payloads stay together on a node as long as that makes no rank's tokens more than 2 % more. Within a rank,
     neighbours in length share a micro-batch of at most ``micro_batch_tokens``: rows × longest row, or
     the sum of the rows when packing. A rollout longer than that gets a micro-batch of its own. The same
     entries give the same plan in any order. Raises ValueError without entries.
@@ -31,13 +37,17 @@ def plan_step(
     if not entries:
         raise ValueError("a step needs at least one rollout, got none")
     longest_first = sorted(entries, key=lambda entry: (-entry.meta.num_tokens, entry.meta.rollout_id))
-    shares: list[list[Entry]] = [[] for _ in range(num_ranks)]
-    loads = [(0, rank) for rank in range(num_ranks)]
-    for entry in longest_first:
-        load, rank = heapq.heappop(loads)
-        shares[rank].append(entry)
-        heapq.heappush(loads, (load + entry.meta.num_tokens, rank))
-    micro_batches = [_split(share, micro_batch_tokens, packing) for share in shares]
+    shares = _shares(longest_first, range(num_ranks))
+    if len(set(nodes)) > 1:
+        ranks: dict[str, list[int]] = defaultdict(list)
+        for rank, node in enumerate(nodes):
+            ranks[node].append(rank)
+        together = dict[int, list[Entry]]()
+        for own, those in zip(_parts(longest_first, [*map(len, ranks.values())]), ranks.values(), strict=True):
+            together |= _shares(own, those)
+        if max(map(_tokens, together.values())) <= _UNEVEN * max(map(_tokens, shares.values())):
+            shares = together
+    micro_batches = [_split(shares[rank], micro_batch_tokens, packing) for rank in range(num_ranks)]
     most = max(map(len, micro_batches))
     denominators = count(entries)
     return [
@@ -77,6 +87,51 @@ def group_advantages(entries: Sequence[Entry], std: bool) -> list[Entry]:
         return float((entry.meta.correct - group.mean()) / spread) if spread > 0 else 0.0
 
     return [replace(entry, reward_advantage=advantage(entry)) for entry in entries]
+
+
+def _shares(longest_first: Sequence[Entry], ranks: Sequence[int]) -> dict[int, list[Entry]]:
+    """Rank to what it trains on."""
+    shares: dict[int, list[Entry]] = {rank: [] for rank in ranks}
+    loads = [(0, rank) for rank in ranks]
+    for entry in longest_first:
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(entry)
+        heapq.heappush(loads, (load + entry.meta.num_tokens, rank))
+    return shares
+
+
+def _parts(longest_first: Sequence[Entry], sizes: Sequence[int]) -> list[list[Entry]]:
+    """Parts in the proportion of ``sizes``, by tokens, with at most one payload in two neighbours; longest first.
+
+    One part after the other is filled with one payload after the other, and of one that does not fit with those of its
+    rollouts that do.
+    """
+    payloads: dict[int, list[int]] = defaultdict(list)
+    for at, entry in enumerate(longest_first):
+        payloads[id(entry.rollouts)].append(at)
+    share = _tokens(longest_first) / sum(sizes)
+    part_of = [0] * len(longest_first)
+    part, room = 0, share * sizes[0]
+    for rollouts in payloads.values():
+        while rollouts:
+            left = []
+            for at in rollouts:
+                tokens = longest_first[at].meta.num_tokens
+                if tokens <= room or part == len(sizes) - 1:
+                    part_of[at], room = part, room - tokens
+                else:
+                    left.append(at)
+            if rollouts := left:
+                part += 1
+                room += share * sizes[part]
+    parts: list[list[Entry]] = [[] for _ in sizes]
+    for entry, part in zip(longest_first, part_of, strict=True):
+        parts[part].append(entry)
+    return parts
+
+
+def _tokens(entries: Sequence[Entry]) -> int:
+    return sum(entry.meta.num_tokens for entry in entries)
 
 
 def _split(longest_first: Sequence[Entry], max_tokens: int, packing: bool) -> list[list[Entry]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -88,6 +90,58 @@ def test_ranks_are_balanced_to_within_one_rollout(sizes: list[tuple[int, int, st
     )
     loads = [sum(entry.meta.num_tokens for batch in plan.micro_batches for entry in batch) for plan in plans]
     assert max(loads) - min(loads) <= max(prompt + response for prompt, response, _ in sizes)
+
+
+def of_payloads(number: int, rows: int, seed: int = 0) -> list[Entry]:
+    """Rollouts of lengths with a long tail, ``rows`` to a payload."""
+    random_ = random.Random(seed)
+    refs = [object() for _ in range(number)]
+    return [
+        replace(entry(slot, num_response_tokens=min(8192, int(random_.lognormvariate(7, 0.8)))), rollouts=ref)
+        for slot, ref in enumerate(ref for ref in refs for _ in range(rows))
+    ]
+
+
+def planned(entries: list[Entry], nodes: Sequence[str], num_ranks: int = 0) -> list[StepPlan]:
+    return plan_step(
+        entries,
+        step=0,
+        num_ranks=num_ranks or len(nodes),
+        micro_batch_tokens=9000,
+        packing=True,
+        coefficients=COEFFICIENTS,
+        nodes=nodes,
+    )
+
+
+def most_tokens(plans: Sequence[StepPlan]) -> int:
+    return max(sum(entry.meta.num_tokens for batch in plan.micro_batches for entry in batch) for plan in plans)
+
+
+def sent(plans: Sequence[StepPlan], nodes: Sequence[str]) -> int:
+    """How often a payload is sent to a node."""
+    ranks = zip(plans, nodes, strict=True)
+    return len({(node, id(entry.rollouts)) for plan, node in ranks for batch in plan.micro_batches for entry in batch})
+
+
+@pytest.mark.parametrize("nodes", [["a", "b"] * 2, [*"aaabbbccc"], [*"aab"]])
+def test_payloads_stay_together_on_a_node_and_ranks_as_even_as_they_were(nodes: list[str]) -> None:
+    """The bug: every node was sent every payload, for one row or two of it."""
+    entries = of_payloads(32, 16)
+    plans, even = planned(entries, nodes), planned(entries, (), len(nodes))
+    assert sent(even, nodes) > 0.9 * 32 * len(set(nodes))
+    assert sent(plans, nodes) <= 32 + len(set(nodes)) - 1
+    assert most_tokens(plans) <= 1.02 * most_tokens(even)
+    placed = [entry.meta.rollout_id for plan in plans for batch in plan.micro_batches for entry in batch]
+    assert sorted(placed) == sorted(entry.meta.rollout_id for entry in entries)
+    assert planned(random.Random(1).sample(entries, len(entries)), nodes) == plans
+
+
+def test_a_node_gets_no_more_to_do_for_the_sake_of_payloads() -> None:
+    entries = of_payloads(2, 5)
+    nodes = ["a", "a", "b", "b"]
+    assert planned(entries, nodes) == planned(entries, (), 4)
+    assert planned(entries, ["a"] * 4) == planned(entries, (), 4)
 
 
 def test_a_step_without_rollouts_is_refused() -> None:
