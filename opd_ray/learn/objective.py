@@ -302,13 +302,16 @@ def _bounded(tokens: Tokens, taught: torch.Tensor, anchored: torch.Tensor) -> To
     not ``taught``, not ``anchored``): what a scorer rules out has log-prob −∞, and 0 · ∞ would be nan."""
 
     def bounded(scored: ScoredTokens | None, counts: torch.Tensor) -> ScoredTokens | None:
+        if scored is None or counts.all():  # as almost always, and k log-probs a token are much to copy
+            return scored
+
         def bound(values: torch.Tensor | None) -> torch.Tensor | None:
             if values is None:
                 return None
             return torch.where(counts.view(-1, *[1] * (values.dim() - 1)), values, values.clamp(min=-_MOST_NATS))
 
         names = ("logprobs", "topk_logprobs", "given_logprobs", "stop_logprobs")
-        return scored and replace(scored, **{name: bound(getattr(scored, name)) for name in names})
+        return replace(scored, **{name: bound(getattr(scored, name)) for name in names})
 
     advantages = tokens.teacher_advantages
     if advantages is not None:
