@@ -53,7 +53,8 @@ class Recorder:
         since it was trained on, the row has what its meta says.
         Raises Unwritable.
         """
-        table = pa.Table.from_batches([_row(entry) for entry in entries])
+        fetched = _Fetched()
+        table = pa.Table.from_batches([_row(entry, fetched) for entry in entries])
         prompts, answers = (pa.array(texts, pa.string()) for texts in zip(*asked, strict=True))
         columns = {"step": pa.array([step] * len(table), pa.int32()), "prompt": prompts, "answer": answers}
         for at, (name, column) in enumerate(columns.items()):
@@ -109,9 +110,26 @@ class Recorder:
         return len(rows), pa.concat_batches([batches[at].slice(row, 1) for at, row in rows])
 
 
-def _row(entry: Entry) -> pa.RecordBatch:
+class _Fetched:
+    """The payloads of some entries, each got once: all of a call share theirs."""
+
+    def __init__(self) -> None:
+        self._payloads: dict[int, pa.RecordBatch | None] = {}
+
+    def row(self, ref: ObjectRef, row: int) -> pa.RecordBatch | None:
+        """One row of a payload; None where it is gone."""
+        if id(ref) not in self._payloads:
+            try:
+                self._payloads[id(ref)] = ray.get(ref)
+            except ObjectLostError:
+                self._payloads[id(ref)] = None
+        payload = self._payloads[id(ref)]
+        return None if payload is None else payload.slice(row, 1)
+
+
+def _row(entry: Entry, fetched: _Fetched) -> pa.RecordBatch:
     meta = entry.meta
-    row = _fetched(entry.rollouts, entry.row) or _from_meta(meta)
+    row = fetched.row(entry.rollouts, entry.row) or _from_meta(meta)
     teachers = [role for role in entry.scores if role != REFERENCE]
     teacher = meta.teacher if meta.teacher in teachers else next(iter(teachers), None)
     columns = {
@@ -123,7 +141,7 @@ def _row(entry: Entry) -> pa.RecordBatch:
         "teacher": pa.array([teacher], pa.string()),
     }
     for column, role in (("teacher_logprobs", teacher), ("reference_logprobs", REFERENCE)):
-        scores = _fetched(entry.scores[role], entry.row) if role in entry.scores else None
+        scores = fetched.row(entry.scores[role], entry.row) if role in entry.scores else None
         columns[column] = pa.nulls(1, _FLOATS) if scores is None else scores["logprobs"]
         if role == teacher:
             columns |= _alternatives(scores)
@@ -144,14 +162,6 @@ def _alternatives(scores: pa.RecordBatch | None) -> dict[str, pa.Array]:
         "teacher_top_ids": pa.array([ids], pa.list_(pa.int32())),
         "teacher_top_logprobs": pa.array([logprobs.astype(np.float32)], _FLOATS),
     }
-
-
-def _fetched(ref: ObjectRef, row: int) -> pa.RecordBatch | None:
-    """One row of a payload; None where it is gone."""
-    try:
-        return ray.get(ref).slice(row, 1)
-    except ObjectLostError:
-        return None
 
 
 def _from_meta(meta: RolloutMeta) -> pa.RecordBatch:

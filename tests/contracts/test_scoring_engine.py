@@ -265,10 +265,13 @@ def test_a_model_that_sees_across_the_sequences_of_a_row_scores_padded_ones(
         np.testing.assert_allclose(scores.logprobs, own(full, rollout), atol=TOLERANCE)
 
 
-def test_hidden_states_of_a_bfloat16_model_are_float16(tiny_model: dict[str, Path]) -> None:
+def test_hidden_states_of_a_bfloat16_model_are_float16_and_keep_their_digits(tiny_model: dict[str, Path]) -> None:
     engine = TorchScoringEngine(path=str(tiny_model["untied"]), device="cpu", dtype="bfloat16")
     scored = engine.score(rollouts(), ScoreRequest(4, hidden=True, stop_token_ids=STOPS))
     assert {scores.hidden.dtype for scores in scored} == {np.dtype(np.float16)}
+    for scores in scored:
+        states = torch.from_numpy(scores.hidden)
+        assert torch.equal(states.bfloat16().half(), states)
     assert {scores.logprobs.dtype for scores in scored} == {np.dtype(np.float32)}
 
 

@@ -128,6 +128,17 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing_that_takes_space(rec
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_payload_is_got_once_for_all_of_its_rows(recorder, tmp_path, monkeypatch):
+    got, payload, teacher = [], rollouts(), scores(-2.0)
+    monkeypatch.setattr(module.ray, "get", lambda ref: got.append(ref) or ref)
+    entries = [Entry(meta(slot), slot, payload, {"teacher": teacher}) for slot in range(3)]
+    recorder.write(str(tmp_path), 1, entries, [("?", "")] * 3, 1)
+    assert [id(ref) for ref in got] == [id(payload), id(teacher)]
+    written = pq.read_table(tmp_path / "step-000001.parquet")
+    assert written["rollout_id"].to_pylist() == ["0-0", "1-0", "2-0"]
+    assert written["teacher_logprobs"].to_pylist() == [[-2.0] * (slot + 1) for slot in range(3)]
+
+
 def test_selected_rows_are_a_payload_of_their_own(recorder):
     number, selected = recorder.select([(0, 3), (1, 0), (0, 3)], rollouts(5), rollouts(2))
     assert number == 3
