@@ -22,6 +22,7 @@ from opd_ray.rooms.node import this_node
 
 _log = logs.get(__name__)
 _FLOATS = pa.list_(pa.float32())
+_OF_SCORES = ("logprobs", "topk_ids", "topk_logprobs")
 _ALTERNATIVES = 4
 """Of the teacher's most probable tokens, at each of a response's, that the log keeps."""
 
@@ -111,25 +112,27 @@ class Recorder:
 
 
 class _Fetched:
-    """The payloads of some entries, each got once: all of a call share theirs."""
+    """Rows of payloads, of which it has one of a kind at a time: all rollouts of a call share theirs, and those of a
+    step with the teacher's hidden states may be more than a node's object store can hold."""
 
     def __init__(self) -> None:
-        self._payloads: dict[int, pa.RecordBatch | None] = {}
+        self._payloads: dict[str, tuple[ObjectRef, pa.RecordBatch | None]] = {}
 
-    def row(self, ref: ObjectRef, row: int) -> pa.RecordBatch | None:
-        """One row of a payload; None where it is gone."""
-        if id(ref) not in self._payloads:
+    def row(self, kind: str, ref: ObjectRef, row: int, columns: Sequence[str]) -> pa.RecordBatch | None:
+        """A copy of one row of a payload; None where it is gone."""
+        if kind not in self._payloads or self._payloads[kind][0] is not ref:
+            self._payloads.pop(kind, None)
             try:
-                self._payloads[id(ref)] = ray.get(ref)
+                self._payloads[kind] = ref, ray.get(ref).select(columns)
             except ObjectLostError:
-                self._payloads[id(ref)] = None
-        payload = self._payloads[id(ref)]
-        return None if payload is None else payload.slice(row, 1)
+                self._payloads[kind] = ref, None
+        payload = self._payloads[kind][1]
+        return None if payload is None else pa.concat_batches([payload.slice(row, 1)])
 
 
 def _row(entry: Entry, fetched: _Fetched) -> pa.RecordBatch:
     meta = entry.meta
-    row = fetched.row(entry.rollouts, entry.row) or _from_meta(meta)
+    row = fetched.row("rollouts", entry.rollouts, entry.row, ROLLOUT_SCHEMA.names) or _from_meta(meta)
     teachers = [role for role in entry.scores if role != REFERENCE]
     teacher = meta.teacher if meta.teacher in teachers else next(iter(teachers), None)
     columns = {
@@ -141,7 +144,7 @@ def _row(entry: Entry, fetched: _Fetched) -> pa.RecordBatch:
         "teacher": pa.array([teacher], pa.string()),
     }
     for column, role in (("teacher_logprobs", teacher), ("reference_logprobs", REFERENCE)):
-        scores = fetched.row(entry.scores[role], entry.row) if role in entry.scores else None
+        scores = fetched.row(role, entry.scores[role], entry.row, _OF_SCORES) if role in entry.scores else None
         columns[column] = pa.nulls(1, _FLOATS) if scores is None else scores["logprobs"]
         if role == teacher:
             columns |= _alternatives(scores)

@@ -2,6 +2,7 @@
 
 import errno
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -137,6 +138,30 @@ def test_a_payload_is_got_once_for_all_of_its_rows(recorder, tmp_path, monkeypat
     written = pq.read_table(tmp_path / "step-000001.parquet")
     assert written["rollout_id"].to_pylist() == ["0-0", "1-0", "2-0"]
     assert written["teacher_logprobs"].to_pylist() == [[-2.0] * (slot + 1) for slot in range(3)]
+
+
+def test_it_holds_the_payloads_of_one_call_at_a_time(recorder, tmp_path, monkeypatch):
+    """The bug: all of a step's, hidden states included, had to lie in the object store of the driver's node at once."""
+    most = 0
+
+    def get(ref):
+        nonlocal most
+        if ref == "rollouts":
+            return rollouts(1)
+        most = max(most, pa.total_allocated_bytes() - before)
+        return with_alternatives(100_000)  # .8 MB
+
+    monkeypatch.setattr(module.ray, "get", get)
+    entries = [Entry(meta(slot), 0, "rollouts", {"teacher": f"scores {slot}"}) for slot in range(8)]
+    before = pa.total_allocated_bytes()
+    assert recorder.write(str(tmp_path), 1, entries, [("?", "")] * 8, 1) == 8
+    assert most < 0.4e6
+
+
+def with_alternatives(number):
+    row = {name: [] for name in SCORE_SCHEMA.names} | {"rollout_id": "0-0", "logprobs": [-1.0]}
+    row |= {"topk_ids": np.arange(number, dtype=np.int32), "topk_logprobs": -np.arange(number, dtype=np.float32)}
+    return pa.RecordBatch.from_pylist([row], schema=SCORE_SCHEMA)
 
 
 def test_selected_rows_are_a_payload_of_their_own(recorder):
