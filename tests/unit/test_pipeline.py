@@ -89,6 +89,18 @@ def test_teacher_and_reference_see_every_rollout_and_the_learner_gets_both():
     assert sum(entry.meta.source == "golden" for entry in entries) == 4
 
 
+def test_rollouts_of_one_payload_go_to_the_ranks_of_one_node():
+    def apart(made):
+        for member, node in zip(made.pipeline._rooms.learner.members, ("here", "there"), strict=True):
+            member.node = node
+
+    off = {"buffer": {"golden_per_prompt": 0}, "loss": {"golden": {"coef": 0}}}
+    making = make_pipeline(steps=1, learner={"num_ranks": 2}, rollout={"prompts_per_call": 2}, **off)
+    plans = [rank.plans[0] for rank in run(making, apart).cast.ranks]
+    payloads = [{id(entry.rollouts) for batch in plan.micro_batches for entry in batch} for plan in plans]
+    assert list(map(len, payloads)) == [1, 1] and not payloads[0] & payloads[1]
+
+
 def test_a_resumed_run_goes_on_with_the_first_prompt_that_was_not_trained():
     made = run(make_pipeline(steps=6, first_step=4))
     slots = [entry.meta.slot for report in made.recording.reports for entry in report.entries if entry.meta.slot >= 0]
