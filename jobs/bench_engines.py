@@ -1,6 +1,6 @@
 """What the two generation engines give on this machine, by the size of the model.
 
-    python jobs/bench_engines.py [--rows N] [--tokens N] [--seconds S] [--json FILE]
+    python jobs/bench_engines.py [--rows N] [--tokens N] [--top-k K] [--seconds S] [--json FILE]
 
 The models of race_material.py: the embedded student, and random ones. As many responses as there are rows run at any
 time, of lengths that are spread evenly around the mean; no weight updates. Each engine in a process of its own with one
@@ -36,9 +36,10 @@ _MOST_S, _WARM_S = 600, 2.0
 @click.command()
 @click.option("--rows", default=96, show_default=True, help="Responses that run at once.")
 @click.option("--tokens", default=20, show_default=True, help="Mean length of a response.")
+@click.option("--top-k", default=0, show_default=True, help="Most probable tokens to return with each.")
 @click.option("--seconds", default=10, show_default=True, help="Time for each measurement, after two of warm-up.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what was measured to this file.")
-def main(rows: int, tokens: int, seconds: int, json_file: Path | None) -> None:
+def main(rows: int, tokens: int, top_k: int, seconds: int, json_file: Path | None) -> None:
     """Compares the torch engine and vLLM by the size of the model."""
     found: dict[str, dict[str, list[list[float]]]] = {}
     with tempfile.TemporaryDirectory() as directory:
@@ -46,7 +47,7 @@ def main(rows: int, tokens: int, seconds: int, json_file: Path | None) -> None:
             path = getattr(prepare(ROWS[row], Path(directory) / str(row)), who)
             found[size] = {engine: [] for engine in ENGINES}
             for engine in (*ENGINES, *ENGINES):
-                measured = _elsewhere(engine, str(path), str(rows), str(tokens), str(seconds))
+                measured = _elsewhere(engine, str(path), *map(str, (rows, tokens, top_k, seconds)))
                 found[size][engine].append(json.loads(measured))
     table = Table("parameters", *ENGINES, "vllm / torch", title="core-ms for 1,000 tokens (tokens/s)")
     for size, runs in found.items():
@@ -55,11 +56,11 @@ def main(rows: int, tokens: int, seconds: int, json_file: Path | None) -> None:
         table.add_row(size, *cells, f"{vllm[1] / torch[1]:.2f}")
     Console().print(table)
     if json_file:
-        measured = {"rows": rows, "tokens": tokens, "tokens_per_s, core_s_per_token": found}
+        measured = {"rows": rows, "tokens": tokens, "top_k": top_k, "tokens_per_s, core_s_per_token": found}
         json_file.write_text(json.dumps(measured, indent=2))
 
 
-def rate(kind: str, path: str, rows: int, tokens: int, seconds: int) -> tuple[float, float]:
+def rate(kind: str, path: str, rows: int, tokens: int, top_k: int, seconds: int) -> tuple[float, float]:
     """Tokens a second, and core-seconds a token."""
     from opd_ray.config import RolloutConfig
     from opd_ray.generate import make_generation_engine
@@ -71,7 +72,7 @@ def rate(kind: str, path: str, rows: int, tokens: int, seconds: int) -> tuple[fl
 
     def submit() -> None:
         prompt = tuple(rng.randrange(2, 16) for _ in range(_PROMPT_TOKENS))
-        sampling = SamplingSettings(1.0, 1.0, rng.randint(1, most), stop_token_ids=())
+        sampling = SamplingSettings(1.0, 1.0, rng.randint(1, most), stop_token_ids=(), top_k=top_k)
         engine.submit(GenerationRequest(str(index := next(number)), prompt, index, sampling))
 
     for _ in range(rows):

@@ -16,7 +16,6 @@ from opd_ray.models.vllm import (
     TRANSFER_BACKEND,
     add,
     build,
-    columns,
     context_limit,
     vocabulary_size,
 )
@@ -77,8 +76,8 @@ class VllmGenerationEngine:
         finished = []
         for output in self._engine.step():
             completion = output.outputs[0]
-            top_k = self._top_k(self._unfinished.pop(output.request_id))
-            logprobs, ids = columns(completion.logprobs, len(completion.token_ids), top_k)
+            request = self._unfinished.pop(output.request_id)
+            logprobs, ids = completion.logprobs.last(len(completion.token_ids))
             finished.append(
                 Finished(
                     request_id=output.request_id,
@@ -86,7 +85,7 @@ class VllmGenerationEngine:
                     logprobs=logprobs[:, 0].copy(),
                     weight_versions=_per_token(completion.weight_versions),
                     finish_reason=completion.finish_reason,
-                    topk_ids=ids[:, 1:].copy() if top_k else None,
+                    topk_ids=ids[:, 1:].copy() if request.sampling.top_k else None,
                 )
             )
         return finished

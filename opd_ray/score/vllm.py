@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from opd_ray.messages import ScoreRequest
-from opd_ray.models.vllm import add, build, columns, context_limit, vocabulary_size
+from opd_ray.models.vllm import add, build, context_limit, vocabulary_size
 from opd_ray.score.alternatives import chosen_ids, num_alternatives, scores_of
 from opd_ray.score.engine import Rollout, Scores
 
@@ -16,8 +16,8 @@ from opd_ray.score.engine import Rollout, Scores
 class VllmScoringEngine:
     """Sampled log-probs, alternatives and P(stop).
 
-    On CUDA vLLM's V2 runner also gives the log-probs of chosen tokens, as an array: those of the student's top-k, an
-    exact P(stop), and, where no alternatives are asked for, none of the lists that vLLM otherwise makes of them.
+    On CUDA vLLM's V2 runner also gives the log-probs of chosen tokens: those of the student's top-k and an exact
+    P(stop), for which it need not look for alternatives.
     Elsewhere a stop token that is not named counts as probability 0 (:mod:`opd_ray.score.alternatives`).
     """
 
@@ -57,7 +57,7 @@ class VllmScoringEngine:
                 continue
             request_id = f"{self._num_calls}-{index}"
             positions[request_id] = index
-            tokens = [*sequence.prompt_tokens, *sequence.response_tokens]
+            tokens = np.concatenate([sequence.prompt_tokens, sequence.response_tokens])
             wanted = self._wanted(sequence, request, asked)
             add(self._engine, request_id, tokens, temperature=0.0, max_tokens=1, **wanted)
         while positions:
@@ -88,5 +88,5 @@ class VllmScoringEngine:
             if chosen is None:
                 raise RuntimeError(f"vLLM gave no log-probs of the chosen tokens of request {output.request_id}")
         if output is not None and (asked or not self._chosen):
-            logprobs, ids = columns(output.prompt_logprobs, num_tokens, asked)
+            logprobs, ids = output.prompt_logprobs.last(num_tokens)
         return scores_of(sequence, request, self._vocab_size, logprobs, ids, chosen)

@@ -329,6 +329,20 @@ def test_top_k_ids_are_the_most_probable_tokens(subject: Subject, temperature: f
 
 
 @pytest.mark.parametrize("subject", MODELS, indirect=True)
+def test_requests_of_one_batch_may_want_different_numbers_of_top_k_ids(subject: Subject) -> None:
+    """vLLM gives each as many as any of its batch wants."""
+    wanted = (0, 5, 2, 0)
+    requests = [
+        replace(each, sampling=replace(SAMPLED, top_k=k))
+        for each, k in zip(requests_for(SAMPLED, count=len(wanted)), wanted, strict=True)
+    ]
+    for request, finished in zip(requests, subject.run(requests), strict=True):
+        k = request.sampling.top_k
+        assert (finished.topk_ids is None) if k == 0 else finished.topk_ids.shape == (len(finished.tokens), k)
+        assert_same_distribution(subject.model, request, finished)
+
+
+@pytest.mark.parametrize("subject", MODELS, indirect=True)
 def test_top_k_ids_after_an_update_are_those_of_the_new_weights(subject: Subject) -> None:
     subject.connect()
     requests = requests_for(replace(SAMPLED, top_k=3))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fake_server import VOCAB_SIZE, table
+from opd_ray.models.vllm import Columns
 
 
 class FakeVllm:
@@ -38,7 +39,8 @@ class FakeVllm:
         if asked is not None:
             named = [[token, *np.argsort(-row)[:asked]] for token, row in zip(tokens[1:], rows, strict=True)]
             values = [row[ids] for row, ids in zip(rows, named, strict=True)]
-            flat = SimpleNamespace(token_ids=np.concatenate(named).tolist(), logprobs=np.concatenate(values).tolist())
+            flat = Columns(asked)
+            flat.append(np.reshape(values, (-1, 1 + asked)), np.reshape(named, (-1, 1 + asked)))
         return [
             SimpleNamespace(
                 request_id=request_id, prompt_logprobs=flat, prompt_token_id_logprobs=self._chosen(rows, sampling)

@@ -61,8 +61,7 @@ def test_chosen_tokens_make_every_score_exact(
             np.testing.assert_allclose(scores.stop_logprobs, full[:, stops[0]], atol=1e-5)
 
 
-def test_no_lists_of_alternatives_are_asked_for_where_none_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They come as Python lists, and were 30 s of an idle GPU a step."""
+def test_no_alternatives_are_asked_for_where_none_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeVllm()
     engine_on(monkeypatch, fake).score(rollouts(), ScoreRequest(stop_token_ids=STOPS))
     assert [len(tokens) for _, tokens, _ in fake.added] == [21, 5, 38]  # and nothing for the empty response
