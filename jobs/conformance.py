@@ -30,7 +30,7 @@ import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from conformance_formulas import BETAS, STOPS, TOP_K, Batch, Entry, draw, entries, top
+from conformance_formulas import BETAS, STOPS, TOP_K, Batch, Entry, draw, entries, loops, top
 from rich.console import Console
 from rich.table import Table
 
@@ -87,7 +87,9 @@ def ours(batch: Batch, entry: Entry) -> Peer:
     """The objective's loss of one micro-batch."""
     loss = {"golden": {"coef": 0}, "reference": {"coef": 0}} | entry.loss
     others = {"data": {"golden": None}, "buffer": {"golden_per_prompt": 0}}
-    config = configs.from_dict(others | {"loss": loss})
+    looped = loops(batch).float() if "loop_advantage" in loss else None
+    ends = {"repetition_detection": None if looped is None else {"min_pattern_size": 1}}
+    config = configs.from_dict(others | {"loss": loss, "rollout": ends})
     heads: Any = {"teacher": Identity(), "reference": Identity()}
     stops = STOPS if entry.eos else STOPS[:1]
     objective = Objective(config, vocab_size=batch.student.shape[-1], stop_token_ids=stops, heads=heads)
@@ -101,7 +103,8 @@ def ours(batch: Batch, entry: Entry) -> Peer:
     )
     nothing = torch.zeros(len(batch.tokens))
     names = tuple(map(str, range(len(batch.lengths))))
-    segment = Segment("student", names, batch.lengths, torch.zeros(len(names), dtype=torch.bool), tokens, nothing)
+    ended = torch.zeros(len(names), dtype=torch.bool)
+    segment = Segment("student", names, batch.lengths, ended, tokens, nothing, looped=looped)
     only_reference = "reference" in entry.loss
     coefficients = Coefficients(student=1 - only_reference, golden=0, teacher=0, reference=float(only_reference))
     part = MicroBatch(batch.tokens[None], None, torch.arange(len(batch.tokens)), (segment,))

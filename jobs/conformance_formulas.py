@@ -158,6 +158,22 @@ def trusted(outlier: str) -> Reference:
     return reference
 
 
+def loops(batch: Batch) -> torch.Tensor:
+    """[N] bool: what is taken for the repeats of a loop, the second half of each rollout that has two."""
+    return torch.cat([torch.arange(length) >= (length + 1) // 2 for length in batch.lengths.tolist()])
+
+
+def apart(of_others: Reference) -> Reference:
+    """Loops have −min(ρ A, clip(ρ) A), A = −1; all other tokens have their divergence."""
+
+    def reference(batch: Batch) -> torch.Tensor:
+        rho = (batch.of_token(batch.student) - batch.of_token(batch.behaviour)).exp()
+        pushed = clip(torch.full_like(rho, -1.0), rho, rho)
+        return torch.where(loops(batch), pushed, of_others(batch))
+
+    return reference
+
+
 def k2(batch: Batch) -> torch.Tensor:
     return 0.5 * (batch.of_token(batch.teacher) - batch.of_token(batch.student)).square()
 
@@ -269,9 +285,13 @@ def entries() -> list[Entry]:
     weighted = {"student": {"divergence": "k1", "position_weight": 1.5}, "advantage": {"policy": "behaviour"}}
     lowest = {"student": {"divergence": "reverse_kl", "support": "full", "lowest_share": 0.2}}
     behaviour = sampled(lambda t, own, ref, mu: t - mu)
+    of_behaviour = {"student": {"divergence": "k1"}, "advantage": {"policy": "behaviour"}}
+    full = {"student": {"divergence": "reverse_kl", "support": "full"}}
     found += [
         Entry("k1, position_weight (IW-OPD)", behaviour, weighted, weights=by_position),
         Entry("reverse_kl, full, lowest_share", on_support("reverse_kl"), lowest, weights=by_rarity),
+        Entry("k1, policy=behaviour, loop_advantage", apart(behaviour), {"loop_advantage": -1.0} | of_behaviour),
+        Entry("reverse_kl, full, loop_advantage", apart(on_support("reverse_kl")), {"loop_advantage": -1.0} | full),
         Entry("k2", k2, {"student": {"divergence": "k2"}}),
         Entry("k3", k3, {"student": {"divergence": "k3"}}),
         Entry("cross_entropy", lambda b: -b.of_token(b.student), {"student": {"divergence": "cross_entropy"}}),
@@ -281,7 +301,6 @@ def entries() -> list[Entry]:
             {"student": {"divergence": "reverse_kl", "support": "full", "entropy_gate": 2.0, "entropy_gate_coef": 0.5}},
         ),
     ]
-    full = {"student": {"divergence": "reverse_kl", "support": "full"}}
     for reduction, weights in (("sequence", by_sequence), ("sum", by_sum)):
         found.append(
             Entry(

@@ -6,6 +6,8 @@ import zlib
 
 import numpy as np
 
+from opd_ray.messages import RepetitionRule
+
 REPETITIVE_NGRAM = 6
 """Tokens that must recur for the last of them to count as repetitive."""
 _HASH_FACTOR = 6_364_136_223_846_793_005
@@ -38,6 +40,27 @@ def tail_period(tokens: np.ndarray) -> int:
         if np.array_equal(tail[period:], tail[:-period]):
             return period
     return 0
+
+
+def loop_start(tokens: np.ndarray, rule: RepetitionRule) -> int:
+    """Where the copies begin, after the first one, of the loop that ended ``tokens`` [T] by ``rule``: the first of the
+    last tokens that each are the one a period before. T where it found none.
+
+    The period is the shortest that the loop has: a rule for larger patterns finds a multiple of it.
+    """
+    tokens = np.asarray(tokens)
+    alike = [_alike(tokens, size) for size in range(1, min(rule.max_pattern_size, len(tokens) // 2) + 1)]
+    for size in range(rule.min_pattern_size, len(alike) + 1):
+        if alike[size - 1] >= size * (rule.min_count - 1):
+            length = size * rule.min_count
+            return len(tokens) - next(each for period, each in enumerate(alike, 1) if period + each >= length)
+    return len(tokens)
+
+
+def _alike(tokens: np.ndarray, size: int) -> int:
+    """How many of the last tokens are the one ``size`` before."""
+    differ = np.flatnonzero(tokens[size:] != tokens[:-size])
+    return len(tokens) - size - (int(differ[-1]) + 1 if len(differ) else 0)
 
 
 def repeated_ngrams(tokens: np.ndarray, lengths: np.ndarray, n: int = REPETITIVE_NGRAM) -> np.ndarray:

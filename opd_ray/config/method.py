@@ -109,8 +109,8 @@ class ImportanceConfig:
     correction: Correction = "none"
     """none; ratio; clip (PPO, k1 only); truncate (at the cap, no gradient); mask (0 outside a range, no gradient)."""
     clip_ratio: float = Field(0.2, gt=0)
-    """ε of clip, and of the reward where buffer.evidence leaves a prompt to it: the ratio counts between 1 − ε and
-    1 + ε."""
+    """ε of clip, of loss.loop_advantage, and of the reward where buffer.evidence leaves a prompt to it: the ratio
+    counts between 1 − ε and 1 + ε."""
     cap: float = Field(2.0, ge=1)
     """Largest weight of truncate."""
     mask_low: float = Field(0.5, ge=0, le=1)
@@ -201,6 +201,9 @@ class LossConfig:
     """Mean over tokens, mean per rollout and then over rollouts, or sum; with denominators of the whole step."""
     mask_truncated_tails: bool = False
     """Leave the tail of a truncated rollout whose 6-grams nearly all occurred before out of the loss."""
+    loop_advantage: float | None = Field(None, le=0)
+    """Advantage, as −1, of the repeats (all but the first copy) of a loop that rollout.repetition_detection ended, in
+    the place of teacher and reward; 0 leaves them out, null has them taught as all tokens."""
 
     @property
     def terms(self) -> dict[str, TermConfig]:

@@ -35,7 +35,7 @@ from opd_ray.config.sections import (
     StudentConfig,
     TeacherConfig,
 )
-from opd_ray.messages import Strength
+from opd_ray.messages import RepetitionRule, Strength
 
 if TYPE_CHECKING:
     from opd_ray.messages import Source
@@ -215,7 +215,7 @@ class Config:
     def _check_sampling(self) -> None:
         """What the estimators assume of the rollouts."""
         student, reference, rollout = self.loss.student, self.loss.reference, self.rollout
-        correction = self.loss.importance.correction
+        correction, pushed = self.loss.importance.correction, self.loss.loop_advantage
         for field, used, instead in (
             (
                 f"student.divergence={student.divergence}",
@@ -228,6 +228,7 @@ class Config:
                 "estimator=top_k or full",
             ),
             (f"importance.correction={correction}", correction != "none", "correction=none"),
+            (f"loop_advantage={pushed}", bool(pushed), "0, which leaves loops out"),
         ):
             if used and (rollout.temperature != 1 or rollout.top_p < 1):
                 raise ValueError(
@@ -248,6 +249,12 @@ class Config:
             raise ValueError(f"{asks} whole responses: rollout.horizon must be null")
         if rollout.horizon is not None and not self.uses_student:
             raise ValueError("rollout.horizon cuts student rollouts off, but there are none: it must be null")
+        if self.loss.loop_advantage is not None and not (detection and self.uses_student):
+            lacks = "there are no student rollouts" if detection else "rollout.repetition_detection is null"
+            raise ValueError(
+                f"loss.loop_advantage={self.loss.loop_advantage} is of student rollouts that "
+                f"rollout.repetition_detection ends, but {lacks}; leave it out, or set that"
+            )
         longest = max([rollout.longest_response, *(each.max_tokens for each in self.evaluation_sets.values())])
         if detection and (fewest := detection.min_pattern_size * detection.min_count) >= longest:
             raise ValueError(
@@ -290,6 +297,11 @@ class Config:
                     f"{name}.update={scorer.update} joins the broadcast, which is nccl here and needs a GPU: "
                     f"set {name}.gpus_per_actor, or weights.backend=gloo"
                 )
+
+    @property
+    def told_loops(self) -> RepetitionRule | None:
+        """The rule of the loops whose repeats the loss tells apart; None where it does not."""
+        return None if self.loss.loop_advantage is None else self.rollout.repetition_rule
 
     @property
     def loads_golden(self) -> bool:

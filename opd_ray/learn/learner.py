@@ -296,7 +296,12 @@ class Learner:
 
     def _backward(self, plan: StepPlan, index: int, payloads: Payloads) -> MicroBatchLoss:
         """Accumulates the gradient of one micro-batch."""
-        batch = collate(plan.micro_batches[index], payloads, packing=self._config.learner.packing).to(self._device)
+        batch = collate(
+            plan.micro_batches[index],
+            payloads,
+            packing=self._config.learner.packing,
+            loops=self._config.told_loops,
+        ).to(self._device)
         if self._reference is not None:
             batch = self._reference.beside(batch)
         try:

@@ -20,9 +20,9 @@ import torch
 from opd_ray.config import LearnerConfig
 from opd_ray.errors import RunError
 from opd_ray.learn.losses import ScoredTokens, Tokens, mapped
-from opd_ray.messages import REFERENCE, SOURCES, Entry, Source, StepPlan
+from opd_ray.messages import REFERENCE, SOURCES, Entry, RepetitionRule, Source, StepPlan
 from opd_ray.models.inputs import lay_out
-from opd_ray.repetition import repeated_ngrams
+from opd_ray.repetition import loop_start, repeated_ngrams
 
 
 class Payloads(dict[int, pa.RecordBatch]):
@@ -61,6 +61,9 @@ class Segment:
     """[N] float32: 1 where the n-gram that ends here occurred before in the same response."""
     weights: torch.Tensor | None = None
     """[rollouts] float32: Entry.weight; None for 1."""
+    looped: torch.Tensor | None = None
+    """[N] float32: 1 for the copies, after the first, in a response of the student's that was ended as a loop; None
+    where that makes no difference."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,10 @@ class MicroBatch:
         return mapped(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def collate(entries: Sequence[Entry], payloads: Payloads, *, packing: bool) -> MicroBatch:
-    """Tensors of one micro-batch.
+def collate(
+    entries: Sequence[Entry], payloads: Payloads, *, packing: bool, loops: RepetitionRule | None = None
+) -> MicroBatch:
+    """Tensors of one micro-batch; ``loops`` is the rule whose loops are told apart.
 
     No entries give one dummy token without response tokens: a rank with nothing left to train on must
     still run forward and backward, because ZeRO's collectives count them. Raises RunError when a
@@ -98,7 +103,7 @@ def collate(entries: Sequence[Entry], payloads: Payloads, *, packing: bool) -> M
     groups = [list(group) for _, group in groupby(ordered, _segment_key)]
     sizes = [sum(entry.meta.num_trained_tokens for entry in group) for group in groups]
     parts = zip(*(torch.from_numpy(each).split(sizes) for each in (tokens, repetitive)), strict=True)
-    segments = [_segment(group, payloads, *part) for group, part in zip(groups, parts, strict=True)]
+    segments = [_segment(group, payloads, *part, loops) for group, part in zip(groups, parts, strict=True)]
     return MicroBatch(*lay_out(prompts, responses, packing=packing), tuple(segments))
 
 
@@ -106,7 +111,13 @@ def _segment_key(entry: Entry) -> tuple[int, tuple[str, ...]]:
     return SOURCES.index(entry.meta.source), tuple(sorted(entry.scores))
 
 
-def _segment(group: Sequence[Entry], payloads: Payloads, tokens: torch.Tensor, repetitive: torch.Tensor) -> Segment:
+def _segment(
+    group: Sequence[Entry],
+    payloads: Payloads,
+    tokens: torch.Tensor,
+    repetitive: torch.Tensor,
+    loops: RepetitionRule | None,
+) -> Segment:
     source = group[0].meta.source
     column = partial(_column, group, payloads)
     behaviour = column("behaviour_logprobs", single=True, required=source == "student")
@@ -128,7 +139,18 @@ def _segment(group: Sequence[Entry], payloads: Payloads, tokens: torch.Tensor, r
         ),
         repetitive=repetitive,
         weights=torch.tensor([entry.weight for entry in group]),
+        looped=_looped(group, payloads, loops) if loops and source == "student" else None,
     )
+
+
+def _looped(group: Sequence[Entry], payloads: Payloads, rule: RepetitionRule) -> torch.Tensor:
+    parts = []
+    for entry in group:
+        looped = torch.zeros(entry.meta.num_trained_tokens)
+        if entry.meta.finish_reason == "repetition":
+            looped[loop_start(payloads.row(entry, "response_tokens"), rule) :] = 1.0
+        parts.append(looped)
+    return torch.cat(parts)
 
 
 def _scored(group: Sequence[Entry], payloads: Payloads, role: str) -> ScoredTokens:

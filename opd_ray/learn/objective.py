@@ -3,7 +3,8 @@
     L = Σ_source coef · mean w D_source(π_θ, π_T)  +  coef_reference · mean KL(π_θ‖π_ref)
 
 w is 1 but where evidence decides what a prompt is taught by (:mod:`opd_ray.buffer.evidence`), which also adds
-coef_student · mean of the reward's policy gradient.
+coef_student · mean of the reward's policy gradient; and 0 at the repeats of loops that have an advantage of their own
+(``loss.loop_advantage``), which adds coef_student · mean of theirs. Means are over all tokens, those with w = 0 too.
 The coefficients and the counts that the means divide by come with the step's plan. The mean of the KL to the reference
 is over the student's tokens, or over those of all sources with ``loss.reference.on_golden``.
 
@@ -31,7 +32,13 @@ from opd_ray.config import Config
 from opd_ray.errors import RunError
 from opd_ray.learn.heads import ResponseHead
 from opd_ray.learn.losses import ScoredTokens, TokenBatch, Tokens, is_any_of, mapped
-from opd_ray.learn.losses.advantage import combined_logprobs, discounted, log_ratios, reward_gradient
+from opd_ray.learn.losses.advantage import (
+    combined_logprobs,
+    discounted,
+    log_ratios,
+    loop_gradient,
+    reward_gradient,
+)
 from opd_ray.learn.losses.diagnostics import student_metrics, topk_overlap
 from opd_ray.learn.losses.reduction import before_tail, lowest, position_weights, token_weights
 from opd_ray.learn.losses.terms import reference_loss, source_loss
@@ -41,6 +48,8 @@ from opd_ray.models.heads import FrozenHead
 
 REWARD = "reward"
 """The term of what evidence leaves to the task's reward."""
+LOOP = "loop"
+"""The term of loops that have an advantage of their own."""
 _MOST_NATS = 1e4
 """Of a token that is left out: as good as infinite where it is logged."""
 _PROBE_TOKENS = 16
@@ -106,7 +115,8 @@ class Objective:
             kept = before_tail(segment.repetitive, segment.truncated, lengths)
         last = torch.zeros_like(segment.repetitive)
         last[lengths.cumsum(0) - 1] = 1.0
-        own = kept * token_weights(lengths, denominators.of(source), loss.reduction)
+        plain = token_weights(lengths, denominators.of(source), loss.reduction)
+        own = kept * plain if segment.looped is None else kept * (1 - segment.looped) * plain
         weights = {source: own if segment.weights is None else own * segment.weights.repeat_interleave(lengths)}
         if source == "student" and loss.student.lowest_share < 1:
             weights[source] *= lowest(tokens.behaviour_logprobs, lengths, loss.student.lowest_share)
@@ -115,6 +125,8 @@ class Objective:
             weights[source] *= position_weights(disagreement, lengths, loss.student.position_weight)
         if source == "student" and self.config.buffer.evidence and loss.advantage.reward_coef > 0:
             weights[REWARD] = own
+        if segment.looped is not None:
+            weights[LOOP] = segment.looped * plain  # which the mask of tails does not take away
         if self.compares_with_reference(source):
             weights[REFERENCE] = kept * token_weights(lengths, self.reference_count(denominators), loss.reduction)
         tokens = replace(tokens, teacher_advantages=advantages)
@@ -178,7 +190,8 @@ class WeightedSegment:
     shares: dict[str, float]
     """Weight of each teacher."""
     weights: dict[str, torch.Tensor]
-    """Of each token in the terms of the loss: the source's own, "reward" and "reference" where they are part of it."""
+    """Of each token in the terms of the loss: the source's own, "reward", "loop" and "reference" where they are part of
+    it."""
     last: torch.Tensor
     """1 at the end of each rollout."""
     in_truncated: torch.Tensor
@@ -245,6 +258,12 @@ class MicroBatchLoss:
         if REWARD in of.weights:
             settings = objective.config.loss
             terms[REWARD] = reward_gradient(batch, settings.advantage.reward_coef, settings.importance.clip_ratio)
+        if LOOP in of.weights:
+            settings = objective.config.loss
+            terms[LOOP] = loop_gradient(batch, settings.loop_advantage, settings.importance.clip_ratio)
+            if (used := loss.metrics.get("advantage_used")) is not None:
+                looped = of.segment.looped[rows] > 0
+                loss.metrics["advantage_used"] = torch.where(looped, settings.loop_advantage, used)
         if REFERENCE in of.weights:
             head = objective.heads.get(REFERENCE)
             terms[REFERENCE] = reference_loss(batch, objective.config.loss.reference, head)
@@ -262,8 +281,8 @@ class MicroBatchLoss:
         return total
 
     def _coefficient(self, term: str) -> float:
-        """The reward has that of the student's loss, in whose place it is."""
-        return getattr(self._coefficients, "student" if term == REWARD else term)
+        """Reward and loops have that of the student's loss, in whose place they are."""
+        return getattr(self._coefficients, "student" if term in (REWARD, LOOP) else term)
 
     def _blame(self, segment: Segment, rows: slice, terms: dict[str, torch.Tensor]) -> None:
         """Notes the rollouts and terms whose loss is not finite."""

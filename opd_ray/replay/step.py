@@ -149,7 +149,8 @@ class Step:
         sums: Counter[str] = Counter()
         for plan, part in _micro_batches(plans):
             payloads, _ = fetch_payloads(replace(plan, micro_batches=(part,)), lambda refs: refs)
-            batch = collate(part, payloads, packing=config.learner.packing).to(self._student.device)
+            batch = collate(part, payloads, packing=config.learner.packing, loops=config.told_loops)
+            batch = batch.to(self._student.device)
             if self._reference is not None:
                 batch = self._reference.beside(batch)
             try:

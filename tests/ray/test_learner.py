@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +347,7 @@ LOSSES = {
         "student": {"divergence": "jsd", "support": "full"},
         "reference": {"coef": 0.1, "estimator": "full", "on_golden": True},
     },
+    "loops": {"loop_advantage": -1.0},
     "student's top-k": {"student": {"divergence": "forward_kl", "support": "student_top_k", "tail": "stop_gradient"}},
 }
 
@@ -370,8 +372,9 @@ def test_every_kind_of_loss_trains_like_plain_torch(
         roles={"student": roles, "golden": roles},
         heads={role: load_head(path, torch.float32, torch.device("cpu")) for role, path in paths.items()},
     )
-    expected = plain_training(config, tiny_model["tied"], scored_entries(*SIZES, seed=3, scoring=scoring), (1, 2))
-    entries = scored_entries(*SIZES, seed=3, scoring=scoring, put=ray.put)
+    made = partial(scored_entries, *SIZES, seed=3, scoring=scoring, looping=[2])
+    expected = plain_training(config, tiny_model["tied"], made(), (1, 2))
+    entries = made(put=ray.put)
     curve = start(config, stop_token_ids=(1, 2)).train(entries, range(NUM_STEPS))
     assert_same_curve(curve, expected, 1e-4)
 

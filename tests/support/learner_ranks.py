@@ -221,7 +221,7 @@ def config_with(
             "student": {"lora": lora},
             "learner": settings,
             "loss": defaults_of_loss | (loss or {}),
-            "rollout": {"responses_per_prompt": 2},
+            "rollout": {"responses_per_prompt": 2, "repetition_detection": {"min_pattern_size": 1, "min_count": 3}},
         }
     )
 
@@ -232,7 +232,7 @@ def plain_training(
     """Losses, gradient norms and learning rates of NUM_STEPS steps without DeepSpeed, and without cutting them up."""
     entries = scored_entries(*SIZES, seed=3) if entries is None else entries
     plan = StepPlan(0, (tuple(entries),), count(entries), COEFFICIENTS)
-    batch = collate(entries, fetch_payloads(plan, lambda refs: refs)[0], packing=False)
+    batch = collate(entries, fetch_payloads(plan, lambda refs: refs)[0], packing=False, loops=config.told_loops)
     torch.manual_seed(config.seed)
     model = AutoModelForCausalLM.from_pretrained(student_path, dtype="float32")
     if lora := config.student.lora:

@@ -39,8 +39,12 @@ class Step:
 
 
 def config_with(loss: Mapping[str, Any] = {}, **sections: Any) -> Config:
-    """The default configuration with teacher rollouts mixed in, and changes."""
-    base = {"buffer": {"teacher_per_prompt": 0.5}, "rollout": {"responses_per_prompt": 2}}
+    """The default configuration with teacher rollouts mixed in and loops that end, and changes."""
+    loops = {"min_pattern_size": 1, "max_pattern_size": 4, "min_count": 4}
+    base = {
+        "buffer": {"teacher_per_prompt": 0.5},
+        "rollout": {"responses_per_prompt": 2, "repetition_detection": loops},
+    }
     return from_dict(base | sections | {"loss": {"teacher": {"coef": 0.2}} | dict(loss)})
 
 
@@ -79,7 +83,7 @@ def take(
     for plan in plans:
         payloads, _ = fetch_payloads(plan, lambda refs: refs)
         for entries in plan.micro_batches:
-            batch = collate(entries, payloads, packing=packing)
+            batch = collate(entries, payloads, packing=packing, loops=config.told_loops)
             loss = objective.of(batch, plan.denominators, plan.coefficients)
             module.consume(loss)
             module(batch.input_ids, batch.position_ids, batch.logit_index).backward()

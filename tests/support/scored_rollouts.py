@@ -20,6 +20,8 @@ from opd_ray.models.heads import FrozenHead
 
 VOCABULARY = 32  # of conftest's tiny_model
 HIDDEN = 16
+LOOPED = 5
+"""The token of loops."""
 
 Sizes = Sequence[tuple[int, int]]
 
@@ -55,12 +57,14 @@ def scored_entries(
     top_k: int = 8,
     scoring: Scoring | None = None,
     truncated: Sequence[int] = (),
+    looping: Sequence[int] = (),
     put: Callable[[Any], Any] = lambda batch: batch,
 ) -> list[Entry]:
     """Entries of (prompt tokens, response tokens) pairs; ``put`` turns RecordBatches into refs.
 
     The student's are spread over two payloads in reverse order, so that rows and metas are out of step. ``truncated``
-    are indices into ``student``.
+    and ``looping`` are indices into ``student``: of those that ran out of their budget, and of those that say one token
+    over and over, which the engine ended.
     """
     rng = np.random.default_rng(seed)
     scoring = scoring or Scoring(top_k=top_k)
@@ -72,8 +76,8 @@ def scored_entries(
         ("golden", golden, "g"),
         ("teacher", teacher, "t"),
     ):
-        cut = [index - len(entries) for index in truncated]
-        entries += _payload(sizes, source, prefix, rng, scoring, cut, put)
+        cut, loops = ([index - len(entries) for index in each] for each in (truncated, looping))
+        entries += _payload(sizes, source, prefix, rng, scoring, cut, loops, put)
     return entries
 
 
@@ -84,6 +88,7 @@ def _payload(
     rng: np.random.Generator,
     scoring: Scoring,
     truncated: Sequence[int],
+    looping: Sequence[int],
     put: Callable[[Any], Any],
 ) -> list[Entry]:
     if not sizes:
@@ -94,6 +99,9 @@ def _payload(
     for index, (num_prompt, num_response) in enumerate(sizes):
         tokens = rng.integers(0, VOCABULARY, num_prompt + num_response).astype(np.int32)
         response = tokens[num_prompt:]
+        ended = "length" if on_policy and index in truncated else "stop"
+        if on_policy and index in looping:
+            response[:], ended = LOOPED, "repetition"
         given = np.array([rng.permutation(VOCABULARY)[: scoring.given] for _ in response], np.int32)
         rows.append(
             {
@@ -107,7 +115,7 @@ def _payload(
                 "weight_versions": [0] * num_response if on_policy else [],
                 "topk_ids": given.flatten() if on_policy else [],
                 "privileged_prompt_tokens": [],
-                "finish_reason": "length" if on_policy and index in truncated else "stop",
+                "finish_reason": ended,
                 "correct": True,
                 "text": "",
             }

@@ -25,6 +25,7 @@ from opd_ray.messages import RepetitionRule
 from opd_ray.repetition import is_repetitive
 from opd_ray.score.requests import score_requests
 
+LOOPS = ["rollout.repetition_detection.min_pattern_size=1"]
 SFT = ["rollout.responses_per_prompt=0", "loss.student.coef=0", "loss.reference.coef=0"]
 
 
@@ -248,6 +249,16 @@ def test_an_engine_on_a_fraction_of_a_gpu_takes_that_fraction_of_its_share() -> 
         (["rollout.repetition_detection.min_cuont=4"], "did you mean 'rollout.repetition_detection.min_count'?"),
         (["rollout.repetition_detection.min_pattern_size=70"], "min_pattern_size=70 is above max_pattern_size=64"),
         (["rollout.repetition_detection={}"], "min_count = 256 tokens, but no response has more than 80"),
+        (
+            ["loss.loop_advantage=-1"],
+            "loss.loop_advantage=-1.0 is of student rollouts that rollout.repetition_detection",
+        ),
+        (["loss.loop_advantage=0", *LOOPS, *SFT], "ends, but there are no student rollouts"),
+        (
+            ["loss.loop_advantage=-1", *LOOPS, "rollout.top_p=0.9"],
+            "loop_advantage=-1.0 estimates a mean over the student",
+        ),
+        (["loss.loop_advantage=1", *LOOPS], "loss.loop_advantage: Input should be less than or equal to 0"),
         (["rollout.horizon=80"], "rollout: horizon is at no step below max_response_tokens"),
         (["rollout.horizon=[[0,90],[9,100]]"], "rollout: horizon is at no step below max_response_tokens"),
         (["rollout.horizon=9", *SFT], "cuts student rollouts off, but there are none"),

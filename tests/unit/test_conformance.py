@@ -45,6 +45,7 @@ def test_there_is_an_entry_for_all_that_a_configuration_can_ask_for(job: ModuleT
     assert {loss.get("reduction", "token") for loss in losses} == {"token", "sequence", "sum"}
     shaped = {name for loss in losses for name in loss.get("advantage", {})}
     assert shaped == {"policy", "clip", "extrapolation", "proximal", "teacher_coef", "constant"}
+    assert any("loop_advantage" in loss for loss in losses)
     assert {"outliers", "position_weight", "lowest_share", "entropy_gate"} <= {
         name for each in students for name in each
     }

@@ -21,7 +21,7 @@ from opd_ray.errors import RunError
 from opd_ray.learn.heads import ResponseModel
 from opd_ray.learn.losses.diagnostics import finish
 from opd_ray.learn.microbatch import collate, fetch_payloads
-from opd_ray.messages import SCORE_SCHEMA, Coefficients, Entry
+from opd_ray.messages import SCORE_SCHEMA, Coefficients, Entry, RepetitionRule
 from opd_ray.repetition import repeated_ngrams
 from opd_ray.watch.catalogue import METRICS, metric
 from scored_rollouts import Scoring, head_of, scored_entries
@@ -35,19 +35,6 @@ SIZES = {"student": [(3, 9), (8, 2), (5, 14), (1, 1), (6, 6)], "golden": [(4, 12
 MASKED = dataclasses.replace(COEFFICIENTS, mask_truncated_tails=True)
 
 
-def repeat_itself(entry: Entry) -> Entry:
-    """The same rollout with a response of one token over and over, scored as such."""
-    rows = entry.rollouts.to_pylist()
-    rows[entry.row]["response_tokens"] = [5] * entry.meta.num_response_tokens
-    scores = {}
-    for role, payload in entry.scores.items():
-        scored = payload.to_pylist()
-        scored[entry.row]["logprobs"] = scorer_of([entry], role)[:, 5].tolist()
-        scores[role] = pa.RecordBatch.from_pylist(scored, schema=SCORE_SCHEMA)
-    rollouts = pa.RecordBatch.from_pylist(rows, schema=entry.rollouts.schema)
-    return dataclasses.replace(entry, rollouts=rollouts, scores=scores)
-
-
 def scorer_of(entries: list[Entry], role: str) -> torch.Tensor:
     """[N, V] float64 of a scorer, from its hidden states."""
     rows = [entry.scores[role].slice(entry.row, 1).to_pylist()[0]["hidden"] for entry in entries]
@@ -57,8 +44,7 @@ def scorer_of(entries: list[Entry], role: str) -> torch.Tensor:
 
 def make_step(stop_token_ids: tuple[int, ...]) -> list[Entry]:
     scoring = dataclasses.replace(EVERYTHING, stop_token_ids=stop_token_ids)
-    entries = scored_entries(*SIZES.values(), seed=3, scoring=scoring, truncated=[0, 2])
-    entries[2] = repeat_itself(entries[2])
+    entries = scored_entries(*SIZES.values(), seed=3, scoring=scoring, truncated=[0], looping=[2])
     return [dataclasses.replace(entry, reward_advantage=0.5 - index) for index, entry in enumerate(entries)]
 
 
@@ -102,6 +88,8 @@ LOSSES: dict[str, dict[str, Any]] = {
         "advantage": {"proximal": 0.2, "constant": -0.1},
     },
     "k2": {"student": {"divergence": "k2"}, "importance": {"correction": "truncate", "cap": 1.0}},
+    "loops": {"student": {"divergence": "jsd", "support": "full"}, "loop_advantage": -1.5},
+    "loops by sampled tokens": {"student": {"divergence": "k1"}, "loop_advantage": -0.5, "reduction": "sequence"},
 }
 
 
@@ -222,6 +210,49 @@ def test_a_masked_tail_gives_no_loss_and_keeps_its_place_in_the_mean(module: Res
     assert masked.metrics["truncated_weight_share"] == pytest.approx((9 + 6) / (32 - 8))
 
 
+@pytest.mark.parametrize(
+    "student",
+    [{"divergence": "reverse_kl", "support": "full"}, {"divergence": "k1"}],
+    ids=lambda term: term["divergence"],
+)
+@pytest.mark.parametrize("advantage", [-0.5, 0.0])
+def test_copies_of_a_loop_have_an_advantage_of_their_own_and_no_teacher(
+    module: ResponseModel, student: dict[str, Any], advantage: float
+) -> None:
+    """Rollout 2 says one token 14 times and was ended for it: by the rule's first copy it was said once, the others are
+    in the mean with −min(ρ A, clip(ρ, .8, 1.2) A), masked tail or not."""
+    students = [entry for entry in STEP if entry.meta.source == "student"]
+    config = config_with({"student": student, "reference": {"coef": 0.0}, "loop_advantage": advantage})
+    logprobs = logprobs_of(module, students)
+    taught, looped, start = [], [], 0
+    for entry in students:
+        row = entry.rollouts.slice(entry.row, 1).to_pylist()[0]
+        tokens = torch.tensor(row["response_tokens"])
+        ours, theirs = logprobs[start : start + len(tokens)], scorer_of([entry], "teacher")
+        own, other = (each.gather(-1, tokens[:, None]).squeeze(-1) for each in (ours, theirs))
+        kl = (ours.exp() * (ours - theirs)).sum(-1) if student["divergence"] == "reverse_kl" else -(other - own) * own
+        ratio = (own - torch.tensor(row["behaviour_logprobs"])).exp()
+        pushed = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        first = len(tokens) if entry is not students[2] else 1
+        taught += kl[:first].tolist()
+        looped += pushed[first:].tolist()
+        start += len(tokens)
+    for coefficients in (COEFFICIENTS, MASKED):
+        step = take(module, [whole(students, coefficients)], config)
+        assert step.metrics["loss_loop"] == pytest.approx(sum(looped) / start, rel=1e-4)
+        assert len(looped) == 13 and step.metrics["loss_student"] == pytest.approx(sum(taught) / start, rel=1e-4)
+        expected = 0.7 * (step.metrics["loss_student"] + step.metrics["loss_loop"])
+        assert step.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_part_of_a_loop_that_a_horizon_leaves_is_told_by_the_whole_response(module: ResponseModel) -> None:
+    cut_off = dataclasses.replace(STEP[2], meta=dataclasses.replace(STEP[2].meta, horizon=4))
+    for entry, expected in ((cut_off, [0, 1, 1, 1]), (STEP[0], [0] * 9), (STEP[5], None)):
+        payloads, _ = fetch_payloads(whole([entry]), lambda refs: refs)
+        [segment] = collate([entry], payloads, packing=False, loops=RepetitionRule(4, 3, 4)).segments
+        assert (segment.looped if expected is None else segment.looped.tolist()) == expected
+
+
 def test_sums_do_not_divide(module: ResponseModel) -> None:
     means, sums = (take(module, [whole(STEP)], config_with({"reduction": how})) for how in ("token", "sum"))
     assert sums.metrics["loss_student"] == pytest.approx(32 * means.metrics["loss_student"], rel=1e-5)
@@ -231,8 +262,7 @@ def test_sums_do_not_divide(module: ResponseModel) -> None:
 def test_metrics_are_means_over_the_tokens_that_they_concern(module: ResponseModel) -> None:
     """P(stop) of both models at true ends and at cuts, the advantage of repetitive tokens: from the plain models."""
     scoring = dataclasses.replace(EVERYTHING, stop_token_ids=(1,))
-    entries = scored_entries(SIZES["student"], seed=3, scoring=scoring, truncated=[0, 2])
-    entries[2] = repeat_itself(entries[2])
+    entries = scored_entries(SIZES["student"], seed=3, scoring=scoring, truncated=[0], looping=[2])
     metrics = take(module, [whole(entries)], config_with()).metrics
     ours, theirs = logprobs_of(module, entries), scorer_of(entries, "teacher")
     lengths = torch.tensor([size for _, size in SIZES["student"]])

@@ -27,6 +27,9 @@ DPCA (arXiv 2606.09456) divides the teacher's log-prob of a chunk, by what it ca
 the formula is not in the code that its authors gave out). π is the student that sampled: of the one that is trained now
 a piece of a micro-batch may hold a part of a span. Tokens of no span have r = 0.
 
+The repeats of a loop that the engine ended have, with loss.loop_advantage = A, that and nothing else, whatever the
+divergence: no teacher, who endorses loops, and no reward (:func:`loop_gradient`).
+
 With ρ = π_θ(y)/μ(y) of the very token, importance.correction gives the loss
 
     none      −A log π_θ
@@ -79,7 +82,19 @@ def reward_gradient(batch: TokenBatch, reward_coef: float, clip_ratio: float) ->
     return -_clipped(log_importance_ratio(batch).exp(), reward_coef * batch.reward_advantages, clip_ratio)
 
 
-def _clipped(ratio: torch.Tensor, advantage: torch.Tensor, epsilon: float) -> torch.Tensor:
+def loop_gradient(batch: TokenBatch, advantage: float, clip_ratio: float) -> torch.Tensor:
+    """What a token teaches that repeats a loop, [N]: −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A), A = ``advantage`` ≤ 0. On
+    policy its gradient is −A ∇log π_θ; a token that has become rarer than 1 − ε of what it was is let go.
+
+    A fixed penalty on the very tokens that repeat is a reward in arXiv 2502.03373 (its code: on every token of an
+    n-gram that the response held before, through PPO's returns); a fixed negative advantage, whatever a teacher says,
+    is OPSA's (arXiv 2608.31046). To spare the first copy, to leave the teacher out on the others, and to do so only
+    where the engine found a loop, are ours.
+    """
+    return -_clipped(log_importance_ratio(batch).exp(), advantage, clip_ratio)
+
+
+def _clipped(ratio: torch.Tensor, advantage: torch.Tensor | float, epsilon: float) -> torch.Tensor:
     """PPO's surrogate, with gradient."""
     return torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
 
