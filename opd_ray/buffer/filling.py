@@ -113,7 +113,7 @@ class Filling:
         horizon = rollout.horizon_at(step, self._horizon(step))
         if horizon is None:
             return prompts
-        probes = max(1, round(rollout.horizon_probes * per_step))
+        probes = rollout.num_probes(per_step)
         return [
             dataclasses.replace(prompt, horizon=horizon, probe=prompt.slot % per_step < probes) for prompt in prompts
         ]

@@ -340,6 +340,10 @@ class RolloutConfig:
         tokens = max(1, round(share * configured))
         return tokens if tokens < budget else None
 
+    def num_probes(self, prompts_per_step: int) -> int:
+        """Prompts of a step that are sampled to the budget while the horizon is shorter."""
+        return max(1, round(self.horizon_probes * prompts_per_step))
+
     @property
     def longest_response(self) -> int:
         """The largest budget of the run, which is also that of evaluations."""

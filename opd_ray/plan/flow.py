@@ -24,6 +24,8 @@ class Step:
     """Of one rollout."""
     response_tokens: float
     """Of one rollout."""
+    student_response_tokens: float | None = None
+    """Of one of the student's that are trained on, where a horizon leaves fewer; None for as many."""
 
     @property
     def num_rollouts(self) -> int:
@@ -41,13 +43,14 @@ class Step:
 
     @property
     def student_tokens(self) -> float:
-        """Response tokens that the student samples."""
-        return self.rollouts.get("student", 0) * self.response_tokens
+        """Response tokens of the student that are trained on."""
+        each = self.student_response_tokens
+        return self.rollouts.get("student", 0) * (self.response_tokens if each is None else each)
 
     @property
     def trained_tokens(self) -> float:
-        """Response tokens of all sources."""
-        return self.num_rollouts * self.response_tokens
+        """Response tokens of all sources that are trained on."""
+        return (self.num_rollouts - self.rollouts.get("student", 0)) * self.response_tokens + self.student_tokens
 
 
 def step_of(metas: Sequence[RolloutMeta]) -> Step:
@@ -61,7 +64,8 @@ def step_of(metas: Sequence[RolloutMeta]) -> Step:
 
 
 def largest_step(config: Config, max_prompt_tokens: int) -> Step:
-    """The most that a step of the run can be: every schedule at its highest, every response at its budget."""
+    """The most that a step of the run can be: every schedule at its highest, every response at its budget, of which
+    the student's are trained on up to the horizon."""
     buffer, prompts = config.buffer, config.buffer.prompts_per_step
     rollouts = {
         "student": prompts * config.rollout.responses_per_prompt,
@@ -69,7 +73,43 @@ def largest_step(config: Config, max_prompt_tokens: int) -> Step:
         "teacher": round(prompts * schedule.highest(buffer.teacher_per_prompt)),
     }
     used = {source: rollouts[source] for source in config.sources}
-    return Step(used, max_prompt_tokens, config.rollout.longest_response)
+    rollout = config.rollout
+    trained = max(rollout.horizon_at(step) or rollout.budget(step) for step in _courses(config))
+    return Step(used, max_prompt_tokens, rollout.longest_response, trained)
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """What a horizon makes of the student's rollouts, at the step with the most of each."""
+
+    probes: int
+    """Prompts of a step that are sampled to the budget nevertheless."""
+    tokens: int
+    """After which the rollouts of the other prompts end."""
+    sampled_tokens: int
+    """Response tokens that the student samples in a step."""
+
+
+def horizon(config: Config) -> Horizon | None:
+    """That of ``rollout.horizon``; None without one. What the guard makes of it is less."""
+    rollout, prompts = config.rollout, config.buffer.prompts_per_step
+    if rollout.horizon is None:
+        return None
+    probes = rollout.num_probes(prompts)
+
+    def sampled(step: int) -> int:
+        budget = rollout.budget(step)
+        ends = rollout.horizon_at(step) or budget
+        return rollout.responses_per_prompt * (probes * budget + (prompts - probes) * ends)
+
+    tokens = max(rollout.horizon_at(step) or rollout.budget(step) for step in _courses(config))
+    return Horizon(probes, tokens, max(map(sampled, _courses(config))))
+
+
+def _courses(config: Config) -> range:
+    """The steps of the run until budget and horizon have come to rest."""
+    rest = schedule.turns(config.rollout.max_response_tokens, config.rollout.horizon)[-1]
+    return range(min(config.learner.steps, rest + 1))
 
 
 def store_bytes(

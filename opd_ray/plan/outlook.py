@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from opd_ray.config import Config
 from opd_ray.messages import MemoryUse
 from opd_ray.plan import flow, memory
-from opd_ray.plan.flow import Step
+from opd_ray.plan.flow import Horizon, Step
 from opd_ray.plan.memory import Process
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ class Outlook:
     """At the largest that any step of the run can be."""
 
     step: Step
+    horizon: Horizon | None
+    """None where every rollout may have its budget."""
     processes: tuple[Process, ...]
     payload_bytes: Mapping[str, float]
     """Of one step, through the object store: "rollouts", and each scorer's answers by its role."""
@@ -40,6 +42,7 @@ def outlook(config: Config, facts: Preflight) -> Outlook:
     step = flow.largest_step(config, facts.max_prompt_tokens)
     return Outlook(
         step=step,
+        horizon=flow.horizon(config),
         processes=tuple(processes_at(config, facts, step)),
         payload_bytes=flow.store_bytes(config, step, facts.sizes, facts.eos_token_ids),
         store_bytes=memory.object_store(config, facts.sizes, step, facts.eos_token_ids),

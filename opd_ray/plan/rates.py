@@ -30,8 +30,9 @@ class Tokens:
         """Adds a step: by room, and all that were trained on as "learn"."""
         counts: Counter[str] = Counter()
         for entry in report.entries:
-            rooms = [*_MAKERS[entry.meta.source], *entry.scores, "learn"]
+            rooms = [*_MAKERS[entry.meta.source], *entry.scores]
             counts.update(dict.fromkeys(rooms, entry.meta.num_response_tokens))
+            counts["learn"] += entry.meta.num_trained_tokens  # fewer of what a horizon leaves
         self.steps.append(counts)
 
 

@@ -45,6 +45,11 @@ def flow(console: Console, outlook: Outlook) -> None:
         f"a step: {rollouts} rollouts of at most {step.prompt_tokens:.0f} + {step.response_tokens:.0f} tokens, "
         f"{step.trained_tokens:,.0f} response tokens"
     ]
+    if horizon := outlook.horizon:
+        lines.append(
+            f"the horizon: rollouts end after at most {horizon.tokens:,} tokens, those of {horizon.probes:,} probed "
+            f"prompts at the budget; the student samples at most {horizon.sampled_tokens:,} tokens a step"
+        )
     if outlook.steps_per_epoch:
         tokens = outlook.steps_per_epoch * step.student_tokens
         epochs = outlook.num_steps / outlook.steps_per_epoch

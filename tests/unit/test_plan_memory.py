@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import save_file
 
 from known_models import QWEN3_1B7, QWEN25_1B5, QWEN25_7B, SMOLLM2_135M, TINY
 from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.models.size import ModelSize, size_of
-from opd_ray.plan import flow, memory
+from opd_ray.plan import flow, memory, show
+from opd_ray.plan.outlook import Outlook
 
 RECIPES = Path(__file__).parents[2] / "opd_ray" / "recipes"
 GB = 1e9
@@ -107,6 +110,28 @@ def test_the_largest_step_is_every_schedules_highest() -> None:
     step = flow.largest_step(config, 6)
     assert (step.rollouts, step.sequence_tokens) == ({"student": 32, "golden": 64}, 76)
     assert (step.student_tokens, step.trained_tokens) == (32 * 70, 96 * 70)
+
+
+@pytest.mark.parametrize(
+    ("horizon", "trained", "sampled"),
+    [
+        ("20", 20, 4 * (8 * 70 + 24 * 20)),
+        ("[[0,5],[4,25]]", 25, 4 * (8 * 70 + 24 * 25)),
+        ("[[0,90],[4,30]]", 70, 4 * 32 * 70),  # at the first step all have their budget
+    ],
+)
+def test_a_horizon_leaves_fewer_tokens_of_the_students_and_probes_their_budget(horizon, trained, sampled) -> None:
+    settings = ["rollout.max_response_tokens=70", "rollout.responses_per_prompt=4", "buffer.golden_per_prompt=2"]
+    config = made(*settings, f"rollout.horizon={horizon}")
+    step = flow.largest_step(config, 6)
+    assert flow.horizon(config) == flow.Horizon(8, trained, sampled)
+    assert (step.student_tokens, step.trained_tokens) == (128 * trained, 128 * trained + 64 * 70)
+    assert step.sequence_tokens == 76, "a probe has room for all of it"
+    assert flow.horizon(made(*settings)) is None
+    ahead = Outlook(step, flow.horizon(config), (), {}, {}, 0, 1, 9, 64, 2.0)
+    show.flow(Console(file=(said := io.StringIO()), soft_wrap=True), ahead)
+    assert f"at most {sampled:,} tokens a step" in said.getvalue()
+    assert f"{128 * trained + 64 * 70:,} response tokens\n" in said.getvalue()
 
 
 def test_a_tied_output_layer_is_sent_once() -> None:

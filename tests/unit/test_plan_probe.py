@@ -73,7 +73,8 @@ async def told(observers: Any, report: StepReport) -> None:
 
 
 def report(step: int) -> StepReport:
-    meta = SimpleNamespace(source="student", num_prompt_tokens=7, num_response_tokens=10 + (step == 3))
+    tokens = 10 + (step == 3)
+    meta = SimpleNamespace(source="student", num_prompt_tokens=7, num_response_tokens=tokens, num_trained_tokens=tokens)
     return StepReport(step, [SimpleNamespace(meta=meta, scores={"teacher": None}, is_trained_on=True)] * 2, {}, None)
 
 
