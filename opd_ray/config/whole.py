@@ -404,7 +404,7 @@ class Config:
         if not self.uses_student:
             return "sft" if not self.buffer.uses_teacher_rollouts else "sequence_kd"
         if self.loss.student.divergence == "k1" and self.loss.advantage.teacher_coef == 0:
-            return "grpo"
+            return "grpo" if self.loss.advantage.reward_coef > 0 else "opsa"
         if self.buffer.on_policy_probability is not None:
             return "gkd"
         mixture, evidence = len(self.sources) > 1, "+evidence" if self.buffer.evidence else ""

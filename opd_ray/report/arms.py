@@ -31,6 +31,7 @@ _TITLES = {
     "opd": "Plain OPD",
     "sft": "SFT",
     "grpo": "GRPO",
+    "opsa": "OPSA",
     "gkd": "GKD",
     "sequence_kd": "Sequence KD",
     "opd+mixture": "OPD + mixture",

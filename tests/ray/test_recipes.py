@@ -109,6 +109,10 @@ def overrides(name: str, world, config: Config) -> list[str]:
         small.append(f"data.prompts={world.prompts}")
     if config.buffer.uses_golden or config.teacher.privileged:
         small.append(f"data.golden={world.golden}")
+    if config.rollout.horizon is not None:
+        small.append("rollout.horizon=8")
+    if name == "simple_opd":
+        small.append("buffer.on_policy_probability=[[0, 0], [1, 1]]")
     if name == "gkd":
         small += ["seed=2", "learner.steps=4"]  # a seed whose first four steps are not all of one kind
     return small
@@ -244,6 +248,41 @@ def check_async_opd(outcome: Outcome) -> None:
     assert max(outcome.values("staleness/max")) <= 4
 
 
+def check_top_d(outcome: Outcome) -> None:
+    floor = math.log(1 - 0.2)
+    assert all(floor <= used for used in outcome.values("learner/advantage_used"))
+
+
+def check_tropd(outcome: Outcome) -> None:
+    assert all(0 < value < 1 for value in outcome.values("learner/trust"))
+
+
+def check_iw_opd(outcome: Outcome) -> None:
+    assert outcome.values("learner/loss_student")
+
+
+def check_opsa(outcome: Outcome) -> None:
+    assert all(row["teacher_logprobs"] is None for row in outcome.of("student"))
+    assert outcome.values("learner/advantage_used") == pytest.approx([-0.5] * STEPS)
+
+
+def check_tgopd(outcome: Outcome) -> None:
+    assert {row["taught_by"] for row in outcome.of("student")} <= {"teacher", "reward", "nothing"}
+    assert {row["taught_by"] for row in outcome.of("teacher")} == {"nothing"}, "probes are judged, not trained on"
+
+
+def check_esr(outcome: Outcome) -> None:
+    assert {row["horizon"] for row in outcome.of("student")} == {8}
+    assert any(row["finish_reason"] == "horizon" and len(row["response_tokens"]) == 8 for row in outcome.rows)
+
+
+def check_simple_opd(outcome: Outcome) -> None:
+    assert [{row["source"] for row in outcome.rows if row["step"] == step} for step in (1, 2)] == [
+        {"teacher"},
+        {"student"},
+    ]
+
+
 def check_opsd(outcome: Outcome) -> None:
     assert all(len(row["privileged_prompt_tokens"]) > len(row["prompt_tokens"]) for row in outcome.of("student"))
     assert {row["source"] for row in outcome.rows} == {"student"}, "solutions are shown, not trained on"
@@ -274,7 +313,8 @@ def test_a_recipe_trains(name, world, session, tmp_path):
     outcome = run(name, world, session, tmp_path / "run")
     config = outcome.config
     assert len(outcome.steps) == config.learner.steps
-    assert {row["source"] for row in outcome.rows} == set(config.sources)
+    judged = {"teacher"} if config.buffer.evidence else set()
+    assert {row["source"] for row in outcome.rows} == {*config.sources, *judged}
     for step in outcome.steps:
         assert math.isfinite(step["learner/loss"])
         assert math.isfinite(step["learner/grad_norm"])
