@@ -166,8 +166,7 @@ def _teacher_data(
     count = max(arm.teacher_rollouts for arm in arms)
     if not count:
         return None
-    # Of an arm whose golden file does not wait for these.
-    config = hub.pinned(resolve(min(arms, key=lambda arm: arm.teacher_rollouts > 0).config(seed)), commits)
+    config = hub.pinned(resolve(arms[0].without_golden(seed)), commits)
     path = directory / f"teacher-rollouts-{count}.parquet"
     noted = path.with_suffix(".json")
     if path.exists():

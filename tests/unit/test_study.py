@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from opd_ray.report.arms import TRUNCATION, Arm, inflated_at, markdown, results
 from opd_ray.report.runs import Run
 from opd_ray.study.claims import judge
 from opd_ray.study.reading import read_study
-from opd_ray.study.study import _before, run_study, shared_rooms
+from opd_ray.study.study import _before, _teacher_data, run_study, shared_rooms
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -308,6 +309,28 @@ def test_rooms_of_all_arms_that_the_cluster_does_not_hold_at_once_are_refused(tm
     monkeypatch.setattr("opd_ray.placement.capacity.may_grow", lambda: False)
     with pytest.raises(InputError, match=r"5 CPUs asked .*teacher generators 1 x 1, .*4 there"):
         run_study(arms, [0], tmp_path, print)
+
+
+def test_a_study_whose_every_arm_waits_for_rollouts_of_the_teacher_samples_them(tmp_path, monkeypatch):
+    """The bug: what samples them was started with the configuration of an arm, whose golden file they are to be."""
+    sft = "{loss: {student: {coef: 0}, reference: {coef: 0}}, buffer: {prompts_per_step: 0, golden_per_step: 64}"
+    arms = arms_of(tmp_path, f"arms: {{few: {sft}, data: {{golden: 'teacher-rollouts:8'}}}}}}")
+    monkeypatch.setattr("opd_ray.study.study.resolve", lambda config: config)
+    looked = []
+
+    def check_files(config):
+        looked.append(config)
+        return types.SimpleNamespace(commits={})
+
+    async def sample(config, facts, path, count):
+        looked.append((config, path.name, count))
+
+    monkeypatch.setattr("opd_ray.run.preflight.check_files", check_files)
+    monkeypatch.setattr("opd_ray.study.teacher_data.sample", sample)
+    _teacher_data(tmp_path, arms, 0, {}, print)
+    config = looked[0]
+    assert config.data.golden is None and not config.loads_golden
+    assert looked[1:] == [(config, "teacher-rollouts-8.parquet", 8)]
 
 
 def test_arms_that_would_need_other_engines_are_refused(tmp_path):
