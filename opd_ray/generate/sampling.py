@@ -28,7 +28,8 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, drawn: Tensor) ->
     total = cumulative[:, -1:]
     below = torch.minimum(drawn[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, below, right=True)[:, 0]
-    tokens = torch.where(greedy, logprobs.argmax(-1), tokens)
+    if greedy.any():
+        tokens = torch.where(greedy, logprobs.argmax(-1), tokens)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
