@@ -221,6 +221,8 @@ class LossConfig:
         advantage, k1 = self.advantage, self.student.divergence == "k1"
         if not k1 and replace(advantage, reward_coef=0.0, reward_std=True) != AdvantageConfig():
             raise ValueError(f"advantage.* shapes student.divergence=k1, but it is {self.student.divergence}")
+        if not (advantage.reward_std or advantage.reward_coef):
+            raise ValueError("advantage.reward_std=false, but there is no reward: raise advantage.reward_coef")
         correction, divergence = self.importance.correction, self.student.divergence
         if correction != "none" and divergence in _ON_DISTRIBUTIONS:
             raise ValueError(

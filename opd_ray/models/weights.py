@@ -18,6 +18,7 @@ from opd_ray.errors import InputError, brief
 from opd_ray.models import hub
 
 INDEX = "model.safetensors.index.json"
+_ADAPTERS = "adapter_config.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """Number formats, by safetensors' names, that weights without a quantisation have."""
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.npz")
@@ -65,7 +66,12 @@ def check_files(name: str, directory: Path) -> None:
         found = ", ".join(sorted(file.name for file in directory.glob("*.safetensors"))[:3])
         raise InputError(
             f"{name}: has {found}, but neither model.safetensors nor {INDEX}; "
-            + _otherwise("adapter_config.json" if (directory / "adapter_config.json").is_file() else None)
+            + _otherwise(_ADAPTERS if (directory / _ADAPTERS).is_file() else None)
+        )
+    if (directory / _ADAPTERS).is_file():
+        raise InputError(
+            f"{name}: has {_ADAPTERS} beside weights of its own: transformers would load the adapters on them, vLLM "
+            "the weights alone; remove it, or merge the two (merge_and_unload of peft) and give what you save then"
         )
     held: dict[str, str] = {}
     for file in weight_files(directory):
@@ -213,7 +219,7 @@ def _convert(directory: Path) -> str:
 
 
 def _otherwise(found: str | None) -> str:
-    if found == "adapter_config.json":
+    if found == _ADAPTERS:
         return "these are adapters: merge them with their base (merge_and_unload of peft), and give what you save then"
     return "give a directory that save_pretrained wrote"
 

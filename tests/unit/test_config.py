@@ -287,6 +287,7 @@ def test_an_engine_on_a_fraction_of_a_gpu_takes_that_fraction_of_its_share() -> 
         (["loss.golden.divergence=reverse_kl", "loss.golden.support=student_top_k"], "that the student sampled"),
         (["loss.student.entropy_gate=1", "loss.student.divergence=jsd"], "entropy_gate adds to"),
         (["loss.advantage.clip=2"], "advantage.* shapes student.divergence=k1"),
+        (["loss.student.divergence=k1", "loss.advantage.reward_std=false"], "there is no reward"),  # was ignored
         # The bug: weights of the sampled token, .53 and .22 in the mean, on a divergence that does not depend on it.
         (["loss.importance.correction=truncate"], "it would correct nothing; take none, or divergence k1, k2 or k3"),
         (

@@ -223,6 +223,13 @@ def test_of_the_hub_only_what_was_downloaded_whole_is_looked_at(
     check_weights("X", "org/m", quantised=False)
 
 
+def test_adapters_beside_whole_weights_are_refused(checkpoint: Path) -> None:
+    """The bug: transformers loaded the adapters on them and vLLM did not, so that rooms had different models."""
+    check_files("X", checkpoint)
+    (checkpoint / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json beside weights of its own" in refused(lambda: check_files("X", checkpoint))
+
+
 # ---- on the way to a run ----
 
 
