@@ -17,6 +17,7 @@ from opd_ray.errors import InputError
 TEACHER_ROLLOUTS = "teacher-rollouts"
 """``data.golden: teacher-rollouts:N`` in an arm stands for N raw rollouts of the teacher."""
 _OF_THE_METHOD = ("loss", "buffer", "guard", "reference")
+"""Sections in which arms of the same rooms differ."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +44,16 @@ class Arm:
         except InputError as error:
             raise InputError(f"arm '{self.name}': {error}") from None
 
-    def without_golden(self, seed: int) -> Config:
+    def without_golden(self) -> Arm:
         """Plain OPD with its models, prompts and rollouts: for what must be known before its golden data is there."""
-        mine = copy.deepcopy(dict(self.raw))
-        data, rollout = ({**mine.pop(section, {})} for section in ("data", "rollout"))
-        others = {section: mine[section] for section in mine if section not in _OF_THE_METHOD}
-        plain = {"loss": {"golden": {"coef": 0}, "reference": {"coef": 0}}, "buffer": {"golden_per_prompt": 0}}
-        sources = {"data": {**data, "golden": None}, "rollout": {**rollout, "responses_per_prompt": 1}}
-        return configs.from_dict({**others, **plain, **sources, "seed": seed, "name": self.name})
+        kept = {section: fields for section, fields in self.raw.items() if section not in _OF_THE_METHOD}
+        plain = {
+            "loss": {"golden": {"coef": 0}, "reference": {"coef": 0}},
+            "buffer": {"golden_per_prompt": 0},
+            "data": {**kept.get("data", {}), "golden": None},
+            "rollout": {**kept.get("rollout", {}), "responses_per_prompt": 1},
+        }
+        return dataclasses.replace(self, raw={**kept, **plain})
 
     @property
     def teacher_rollouts(self) -> int:

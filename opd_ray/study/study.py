@@ -166,7 +166,9 @@ def _teacher_data(
     count = max(arm.teacher_rollouts for arm in arms)
     if not count:
         return None
-    config = hub.pinned(resolve(arms[0].without_golden(seed)), commits)
+    # Of an arm whose golden file does not wait for these, where there is one.
+    ready = next((arm for arm in arms if not arm.teacher_rollouts), arms[0].without_golden())
+    config = hub.pinned(resolve(ready.config(seed)), commits)
     path = directory / f"teacher-rollouts-{count}.parquet"
     noted = path.with_suffix(".json")
     if path.exists():
