@@ -6,7 +6,6 @@ The states are given, as there is no body: what is measured is everything behind
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -25,15 +24,17 @@ ROLLOUTS, LENGTH = 1000, 1000
 TOKENS, VOCABULARY, HIDDEN = ROLLOUTS * LENGTH, 256, 8
 
 
-def resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def status_mb(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 2**10
 
 
 def peak_mb() -> float:
-    """Not ru_maxrss, which begins with what the process that started this one held."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10
+    """Of what is not a file's: its pages leave and come again as the kernel likes, and a refault is no growth.
+
+    Not ru_maxrss, which begins with what the process that started this one held.
+    """
+    return status_mb("VmHWM") - status_mb("RssFile")
 
 
 def main(logits_mb: int) -> None:
@@ -69,7 +70,7 @@ def main(logits_mb: int) -> None:
     )
     head = ResponseHead(HIDDEN, VOCABULARY, bias=False)
     objective = Objective(config, vocab_size=VOCABULARY, stop_token_ids=(1,), heads={"teacher": other})
-    before, began = resident_mb(), time.process_time()
+    before, began = status_mb("RssAnon"), time.process_time()
     head.consumer = objective.of(batch, Denominators(student=Count(ROLLOUTS, TOKENS)), Coefficients(1.0, 0.0, 0.0, 0.0))
     loss = head(hidden)
     loss.backward()
