@@ -89,7 +89,10 @@ class Driver:
         self._summary = Summary(start.state.get("summary") if start else None)
         self._restarts = restarts = Restarts(config.recovery, self._summary.restarts)
         self._delivery = Delivery(config, rooms, self._say)
-        self._keeper = Keeper(config.checkpoint, config.learner.steps, rooms, shelf, self._state, where, self._say)
+        self._log = RolloutLog(rooms.recorder, run_dir / "rollouts", config, self._asked())
+        self._keeper = Keeper(
+            config.checkpoint, config.learner.steps, rooms, shelf, self._state, where, self._say, self._log.settle
+        )
         self._supervisor = Supervisor(
             config, rooms, self._delivery, restarts, self._say, save_soon=self._keeper.save_soon
         )
@@ -155,6 +158,7 @@ class Driver:
             reporting.cancel()
             servers.cancel()
             await self._keeper.close(patience)
+            await self._log.settle(patience)
             leased.cancel()
             await self._status.close()
             await self._records.close()
@@ -193,6 +197,7 @@ class Driver:
         snapshot = await until_whole("lost: arrays of the newest state", self._restored, tell)
         self._guard.restore(snapshot.state["guard"] if snapshot else self._guard_at_start)
         if (step := snapshot.step if snapshot else 0) < self._where.step:
+            await self._log.settle(self._config.deadlines.train_s)  # of what is being forgotten
             await self._records.go_on(step, continued=True)
         self._summary.go_back(snapshot.state.get("summary") if snapshot else None)
         pipeline = self._pipeline(snapshot)
@@ -201,6 +206,7 @@ class Driver:
             self._summary.begin(self._before or await self._evaluate(pipeline))
             say_evaluation(self._say, "before", self._summary.evaluated_before)
         stopped = await self._steps(pipeline)
+        await self._log.written()
         self._after = await self._evaluate(pipeline)
         say_evaluation(self._say, "after", self._after)
         self._memory = await self._rooms.memory()
@@ -293,7 +299,7 @@ class Driver:
         """Runs the pipeline to its end; the report at which the guard stopped it, if so."""
         watching = [
             Metrics(self._records.writer, self._rooms, self._status.metrics),
-            RolloutLog(self._rooms.recorder, self._run_dir / "rollouts", self._config, self._asked()),
+            self._log,
             VerdictLog(self._run_dir),
             self._keeper,
             Progress(self._config.learner.steps, self._where.step, self._say),

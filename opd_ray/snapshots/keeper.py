@@ -120,10 +120,12 @@ class Keeper:
         state: Callable[[], dict[str, Any]],
         where: Whereabouts,
         say: Callable[..., None],
+        logged: Callable[[], Awaitable[None]],
     ) -> None:
-        """``state`` gives what belongs into a checkpoint besides the pipeline's own state."""
+        """``state`` gives what belongs into a checkpoint besides the pipeline's own state. ``logged`` waits for the
+        rollout log: a run that goes on from a checkpoint does not write the steps before it again."""
         self._config, self._last_step, self._rooms, self._shelf = config, last_step, rooms, shelf
-        self._state, self._where, self._say = state, where, say
+        self._state, self._where, self._say, self._logged = state, where, say, logged
         self.pipeline: Pipeline | None = None
         """What is at work, an attempt after the other; None while the rooms hold no state that could be saved."""
         self._written: dict[str, float] = {}
@@ -157,6 +159,7 @@ class Keeper:
 
     async def _write(self, snapshot: Snapshot) -> None:
         """Puts a snapshot on the shelf. One that is gone with its node is left out; other failures are raised."""
+        await self._logged()
         began = time.monotonic()
         try:
             checkpoint = await self._shelf.write(snapshot, self._config.keep)

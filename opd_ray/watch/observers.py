@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from opd_ray.config import HELD_OUT, Config
 from opd_ray.evaluation import verdicts
@@ -52,7 +53,7 @@ class Metrics:
 
 
 class RolloutLog:
-    """The rollouts of every n-th step to rollouts/*.parquet, written by an actor while the run goes on. And of the
+    """The rollouts of every n-th step to rollouts/*.parquet, written by an actor beside the next steps. And of the
     first step and of those behind a checkpoint, for which the weights are there to replay them."""
 
     def __init__(
@@ -62,16 +63,34 @@ class RolloutLog:
         self._recorder, self._directory, self._asked = recorder, directory, asked
         self._every, self._keep = config.metrics.rollout_log_every_steps, config.metrics.rollout_log_keep
         self._saves = config.checkpoint.every_steps
+        self._writing: asyncio.Task[Any] | None = None
 
     async def on_step(self, report: StepReport) -> None:
+        """Raises what went wrong with the step before, as soon as it is known."""
+        if self._writing is not None and self._writing.done():
+            await self.written()
         saved = report.step - 1  # the weights of this version trained on the rollouts
         replays = saved == 0 or (self._saves > 0 and saved % self._saves == 0)
         if self._every and (replays or report.step % self._every == 0):
             entries = list(report.entries)
             asked = [self._asked(entry) for entry in entries]
-            await self._recorder.call(
+            await self.written()
+            write = self._recorder.call(
                 "write", str(self._directory), report.step, entries, asked, self._keep, payload=False
             )
+            self._writing = asyncio.create_task(write, name="write the rollout log")
+
+    async def written(self) -> None:
+        """Waits for what is being written; raises what went wrong."""
+        await self.settle()
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    async def settle(self, limit_s: float | None = None) -> None:
+        """Waits for what is being written, whether it succeeds or not, but not for longer than ``limit_s``."""
+        if self._writing is not None:
+            await asyncio.wait([self._writing], timeout=limit_s)
 
 
 class VerdictLog:

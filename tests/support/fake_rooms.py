@@ -50,6 +50,7 @@ class Cast:
         self.generator: type[FakeGenerator] = FakeGenerator
         self.teacher_generator: type[FakeGenerator] = FakeTeacherGenerator
         self.scorer: type[FakeScorer] = FakeScorer
+        self.recorder: type[FakeRecorder] = FakeRecorder
         self._ranks: dict[int, Ranks] = defaultdict(Ranks)
         self.final: list[FakeLearner] = []
         """The learner's ranks at the end of a run."""
@@ -74,7 +75,7 @@ class Cast:
             )
             if config.buffer.has_teacher_write
             else None,
-            recorder=self.pool("record", "recorder", FakeRecorder, PoolSize.fixed(1)),
+            recorder=self.pool("record", "recorder", self.recorder, PoolSize.fixed(1)),
         )
 
     def pool(self, room: str, role: str, kind: type[Worker], size: PoolSize, **more: Any) -> Pool:

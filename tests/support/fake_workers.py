@@ -194,15 +194,20 @@ class FakeScorer(Receiver):
 
 
 class FakeRecorder(Worker):
+    takes_s = 0.0
+
     def select(self, rows: Sequence[tuple[int, int]], *batches: pa.RecordBatch) -> tuple[int, pa.RecordBatch]:
         self.log.append(("select", rows))
         return len(rows), pa.concat_batches([batches[at].slice(row, 1) for at, row in rows])
 
-    def write(
+    async def write(
         self, directory: str, step: int, entries: Sequence[Entry], asked: Sequence[tuple[str, str]], keep: int
     ) -> int:
         """The rollout ids that a step trained on, as JSON."""
         assert len(asked) == len(entries)
+        if self.takes_s:
+            await asyncio.sleep(self.takes_s)
+        self.log.append(("logged", step))
         Path(directory).mkdir(exist_ok=True)
         names = [entry.meta.rollout_id for entry in entries]
         (Path(directory) / f"step-{step:06d}.parquet").write_text(json.dumps(names))

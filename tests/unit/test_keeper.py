@@ -8,7 +8,7 @@ import pytest
 
 import fake_ray
 from driven_run import assert_whole, cast_of, die, drive, events, latest, logged, on_call
-from fake_workers import FakeLearner
+from fake_workers import FakeLearner, FakeRecorder
 from opd_ray.errors import RunError, StorageUnavailable, Terminated
 from opd_ray.snapshots import shelf
 
@@ -40,6 +40,32 @@ class Outage:
 
 def steps_done(cast):
     return sum(event[0] == "train_step" for event in cast.log)
+
+
+def test_the_rollout_log_is_written_beside_the_next_step_and_one_at_a_time(tmp_path):
+    """The bug: the learner waited for it."""
+    cast = cast_of()
+    at_work(cast)
+    cast.recorder = type("Recorder", (FakeRecorder,), {"takes_s": 10.0})
+    drive(tmp_path, cast)
+    for step in (1, 2, 3):  # train_step counts from 0
+        assert cast.log.index(("train_step", step)) < cast.log.index(("logged", step))
+        assert cast.log.index(("logged", step)) < cast.log.index(("logged", step + 1))
+    assert_whole(cast, tmp_path)
+
+
+def test_a_checkpoint_is_complete_when_the_log_has_the_steps_before(tmp_path, monkeypatch):
+    """Killed in between, a run would go on behind steps that nobody logs any more."""
+    cast, logs, seal = cast_of(), [], shelf.Shelf._seal
+    cast.recorder = type("Recorder", (FakeRecorder,), {"takes_s": 10.0})
+
+    def sealing(self, described, files):
+        logs.append((described["step"], len(list((tmp_path / "rollouts").glob("step-*.parquet")))))
+        return seal(self, described, files)
+
+    monkeypatch.setattr(shelf.Shelf, "_seal", sealing)
+    drive(tmp_path, cast)
+    assert logs[-1] == (6, 6) and all(number >= step for step, number in logs)
 
 
 @pytest.mark.slow

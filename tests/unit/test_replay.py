@@ -208,8 +208,13 @@ def test_steps_behind_a_checkpoint_are_logged_with_every_n_th() -> None:
         )
         log = RolloutLog(SimpleNamespace(call=call), Path(), config, lambda entry: ("", ""))
         wrote.clear()
-        for step in range(1, 13):
-            asyncio.run(log.on_step(StepReport(step, [], {}, None)))
+
+        async def run() -> None:
+            for step in range(1, 13):
+                await log.on_step(StepReport(step, [], {}, None))
+            await log.written()
+
+        asyncio.run(run())
         return list(wrote)
 
     assert logged(10, 5) == [1, 6, 10, 11]

@@ -230,7 +230,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_with_the_state_in_memory(tmp_p
 
 
 def test_a_full_disk_is_the_same_failure_wherever_it_shows(tmp_path):
-    """The rollout log in its actor, the summary."""
+    """The rollout log in its actor, beside which the run went on, and the summary."""
     cast = cast_of(checkpoint=IN_MEMORY)
     path = tmp_path / "full" / "summary.json"  # a run takes away the one that it finds
     on_call(cast, "export", 1, lambda _: path.symlink_to("/dev/full"))
@@ -242,7 +242,7 @@ def test_a_full_disk_is_the_same_failure_wherever_it_shows(tmp_path):
         raise Unwritable("step-3.parquet cannot be written (No space left on device)")
 
     on_call(cast, "write", 3, full)
-    with pytest.raises(Unwritable, match="step-3.parquet .*resuming from step 2"):
+    with pytest.raises(Unwritable, match="step-3.parquet .*resuming from step 3"):
         drive(tmp_path / "rollouts", cast)
 
 
