@@ -339,6 +339,7 @@ class Driver:
         result |= {"prompts": self._facts.prompts, "golden": self._facts.golden, **self._records.provenance}
         result |= {"stopped_at": stopped_at, "stopped_by": stopped_by}
         result["weight_sync_bytes"] = self._delivery.num_bytes
+        result["engine"] = self._config.rollout.engine_for(self._facts.sizes["student"].parameters)
         if self._evidence:
             result["evidence"] = self._evidence.map()
         result |= {"plan": self._forecast.result(self._memory)}
