@@ -26,6 +26,8 @@ from race_material import ROWS, prepare
 from rich.console import Console
 from rich.table import Table
 
+from opd_ray.config.help import OutputFile
+
 MODELS = {"58 k": (1, "student"), "1 M": (2, "student"), "4 M": (2, "teacher"), "36 M": (4, "student")}
 """By their parameters: of which row of the race, and who there. The context of the first ends at 96 tokens."""
 ENGINES = ("torch", "vllm")
@@ -38,7 +40,7 @@ _MOST_S, _WARM_S = 600, 2.0
 @click.option("--tokens", default=20, show_default=True, help="Mean length of a response.")
 @click.option("--top-k", default=0, show_default=True, help="Most probable tokens to return with each.")
 @click.option("--seconds", default=10, show_default=True, help="Time for each measurement, after two of warm-up.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what was measured to this file.")
+@click.option("--json", "json_file", type=OutputFile(), help="Write what was measured to this file.")
 def main(rows: int, tokens: int, top_k: int, seconds: int, json_file: Path | None) -> None:
     """Compares the torch engine and vLLM by the size of the model."""
     found: dict[str, dict[str, list[list[float]]]] = {}

@@ -42,6 +42,7 @@ from rich.table import Table
 
 from opd_ray import config as configs
 from opd_ray.config import Config, from_dict
+from opd_ray.config.help import OutputFile
 from opd_ray.messages import ROLLOUT_SCHEMA, Coefficients, Entry, RolloutMeta, StepPlan
 from opd_ray.rooms.node import free_port
 
@@ -454,7 +455,7 @@ def _show_logits() -> list[dict[str, Any]]:
 
 
 @click.command()
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there.")
+@click.option("--json", "json_file", type=OutputFile(), help="Write the figures there.")
 @click.option("--layers", default=28, show_default=True, help="Layers of the model that is loaded.")
 @click.option("--ranks", default=2, show_default=True, help="Learner ranks that load it.")
 @click.option("--turns", default=3, show_default=True, type=click.IntRange(1), help="Turns of the steps.")

@@ -43,6 +43,7 @@ from rich.table import Table
 
 from opd_ray import config as configs
 from opd_ray.config import Config
+from opd_ray.config.help import OutputFile
 from opd_ray.errors import OpdError
 from opd_ray.messages import SOURCES, Entry
 from opd_ray.placement.session import Session, cluster
@@ -173,7 +174,7 @@ def _pss_bytes(process: psutil.Process) -> int:
 @click.option("--row", type=click.Choice([str(number) for number in ROWS]), help="Row of race_material.py.")
 @click.option("--staleness", help="Values of buffer.max_staleness, one run each; the configured one without.")
 @click.option("--ideal", "with_ideal", is_flag=True, help="Measure the stages alone, too.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file.")
+@click.option("--json", "json_file", type=OutputFile(), help="Write the figures to this file.")
 @click.argument("given", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
 def main(
     warmup: int | None,

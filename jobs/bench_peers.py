@@ -44,6 +44,7 @@ from race_material import LEARNING_RATE, ROWS, Material, Row, overrides, prepare
 from rich.console import Console
 from rich.table import Table
 
+from opd_ray.config.help import OutputFile
 from opd_ray.disk import cache_root
 from opd_ray.errors import InputError, OpdError, RunError
 from opd_ray.run.provenance import command, commit
@@ -61,7 +62,7 @@ console = Console(highlight=False, soft_wrap=True)
 @click.option("--rows", default=",".join(map(str, ROWS)), show_default=True, help="Rows to race.")
 @click.option("--steps", type=click.IntRange(1), help="Steps that are measured; by default each row's own number.")
 @click.option("--turns", default=2, show_default=True, type=click.IntRange(1), help="Races of each row.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what was measured to this file.")
+@click.option("--json", "json_file", type=OutputFile(), help="Write what was measured to this file.")
 def main(rows: str, steps: int | None, turns: int, json_file: Path | None) -> None:
     """Races opd_ray against TRL."""
     try:

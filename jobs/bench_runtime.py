@@ -58,6 +58,7 @@ from opd_ray.buffer.plan import plan_step
 from opd_ray.buffer.replay import GoldenSet, ReplayBuffer
 from opd_ray.buffer.slots import Slots
 from opd_ray.config import Config, from_dict
+from opd_ray.config.help import OutputFile
 from opd_ray.data.orders import Shuffled
 from opd_ray.data.prompts import Prompts, PromptStream
 from opd_ray.messages import Entry, RolloutMeta, WeightManifest
@@ -302,7 +303,7 @@ def _mean_length() -> float:
 @click.option("--staleness", default="0,1,2,4", show_default=True, help="Values of buffer.max_staleness.")
 @click.option("--rate", default=800.0, show_default=True, help="Rollouts a second that devices may bring at most.")
 @click.option("--steps", default=4, show_default=True, help="Steps of a loop that are measured.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what was measured to this file.")
+@click.option("--json", "json_file", type=OutputFile(), help="Write what was measured to this file.")
 def main(
     parts: tuple[str, ...],
     generators: str,

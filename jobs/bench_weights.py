@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from opd_ray.config.help import OutputFile
 from opd_ray.errors import RunError
 from opd_ray.generate.engine_thread import EngineThread
 from opd_ray.generate.torch import TorchGenerationEngine
@@ -58,7 +59,7 @@ _RATES = (1e-6, 1e-5)
 @click.option("--megabytes", default="100,1000", show_default=True, help="Sizes of the model.")
 @click.option("--turns", default=4, show_default=True, help="Broadcasts of each kind, after two of warm-up.")
 @click.option("--changed", is_flag=True, help="Count the bfloat16 weights that a step changes instead.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what was measured to this file.")
+@click.option("--json", "json_file", type=OutputFile(), help="Write what was measured to this file.")
 def main(megabytes: str, turns: int, changed: bool, json_file: Path | None) -> None:
     """Measures weight broadcasts."""
     sizes = [int(size) for size in megabytes.split(",")]

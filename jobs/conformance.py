@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_ray import config as configs
+from opd_ray.config.help import OutputFile
 from opd_ray.errors import OpdError
 from opd_ray.learn.losses import ScoredTokens, Tokens
 from opd_ray.learn.microbatch import MicroBatch, Segment
@@ -286,8 +287,8 @@ def _plain(found: dict[str, dict[str, Error]], others: Mapping[str, Mapping[str,
 @click.command()
 @click.option("--without-peers", is_flag=True, help="Ours alone: nothing is installed.")
 @click.option("--write", "directory", type=click.Path(path_type=Path), help="Batch and references, in Parquet.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the errors to this file.")
-@click.option("--page", type=click.Path(path_type=Path), help="Write the table to this HTML file.")
+@click.option("--json", "json_file", type=OutputFile(), help="Write the errors to this file.")
+@click.option("--page", type=OutputFile(), help="Write the table to this HTML file.")
 def main(without_peers: bool, directory: Path | None, json_file: Path | None, page: Path | None) -> None:
     """Compares losses with their formulas; ends with 1 where one of ours is off."""
     batch = draw()

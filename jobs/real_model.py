@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_ray import config as configs
+from opd_ray.config.help import OutputFile
 from opd_ray.disk import cache_root
 from opd_ray.errors import InputError, OpdError
 from opd_ray.run.train import train
@@ -48,7 +49,7 @@ console = Console(highlight=False, soft_wrap=True)
 @click.option(
     "--run-dir", type=click.Path(path_type=Path), help="Where results go; by default a new directory in runs/."
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what was measured to this file.")
+@click.option("--json", "json_file", type=OutputFile(), help="Write what was measured to this file.")
 @click.argument("overrides", nargs=-1)
 def main(lora: bool, run_dir: Path | None, json_file: Path | None, overrides: tuple[str, ...]) -> None:
     """SmolLM2-135M-Instruct through StableOPD, from nothing."""

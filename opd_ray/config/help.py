@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -33,6 +34,20 @@ class FilePath(click.Path):
             if getattr(error, "errno", errno.EINVAL) in (errno.ENAMETOOLONG, errno.EINVAL):
                 self.fail(f"{os.fspath(value)[:60]!r}: {getattr(error, 'strerror', None) or error}", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class OutputFile(FilePath):
+    """One that is written when the work is done, which may have taken hours: that it cannot be is told before."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(super().convert(value, param, ctx))
+        if path.is_dir():
+            self.fail(f"{path} is a directory; name a file", param, ctx)
+        if not path.parent.is_dir():
+            self.fail(f"{path}: there is no directory {path.parent}; make it first", param, ctx)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            self.fail(f"{path} cannot be written; give another", param, ctx)
+        return path
 
 
 class ConfiguredCommand(click.Command):

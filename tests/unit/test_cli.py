@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import ray
+from click.testing import CliRunner
 
 import made_up_verdicts as made_up
 from opd_ray import __main__ as command_line
 from opd_ray import config as configs
-from opd_ray.config.help import EVALUATES
+from opd_ray.config.help import EVALUATES, OutputFile
 from opd_ray.errors import RunError
 from opd_ray.placement.nodes import Node
 from opd_ray.run import evaluate as evaluation
@@ -513,3 +515,18 @@ def test_help_may_be_asked_for_of_a_section_or_a_field(call: Callable[..., Outco
     assert "evaluation.sets.NAME.samples" in call("evaluate", "--help=evaluation")[1]
     assert_refused(call("train", "--help", "lerner"), "no section 'lerner'", "did you mean 'learner'?")
     assert_refused(call("evaluate", "--help", "learner"), "no section 'learner'")
+
+
+def test_an_output_that_could_not_be_written_is_refused_before_hours_of_work(tmp_path: Path) -> None:
+    """The bug: benchmarks ended with a traceback, and their figures with it."""
+
+    @click.command()
+    @click.option("--json", "file", type=OutputFile())
+    def bench(file: Path) -> None:
+        file.write_text("{}")
+
+    for path, why in ((tmp_path, "is a directory"), (tmp_path / "no" / "file.json", "make it first"), ("", "empty")):
+        refused = CliRunner().invoke(bench, ["--json", str(path)])
+        assert refused.exit_code == 2 and why in refused.output
+    assert CliRunner().invoke(bench, ["--json", str(tmp_path / "file.json")]).exit_code == 0
+    assert (tmp_path / "file.json").read_text() == "{}"
