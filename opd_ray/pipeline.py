@@ -133,15 +133,16 @@ class Pipeline:
     async def evaluate(self, most: int | None = None) -> Evaluation | None:
         """Held-out accuracy of the weights that the generators hold, on ``most`` problems of each set; None where
         nothing is evaluated."""
-        teacher = self._rooms.scorers.get("teacher")
-        if self._config.teacher.privileged:  # one that is shown solutions is not asked without them
-            teacher = None
+        config = self._config
+        # Rooms may have one of another run, made for its prompts; one that is shown solutions is not asked without.
+        asks = "teacher" in config.scorers and not config.teacher.privileged
+        teacher = self._rooms.scorers["teacher"] if asks else None
 
         def make() -> Awaitable[Evaluation | None]:
             return evaluate(
                 self._rooms.generators,
                 self._problems,
-                self._config,
+                config,
                 self._stop_token_ids,
                 most=most,
                 judges=Judges(teacher, self._rooms.recorder) if teacher else None,

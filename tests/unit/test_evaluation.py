@@ -21,6 +21,7 @@ from opd_ray.config import HELD_OUT, from_dict
 from opd_ray.errors import InputError
 from opd_ray.evaluation import verdicts
 from opd_ray.evaluation.scores import Evaluation, pass_at, score
+from opd_ray.messages import PoolSize
 from opd_ray.run import evaluate
 from opd_ray.watch.observers import EvaluationProgress, say_evaluation
 
@@ -192,6 +193,22 @@ def test_only_answers_of_the_student_s_own_distribution_are_shown_to_the_teacher
         return sum(call[0] == "teacher" for call in log)
 
     assert (judged(temperature=1.0), judged(temperature=1.0, top_p=0.9), judged(temperature=0.7)) == (1, 0, 0)
+
+
+def test_a_teacher_that_the_rooms_have_for_another_run_is_not_shown_the_answers():
+    """The bug: in a study, plain SFT behind a run across tokenizers failed, as that run's teacher knew no prompts of
+    it."""
+
+    async def scenario() -> list[Any]:
+        sft = {"loss": {"student": {"coef": 0}, "reference": {"coef": 0}}, "evaluation": {"num_problems": 2}}
+        made = await make_pipeline(buffer={"prompts_per_step": 0, "golden_per_step": 3}, **sft)
+        pool = made.cast.pool("teacher", "teacher-scorer", made.cast.scorer, PoolSize.fixed(1))
+        await pool.up(10)
+        made.rooms.scorers["teacher"] = pool
+        assert await made.pipeline.evaluate() is not None
+        return made.log
+
+    assert {call[0] for call in fake_ray.run(scenario())} == {"generate"}
 
 
 def test_nothing_is_evaluated_where_nothing_is_asked_for():
