@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from opd_ray import config as configs
 from opd_ray.config import Config
 from opd_ray.data.golden import is_privileged
 from opd_ray.data.rows import read_prompts
-from opd_ray.disk import whole
 from opd_ray.embedded import prepare as embedded
 from opd_ray.errors import InputError
 
@@ -58,9 +58,10 @@ def _solved_prompts(seed: int, setting: str) -> Path:
     """The concise solutions of the seed's prompts themselves, as a golden file."""
     path = embedded.prepare(seed, setting) / f"golden-{_OF_THE_PROMPTS}.jsonl"
     if not path.exists():
-        with whole(path) as partial:
-            problems = embedded.problem_sets(seed, embedded.CHAINS[setting])["prompts"]
-            embedded.write_rows(partial, problems, with_solutions=True)
+        partial = path.with_name(f".{path.name}-{os.getpid()}")  # another run may make it at the same time
+        problems = embedded.problem_sets(seed, embedded.CHAINS[setting])["prompts"]
+        embedded.write_rows(partial, problems, with_solutions=True)
+        partial.rename(path)
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -473,3 +474,21 @@ def test_the_prompts_own_solutions_are_golden(tmp_path, quick_student):
     solved = {row["id"]: row["response"] for row in read(Path(resolved.data.golden))}
     assert solved.keys() == {row["id"] for row in read(Path(resolved.data.prompts))}
     assert all(chain.ChainTask().verify(solved[row["id"]], row) for row in read(Path(resolved.data.prompts))[:50])
+
+
+def test_two_runs_may_write_the_prompts_own_solutions_at_once(monkeypatch, quick_student):
+    """The bug: both wrote one file, and the second ended with a traceback when the first had renamed it."""
+    config = from_dict({"data": {"golden": "embedded:prompts"}})
+    write, number = embedded.write_rows, os.getpid()
+
+    def beside_another(path, rows, **more):
+        write(path, rows, **more)
+        if path.name.startswith(".golden-prompts") and os.getpid() == number:
+            with monkeypatch.context() as other:
+                other.setattr(os, "getpid", lambda: number + 1)
+                resolve(config)
+
+    monkeypatch.setattr(embedded, "write_rows", beside_another)
+    golden = Path(resolve(config).data.golden)
+    assert len(read(golden)) == embedded.NUM_PROMPTS
+    assert not [path for path in golden.parent.iterdir() if path.name.startswith(".")]
