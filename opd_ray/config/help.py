@@ -39,14 +39,13 @@ class FilePath(click.Path):
 class OutputFile(FilePath):
     """One that is written when the work is done, which may have taken hours: that it cannot be is told before."""
 
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(super().convert(value, param, ctx))
-        if path.is_dir():
-            self.fail(f"{path} is a directory; name a file", param, ctx)
-        if not path.parent.is_dir():
-            self.fail(f"{path}: there is no directory {path.parent}; make it first", param, ctx)
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            self.fail(f"{path} cannot be written; give another", param, ctx)
+        path = super().convert(value, param, ctx)
+        if not path.exists() and not os.access(path.parent, os.W_OK):
+            self.fail(f"{path}: there is no directory {path.parent} that can be written to; make it first", param, ctx)
         return path
 
 

@@ -163,11 +163,12 @@ def _teacher_data(
 ) -> teacher_data.Rollouts | None:
     """Raw rollouts of the teacher, for arms that train on them and for its own truncation; made once. Adds to
     ``commits`` those of models of the Hub that it finds."""
-    count = max(arm.teacher_rollouts for arm in arms)
-    if not count:
+    asks = max(arms, key=lambda arm: arm.teacher_rollouts)
+    if not (count := asks.teacher_rollouts):
         return None
-    # Of an arm whose golden file does not wait for these, where there is one.
-    ready = next((arm for arm in arms if not arm.teacher_rollouts), arms[0].without_golden())
+    # Of an arm that has its teacher, and whose golden file does not wait for these, where there is one.
+    alike = (arm for arm in arms if not arm.teacher_rollouts and arm.raw.get("teacher") == asks.raw.get("teacher"))
+    ready = next(alike, asks.without_golden())
     config = hub.pinned(resolve(ready.config(seed)), commits)
     path = directory / f"teacher-rollouts-{count}.parquet"
     noted = path.with_suffix(".json")

@@ -311,11 +311,9 @@ def test_rooms_of_all_arms_that_the_cluster_does_not_hold_at_once_are_refused(tm
         run_study(arms, [0], tmp_path, print)
 
 
-def test_a_study_whose_every_arm_waits_for_rollouts_of_the_teacher_samples_them(tmp_path, monkeypatch):
-    """The bug: what samples them was started with the configuration of an arm, whose golden file they are to be."""
-    sft = "{loss: {student: {coef: 0}, reference: {coef: 0}}, buffer: {prompts_per_step: 0, golden_per_step: 64}"
-    arms = arms_of(tmp_path, f"arms: {{few: {sft}, data: {{golden: 'teacher-rollouts:8'}}}}}}")
-    monkeypatch.setattr("opd_ray.study.study.resolve", lambda config: config)
+@pytest.fixture
+def sampled(monkeypatch):
+    """What would be looked at and sampled, in place of both."""
     looked = []
 
     def check_files(config):
@@ -325,12 +323,32 @@ def test_a_study_whose_every_arm_waits_for_rollouts_of_the_teacher_samples_them(
     async def sample(config, facts, path, count):
         looked.append((config, path.name, count))
 
+    monkeypatch.setattr("opd_ray.study.study.resolve", lambda config: config)
     monkeypatch.setattr("opd_ray.run.preflight.check_files", check_files)
     monkeypatch.setattr("opd_ray.study.teacher_data.sample", sample)
+    return looked
+
+
+ON_TEACHER_ROLLOUTS = (
+    "{loss: {student: {coef: 0}, reference: {coef: 0}}, buffer: {prompts_per_step: 0, golden_per_step: 64}, "
+    "data: {golden: 'teacher-rollouts:8'}}"
+)
+
+
+def test_a_study_whose_every_arm_waits_for_rollouts_of_the_teacher_samples_them(tmp_path, sampled):
+    """The bug: what samples them was started with the configuration of an arm, whose golden file they are to be."""
+    arms = arms_of(tmp_path, f"arms: {{few: {ON_TEACHER_ROLLOUTS}}}")
     _teacher_data(tmp_path, arms, 0, {}, print)
-    config = looked[0]
+    config = sampled[0]
     assert config.data.golden is None and not config.loads_golden
-    assert looked[1:] == [(config, "teacher-rollouts-8.parquet", 8)]
+    assert sampled[1:] == [(config, "teacher-rollouts-8.parquet", 8)]
+
+
+def test_the_teacher_whose_rollouts_an_arm_trains_on_is_its_own(tmp_path, sampled):
+    """The bug: it was that of the first arm which waited for none."""
+    arms = arms_of(tmp_path, f"arms: {{other: {{teacher: {{path: other}}}}, few: {ON_TEACHER_ROLLOUTS}, own: {{}}}}")
+    _teacher_data(tmp_path, arms, 0, {}, print)
+    assert sampled[0].teacher.path == "embedded" and sampled[0].name == "own"
 
 
 def test_arms_that_would_need_other_engines_are_refused(tmp_path):
