@@ -43,6 +43,8 @@ PAIRS_SEED = 202
 NUM_PROMPTS = 8192
 NUM_GOLDEN = 128
 MOST_GOLDEN = 8192
+OF_THE_PROMPTS = "prompts"
+"""In "embedded:prompts", a golden file."""
 NUM_TEST = 1024
 
 _SOURCES = (Path(__file__), Path(__file__).with_name("models.py"), Path(chain.__file__))
@@ -118,18 +120,29 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
     return final
 
 
+def check_golden(count: str) -> None:
+    """Raises InputError for an "embedded:count" that is none, before a student is built."""
+    if count != OF_THE_PROMPTS and not (count.isdecimal() and 0 < int(count) <= MOST_GOLDEN):
+        raise InputError(
+            f"data.golden={EMBEDDED}:{count}: expected {EMBEDDED}:N with N from 1 to {MOST_GOLDEN}, or "
+            f"{EMBEDDED}:{OF_THE_PROMPTS}"
+        )
+
+
 def golden_file(seed: int, count: str, setting: str = EMBEDDED) -> Path:
-    """The golden solutions of ``seed``, as many as "embedded:N" asks for, or the 128 where it is "embedded" alone; more
-    of them are drawn as those were."""
-    directory = prepare(seed, setting)
+    """The golden solutions of ``seed``: the 128 of "embedded" alone, the N of "embedded:N", drawn as those were, or one
+    to each of the prompts."""
     if not count:
-        return directory / "golden.jsonl"
-    if not count.isdigit() or not 0 < int(count) <= MOST_GOLDEN:
-        raise InputError(f"data.golden=embedded:{count}: expected embedded:N with N from 1 to {MOST_GOLDEN}")
+        return prepare(seed, setting) / "golden.jsonl"
+    check_golden(count)
+    directory, chains = prepare(seed, setting), CHAINS[setting]
     path = directory / f"golden-{count}.jsonl"
     if not path.exists():
-        partial = directory / f".golden-{count}-{os.getpid()}"
-        problems = chain.draw_distinct(random.Random(f"golden {seed}"), "train", int(count), CHAINS[setting])
+        partial = directory / f".golden-{count}-{os.getpid()}"  # another run may make it at the same time
+        if count == OF_THE_PROMPTS:
+            problems = problem_sets(seed, chains)["prompts"]
+        else:
+            problems = chain.draw_distinct(random.Random(f"golden {seed}"), "train", int(count), chains)
         write_rows(partial, problems, with_solutions=True)
         partial.rename(path)
     return path

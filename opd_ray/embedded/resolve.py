@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 from opd_ray import config as configs
@@ -13,17 +12,15 @@ from opd_ray.data.rows import read_prompts
 from opd_ray.embedded import prepare as embedded
 from opd_ray.errors import InputError
 
-_OF_THE_PROMPTS = "prompts"
-"""In "embedded:prompts", a golden file."""
-
 
 def resolve(config: Config) -> Config:
     """Replaces what stands for the embedded models and data by their paths, building them where needed."""
     plain = configs.to_dict(without_foreign_golden(config))
-    _check_golden_count(str(config.data.golden))
     setting = config.student.path if config.student.path in configs.EMBEDDED_STUDENTS else configs.EMBEDDED
     student, data = plain["student"], plain["data"]
-    golden, _, count = str(data["golden"]).partition(":")
+    golden, counted, count = str(data["golden"]).partition(":")
+    if golden == configs.EMBEDDED and counted:
+        embedded.check_golden(count)
     held_out = [each.path for each in config.evaluation_sets.values()]
     of_package = configs.EMBEDDED in (data["prompts"], golden, *held_out)
     if student["path"] in configs.EMBEDDED_STUDENTS or of_package:
@@ -40,9 +37,7 @@ def resolve(config: Config) -> Config:
             if section[field] in (configs.EMBEDDED, setting):
                 section[field] = str(built / name)
         if golden == configs.EMBEDDED:
-            own = count == _OF_THE_PROMPTS
-            make = _solved_prompts if own else lambda seed, setting: embedded.golden_file(seed, count, setting)
-            data["golden"] = str(make(config.seed, setting))
+            data["golden"] = str(embedded.golden_file(config.seed, count, setting))
     for scorer in (plain["teacher"], plain["reference"], *plain["more_teachers"].values()):
         elsewhere = scorer["url"] and not config.buffer.has_teacher_write  # nothing but a tokenizer is needed here
         if scorer["path"] == configs.STUDENT or (scorer["path"] == configs.EMBEDDED and elsewhere):
@@ -52,28 +47,6 @@ def resolve(config: Config) -> Config:
         elif scorer["path"] in configs.EMBEDDED_TEACHERS:
             scorer["path"] = str(embedded.teacher(setting, scorer["path"]))
     return configs.from_dict(plain)
-
-
-def _solved_prompts(seed: int, setting: str) -> Path:
-    """The concise solutions of the seed's prompts themselves, as a golden file."""
-    path = embedded.prepare(seed, setting) / f"golden-{_OF_THE_PROMPTS}.jsonl"
-    if not path.exists():
-        partial = path.with_name(f".{path.name}-{os.getpid()}")  # another run may make it at the same time
-        problems = embedded.problem_sets(seed, embedded.CHAINS[setting])["prompts"]
-        embedded.write_rows(partial, problems, with_solutions=True)
-        partial.rename(path)
-    return path
-
-
-def _check_golden_count(golden: str) -> None:
-    """Raises InputError for what golden_file would refuse, before a student is built."""
-    word, colon, count = golden.partition(":")
-    fits = count == _OF_THE_PROMPTS or (count.isdecimal() and 0 < int(count) <= embedded.MOST_GOLDEN)
-    if word == configs.EMBEDDED and colon and not fits:
-        raise InputError(
-            f"data.golden={golden}: expected {configs.EMBEDDED}:N with N from 1 to {embedded.MOST_GOLDEN}, or "
-            f"{configs.EMBEDDED}:{_OF_THE_PROMPTS}"
-        )
 
 
 def _misled() -> Path:
