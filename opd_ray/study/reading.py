@@ -32,6 +32,8 @@ from opd_ray.study.tuning import Tuning
 
 _KEYS = {"extends", "seeds", "tuning", "common", "arms", "claims"}
 _SEEDS = {"first": 0, "number": 5}
+_MOST_SEEDS = 100
+"""A larger number is a seed that lacks its comma."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Study:
         listed = [part for part in parts if part]
         if asked and (not listed or not all(part.isdecimal() for part in listed) or asked.strip() == "0"):
             raise InputError(f"--seeds {asked}: expected a number of seeds, or seeds as 300,301")
+        if len(parts) == 1 and listed and int(asked) > _MOST_SEEDS:
+            raise InputError(f"--seeds {asked}: expected {_MOST_SEEDS} seeds at most; the one seed is '{asked},'")
         if len(parts) > 1:
             found = list(dict.fromkeys(map(int, listed)))
         else:

@@ -95,6 +95,8 @@ def test_seeds_are_those_of_the_file_or_counted_from_its_first_or_listed(tmp_pat
     assert [study.seeds(asked) for asked in ("", "2", "7,", "7, 9, 7")] == [[300, 301, 302], [300, 301], [7], [7, 9]]
     with pytest.raises(InputError, match="--seeds 0: expected a number of seeds"):
         study.seeds("0")
+    with pytest.raises(InputError, match="--seeds 301: expected 100 seeds at most; the one seed is '301,'"):
+        study.seeds("301")  # which began with 301 runs
 
 
 TUNED = """
