@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from opd_ray.config import Config, LearnerConfig
 from opd_ray.errors import RunError
 from opd_ray.generate import make_generation_engine
+from opd_ray.generate.engine import GenerationEngine
 from opd_ray.generate.generator import Generator, GeneratorSettings, StudentGenerator, TeacherGenerator
 from opd_ray.learn.learner import Learner
 from opd_ray.messages import REFERENCE, PoolSize
@@ -27,6 +28,7 @@ from opd_ray.rooms.group import Group
 from opd_ray.rooms.memory import HEAP, KERNEL_CACHES
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import Member, Spawn
+from opd_ray.rooms.threads import give_way
 from opd_ray.rooms.together import together
 from opd_ray.score import make_remote_engine, make_scoring_engine
 from opd_ray.score.scorer import Scorer
@@ -87,6 +89,8 @@ def _generators(
 ) -> Pool:
     rollout = config.rollout
     tokenizer = partial(load_tokenizer, config.student.path)
+    if not rollout.gpus_per_generator:
+        engine = partial(_giving_way, engine)
     make = partial(kind, make_engine=engine, load_tokenizer=tokenizer, settings=_settings(config))
     gpus = rollout.gpus_per_generator * rollout.tensor_parallel_size
     resources = _resources(rollout.cpus_per_generator, gpus, rollout.node_resource)
@@ -94,6 +98,13 @@ def _generators(
     spawn = _spawning(room, f"{kind.source}-generator", make, resources, config.env, max_concurrency=concurrency)
     limit, at_once = config.deadlines.generate_s, rollout.calls_at_once
     return Pool(room, spawn, size, limit, needs_weights=needs_weights, calls_at_once=at_once)
+
+
+def _giving_way(make_engine: Callable[[], GenerationEngine]) -> GenerationEngine:
+    """An engine on cores that scorers and learner use as well. It goes behind them: what they hold slots for is soon
+    free again, while a step of the engine takes hardly longer for more responses, which gather meanwhile."""
+    give_way()
+    return make_engine()
 
 
 def _scorers(role: str, config: Config, max_context_tokens: int, servers: Baseline | None) -> Pool | Group:

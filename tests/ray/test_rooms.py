@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import time
 from pathlib import Path
 
@@ -122,6 +123,20 @@ def test_every_room_has_its_actors_and_names(rooms):
     members = [member for pool in rooms.all.values() for member in pool.members]
     assert UNPLACED not in {member.node for member in members}
     assert places_of([member.handle for member in members]) == [member.node for member in members]
+
+
+def test_generators_on_cpus_go_behind_scorers_and_learner(rooms):
+    """In the threads of their engines alone: what answers a ping, a broadcast and the judge is not held up."""
+
+    def of_threads(_: object) -> tuple[int, int]:
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        lowest = max(os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task"))
+        return own, lowest
+
+    members = {room: pool.members[0].handle.__ray_call__ for room, pool in rooms.all.items()}
+    found = ray.get([call.remote(of_threads) for call in members.values()], timeout=60)
+    behind = {room for room, (own, lowest) in zip(members, found, strict=True) if lowest > own}
+    assert behind == {"generate", "teacher_generate"}
 
 
 def test_an_actor_has_a_place_before_it_is_up(ray_here):
