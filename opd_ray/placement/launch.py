@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,6 @@ from opd_ray.rooms.group import Group
 from opd_ray.rooms.memory import HEAP, KERNEL_CACHES
 from opd_ray.rooms.pool import Pool
 from opd_ray.rooms.room import Member, Spawn
-from opd_ray.rooms.threads import give_way
 from opd_ray.rooms.together import together
 from opd_ray.score import make_remote_engine, make_scoring_engine
 from opd_ray.score.scorer import Scorer
@@ -103,7 +103,7 @@ def _generators(
 def _giving_way(make_engine: Callable[[], GenerationEngine]) -> GenerationEngine:
     """An engine on cores that scorers and learner use as well. It goes behind them: what they hold slots for is soon
     free again, while a step of the engine takes hardly longer for more responses, which gather meanwhile."""
-    give_way()
+    os.nice(5)  # this thread, and those that it starts; Ray's workers are at 15 of 19
     return make_engine()
 
 

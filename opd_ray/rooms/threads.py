@@ -4,7 +4,6 @@ rendezvous with a process that is stopped. None keeps the process from ending.""
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -40,8 +39,3 @@ def start(function: Callable[..., Any], *args: Any) -> Future[Any]:
 
     threading.Thread(target=run, name=getattr(function, "__name__", "call"), daemon=True).start()
     return done
-
-
-def give_way() -> None:
-    """This thread, and those that it starts, get a quarter of a core that another one wants as well (nice 5)."""
-    os.nice(5)
