@@ -35,7 +35,9 @@ _TABLE = (
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--seeds", default="", metavar="N|A,B,...", help="How many of the study's seeds and beyond, or which.")
+@click.option(
+    "--seeds", default="", metavar="N|A,B,...", help="How many of the study's seeds and beyond, or which; '7,' is one."
+)
 @click.option("--arms", default="", metavar="NAME,...", help="Only these arms, by directory or name, in that order.")
 @click.option("--study", type=click.Path(path_type=Path), default=_HERE / "ablation.yaml", help="YAML of the arms.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path), default=Path("runs/study"), show_default=True)

@@ -120,7 +120,7 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
     return final
 
 
-def check_golden(count: str) -> None:
+def check_count(count: str) -> None:
     """Raises InputError for an "embedded:count" that is none, before a student is built."""
     if count != OF_THE_PROMPTS and not (count.isdecimal() and 0 < int(count) <= MOST_GOLDEN):
         raise InputError(
@@ -131,10 +131,9 @@ def check_golden(count: str) -> None:
 
 def golden_file(seed: int, count: str, setting: str = EMBEDDED) -> Path:
     """The golden solutions of ``seed``: the 128 of "embedded" alone, the N of "embedded:N", drawn as those were, or one
-    to each of the prompts."""
+    to each of the prompts; another ``count`` is for :func:`check_count` to refuse."""
     if not count:
         return prepare(seed, setting) / "golden.jsonl"
-    check_golden(count)
     directory, chains = prepare(seed, setting), CHAINS[setting]
     path = directory / f"golden-{count}.jsonl"
     if not path.exists():

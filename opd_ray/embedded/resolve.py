@@ -20,7 +20,7 @@ def resolve(config: Config) -> Config:
     student, data = plain["student"], plain["data"]
     golden, counted, count = str(data["golden"]).partition(":")
     if golden == configs.EMBEDDED and counted:
-        embedded.check_golden(count)
+        embedded.check_count(count)
     held_out = [each.path for each in config.evaluation_sets.values()]
     of_package = configs.EMBEDDED in (data["prompts"], golden, *held_out)
     if student["path"] in configs.EMBEDDED_STUDENTS or of_package:
