@@ -103,7 +103,10 @@ def _generators(
 def _giving_way(make_engine: Callable[[], GenerationEngine]) -> GenerationEngine:
     """An engine on cores that scorers and learner use as well. It goes behind them: what they hold slots for is soon
     free again, while a step of the engine takes hardly longer for more responses, which gather meanwhile."""
-    os.nice(5)  # this thread, and those that it starts; Ray's workers are at 15 of 19
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # this thread, and those that it starts
+    except (AttributeError, OSError):  # Linux has it, and not every sandbox allows it
+        os.nice(5)  # Ray's workers are at 15 of 19
     return make_engine()
 
 
