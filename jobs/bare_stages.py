@@ -1,17 +1,19 @@
-"""The stages of a run alone: engine, scorer and learner step in a process each, one after the other, without Ray.
+"""The stages of a run without the loop: engine, scorer and learner step in a process each, without Ray.
 
 Each works on rollouts that the run trained on, with the threads that its actor has, on a machine where nothing else
 runs: the generation engine with ``rollout.max_num_seqs`` responses under way all the time, of the lengths that they had
 in the run; a scorer with the payloads as calls handed them over; the learner with whole steps. Neither queues nor
-broadcasts, verifiers and metrics are in it.
+broadcasts, verifiers and metrics are in it. They work alone, one after the other, and then all of them side by side,
+when they share caches and memory bandwidth as in a run.
 
 What they could do together at best, in student tokens trained a second, is the lesser of
 
     cores / Σ c_stage                        every core is always at work, and at nothing else
     min (workers_stage / w_stage)            the slowest stage is, with all of its workers
 
-where a worker of a stage, alone, takes c core-seconds (CPU time of its process) and w seconds for a student token that
-is trained: for all that a step asks of it, golden and teacher's rollouts included, by the step's student tokens.
+where a worker of a stage takes c core-seconds (CPU time of its process; alone, or side by side) and, alone, w seconds
+for a student token that is trained: for all that a step asks of it, golden and teacher's rollouts included, by the
+step's student tokens.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 from opd_ray.config import Config
 from opd_ray.errors import InputError, RunError
@@ -34,7 +37,7 @@ from opd_ray.rooms.memory import HEAP
 
 _MEASURED_S, _WARM_S = 8.0, 2.0
 _LIMIT_S = 900.0
-"""For one stage, its models' loading included."""
+"""For one stage's answer, its models' loading included."""
 Step = Sequence[Entry]
 """What one step trained on, with payloads in place of their refs."""
 Response = tuple[list[int], list[int]]
@@ -42,11 +45,24 @@ Response = tuple[list[int], list[int]]
 
 
 @dataclass(frozen=True)
-class Alone:
+class Bare:
     """What one worker of a stage takes for a student token that is trained."""
 
     core_s: float
+    """Alone."""
     wall_s: float
+    """Alone."""
+    beside_core_s: float
+    """Side by side with a worker of each other stage."""
+
+
+class Work(NamedTuple):
+    """Of a stage, to be done again and again."""
+
+    do: Callable[[], object]
+    tokens: float
+    """Student tokens that are trained for each time."""
+    answers: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -54,17 +70,28 @@ class Ideal:
     """The pace that stages could have together, in student tokens trained a second."""
 
     tokens_per_s: float
+    """By what stages take alone."""
+    beside_tokens_per_s: float
+    """By what they take side by side."""
     slowest: str
     slowest_tokens_per_s: float
     """Of the slowest stage with all of its workers, whatever the others take of the cores."""
 
 
-def ideal(alone: Mapping[str, Alone], workers: Mapping[str, int], cores: float) -> Ideal:
+def ideal(bare: Mapping[str, Bare], workers: Mapping[str, int], cores: float) -> Ideal:
     """By the formula above."""
-    rates = {stage: workers[stage] / each.wall_s for stage, each in alone.items()}
+    rates = {stage: workers[stage] / each.wall_s for stage, each in bare.items()}
     slowest = min(rates, key=rates.__getitem__)
-    shared = cores / sum(each.core_s for each in alone.values())
-    return Ideal(min(shared, rates[slowest]), slowest, rates[slowest])
+
+    def shared(core_s: Iterable[float]) -> float:
+        return min(cores / sum(core_s), rates[slowest])
+
+    return Ideal(
+        shared(each.core_s for each in bare.values()),
+        shared(each.beside_core_s for each in bare.values()),
+        slowest,
+        rates[slowest],
+    )
 
 
 def check(config: Config) -> None:
@@ -79,30 +106,38 @@ def check(config: Config) -> None:
 
 def measure(
     config: Config, max_context_tokens: int, stop_token_ids: tuple[int, ...], steps: Sequence[Step]
-) -> dict[str, Alone]:
+) -> dict[str, Bare]:
     """Every stage of a run, by room; ``config`` is resolved. Of the scores in ``steps`` only the roles count."""
     given = config, max_context_tokens, stop_token_ids
     entries = [entry for step in steps for entry in step]
     student_tokens = _tokens(entries, "student")
-    alone = {"generate": _elsewhere("generate", _generate, *given, _responses(entries, "student"), 1.0)}
-    if config.buffer.has_teacher_write:
-        share = _tokens(entries, "teacher") / student_tokens
-        alone["teacher_generate"] = _elsewhere(
-            "teacher_generate", _generate, _writing(config), *given[1:], _responses(entries, "teacher"), share
-        )
-    scores: dict[tuple[str, int], Any] = {}
-    for role in config.scorers:
-        payloads = {
-            id(entry.rollouts): (entry.rollouts, entry.meta.source) for entry in entries if role in entry.scores
-        }
-        alone[role], answers = _elsewhere(role, _score, *given, role, list(payloads.values()), student_tokens)
-        scores |= {(role, payload): answer for payload, answer in zip(payloads, answers, strict=True)}
-    scored = [
-        [replace(each, scores={role: scores[role, id(each.rollouts)] for role in each.scores}) for each in step]
-        for step in steps
-    ]
-    alone["learn"] = _elsewhere("learn", _learn, config, stop_token_ids, scored, student_tokens)
-    return alone
+    stages: dict[str, _Stage] = {}
+    with ExitStack() as processes:
+
+        def begin(room: str, make: Callable[..., Work], *arguments: Any) -> None:
+            stages[room] = processes.enter_context(_process(room, make, *arguments))
+
+        begin("generate", _generating, *given, _responses(entries, "student"), 1.0)
+        if config.buffer.has_teacher_write:
+            share = _tokens(entries, "teacher") / student_tokens
+            begin("teacher_generate", _generating, _writing(config), *given[1:], _responses(entries, "teacher"), share)
+        scores: dict[tuple[str, int], Any] = {}
+        for role in config.scorers:
+            payloads = {
+                id(entry.rollouts): (entry.rollouts, entry.meta.source) for entry in entries if role in entry.scores
+            }
+            begin(role, _scoring, *given, role, list(payloads.values()), student_tokens)
+            answers = stages[role].answers
+            scores |= {(role, payload): answer for payload, answer in zip(payloads, answers, strict=True)}
+        scored = [
+            [replace(each, scores={role: scores[role, id(each.rollouts)] for role in each.scores}) for each in step]
+            for step in steps
+        ]
+        begin("learn", _learning, config, stop_token_ids, scored, student_tokens)
+        for stage in stages.values():
+            stage.go_on()
+        beside = {room: stage.hear()[0] for room, stage in stages.items()}
+    return {room: Bare(*stage.alone, beside[room]) for room, stage in stages.items()}
 
 
 def _tokens(entries: Sequence[Entry], source: Source) -> int:
@@ -123,41 +158,64 @@ def _writing(config: Config) -> Config:
     return replace(config, rollout=rollout, student=replace(config.student, path=config.teacher.path))
 
 
-def _elsewhere(stage: str, run: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``run`` returns in a process of its own."""
+class _Stage:
+    """A process that has done a stage's work alone, and will do it beside others."""
+
+    def __init__(self, room: str, pipe: Any, process: Any) -> None:
+        self._room, self._pipe, self._process = room, pipe, process
+        self.answers: Sequence[Any] = self.hear()
+        self.alone: tuple[float, float] = self.hear()
+
+    def go_on(self) -> None:
+        self._pipe.send(None)
+
+    def hear(self) -> Any:
+        try:
+            if not self._pipe.poll(_LIMIT_S):
+                raise RunError(f"stage {self._room} alone: no answer within {_LIMIT_S:g} s; give smaller steps")
+            return self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise RunError(
+                f"stage {self._room} alone: its process ended with {self._process.exitcode}; what it said is above"
+            ) from None
+
+
+@contextmanager
+def _process(room: str, make: Callable[..., Work], *arguments: Any) -> Iterator[_Stage]:
+    """Of a stage, until it is left."""
     spawning = multiprocessing.get_context("spawn")
     ours, theirs = spawning.Pipe()
     os.environ |= HEAP  # as actors have it: read when a process begins
-    process = spawning.Process(target=_answer, args=(theirs, run, arguments), daemon=True)
+    process = spawning.Process(target=_work, args=(theirs, make, arguments), daemon=True)
     process.start()
     theirs.close()
     try:
-        if not ours.poll(_LIMIT_S):
-            raise RunError(f"stage {stage} alone: no answer within {_LIMIT_S:g} s; give smaller steps")
-        return ours.recv()
-    except EOFError:
-        process.join()
-        raise RunError(
-            f"stage {stage} alone: its process ended with {process.exitcode}; what it said is above"
-        ) from None
+        yield _Stage(room, ours, process)
     finally:
         process.kill()  # gloo's threads do not expect the interpreter's end
         process.join()
 
 
-def _answer(pipe: Any, run: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    pipe.send(run(*arguments))
-    time.sleep(_LIMIT_S)  # until it is killed
+def _work(pipe: Any, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
+    """Alone, and, told to, beside others: until it is killed, as these may take longer to their figures."""
+    work = make(*arguments)
+    pipe.send(work.answers)
+    pipe.send(_taking(work))
+    pipe.recv()
+    pipe.send(_taking(work))
+    while True:
+        work.do()
 
 
-def _taking(work: Callable[[], object], tokens: float) -> Alone:
-    """Does ``work`` again and again; ``tokens``: that are trained for each time."""
+def _taking(work: Work) -> tuple[float, float]:
+    """Core-seconds of this process, and seconds, for a token."""
     began, spent, times = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - began < _MEASURED_S:
-        work()
+        work.do()
         times += 1
-    total = times * tokens
-    return Alone((time.process_time() - spent) / total, (time.perf_counter() - began) / total)
+    total = times * work.tokens
+    return (time.process_time() - spent) / total, (time.perf_counter() - began) / total
 
 
 def as_actor(cpus: float, env: Mapping[str, object]) -> None:
@@ -169,13 +227,13 @@ def as_actor(cpus: float, env: Mapping[str, object]) -> None:
     torch.set_num_threads(threads)
 
 
-def _generate(
+def _generating(
     config: Config,
     max_context_tokens: int,
     stop_token_ids: tuple[int, ...],
     responses: Sequence[Response],
     share: float,
-) -> Alone:
+) -> Work:
     """An engine that is full; ``share``: tokens that it has to make for each that the student trains on."""
     from opd_ray.generate import make_generation_engine
 
@@ -199,7 +257,7 @@ def _generate(
     warm = time.perf_counter() + _WARM_S
     while time.perf_counter() < warm:
         step()
-    return _taking(step, rollout.max_num_seqs / share)
+    return Work(step, rollout.max_num_seqs / share)
 
 
 def again(responses: Sequence[Response]) -> Iterator[tuple[list[int], int]]:
@@ -221,15 +279,15 @@ def under_way(responses: Sequence[Response], number: int) -> list[tuple[list[int
     ]
 
 
-def _score(
+def _scoring(
     config: Config,
     max_context_tokens: int,
     stop_token_ids: tuple[int, ...],
     role: str,
     payloads: Sequence[tuple[Any, Source]],
     tokens: int,
-) -> tuple[Alone, list[Any]]:
-    """A scorer, and its answers."""
+) -> Work:
+    """A scorer, which has answered once."""
     from opd_ray.score import make_scoring_engine
     from opd_ray.score.requests import score_requests
     from opd_ray.score.scorer import Scorer
@@ -242,11 +300,10 @@ def _score(
     async def score() -> list[Any]:
         return [(await scorer.score(payload, requests[source][role]))[1] for payload, source in payloads]
 
-    answers = asyncio.run(score())
-    return _taking(lambda: asyncio.run(score()), tokens), answers
+    return Work(lambda: asyncio.run(score()), tokens, answers=asyncio.run(score()))
 
 
-def _learn(config: Config, stop_token_ids: tuple[int, ...], steps: Sequence[Step], tokens: int) -> Alone:
+def _learning(config: Config, stop_token_ids: tuple[int, ...], steps: Sequence[Step], tokens: int) -> Work:
     """One rank, with all of the steps."""
     as_actor(config.learner.cpus_per_rank, config.env)
 
@@ -271,4 +328,4 @@ def _learn(config: Config, stop_token_ids: tuple[int, ...], steps: Sequence[Step
         learner.train_step(plan, lambda refs: refs)
 
     train(0)
-    return _taking(lambda: [train(step) for step in range(len(steps))], tokens)
+    return Work(lambda: [train(step) for step in range(len(steps))], tokens)

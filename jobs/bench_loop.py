@@ -12,15 +12,17 @@ A room's rate is tokens per second of *its own work*: what it could do if nothin
 is tokens trained per second of wall clock. Memory is the proportional set size (PSS) of every
 process of the run, Ray's own included, so shared pages count once.
 
---ideal measures the stages of the last run alone, after it; bare_stages.py has how, and the formula: the lesser of the
-cores by all core-seconds that stages need for a token, and of the slowest stage's pace. Beside it stand the core-ms
-that the processes of a run took in the measured steps, that others on the machine did (a hypervisor, too), and that
-nobody did: what a room takes beyond its bare stage, driver, Ray and idle cores make the difference.
+--ideal measures the stages of the last run without the loop, after it, alone and side by side; bare_stages.py has how,
+and the formula: the lesser of the cores by all core-seconds that stages need for a token, and of the slowest stage's
+pace. Beside it stand the core-ms that the processes of a run took in the measured steps, that others on the machine did
+(a hypervisor, too), and that nobody did: what a room takes beyond its bare stage, driver, Ray and idle cores make the
+difference. What stages take side by side beyond what they take alone is the machine's, and no loop gets it back.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import threading
@@ -36,7 +38,7 @@ import bare_stages
 import click
 import psutil
 import ray
-from bare_stages import Alone, Ideal
+from bare_stages import Bare, Ideal
 from race_material import ROWS, overrides, prepare
 from rich.console import Console
 from rich.table import Table
@@ -173,7 +175,7 @@ def _pss_bytes(process: psutil.Process) -> int:
 )
 @click.option("--row", type=click.Choice([str(number) for number in ROWS]), help="Row of race_material.py.")
 @click.option("--staleness", help="Values of buffer.max_staleness, one run each; the configured one without.")
-@click.option("--ideal", "with_ideal", is_flag=True, help="Measure the stages alone, too.")
+@click.option("--ideal", "with_ideal", is_flag=True, help="Measure the stages without the loop, too.")
 @click.option("--json", "json_file", type=OutputFile(), help="Write the figures to this file.")
 @click.argument("given", nargs=-1, metavar="[SECTION.FIELD=VALUE]...")
 def main(
@@ -228,9 +230,9 @@ def measure(modes: Sequence[Config], warmup: int, steps: int, directory: Path, w
             session.close()
     whole = where | {"modes": found}
     if with_ideal:
-        alone, best = _ideal(modes[-1], rollouts, found[-1]["workers"])
-        whole |= {"alone": {stage: asdict(each) for stage, each in alone.items()}, "ideal": asdict(best)}
-        _show_ideal(found, alone, best)
+        bare, best = _ideal(modes[-1], rollouts, found[-1]["workers"])
+        whole |= {"bare": {stage: asdict(each) for stage, each in bare.items()}, "ideal": asdict(best)}
+        _show_ideal(found, bare, best)
     return whole
 
 
@@ -297,28 +299,31 @@ def _show(config: Config, rows: list[dict[str, Any]], rooms: Sequence[RoomRate],
 
 def _ideal(
     config: Config, rollouts: Sequence[bare_stages.Step], workers: dict[str, int]
-) -> tuple[dict[str, Alone], Ideal]:
+) -> tuple[dict[str, Bare], Ideal]:
     _, config, facts = checked(config)
-    alone = bare_stages.measure(config, facts.max_context_tokens, facts.eos_token_ids, rollouts)
-    return alone, bare_stages.ideal(alone, workers, len(_cores()))
+    bare = bare_stages.measure(config, facts.max_context_tokens, facts.eos_token_ids, rollouts)
+    return bare, bare_stages.ideal(bare, workers, len(_cores()))
 
 
-def _show_ideal(modes: Sequence[dict[str, Any]], alone: dict[str, Alone], best: Ideal) -> None:
+def _show_ideal(modes: Sequence[dict[str, Any]], bare: dict[str, Bare], best: Ideal) -> None:
     names = [f"max_staleness {mode['max_staleness']}" for mode in modes]
-    table = Table("", "alone", *names, title="core-ms for 1,000 student tokens", title_justify="left")
+    table = Table("", "alone", "side by side", *names, title="core-ms for 1,000 student tokens", title_justify="left")
     spent = [mode["core_s_per_token"] for mode in modes]
-    for room in dict.fromkeys([*alone, *(room for each in spent for room in each)]):
-        bare = f"{alone[room].core_s * 1e6:,.0f}" if room in alone else "-"
-        table.add_row(room, bare, *(f"{each.get(room, 0.0) * 1e6:,.0f}" for each in spent))
+    for room in dict.fromkeys([*bare, *(room for each in spent for room in each)]):
+        without = (bare[room].core_s, bare[room].beside_core_s) if room in bare else (math.nan, math.nan)
+        takes = [*without, *(each.get(room, 0.0) for each in spent)]
+        table.add_row(room, *("-" if math.isnan(core_s) else f"{core_s * 1e6:,.0f}" for core_s in takes))
     console.print(table)
     console.print(
-        f"ideal: {best.tokens_per_s:,.0f} student tokens a second of {len(_cores())} cores; slowest stage: "
-        f"{best.slowest}, {best.slowest_tokens_per_s:,.0f}"
+        f"ideal: {best.tokens_per_s:,.0f} student tokens a second of {len(_cores())} cores by what stages take alone, "
+        f"{best.beside_tokens_per_s:,.0f} side by side; slowest stage: {best.slowest}, "
+        f"{best.slowest_tokens_per_s:,.0f}"
     )
-    table = Table("max_staleness", "in the mean", "tokens/s", "of the ideal", "of the slowest stage")
+    heads = "of the ideal alone", "side by side", "of the slowest stage"
+    table = Table("max_staleness", "in the mean", "tokens/s", *heads)
     for mode in modes:
         rate = mode["tokens_per_s"]
-        shares = rate / best.tokens_per_s, rate / best.slowest_tokens_per_s
+        shares = (rate / best for best in (best.tokens_per_s, best.beside_tokens_per_s, best.slowest_tokens_per_s))
         table.add_row(
             str(mode["max_staleness"]), f"{mode['staleness']:.2f}", f"{rate:,.0f}", *(f"{each:.2f}" for each in shares)
         )

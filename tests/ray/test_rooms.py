@@ -128,15 +128,16 @@ def test_every_room_has_its_actors_and_names(rooms):
 def test_generators_on_cpus_go_behind_scorers_and_learner(rooms):
     """In the threads of their engines alone: what answers a ping, a broadcast and the judge is not held up."""
 
-    def of_threads(_: object) -> tuple[int, int]:
-        own = os.getpriority(os.PRIO_PROCESS, 0)
-        return own, max(os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task"))
+    def policies(_: object) -> tuple[int, set[int]]:
+        return os.sched_getscheduler(0), {
+            os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")
+        }
 
     members = {room: pool.members[0].handle.__ray_call__ for room, pool in rooms.all.items()}
-    found = dict(zip(members, ray.get([call.remote(of_threads) for call in members.values()], timeout=60), strict=True))
-    generators = {"generate", "teacher_generate"}
-    expected = {room: min(19, own + 5) if room in generators else own for room, (own, _) in found.items()}
-    assert {room: lowest for room, (_, lowest) in found.items()} == expected
+    found = dict(zip(members, ray.get([call.remote(policies) for call in members.values()], timeout=60), strict=True))
+    behind = {room for room, (_, of_threads) in found.items() if os.SCHED_IDLE in of_threads}
+    assert behind == {"generate", "teacher_generate"}
+    assert {own for own, _ in found.values()} == {os.SCHED_OTHER}
 
 
 def test_an_actor_has_a_place_before_it_is_up(ray_here):
