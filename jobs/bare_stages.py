@@ -38,6 +38,7 @@ from opd_ray.rooms.memory import HEAP
 _MEASURED_S, _WARM_S = 8.0, 2.0
 _LIMIT_S = 900.0
 """For one stage's answer, its models' loading included."""
+_ENDING_S = 10.0
 Step = Sequence[Entry]
 """What one step trained on, with payloads in place of their refs."""
 Response = tuple[list[int], list[int]]
@@ -167,17 +168,23 @@ class _Stage:
         self.alone: tuple[float, float] = self.hear()
 
     def go_on(self) -> None:
-        self._pipe.send(None)
+        with self._alive():
+            self._pipe.send(None)
 
     def hear(self) -> Any:
-        try:
+        with self._alive():
             if not self._pipe.poll(_LIMIT_S):
-                raise RunError(f"stage {self._room} alone: no answer within {_LIMIT_S:g} s; give smaller steps")
+                raise RunError(f"stage {self._room} by itself: no answer within {_LIMIT_S:g} s; give smaller steps")
             return self._pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self._process.join()
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError):
+            self._process.join(_ENDING_S)
             raise RunError(
-                f"stage {self._room} alone: its process ended with {self._process.exitcode}; what it said is above"
+                f"stage {self._room} by itself: its process ended with {self._process.exitcode}; what it said is above"
             ) from None
 
 
@@ -204,7 +211,7 @@ def _work(pipe: Any, make: Callable[..., Work], arguments: tuple[Any, ...]) -> N
     pipe.send(_taking(work))
     pipe.recv()
     pipe.send(_taking(work))
-    while True:
+    while not pipe.poll():  # nothing comes, but its end with the process that began this one
         work.do()
 
 

@@ -3,18 +3,20 @@ measurement itself is what the job is for."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections import Counter
 from itertools import islice
+from threading import Event, Thread
 from types import SimpleNamespace
 
 import bench_loop
 import pytest
-from bare_stages import Bare, again, as_actor, check, ideal, under_way
+from bare_stages import Bare, Work, _process, _Stage, _work, again, as_actor, check, ideal, under_way
 from click.testing import CliRunner
 
 from opd_ray import config as configs
-from opd_ray.errors import InputError
+from opd_ray.errors import InputError, RunError
 
 
 def test_the_cores_are_the_ideal_where_the_stages_share_them() -> None:
@@ -57,6 +59,34 @@ def test_stages_that_cannot_be_had_alone_are_refused() -> None:
     imitating = configs.load(None, [*golden_alone, "loss.reference.coef=0", "evaluation.num_problems=0"])
     with pytest.raises(InputError, match="the run has none"):
         check(imitating)
+
+
+def test_a_stage_whose_process_ends_is_told_in_one_line() -> None:
+    with (
+        pytest.raises(RunError, match="stage learn by itself: its process ended with 3"),
+        _process("learn", os._exit, 3),
+    ):
+        raise AssertionError("it has no figures")
+
+
+def test_a_stage_works_alone_then_beside_others_until_these_have_their_figures_or_nobody_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever began it may be killed: it took a core for ever."""
+    monkeypatch.setattr("bare_stages._MEASURED_S", 0.001)
+    ours, theirs = multiprocessing.Pipe()
+    done = Event()
+    process = Thread(target=_work, args=(theirs, lambda: Work(done.set, 2.0, ["scored"]), ()), daemon=True)
+    process.start()
+    stage = _Stage("teacher", ours, process)
+    assert stage.answers == ["scored"] and min(stage.alone) >= 0
+    stage.go_on()
+    assert min(stage.hear()) >= 0
+    done.clear()
+    assert done.wait(10), "it stopped before the others had their figures"
+    ours.close()
+    process.join(10)
+    assert not process.is_alive()
 
 
 def test_modes_differ_in_their_staleness_alone() -> None:

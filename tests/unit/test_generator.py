@@ -18,6 +18,7 @@ from opd_ray.messages import (
     SamplingSettings,
     WeightManifest,
 )
+from opd_ray.placement import launch
 from uniform_tokens import UniformTokens
 
 NEVER_STOP = SamplingSettings(temperature=1.0, top_p=1.0, max_response_tokens=6, stop_token_ids=())
@@ -470,3 +471,17 @@ def test_another_run_abandons_the_last_one_and_brings_its_settings():
         assert "update 1 restart" in engine.events
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("refusal", [PermissionError, AttributeError])
+def test_an_engine_on_cpus_gives_way_also_where_a_sandbox_or_the_system_has_no_idle_policy(
+    refusal: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise refusal
+
+    told: list[int] = []
+    monkeypatch.setattr("os.sched_setscheduler", refused)
+    monkeypatch.setattr("os.nice", told.append)
+    assert launch._giving_way(lambda: "engine") == "engine"
+    assert told == [5]
